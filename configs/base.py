@@ -1,0 +1,11 @@
+"""Defaults of every knob; each other config starts from here.
+
+A misspelt name is not an error at the line that writes it: all faults of a config are reported together
+when the run starts, each with the nearest name.
+"""
+
+from gptjax import config
+
+
+def get_config():
+    return config.to_config_dict(config.Config(), locked=False)

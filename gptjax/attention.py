@@ -1,0 +1,126 @@
+"""Attention: one mask specification, and the backends that honour it.
+
+q [B, T, K, G, C] (K key/value heads, G query heads on each), k and v [B, S, K, C] -> [B, T, K, G, C].
+`xla` is the reference and holds all B*H*T*S weights; `blockwise` holds one block of keys at a time, forward and backward,
+so its memory is linear in S. To add a backend, write a function of the same form and add it to `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+_MASKED = -1e30  # finite: exp underflows to an exact 0, and no NaN arises from a block without a visible key
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["q_index", "q_segments", "k_segments"], meta_fields=["window"])
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """A query sees key s when s <= its own index, in its own segment, and less than `window` back (0: any distance).
+
+    q_index [B or 1, T]: the slot of each query among the keys; slots of a cache past it are not filled yet.
+    q_segments [B, T], k_segments [B, S]: document numbers, both or neither.
+    """
+
+    q_index: Array
+    q_segments: Array | None = None
+    k_segments: Array | None = None
+    window: int = 0
+
+    def allowed(self, k_start: Any, k_size: int) -> Array:
+        """bool [B or 1, T, k_size] for the keys [k_start, k_start + k_size)."""
+        slots = k_start + jnp.arange(k_size, dtype=jnp.int32)[None, None, :]
+        q = self.q_index[:, :, None]
+        visible = slots <= q
+        if self.window:
+            visible &= slots > q - self.window
+        if self.q_segments is not None and self.k_segments is not None:
+            keys = jax.lax.dynamic_slice_in_dim(self.k_segments, k_start, k_size, axis=1)
+            visible &= self.q_segments[:, :, None] == keys[:, None, :]
+        return visible
+
+
+def xla(q_BTKGC: Array, k_BSKC: Array, v_BSKC: Array, mask: Mask, *, block: int = 0, dropout: Callable[[Array], Array] | None = None) -> Array:
+    """The reference: softmax in float32 over all keys."""
+    scale = q_BTKGC.shape[-1] ** -0.5
+    scores_BKGTS = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC * jnp.asarray(scale, q_BTKGC.dtype), k_BSKC, preferred_element_type=jnp.float32)
+    allowed_BTS = mask.allowed(0, k_BSKC.shape[1])
+    probs_BKGTS = jax.nn.softmax(jnp.where(allowed_BTS[:, None, None], scores_BKGTS, _MASKED), axis=-1)
+    if dropout is not None:
+        probs_BKGTS = dropout(probs_BKGTS)
+    return jnp.einsum("BKGTS,BSKC->BTKGC", probs_BKGTS.astype(v_BSKC.dtype), v_BSKC)
+
+
+def blockwise(q_BTKGC: Array, k_BSKC: Array, v_BSKC: Array, mask: Mask, *, block: int = 256, dropout: Callable[[Array], Array] | None = None) -> Array:
+    """Online softmax over blocks of keys (Rabe & Staats 2021; Dao et al. 2022), recomputed block by block in the backward pass."""
+    if dropout is not None:
+        raise ValueError("blockwise attention has no dropout on its weights: use model.attention = 'xla' or model.dropout = 0")
+    size = min(block, k_BSKC.shape[1])
+    pad = -k_BSKC.shape[1] % size
+    if pad:  # padded slots lie past every query, so the causal rule hides them
+        k_BSKC, v_BSKC = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (k_BSKC, v_BSKC))
+        if mask.k_segments is not None:
+            mask = dataclasses.replace(mask, k_segments=jnp.pad(mask.k_segments, ((0, 0), (0, pad))))
+    return _blockwise(size, q_BTKGC, k_BSKC, v_BSKC, mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(block: int, q: Array, k: Array, v: Array, mask: Mask) -> Array:
+    return _blockwise_forward(block, q, k, v, mask)[0]
+
+
+def _block_scores(block: int, i: Array, q: Array, k: Array, mask: Mask) -> Array:
+    """Masked scores [B, K, G, T, block] of key block i, float32."""
+    k_i = jax.lax.dynamic_slice_in_dim(k, i * block, block, axis=1)
+    scores = jnp.einsum("BTKGC,BSKC->BKGTS", q, k_i, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    return jnp.where(mask.allowed(i * block, block)[:, None, None], scores, _MASKED)
+
+
+def _blockwise_forward(block: int, q: Array, k: Array, v: Array, mask: Mask):
+    b, t, heads, groups, c = q.shape
+
+    def body(carry, i):
+        peak, total, out = carry
+        scores = _block_scores(block, i, q, k, mask)
+        new_peak = jnp.maximum(peak, scores.max(-1))
+        keep = jnp.exp(peak - new_peak)
+        probs = jnp.exp(scores - new_peak[..., None])
+        v_i = jax.lax.dynamic_slice_in_dim(v, i * block, block, axis=1)
+        partial = jnp.einsum("BKGTS,BSKC->BKGTC", probs.astype(v.dtype), v_i, preferred_element_type=jnp.float32)
+        return (new_peak, total * keep + probs.sum(-1), out * keep[..., None] + partial), None
+
+    # _MASKED / 2: above every masked score, so that a block in which a query sees nothing adds exact zeros
+    start = (jnp.full((b, heads, groups, t), _MASKED / 2), jnp.zeros((b, heads, groups, t)), jnp.zeros((b, heads, groups, t, c)))
+    (peak, total, out), _ = jax.lax.scan(body, start, jnp.arange(k.shape[1] // block))
+    result = jnp.einsum("BKGTC->BTKGC", out / total[..., None]).astype(q.dtype)
+    return result, (q, k, v, mask, result, peak + jnp.log(total))
+
+
+def _blockwise_backward(block: int, saved, d_out: Array):
+    q, k, v, mask, out, log_total = saved
+    scale = q.shape[-1] ** -0.5
+    d_out = d_out.astype(jnp.float32)
+    delta = jnp.einsum("BTKGC,BTKGC->BKGT", d_out, out.astype(jnp.float32))
+
+    def body(dq, i):
+        probs = jnp.exp(_block_scores(block, i, q, k, mask) - log_total[..., None])
+        k_i, v_i = (jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1).astype(jnp.float32) for x in (k, v))
+        d_scores = probs * (jnp.einsum("BTKGC,BSKC->BKGTS", d_out, v_i) - delta[..., None]) * scale
+        dk_i = jnp.einsum("BKGTS,BTKGC->BSKC", d_scores, q.astype(jnp.float32))
+        dv_i = jnp.einsum("BKGTS,BTKGC->BSKC", probs, d_out)
+        return dq + jnp.einsum("BKGTS,BSKC->BTKGC", d_scores, k_i), (dk_i, dv_i)
+
+    dq, blocks = jax.lax.scan(body, jnp.zeros(q.shape, jnp.float32), jnp.arange(k.shape[1] // block))
+    dk, dv = (jnp.moveaxis(x, 0, 1).reshape(k.shape) for x in blocks)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+BACKENDS: dict[str, Callable[..., Array]] = {"xla": xla, "blockwise": blockwise}

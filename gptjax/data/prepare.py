@@ -1,0 +1,188 @@
+"""Documents to token shards on disk.
+
+    python -m gptjax.data.prepare --config=configs/gpt2_124m.py --out=data/openwebtext [--config.data.path=...]
+
+Writes per split `train-00000.tokens.npy` (uint16 or uint32, each document begins with `eot`), `train-00000.offsets.npy`
+(int64, where documents begin, and the end), a small json per finished shard, the tokenizer, and last `meta.json`. Every
+file appears whole or not at all; an interrupted command goes on after its last finished shard and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax import cli, files, tokenizer
+from gptjax.config import Config, UserError
+from gptjax.data import sources
+from gptjax.data.sources import EVAL, TRAIN
+from gptjax.tokenizer import Tokenizer
+
+SHARD_TOKENS = 1 << 26
+_BATCH_CHARACTERS = 1 << 22  # text encoded at once: enough to keep every core busy
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A folder of shards: `splits[name]` lists {"name", "tokens", "documents"}."""
+
+    folder: Path
+    fingerprint: str  # of documents, split rule, tokenizer and shard size together
+    source: str  # of documents and split rule
+    splits: dict[str, list[dict[str, Any]]]
+    tokenizer: Tokenizer
+
+    def tokens(self, split: str) -> int:
+        return sum(shard["tokens"] for shard in self.splits[split])
+
+    def arrays(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(tokens, offsets) of each shard, memory-mapped."""
+        for shard in self.splits[split]:
+            base = self.folder / shard["name"]
+            yield np.load(f"{base}.tokens.npy", mmap_mode="r"), np.load(f"{base}.offsets.npy")
+
+
+def open_prepared(folder: Path) -> Prepared:
+    """Raises UserError where the folder is no finished preparation or a shard has another size than recorded."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no prepared data (no meta.json); make it with python -m gptjax.data.prepare --out={folder}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder}/meta.json is damaged ({error}); prepare the data again") from None
+    if meta["format"] != _FORMAT:
+        raise UserError(f"{folder} is of format {meta['format']}, this version reads {_FORMAT}; prepare the data again")
+    result = Prepared(folder, meta["fingerprint"], meta["source"], meta["splits"], tokenizer.load(folder / "tokenizer"))
+    if result.tokenizer.fingerprint != meta["tokenizer"]:
+        raise UserError(f"{folder}: the tokenizer is not the one that the data was prepared with")
+    for split in result.splits:
+        for shard, (tokens, _) in zip(result.splits[split], _damaged_to_error(result, split), strict=True):
+            if tokens.shape != (shard["tokens"],):
+                raise UserError(f"{folder}/{shard['name']}.tokens.npy holds {tokens.shape} tokens, {shard['tokens']} were written; prepare the data again")
+    return result
+
+
+def _damaged_to_error(prepared: Prepared, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    try:
+        yield from prepared.arrays(split)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{prepared.folder}: a shard of the {split} split is damaged ({error}); prepare the data again") from None
+
+
+def prepare(config: Config, folder: Path, *, shard_tokens: int = SHARD_TOKENS) -> Prepared:
+    """Prepares the documents that `config.data` names into `folder`, or opens what is finished there already."""
+    source = sources.open_source(config.data)
+    return _prepare(config, source, _make_tokenizer(config, source), folder, shard_tokens)
+
+
+def ensure(config: Config) -> Prepared:
+    """The shards of `config.data`: an existing folder (`data.source = 'shards'`), else made once in the user's cache."""
+    if config.data.source == "shards":
+        return open_prepared(Path(config.data.path).expanduser())
+    source = sources.open_source(config.data)
+    text_tokenizer = _make_tokenizer(config, source)
+    folder = files.cache_dir("data") / files.digest(str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint)[:32]
+    return _prepare(config, source, text_tokenizer, folder, SHARD_TOKENS)
+
+
+def _make_tokenizer(config: Config, source: sources.Source) -> Tokenizer:
+    def all_texts() -> Iterator[str]:
+        yield from source.documents(TRAIN)
+        yield from source.documents(EVAL)
+
+    return tokenizer.create(config.data, source.documents(TRAIN), all_texts())
+
+
+def _prepare(config: Config, source: sources.Source, text_tokenizer: Tokenizer, folder: Path, shard_tokens: int) -> Prepared:
+    key = files.digest(str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint, str(shard_tokens))
+    if (folder / "meta.json").exists():
+        done = open_prepared(folder)
+        if done.fingerprint != key:
+            raise UserError(f"{folder} holds other data or another tokenizer (fingerprint {done.fingerprint[:12]}, wanted {key[:12]}); pick another folder")
+        return done
+    with files.lock(folder):
+        if (folder / "key").exists() and (folder / "key").read_text() != key:
+            raise UserError(f"{folder} holds an unfinished preparation of other data; remove it or pick another folder")
+        files.write_text(folder / "key", key)
+        text_tokenizer.save(folder / "tokenizer")
+        splits = {}
+        for split in (TRAIN, EVAL):
+            splits[split] = list(_write_split(source.documents(split), text_tokenizer, folder, split, shard_tokens))
+        if not sum(shard["tokens"] for shard in splits[TRAIN]):
+            raise UserError(f"data.path = {config.data.path!r}: the training split is empty; lower data.eval_fraction = {config.data.eval_fraction}")
+        meta = {"format": _FORMAT, "fingerprint": key, "source": source.fingerprint, "tokenizer": text_tokenizer.fingerprint, "splits": splits, "data": dataclasses.asdict(config.data)}
+        files.write_text(folder / "meta.json", json.dumps(meta, indent=1))
+    return open_prepared(folder)
+
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write_split(documents: Iterator[str], text_tokenizer: Tokenizer, folder: Path, split: str, shard_tokens: int) -> Iterator[dict[str, Any]]:
+    """Yields each shard's record; finished shards of an earlier try are kept and their documents passed over."""
+    number = 0
+    while (record := folder / f"{split}-{number:05d}.json").exists():
+        shard = json.loads(record.read_text(encoding="utf-8"))
+        for _ in range(shard["documents"]):
+            next(documents)
+        number += 1
+        yield shard
+    with cli.progress(f"characters of the {split} split encoded") as advance:
+        pending: list[np.ndarray] = []
+        count = 0
+        for batch in _batches(documents):
+            for ids in text_tokenizer.encode_batch(batch):
+                pending.append(ids)
+                count += len(ids) + 1
+                if count >= shard_tokens:
+                    yield _write_shard(pending, text_tokenizer, folder, f"{split}-{number:05d}")
+                    pending, count, number = [], 0, number + 1
+            advance(sum(map(len, batch)))
+        if pending:
+            yield _write_shard(pending, text_tokenizer, folder, f"{split}-{number:05d}")
+
+
+def _write_shard(documents: list[np.ndarray], text_tokenizer: Tokenizer, folder: Path, name: str) -> dict[str, Any]:
+    dtype = np.uint16 if text_tokenizer.vocab_size <= 1 << 16 else np.uint32
+    offsets = np.concatenate([[0], np.cumsum([len(d) + 1 for d in documents])]).astype(np.int64)
+    tokens = np.empty(offsets[-1], dtype)
+    for start, ids in zip(offsets, documents, strict=False):
+        if len(ids) and not 0 <= ids.min() <= ids.max() < text_tokenizer.vocab_size:
+            raise ValueError(f"the tokenizer made id {ids.max()} and knows {text_tokenizer.vocab_size}")
+        tokens[start] = text_tokenizer.eot
+        tokens[start + 1 : start + 1 + len(ids)] = ids
+    for suffix, array in ((".tokens.npy", tokens), (".offsets.npy", offsets)):
+        with files.atomic(folder / f"{name}{suffix}") as temporary, open(temporary, "wb") as file:
+            np.save(file, array)
+    shard = {"name": name, "tokens": len(tokens), "documents": len(documents), "sha256": files.sha256(folder / f"{name}.tokens.npy")}
+    files.write_text(folder / f"{name}.json", json.dumps(shard))
+    return shard
+
+
+def main(argv: list[str]) -> None:
+    args = cli.parse(argv, __doc__, {"out": "folder for the shards"}, required=("config", "out"))
+    prepared = prepare(args.config, Path(args["out"]))
+    summary = {split: {"shards": len(s), "tokens": prepared.tokens(split), "documents": sum(x["documents"] for x in s)} for split, s in prepared.splits.items()}
+    cli.result({"folder": str(prepared.folder), "fingerprint": prepared.fingerprint, "vocab_size": prepared.tokenizer.vocab_size, **summary}, args)
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,61 @@
+"""Schedules and the optimizer chain. To add a schedule, add a row to SCHEDULES; an optimizer, a row to OPTIMIZERS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from gptjax import tree
+from gptjax.config import Config, OptimConfig, UserError
+
+
+def schedule(config: Config) -> Callable[[Any], Any]:
+    """Learning rate of step s (0-based): linear warmup to the peak at s = warmup_steps - 1, then the chosen shape."""
+    o, steps = config.optim, config.train.steps
+    shape = SCHEDULES[o.schedule]
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        warm = (step + 1) / max(o.warmup_steps, 1)  # never 0: a first step without a change would waste its batch
+        share = jnp.clip((step - o.warmup_steps) / max(steps - 1 - o.warmup_steps, 1), 0.0, 1.0)
+        return o.lr * jnp.where(step < o.warmup_steps, warm, shape(o, share))
+
+    return rate
+
+
+SCHEDULES: dict[str, Callable[[OptimConfig, Any], Any]] = {
+    "cosine": lambda o, share: o.final_lr + (1 - o.final_lr) * 0.5 * (1 + jnp.cos(jnp.pi * share)),
+    "linear": lambda o, share: 1 - (1 - o.final_lr) * share,
+    "wsd": lambda o, share: 1 - (1 - o.final_lr) * jnp.clip((share - 1 + o.decay_share) / max(o.decay_share, 1e-9), 0.0, 1.0),
+    "constant": lambda o, share: jnp.ones_like(share),
+}
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": lambda o, rate, decays: optax.adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decays),
+}
+
+
+def optimizer(config: Config, params: Any) -> optax.GradientTransformation:
+    """Clip by the global norm, then the optimizer, then nothing for frozen parameters. Patterns that match no path are refused.
+
+    `params` may be shapes (`jax.eval_shape`).
+    """
+    o = config.optim
+    for name, patterns in (("no_decay", o.no_decay), ("freeze", o.freeze)):
+        missing = [p for p in tree.unused(patterns, params) if not (name == "no_decay" and p in OptimConfig().no_decay)]
+        if missing:
+            some = ", ".join(list(tree.flatten(params))[:4])
+            raise UserError(f"optim.{name} = {list(patterns)}: {missing[0]!r} matches no parameter; paths look like {some}")
+    decays = tree.map_with_path(lambda path, _: not tree.matches(o.no_decay, path), params)
+    trained = tree.map_with_path(lambda path, _: not tree.matches(o.freeze, path), params)
+    if not any(tree.flatten(trained).values()):
+        raise UserError(f"optim.freeze = {list(o.freeze)} freezes every parameter: nothing is left to train")
+    parts = [optax.clip_by_global_norm(o.clip)] if o.clip else []
+    chain = optax.chain(*parts, OPTIMIZERS[o.name](o, schedule(config), decays))
+    if all(tree.flatten(trained).values()):
+        return chain
+    # frozen parameters get no moments, take no part in the clip norm and no decay
+    return optax.partition({True: chain, False: optax.set_to_zero()}, trained)

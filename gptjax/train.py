@@ -1,0 +1,367 @@
+"""Trains a GPT: pretraining now, fine-tuning by the same loop.
+
+    python -m gptjax.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.train.steps=500 ...]
+
+--print_config shows every knob resolved, --explain each derived number and why; neither trains. The same command resumes a run that
+was stopped: SIGTERM and Ctrl-C save first, and after a kill it goes on from the newest whole checkpoint with the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gptjax import cli, files, generate, metrics, report, sharding, steps, tree
+from gptjax import config as config_lib
+from gptjax.checkpoint import Checkpoints, read_meta, steps_in
+from gptjax.config import Config, UserError
+from gptjax.data import loader, prepare
+from gptjax.data.sources import EVAL, TRAIN
+from gptjax.metrics import Compiles, Progress, Tracker
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask the loop to save and end; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.grace = False  # before the loop there is nothing to save: end at once
+        if jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked or not self.grace:
+            raise KeyboardInterrupt
+        self.asked = True
+        cli.say(f"{signal.Signals(number).name}: saving after this step; once more to stop without")
+
+    def now(self, step: int) -> bool:
+        """Whether to stop after `step`. Over many processes they agree: JAX catches the signal and announces a common step."""
+        return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self.asked
+
+
+def resolve(config: Config, vocab_size: int) -> Config:
+    """The config with the vocabulary filled in from the tokenizer."""
+    if config.model.vocab_size and config.model.vocab_size < vocab_size:
+        raise UserError(f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's {vocab_size}: set 0 to take the tokenizer's")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size))
+
+
+def check_resume(workdir: Path, config: Config, fingerprints: dict[str, str]) -> None:
+    """Refuses to continue a run whose numbers would change, and names each difference."""
+    for step in reversed(steps_in(workdir / "checkpoints")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            meta = read_meta(workdir / "checkpoints" / str(step))
+            rows = config_lib.changes(config_lib.build(meta["config"]), config)
+            rows += [f"{name}: the {what} changed since the run began" for name, what in _FINGERPRINTS.items() if meta[name] != fingerprints[name]]
+            if rows:
+                more = [f"and {len(rows) - 3} more"] if len(rows) > 4 else []
+                shown = "\n  ".join(rows[: 3 if more else 4] + more)
+                raise UserError(f"{workdir} holds a run with other settings (old -> new):\n  {shown}\nUse the old ones, or another --workdir.")
+            return
+
+
+_FINGERPRINTS = {"data": "text or its split", "tokenizer": "vocabulary"}
+
+
+@dataclasses.dataclass
+class Run:
+    """All that the loop needs, made once."""
+
+    config: Config
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    prepared: prepare.Prepared
+    compiles: Compiles
+    stop: Stop
+
+    @property
+    def rows(self) -> list[int]:
+        return sharding.local_rows(self.mesh, self.config.train.batch_size)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {"data": self.prepared.source, "tokenizer": self.prepared.tokenizer.fingerprint}
+
+    def meta(self) -> dict[str, Any]:
+        return {"config": config_lib.to_dict(self.config), **self.fingerprints}
+
+    def windows(self, split: str) -> loader.Windows:
+        return loader.Windows.of(self.prepared, split, self.config.model.context, isolate=self.config.data.isolate)
+
+
+def load_data(config: Config) -> prepare.Prepared:
+    """The shards, made by the first process where they do not exist yet; the others wait and then open (or make their own)."""
+    if jax.process_count() == 1:
+        return prepare.ensure(config)
+    prepared = prepare.ensure(config) if jax.process_index() == 0 else None
+    multihost_utils.sync_global_devices("data")
+    return prepared or prepare.ensure(config)
+
+
+def evaluate(run: Run, eval_step: Any, params: Any) -> dict[str, float]:
+    """Loss per token, perplexity and bits per byte over the held-out split (each predicted token once)."""
+    byte_lengths = np.array([len(b) for b in run.prepared.tokenizer.token_bytes])
+    total = weight = count = 0.0
+    train = run.config.train
+    rows = sharding.local_rows(run.mesh, train.batch_size)
+    for batch in loader.eval_batches(run.windows(EVAL), batch_size=train.batch_size, rows=rows, limit=train.eval_batches):
+        loss_sum, weight_sum = eval_step(params, sharding.to_global(run.mesh, batch))
+        total, weight = total + float(loss_sum), weight + float(weight_sum)
+        local = float((byte_lengths[batch["targets"]] * batch["loss_weights"]).sum())
+        count += float(multihost_utils.process_allgather(np.float64(local)).sum()) if jax.process_count() > 1 else local
+    loss = total / weight
+    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/bits_per_byte": total / math.log(2) / max(count, 1.0)}
+
+
+def write_sample(run: Run, step: int, params: Any) -> str:
+    """One sample from the current parameters, also in samples/<step>.txt."""
+    c, text_tokenizer = run.config, run.prepared.tokenizer
+    room = c.model.context + 1 - max(len(text_tokenizer.encode(c.train.sample_prompt)), 1)
+    text = c.train.sample_prompt + generate.text(
+        c.model, params, text_tokenizer, c.train.sample_prompt, min(c.train.sample_tokens, room), generate.Sampling(seed=c.train.seed)
+    )
+    files.write_text(run.workdir / "samples" / f"{step}.txt", text + "\n")
+    return text
+
+
+class Window:
+    """Metrics of the steps since the last log line; still on the device until `flush`, so that steps overlap with the host."""
+
+    def __init__(self) -> None:
+        self._pending: list[dict[str, jax.Array]] = []
+        self._since, self._waited = time.monotonic(), 0.0
+
+    def add(self, step_metrics: dict[str, jax.Array], waited: float) -> None:
+        self._pending.append(step_metrics)
+        self._waited += waited
+
+    def restart_clock(self) -> None:
+        self._since, self._waited = time.monotonic(), 0.0
+
+    def flush(self, last_step: int) -> dict[str, float]:
+        """Token-weighted means and rates. Raises UserError at the first step with a non-finite loss or gradient."""
+        rows = [{k: float(v) for k, v in row.items()} for row in jax.device_get(self._pending)]
+        self._pending = []
+        if not rows:
+            return {}
+        for offset, row in enumerate(rows, 1):
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                step = last_step - len(rows) + offset
+                raise UserError(
+                    f"step {step}: the loss is {row['loss']} and the gradient norm {row['grad_norm']}; the run stops and keeps the last checkpoint.\n"
+                    "Lower optim.lr, lengthen optim.warmup_steps, or set optim.clip = 1.0, in a new --workdir."
+                )
+        tokens = sum(row["tokens"] for row in rows)
+        seconds = time.monotonic() - self._since
+        values = {
+            "train/loss": sum(row["loss"] * row["tokens"] for row in rows) / tokens,
+            "train/grad_norm": rows[-1]["grad_norm"],
+            "train/lr": rows[-1]["lr"],
+            "perf/tokens_per_sec": tokens / seconds,
+            "perf/step_time": seconds / len(rows),
+            "perf/data_wait": self._waited / len(rows),
+        }
+        self.restart_clock()
+        return values
+
+
+def train(run: Run) -> dict[str, Any]:
+    """The loop. Returns the summary that the command prints."""
+    c, t = run.config, run.config.train
+    shapes, _ = steps.state_shapes(c)
+    places = sharding.shardings(run.mesh, shapes)
+    checkpoints = Checkpoints(run.workdir / "checkpoints", keep=t.keep)
+    found = checkpoints.restore(shapes, places)
+    state = found[0] if found else steps.init_state(c, run.mesh)
+    start = int(state.step)
+    cli.say(f"continue after step {start}" if found else f"new run in {run.workdir}")
+    params_count = tree.size(state.params)
+    first_device = jax.local_devices()[0]
+    held = tree.bytes_on_device(state, first_device)
+    cli.say(f"{params_count:,} parameters; state {tree.nbytes(state) / 2**20:,.1f} MiB, {held / 2**20:,.1f} MiB of it on {first_device}")
+    last = min(t.steps, t.stop_at or t.steps)
+    if start >= last:
+        checkpoints.close()
+        return finish(run, state, start, status="finished" if start >= t.steps else "stopped")
+    windows = run.windows(TRAIN)
+    batches = loader.train_batches(windows, seed=t.seed, batch_size=t.batch_size, rows=run.rows, start=start)
+    first = sharding.to_global(run.mesh, next(batches))
+    began = time.monotonic()
+    train_step = steps.make_train_step(c, run.mesh).lower(state, first).compile()  # ahead of time: a second compile cannot happen
+    eval_step = steps.make_eval_step(c, run.mesh)
+    compile_seconds = time.monotonic() - began
+    cli.say(f"compiled the step in {compile_seconds:.1f} s ({run.compiles.hits} programs from the cache, {run.compiles.misses} new)")
+    tracker = Tracker(run.workdir, start=start) if jax.process_index() == 0 else None
+    progress = Progress(start=start, steps=t.steps)
+    try:
+        outcome = loop(run, state, batches, first, last, train_step, eval_step, checkpoints, tracker, progress, compile_seconds)
+    finally:
+        progress.close()
+        batches.close()
+        checkpoints.close()
+        if tracker:
+            tracker.close()
+    state, step, status = outcome
+    if status == "failed to save":
+        raise UserError(f"the checkpoint of step {step} could not be written to {run.workdir} (see above): free some space and run the same command again")
+    return finish(run, state, step, status=status)
+
+
+def loop(run: Run, state: Any, batches: Iterator, first: Any, last: int, train_step: Any, eval_step: Any, checkpoints: Checkpoints, tracker: Tracker | None, progress: Progress, compile_seconds: float) -> tuple[Any, int, str]:  # fmt: skip
+    """Steps until `last` or until stopped. Returns (state, step, status)."""
+    c, t = run.config, run.config.train
+    window, step, best, waited, batch = Window(), int(state.step), math.inf, 0.0, first
+    peak = metrics.peak_flops(jax.devices()[0])
+    flops = metrics.flops_per_token(c, tree.size(state.params))
+    profile = config_lib.profile_range(c)
+    best_checkpoints = Checkpoints(run.workdir / "best", keep=1) if t.keep_best else None
+    if best_checkpoints and (kept := steps_in(run.workdir / "best")):
+        best = read_meta(run.workdir / "best" / str(kept[-1])).get("eval_loss", math.inf)
+
+    def log() -> None:
+        values = window.flush(step)
+        if not values:
+            return
+        values |= {"train/tokens": float(step) * t.batch_size * c.model.context, **metrics.memory()}
+        values |= {"perf/compile_seconds": compile_seconds, "perf/compiles": float(run.compiles.count)}
+        if peak:
+            values["perf/mfu"] = values["perf/tokens_per_sec"] * flops / (peak * jax.device_count())
+        progress.show(step, values)
+        if tracker:
+            tracker.log(step, values)
+
+    due = lambda every, at_end=True: bool(every and step % every == 0) or (at_end and step == last)  # noqa: E731
+    run.stop.grace = True
+    progress.begin()
+    window.restart_clock()
+    while step < last:
+        if profile and step + 1 == profile[0]:
+            jax.profiler.start_trace(str(run.workdir / "profile"))
+        state, step_metrics = train_step(state, batch)
+        step += 1
+        window.add(step_metrics, waited)
+        if profile and step == min(profile[1], last):
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+        stopping = run.stop.now(step)
+        if due(t.log_every) or due(t.save_every) or due(t.eval_every) or stopping:
+            log()
+        if due(t.eval_every) and run.windows(EVAL).total > 1:
+            values = evaluate(run, eval_step, state.params)
+            progress.note(step, f"eval loss {values['eval/loss']:.4f}, {values['eval/bits_per_byte']:.4f} bits per byte")
+            if tracker:
+                tracker.log(step, values)
+            if best_checkpoints and values["eval/loss"] < best:
+                best = values["eval/loss"]
+                best_checkpoints.save(state, {**run.meta(), "eval_loss": best}, wait=True)
+        if due(t.sample_every) and t.sample_tokens and jax.process_count() == 1:
+            progress.note(step, write_sample(run, step, state.params))
+        if due(t.save_every) or stopping:
+            ok = checkpoints.save(state, run.meta(), wait=stopping or step == last)
+            if not ok and (stopping or step == last) and not checkpoints.save(state, run.meta(), wait=True):
+                return state, step, "failed to save"
+        if stopping:
+            return state, step, "interrupted"
+        if step < last:
+            asked = time.monotonic()
+            batch = sharding.to_global(run.mesh, next(batches))
+            waited = time.monotonic() - asked
+        if due(t.eval_every) or due(t.sample_every):
+            window.restart_clock()
+    if best_checkpoints:
+        best_checkpoints.close()
+    return state, step, "finished" if step == t.steps else "stopped"
+
+
+def finish(run: Run, state: Any, step: int, *, status: str) -> dict[str, Any]:
+    """Marks the run, writes its report, returns the summary."""
+    summary: dict[str, Any] = {"workdir": str(run.workdir), "step": step, "status": status}
+    if jax.process_index() == 0:
+        records = metrics.read_jsonl(run.workdir / "metrics.jsonl") if (run.workdir / "metrics.jsonl").exists() else []
+        for name in ("train/loss", "eval/loss", "eval/bits_per_byte"):
+            if values := [r[name] for r in records if name in r]:
+                summary[name] = values[-1]
+        mark(run.workdir, status=status, step=step)
+        report.write(run.workdir, run.prepared)
+        summary["report"] = str(run.workdir / "report.html")
+    return summary
+
+
+def mark(workdir: Path, **values: Any) -> None:
+    """Updates run.json."""
+    path = workdir / "run.json"
+    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    files.write_text(path, json.dumps({**data, **values}, indent=1))
+
+
+def setup(config: Config, workdir: Path, overrides: dict[str, str], stop: Stop, compiles: Compiles) -> Run:
+    """Checks everything, then writes the run's description into the workdir; nothing is written when a check fails."""
+    prepared = load_data(config)
+    config = resolve(config, prepared.tokenizer.vocab_size)
+    mesh = sharding.make_mesh(config)
+    run = Run(config, workdir, mesh, prepared, compiles, stop)
+    check_resume(workdir, config, run.fingerprints)
+    if jax.process_index() == 0:
+        files.write_text(workdir / "config.json", config_lib.to_json(config))
+        files.write_text(workdir / "overrides.json", json.dumps(overrides))
+        prepared.tokenizer.save(workdir / "tokenizer")
+        mark(workdir, status="running", argv=sys.argv, seed=config.train.seed, mesh=dict(mesh.shape), **report.environment(), **run.fingerprints)
+    return run
+
+
+def main(argv: list[str]) -> None:
+    flags = {
+        "workdir": "folder of the run",
+        "print_config": "print every knob, resolved, and stop",
+        "explain": "print each derived number and why, and stop",
+        "distributed": "start jax.distributed from the cluster's environment",
+    }
+    args = cli.parse(argv, __doc__, flags, required=("config",))
+    config = args.config
+    if "print_config" in args:
+        print(config_lib.to_json(config))
+        return
+    if "explain" in args:
+        prepared = prepare.ensure(config)
+        print(report.explain(resolve(config, prepared.tokenizer.vocab_size), prepared))
+        return
+    if not args["workdir"]:
+        raise UserError("missing --workdir: the folder for checkpoints, metrics and the report")
+    sharding.start_distributed("distributed" in args)
+    metrics.enable_compile_cache()
+    stop, compiles, workdir = Stop(), Compiles(), Path(args["workdir"])
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file: name a folder")
+    try:
+        with files.lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+            run = setup(config, workdir, args.overrides, stop, compiles)
+            with jax.set_mesh(run.mesh):
+                summary = train(run)
+    except PermissionError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; pick a --workdir that can be written") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or workdir}: {error.strerror or error}") from None
+    if jax.process_index() == 0:
+        cli.result(summary, args)
+    if summary["status"] == "interrupted":
+        raise SystemExit(130)
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,75 @@
+"""Nested dicts of arrays seen as paths `a/b/c`: regex rule tables, counts, bytes, differences.
+
+The same matcher serves weight decay, freezing, sharding and (later) adapters and foreign names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+T = TypeVar("T")
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """`blocks/attn/qkv/kernel` from a JAX key path."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """{path: leaf}, in tree order."""
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """`function(path, leaf, *other leaves)` over the tree."""
+    return jax.tree_util.tree_map_with_path(lambda keys, *leaves: function(path_of(keys), *leaves), tree, *rest)
+
+
+def first_match(rules: Sequence[tuple[str, T]], path: str) -> T:
+    """Value of the first rule whose pattern matches the whole path. Raises ValueError where none does."""
+    for pattern, value in rules:
+        if re.fullmatch(pattern, path):
+            return value
+    raise ValueError(f"no rule matches the parameter {path!r}; patterns: {[p for p, _ in rules]}")
+
+
+def matches(patterns: Sequence[str], path: str) -> bool:
+    """Whether any pattern matches the whole path."""
+    return any(re.fullmatch(p, path) for p in patterns)
+
+
+def unused(patterns: Sequence[str], tree: Any) -> list[str]:
+    """Patterns that match no path: usually a misspelling."""
+    return [p for p in patterns if not any(re.fullmatch(p, path) for path in flatten(tree))]
+
+
+def size(tree: Any) -> int:
+    """Number of elements."""
+    return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in jax.tree.leaves(tree))
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all leaves, over all devices."""
+    return sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def bytes_on_device(tree: Any, device: jax.Device) -> int:
+    """Bytes that one device really holds."""
+    shards = (s for leaf in jax.tree.leaves(tree) for s in leaf.addressable_shards)
+    return sum(s.data.nbytes for s in shards if s.device == device)
+
+
+def difference(expected: Any, found: Any) -> list[str]:
+    """One line per path that is missing, extra, or of another shape or dtype."""
+    a, b = flatten(expected), flatten(found)
+    rows = [f"missing {p}" for p in a if p not in b] + [f"extra {p}" for p in b if p not in a]
+    for p in a.keys() & b.keys():
+        want, got = (tuple(a[p].shape), str(a[p].dtype)), (tuple(b[p].shape), str(b[p].dtype))
+        if want != got:
+            rows.append(f"{p}: {got} instead of {want}")
+    return sorted(rows)
