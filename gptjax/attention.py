@@ -1,7 +1,7 @@
 """Attention: one mask specification, and the backends that honour it.
 
 q [B, T, K, G, C] (K key/value heads, G query heads on each), k and v [B, S, K, C] -> [B, T, K, G, C].
-`xla` is the reference and holds all B*H*T*S weights; `blockwise` holds one block of keys at a time, forward and backward,
+`reference` is the definition. `xla` is the same, several times faster to train on a CPU; both hold all B*H*T*S weights. `blockwise` holds one block of keys at a time, forward and backward,
 so its memory is linear in S. To add a backend, write a function of the same form and add it to `BACKENDS`.
 """
 
@@ -17,6 +17,20 @@ import jax.numpy as jnp
 
 Array = jax.Array
 _MASKED = -1e30  # finite: exp underflows to an exact 0, and no NaN arises from a block without a visible key
+
+
+@jax.custom_vjp
+def _fence(x: Array) -> Array:
+    return jax.lax.optimization_barrier(x)
+
+
+_fence.defvjp(lambda x: (_fence(x), None), lambda _, g: (jax.lax.optimization_barrier(g),))
+
+
+def fence(x: Array) -> Array:
+    """x, computed once, forward and backward. XLA:CPU would otherwise fuse x into each of its readers and compute it again in
+    every one; measured in experiments/LOG.md. On accelerators fusion is what one wants, and this does nothing."""
+    return _fence(x) if jax.default_backend() == "cpu" else x
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["q_index", "q_segments", "k_segments"], meta_fields=["window"])
@@ -46,20 +60,80 @@ class Mask:
         return visible
 
 
-def xla(q_BTKGC: Array, k_BSKC: Array, v_BSKC: Array, mask: Mask, *, block: int = 0, dropout: Callable[[Array], Array] | None = None) -> Array:
-    """The reference: softmax in float32 over all keys."""
-    scale = q_BTKGC.shape[-1] ** -0.5
-    scores_BKGTS = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC * jnp.asarray(scale, q_BTKGC.dtype), k_BSKC, preferred_element_type=jnp.float32)
+def reference(q_BTKGC: Array, k_BSKC: Array, v_BSKC: Array, mask: Mask, *, block: int = 0, keep: Array | None = None) -> Array:
+    """The definition, differentiated by JAX. keep [B, K, G, T, S]: dropout's multiplier of the weights, in every backend."""
+    scores_BKGTS = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32) * q_BTKGC.shape[-1] ** -0.5
     allowed_BTS = mask.allowed(0, k_BSKC.shape[1])
     probs_BKGTS = jax.nn.softmax(jnp.where(allowed_BTS[:, None, None], scores_BKGTS, _MASKED), axis=-1)
-    if dropout is not None:
-        probs_BKGTS = dropout(probs_BKGTS)
+    probs_BKGTS = probs_BKGTS if keep is None else probs_BKGTS * keep
     return jnp.einsum("BKGTS,BSKC->BTKGC", probs_BKGTS.astype(v_BSKC.dtype), v_BSKC)
 
 
-def blockwise(q_BTKGC: Array, k_BSKC: Array, v_BSKC: Array, mask: Mask, *, block: int = 256, dropout: Callable[[Array], Array] | None = None) -> Array:
+def xla(q_BTKGC: Array, k_BSKC: Array, v_BSKC: Array, mask: Mask, *, block: int = 0, keep: Array | None = None) -> Array:
+    """The same with a hand-written gradient: heads first, queries in up to four strips that skip the keys after them, and the
+    division by the softmax's sum moved from the [T, S] weights to the [T, C] outputs. float32 softmax."""
+    b, t, heads, groups, c = q_BTKGC.shape
+    allowed = mask.allowed(0, k_BSKC.shape[1])[:, None, None]
+    return _xla(q_BTKGC, k_BSKC, v_BSKC, allowed, keep)
+
+
+def _strips(t: int, s: int) -> list[tuple[int, int, int]]:
+    """(first query, end of queries, keys they can see). Queries that continue a cache may see all of it."""
+    n = min(4, t // 128) if t == s else 1
+    return [(i * t // n, (i + 1) * t // n, (i + 1) * t // n) for i in range(n)] if n > 1 else [(0, t, s)]
+
+
+@jax.custom_vjp
+def _xla(q: Array, k: Array, v: Array, allowed: Array, keep: Array | None) -> Array:
+    return _xla_forward(q, k, v, allowed, keep)[0]
+
+
+def _xla_forward(q: Array, k: Array, v: Array, allowed: Array, keep: Array | None):
+    scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    q, k, v = (fence(x) for x in (q.transpose(0, 2, 3, 1, 4) * scale, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
+    outs, weights, inverses = [], [], []
+    for a, b, s in _strips(q.shape[3], k.shape[2]):
+        scores = fence(jnp.einsum("BKGTC,BKSC->BKGTS", q[:, :, :, a:b], k[:, :, :s], preferred_element_type=jnp.float32))
+        scores = jnp.where(allowed[:, :, :, a:b, :s], scores, _MASKED)
+        weight = fence(jnp.exp(scores - scores.max(-1, keepdims=True)))
+        inverse = 1 / weight.sum(-1, keepdims=True)
+        kept = weight if keep is None else weight * keep[:, :, :, a:b, :s]
+        out = jnp.einsum("BKGTS,BKSC->BKGTC", kept.astype(v.dtype), v[:, :, :s], preferred_element_type=jnp.float32)
+        outs.append(out * inverse)
+        weights.append(weight)
+        inverses.append(inverse)
+    out = fence(jnp.concatenate(outs, 3).transpose(0, 3, 1, 2, 4).astype(v.dtype))
+    return out, (q, k, v, keep, out, weights, jnp.concatenate(inverses, 3))
+
+
+def _xla_backward(saved: tuple, g: Array):
+    q, k, v, keep, out, weights, inverse = saved
+    g = g.astype(jnp.float32)
+    delta = (g * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 3, 1)[..., None]
+    g, delta = fence(g.transpose(0, 2, 3, 1, 4) * inverse), fence(delta * inverse)  # gradients over the softmax's sum
+    low, dk, dv = v.dtype, jnp.zeros(k.shape), jnp.zeros(v.shape)
+    dq = []
+    for (a, b, s), weight in zip(_strips(q.shape[3], k.shape[2]), weights, strict=True):
+        keep_ab = None if keep is None else keep[:, :, :, a:b, :s]
+        q_ab, g_ab = q[:, :, :, a:b], g[:, :, :, a:b].astype(low)
+        d_weight = fence(jnp.einsum("BKGTC,BKSC->BKGTS", g_ab, v[:, :, :s], preferred_element_type=jnp.float32))
+        d_weight = d_weight if keep_ab is None else d_weight * keep_ab
+        d_scores = fence(weight * (d_weight - delta[:, :, :, a:b])).astype(low)
+        kept = (weight if keep_ab is None else weight * keep_ab).astype(low)
+        dq.append(jnp.einsum("BKGTS,BKSC->BKGTC", d_scores, k[:, :, :s], preferred_element_type=jnp.float32))
+        rest = ((0, 0), (0, 0), (0, k.shape[2] - s), (0, 0))
+        dk += jnp.pad(jnp.einsum("BKGTS,BKGTC->BKSC", d_scores, q_ab, preferred_element_type=jnp.float32), rest)
+        dv += jnp.pad(jnp.einsum("BKGTS,BKGTC->BKSC", kept, g_ab, preferred_element_type=jnp.float32), rest)
+    dq = jnp.concatenate(dq, 3).transpose(0, 3, 1, 2, 4) * q.shape[-1] ** -0.5
+    return dq.astype(low), dk.transpose(0, 2, 1, 3).astype(low), dv.transpose(0, 2, 1, 3).astype(low), None, None
+
+
+_xla.defvjp(_xla_forward, _xla_backward)
+
+
+def blockwise(q_BTKGC: Array, k_BSKC: Array, v_BSKC: Array, mask: Mask, *, block: int = 256, keep: Array | None = None) -> Array:
     """Online softmax over blocks of keys (Rabe & Staats 2021; Dao et al. 2022), recomputed block by block in the backward pass."""
-    if dropout is not None:
+    if keep is not None:
         raise ValueError("blockwise attention has no dropout on its weights: use model.attention = 'xla' or model.dropout = 0")
     size = min(block, k_BSKC.shape[1])
     pad = -k_BSKC.shape[1] % size
@@ -123,4 +197,4 @@ def _blockwise_backward(block: int, saved, d_out: Array):
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
-BACKENDS: dict[str, Callable[..., Array]] = {"xla": xla, "blockwise": blockwise}
+BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference, "xla": xla, "blockwise": blockwise}

@@ -68,7 +68,7 @@ class ModelConfig:
     tied: bool = knob(True, "the head shares the token embedding")
     init_std: float = knob(0.02, "standard deviation of the initial weights", low=0.0)
     dtype: str = knob("float32", "compute dtype; parameters stay float32", choices=("float32", "bfloat16"))
-    attention: str = knob("xla", "attention backend", choices=("xla", "blockwise"), shapes=False)
+    attention: str = knob("xla", "attention backend", choices=("xla", "blockwise", "reference"), shapes=False)
     attention_block: int = knob(256, "keys per block of the blockwise backend", low=1, shapes=False)
     scan: bool = knob(False, "lax.scan over layers: compiles several times faster when deep", shapes=False)
     remat: str = knob("none", "recompute in the backward pass", choices=("none", "dots", "full"), shapes=False)
@@ -305,6 +305,8 @@ def cross_checks(c: Config) -> list[str]:
         faults.append(f"model.rope_scaling = {m.rope_scaling!r} needs model.positions = 'rope'")
     if m.rope_scaling == "llama3" and m.rope_high_freq <= m.rope_low_freq:
         faults.append(f"model.rope_high_freq = {m.rope_high_freq} must exceed model.rope_low_freq = {m.rope_low_freq}")
+    if m.dropout and m.attention == "blockwise":
+        faults.append(f"model.dropout = {m.dropout} needs model.attention = 'xla': blockwise attention has no dropout on its weights")
     if t.batch_size % t.accumulate:
         faults.append(f"train.accumulate = {t.accumulate} does not divide train.batch_size = {t.batch_size}: pick a divisor")
     if o.warmup_steps > t.steps:

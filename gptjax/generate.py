@@ -83,7 +83,7 @@ def stream(config: ModelConfig, params: Any, prompt: Sequence[int], max_new_toke
             f"{len(ids)} prompt tokens and max_new_tokens = {max_new_tokens} exceed the model's context of {config.context}:\n"
             f"ask for at most {config.context + 1 - len(ids)}, or pass --rolling to let the oldest text fall out of sight"
         )
-    config = dataclasses.replace(config, dropout=0.0, remat="none", attention="xla")
+    config = dataclasses.replace(config, dropout=0.0, remat="none", attention="reference")
     key = jax.random.key(sampling.seed)
     options = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
     made = 0

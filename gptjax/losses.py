@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from gptjax import model
+from gptjax.attention import fence
 from gptjax.config import ModelConfig
 
 Array = jax.Array
@@ -23,20 +26,59 @@ def chunk_length(config: ModelConfig, batch: int, length: int, wanted: int) -> i
 
 def token_cross_entropy(config: ModelConfig, params: model.Params, x_BTD: Array, targets_BT: Array, weights_BT: Array, *, chunk: int) -> Array:
     """Sum over positions of weight * -log p(target), float32 scalar. x_BTD as `model.apply` returns it."""
-    table = model.head(params).astype(x_BTD.dtype)
-    length = x_BTD.shape[1]
-    chunks = tuple(jnp.moveaxis(a.reshape(a.shape[0], length // chunk, chunk, *a.shape[2:]), 1, 0) for a in (x_BTD, targets_BT, weights_BT))
+    return _cross_entropy(config, chunk, x_BTD, model.head(params).astype(x_BTD.dtype), targets_BT, weights_BT)
 
-    @jax.checkpoint
-    def one(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        x, targets, weights = piece
-        logits = model.softcap(config, jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32))
-        if config.padded_vocab != config.vocab_size:
-            logits = jnp.where(jnp.arange(config.padded_vocab) < config.vocab_size, logits, -1e30)
-        peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-        log_total = jnp.log(jnp.exp(logits - peak).sum(-1)) + peak[..., 0]
-        # a sum over a one-hot mask, not a gather: it stays local where the vocabulary is split over devices
-        chosen = jnp.where(jnp.arange(config.padded_vocab) == targets[..., None], logits, 0.0).sum(-1)
-        return total + (weights * (log_total - chosen)).sum(), None
 
-    return jax.lax.scan(one, jnp.zeros(()), chunks)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(config: ModelConfig, chunk: int, x: Array, table: Array, targets: Array, weights: Array) -> Array:
+    def add(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        return total + _chunk(config, table, *piece)[0], None
+
+    return jax.lax.scan(add, jnp.zeros(()), _chunks(chunk, x, targets, weights))[0]
+
+
+def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
+    """[B, T, ...] -> [T / chunk, B, chunk, ...]: rows stay where they are when they are split over devices."""
+    return tuple(jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0) for a in arrays)
+
+
+def _chunk(config: ModelConfig, table: Array, x: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
+    """(loss sum, logits [N, V], their log of the sum of exponentials [N, 1], one-hot targets) of one chunk, N = B * chunk."""
+    logits = fence(jnp.einsum("ND,VD->NV", x.reshape(-1, x.shape[-1]), table, preferred_element_type=jnp.float32))
+    logits = model.softcap(config, logits)
+    ids = jnp.arange(config.padded_vocab)
+    if config.padded_vocab != config.vocab_size:
+        logits = jnp.where(ids < config.vocab_size, logits, -1e30)
+    peak = fence(logits.max(-1, keepdims=True))
+    log_total = fence(jnp.log(jnp.exp(logits - peak).sum(-1, keepdims=True)) + peak)
+    # a sum over a mask, not a gather: it stays local where the vocabulary is split over devices
+    hit = ids == targets.reshape(-1, 1)
+    chosen = jnp.where(hit, logits, 0.0).sum(-1)
+    return (weights.reshape(-1) * (log_total[:, 0] - chosen)).sum(), logits, log_total, hit
+
+
+def _forward(config: ModelConfig, chunk: int, x: Array, table: Array, targets: Array, weights: Array):
+    """Both gradients in the same pass, while a chunk's logits are at hand: they are linear in the cotangent of the sum."""
+
+    def add(carry: tuple[Array, Array], piece: tuple[Array, Array, Array]):
+        total, d_table = carry
+        loss, logits, log_total, hit = _chunk(config, table, *piece)
+        x_c, _, weights_c = piece
+        d_logits = (jnp.exp(logits - log_total) - hit) * weights_c.reshape(-1, 1)
+        if cap := config.logit_softcap:
+            d_logits = d_logits * (1 - jnp.square(jnp.maximum(logits, -cap) / cap))
+        d_logits = fence(d_logits.astype(x.dtype))
+        d_x = jnp.einsum("NV,VD->ND", d_logits, table).reshape(x_c.shape)
+        d_table += jnp.einsum("NV,ND->VD", d_logits, x_c.reshape(-1, x.shape[-1]), preferred_element_type=jnp.float32)
+        return (total + loss, d_table), d_x
+
+    (total, d_table), d_x = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(table.shape)), _chunks(chunk, x, targets, weights))
+    return total, (jnp.moveaxis(d_x, 0, 1).reshape(x.shape), d_table.astype(table.dtype))
+
+
+def _backward(config: ModelConfig, chunk: int, saved: tuple[Array, Array], g: Array):
+    d_x, d_table = saved
+    return (g * d_x).astype(d_x.dtype), (g * d_table).astype(d_table.dtype), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)

@@ -8,6 +8,7 @@ Dims: B batch, T time, S keys, D width, H query heads, K key/value heads, G = H 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -15,11 +16,55 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax import attention
+from gptjax import attention, tree
+from gptjax.attention import fence
 from gptjax.config import ModelConfig
 
 Array = jax.Array
 Params = dict[str, Any]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalise(x: Array, scale: Array, bias: Array | None, eps: float, centre: bool) -> Array:
+    """LayerNorm (`centre`) or RMSNorm over the last axis, float32 in and out."""
+    return _normalise_forward(x, scale, bias, eps, centre)[0]
+
+
+def _normalise_forward(x: Array, scale: Array, bias: Array | None, eps: float, centre: bool):
+    x = x - x.mean(-1, keepdims=True) if centre else x
+    inverse = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
+    unit = fence(x * inverse)  # saved: the backward pass needs nothing else of x
+    y = unit * scale
+    return (y if bias is None else y + bias), (unit, inverse, scale, bias)
+
+
+def _normalise_backward(eps: float, centre: bool, saved: tuple, g: Array):
+    unit, inverse, scale, bias = saved
+    g = fence(g)
+    rows = tuple(range(g.ndim - 1))
+    gs = g * scale
+    dx = gs - unit * (gs * unit).mean(-1, keepdims=True)
+    if centre:
+        dx = dx - gs.mean(-1, keepdims=True)
+    return fence(dx * inverse), (g * unit).sum(rows), None if bias is None else g.sum(rows)
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """The tanh form of GELU, as in GPT-2 (Hendrycks & Gimpel 2016). Its gradient recomputes tanh instead of saving intermediates."""
+    return nn.gelu(x, approximate=True)
+
+
+def _gelu_backward(x: Array, g: Array):
+    c, g = math.sqrt(2 / math.pi), fence(g)
+    t = jnp.tanh(c * (x + 0.044715 * x * x * x))
+    return (fence(g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x))),)
+
+
+gelu.defvjp(lambda x: (fence(gelu(fence(x))), x), _gelu_backward)
 
 
 class Norm(nn.Module):
@@ -30,31 +75,28 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        c = self.config
+        c, rms = self.config, self.rms or self.config.norm == "rmsnorm"
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        if self.rms or c.norm == "rmsnorm":
-            return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + c.norm_eps) * scale).astype(x.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if c.bias == "all" else jnp.zeros(())
-        return layer_norm(y, scale, bias, c.norm_eps).astype(x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if c.bias == "all" and not rms else None
+        return normalise(x.astype(jnp.float32), scale, bias, c.norm_eps, not rms).astype(x.dtype)
 
 
 class Linear(nn.Module):
-    """Contracts the last `inputs` axes of x with a kernel of shape x.shape[-inputs:] + features."""
+    """Contracts the last `inputs` axes of x with a kernel of shape x.shape[-inputs:] + features, as one product of matrices."""
 
     features: tuple[int, ...]
-    std: float
     bias: bool
     inputs: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (*x.shape[-self.inputs :], *self.features)
-        kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
+        kernel = self.param("kernel", nn.initializers.zeros, shape)
         rows, columns = math.prod(shape[: self.inputs]), math.prod(self.features)
-        batch = x.shape[: -self.inputs]
-        y = (x.reshape(*batch, rows) @ kernel.reshape(rows, columns)).reshape(*batch, *self.features)
-        return y + self.param("bias", nn.initializers.zeros, self.features) if self.bias else y
+        y = x.reshape(-1, rows) @ kernel.reshape(rows, columns)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, self.features).reshape(1, columns)
+        return y.reshape(*x.shape[: -self.inputs], *self.features)
 
 
 class Attention(nn.Module):
@@ -67,7 +109,8 @@ class Attention(nn.Module):
     def __call__(self, x_BTD: Array, positions: Array, mask: attention.Mask, cache: Params | None, train: bool) -> tuple[Array, Params | None]:
         c = self.config
         groups = c.heads // c.kv
-        qkv = Linear((c.kv, groups + 2, c.head_width), c.init_std, c.bias in ("all", "qkv"), name="qkv")(x_BTD)
+        qkv = Linear((c.kv, groups + 2, c.head_width), c.bias in ("all", "qkv"), name="qkv")(x_BTD)
+        qkv = fence(qkv)
         q_BTKGC, k_BTKC, v_BTKC = qkv[..., :groups, :], qkv[..., groups, :], qkv[..., groups + 1, :]
         if c.qk_norm:
             q_BTKGC, k_BTKC = Norm(c, rms=True, name="q_norm")(q_BTKGC), Norm(c, rms=True, name="k_norm")(k_BTKC)
@@ -80,11 +123,13 @@ class Attention(nn.Module):
             k_BSKC = write_cache(cache["k"], k_BTKC, mask.q_index[:, 0])
             v_BSKC = write_cache(cache["v"], v_BTKC, mask.q_index[:, 0])
             cache = {"k": k_BSKC, "v": v_BSKC}
-        dropout = functools.partial(nn.Dropout(c.dropout, name="dropout"), deterministic=False) if train and c.dropout else None
-        backend = attention.BACKENDS[c.attention]
-        y_BTKGC = backend(q_BTKGC, k_BSKC, v_BSKC, mask, block=c.attention_block, dropout=dropout)
+        keep = None
+        if train and c.dropout:  # what multiplies the attention weights: 0, or 1 / (1 - dropout)
+            shape = (x_BTD.shape[0], c.kv, groups, x_BTD.shape[1], k_BSKC.shape[1])
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - c.dropout, shape) / jnp.float32(1 - c.dropout)
+        y_BTKGC = attention.BACKENDS[c.attention](q_BTKGC, k_BSKC, v_BSKC, mask, block=c.attention_block, keep=keep)
         y_BTHC = y_BTKGC.reshape(*y_BTKGC.shape[:2], c.heads, c.head_width)
-        return Linear((c.width,), residual_std(c), c.bias == "all", inputs=2, name="out")(y_BTHC), cache
+        return Linear((c.width,), c.bias == "all", inputs=2, name="out")(y_BTHC), cache
 
 
 class MLP(nn.Module):
@@ -96,11 +141,12 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: Array) -> Array:
         c, bias = self.config, self.config.bias == "all"
         if c.mlp == "swiglu":
-            gate_up = Linear((2, c.mlp_width), c.init_std, bias, name="gate_up")(x_BTD)
+            gate_up = fence(Linear((2, c.mlp_width), bias, name="gate_up")(x_BTD))
             h_BTF = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
         else:
-            h_BTF = nn.gelu(Linear((c.mlp_width,), c.init_std, bias, name="up")(x_BTD), approximate=c.mlp == "gelu")
-        return Linear((c.width,), residual_std(c), bias, name="down")(h_BTF)
+            up_BTF = Linear((c.mlp_width,), bias, name="up")(x_BTD)
+            h_BTF = gelu(up_BTF) if c.mlp == "gelu" else nn.gelu(fence(up_BTF), approximate=False)
+        return Linear((c.width,), bias, name="down")(fence(h_BTF))
 
 
 class Block(nn.Module):
@@ -111,20 +157,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Array, positions: Array, mask: attention.Mask, cache: Params | None = None, train: bool = False):
         dropout = nn.Dropout(self.config.dropout, deterministic=not train)
-        y, cache = Attention(self.config, name="attn")(Norm(self.config, name="norm1")(x_BTD), positions, mask, cache, train)
-        x_BTD = x_BTD + dropout(y)
-        return x_BTD + dropout(MLP(self.config, name="mlp")(Norm(self.config, name="norm2")(x_BTD))), cache
-
-
-def residual_std(config: ModelConfig) -> float:
-    """GPT-2 scales the projections into the residual stream by 1 / sqrt(2 L) (Radford et al. 2019, section 2.3)."""
-    return config.init_std / math.sqrt(2 * config.layers)
-
-
-def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
-    mean = x.mean(-1, keepdims=True)
-    centred = x - mean
-    return centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + eps) * scale + bias
+        y, cache = Attention(self.config, name="attn")(fence(Norm(self.config, name="norm1")(x_BTD)), positions, mask, cache, train)
+        x_BTD = fence(x_BTD + dropout(y))
+        y = MLP(self.config, name="mlp")(fence(Norm(self.config, name="norm2")(x_BTD)))
+        return fence(x_BTD + dropout(y)), cache
 
 
 def rope_tables(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
@@ -153,21 +189,46 @@ def write_cache(cache_BSKC: Array, new_BTKC: Array, start_B: Array) -> Array:
     return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), at, axis=0))(cache_BSKC, new_BTKC, start_B)
 
 
-def init_params(config: ModelConfig, key: Array) -> Params:
-    """{"embed": {...}, "blocks": {... [L, ...]}, "final_norm": {...}, "head": ... if untied}, float32."""
+# Standard deviation by path, as a multiple of `init_std`; GPT-2 scales the projections into the residual stream by 1 / sqrt(2 L)
+# (Radford et al. 2019, section 2.3). None: the constant that the module itself starts with.
+INIT_SCALES: tuple[tuple[str, Any], ...] = (
+    (r".*/(scale|bias)", None),
+    (r"blocks/(attn/out|mlp/down)/kernel", lambda config: 1 / math.sqrt(2 * config.layers)),
+    (r".*", lambda config: 1.0),
+)
+
+
+def init_params(config: ModelConfig, key: Array, *, rows_sharding: jax.sharding.Sharding | None = None) -> Params:
+    """{"embed": {...}, "blocks": {... [L, ...]}, "final_norm": {...}, "head": ... if untied}, float32.
+
+    All normal numbers are one draw of rows of width D, split up afterwards: a draw per parameter takes seconds to compile on a CPU.
+    `rows_sharding` spreads those rows over the devices of a mesh.
+    """
     c = config
-    tokens_key, positions_key, head_key, blocks_key = jax.random.split(key, 4)
-    normal = functools.partial(jax.random.normal, dtype=jnp.float32)
-    params: Params = {"embed": {"tokens": c.init_std * normal(tokens_key, (c.padded_vocab, c.width))}}
-    if c.positions == "learned":
-        params["embed"]["positions"] = c.init_std * normal(positions_key, (c.context, c.width))
     x, index = jnp.zeros((1, 1, c.width)), jnp.zeros((1, 1), jnp.int32)
-    init = lambda k: Block(c).init(k, x, index, attention.Mask(index))["params"]  # noqa: E731
-    params["blocks"] = jax.vmap(init)(jax.random.split(blocks_key, c.layers))
-    params["final_norm"] = Norm(c).init(key, x)["params"]
+    block = jax.eval_shape(lambda: Block(c).init(jax.random.key(0), x, index, attention.Mask(index))["params"])
+    params: Params = {
+        "embed": {"tokens": jnp.zeros((c.padded_vocab, c.width))},
+        "blocks": tree.map_with_path(lambda path, p: jnp.full((c.layers, *p.shape), float(path.endswith("scale"))), block),
+        "final_norm": tree.map_with_path(lambda path, p: jnp.full(p.shape, float(path == "scale")), jax.eval_shape(Norm(c).init, key, x)["params"]),
+    }
+    if c.positions == "learned":
+        params["embed"]["positions"] = jnp.zeros((c.context, c.width))
     if not c.tied:
-        params["head"] = {"kernel": c.init_std * normal(head_key, (c.padded_vocab, c.width))}
-    return params
+        params["head"] = {"kernel": jnp.zeros((c.padded_vocab, c.width))}
+    drawn = {path: p.size // c.width for path, p in tree.flatten(params).items() if tree.first_match(INIT_SCALES, path)}
+    total = sum(drawn.values())
+    rows = jax.random.normal(key, (total + -total % 1024, c.width))  # in 1,024s, so that meshes divide them
+    rows = jax.lax.optimization_barrier(rows if rows_sharding is None else jax.lax.with_sharding_constraint(rows, rows_sharding))
+    starts = dict(zip(drawn, itertools.accumulate([0, *drawn.values()]), strict=False))
+
+    def fill(path: str, constant: Array) -> Array:
+        scale = tree.first_match(INIT_SCALES, path)
+        if scale is None:
+            return constant
+        return c.init_std * scale(c) * rows[starts[path] : starts[path] + drawn[path]].reshape(constant.shape)
+
+    return tree.map_with_path(fill, params)
 
 
 def count_params(config: ModelConfig) -> int:
@@ -240,7 +301,7 @@ def apply(
             x, layer_cache = block(x, (block_params, jnp.asarray(i), None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache)))
             caches.append(layer_cache)
         cache = None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *caches)
-    return Norm(c).apply({"params": params["final_norm"]}, x), cache
+    return fence(Norm(c).apply({"params": params["final_norm"]}, x)), cache
 
 
 def head(params: Params) -> Array:

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gptjax import losses, model, optim, sharding
 from gptjax.config import Config
@@ -33,10 +34,10 @@ class TrainState:
     rng: Array
 
 
-def new_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
+def new_state(config: Config, tx: optax.GradientTransformation, *, rows_sharding: jax.sharding.Sharding | None = None) -> TrainState:
     """The state before the first step, a function of `train.seed` alone."""
     params_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
-    params = model.init_params(config.model, params_key)
+    params = model.init_params(config.model, params_key, rows_sharding=rows_sharding)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jax.random.key_data(dropout_key))
 
 
@@ -50,7 +51,8 @@ def state_shapes(config: Config) -> tuple[TrainState, optax.GradientTransformati
 def init_state(config: Config, mesh: Mesh) -> TrainState:
     """A new state, each array made where it lives."""
     shapes, tx = state_shapes(config)
-    return jax.jit(functools.partial(new_state, config, tx), out_shardings=sharding.shardings(mesh, shapes))()
+    rows_sharding = NamedSharding(mesh, P(sharding.AXES))
+    return jax.jit(functools.partial(new_state, config, tx, rows_sharding=rows_sharding), out_shardings=sharding.shardings(mesh, shapes))()
 
 
 def loss_sum(config: Config, params: Any, batch: Batch, dropout_key: Array | None, *, devices: int) -> tuple[Array, Array]:
@@ -90,7 +92,7 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
             (total, weight, grads), _ = jax.lax.scan(add, zero, (jnp.arange(count), micro))
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics = {"loss": total / weight, "grad_norm": optax.global_norm(grads), "lr": rate(state.step), "tokens": weight}
+        metrics = {"loss": total / weight, "grad_norm": optax.tree.norm(grads), "lr": rate(state.step), "tokens": weight}
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.rng), metrics
 
     out = (sharding.shardings(mesh, shapes), None)

@@ -345,6 +345,7 @@ def main(argv: list[str]) -> None:
         raise UserError("missing --workdir: the folder for checkpoints, metrics and the report")
     sharding.start_distributed("distributed" in args)
     metrics.enable_compile_cache()
+    metrics.keep_freed_memory()
     stop, compiles, workdir = Stop(), Compiles(), Path(args["workdir"])
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file: name a folder")

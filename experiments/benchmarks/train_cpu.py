@@ -1,0 +1,185 @@
+"""Training-step tokens/s of gptjax against PyTorch's GPT-2 (transformers), on this machine's CPU.
+
+    python experiments/benchmarks/train_cpu.py [--shapes=shakespeare_char,10m,124m] [--rounds=7] [--seconds=3]
+
+Every contender is a process of its own that waits for its turn; turns are interleaved (A B C A B C ...), so that all see the same
+noise, and medians are compared. Same batch, no dropout, AdamW, gradients clipped at 1.0. Needs `pip install -e '.[parity]'`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+# layers, width, heads, batch, context, vocabulary
+SHAPES = {
+    "shakespeare_char": (4, 128, 4, 12, 64, 65),
+    "10m": (6, 384, 6, 8, 256, 4096),
+    "124m": (12, 768, 12, 2, 512, 50257),
+}
+CONTENDERS = ("gptjax float32", "torch eager float32", "torch compile float32", "torch eager bfloat16", "torch compile bfloat16")
+TORCH_FLOAT32 = CONTENDERS[1:3]
+TORCH_BFLOAT16 = CONTENDERS[3:]
+
+
+def gptjax_worker(shape: str):
+    """Returns (step, matrix rate): `step()` runs one training step and waits for it."""
+    from gptjax import metrics
+
+    metrics.keep_freed_memory()
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from gptjax import config, sharding, steps
+
+    layers, width, heads, batch, context, vocab = SHAPES[shape]
+    c = config.build(
+        {
+            "model": dict(layers=layers, width=width, heads=heads, context=context, vocab_size=vocab),
+            "train": dict(batch_size=batch),
+            "optim": dict(lr=3e-4),
+        }
+    )
+    mesh = sharding.make_mesh(c)
+    ids = np.random.default_rng(0).integers(0, vocab, (batch, context + 1)).astype(np.int32)
+    ones = np.ones((batch, context), np.int32)
+    data = {
+        "tokens": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": ones.astype(np.float32), "segment_ids": ones,
+        "positions": np.broadcast_to(np.arange(context, dtype=np.int32), (batch, context)),
+    }  # fmt: skip
+    with jax.set_mesh(mesh):
+        state = steps.init_state(c, mesh)
+        data = sharding.to_global(mesh, data)
+        compiled = steps.make_train_step(c, mesh).lower(state, data).compile()
+
+    def step() -> None:
+        nonlocal state
+        state, out = compiled(state, data)
+        jax.block_until_ready((state, out))
+
+    def matrix_rate() -> float:
+        a = jnp.ones((batch * context, width))
+        b = jnp.ones((width, 4 * width))
+        product = jax.jit(lambda a, b: a @ b)
+        product(a, b).block_until_ready()
+        n = max(1, int(2e10 / (2 * a.size * b.shape[1])))
+        began = time.perf_counter()
+        for _ in range(n):
+            product(a, b).block_until_ready()
+        return 2 * a.size * b.shape[1] * n / (time.perf_counter() - began)
+
+    return step, matrix_rate
+
+
+def torch_worker(shape: str, mode: str, dtype: str):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    layers, width, heads, batch, context, vocab = SHAPES[shape]
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=vocab, n_positions=context, n_embd=width, n_layer=layers, n_head=heads, use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    net = GPT2LMHeadModel(config).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    forward = torch.compile(net) if mode == "compile" else net
+    ids = torch.randint(0, vocab, (batch, context))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+
+    def matrix_rate() -> float:
+        a, b = torch.ones(batch * context, width), torch.ones(width, 4 * width)
+        n = max(1, int(2e10 / (2 * a.numel() * 4 * width)))
+        began = time.perf_counter()
+        for _ in range(n):
+            a @ b
+        return 2 * a.numel() * 4 * width * n / (time.perf_counter() - began)
+
+    return step, matrix_rate
+
+
+def worker(shape: str, name: str) -> None:
+    """Answers each line `n` on stdin with the seconds of n steps and the matrix rate measured beside them."""
+    library, *mode = name.split()
+    step, matrix_rate = gptjax_worker(shape) if library == "gptjax" else torch_worker(shape, *mode)
+    for _ in range(2):
+        step()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            step()
+        seconds = (time.perf_counter() - began) / int(line)
+        print(json.dumps([seconds, matrix_rate()]), flush=True)
+
+
+def measure(shape: str, rounds: int, seconds: float) -> dict[str, tuple[list[float], float]]:
+    """{contender: (seconds a step, one per round; median matrix rate)}."""
+    processes = {}
+    for name in CONTENDERS:
+        process = subprocess.Popen([sys.executable, __file__, "--worker", shape, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while (line := process.stdout.readline()) and line.strip() != "ready":
+            continue
+        if line:
+            processes[name] = process
+        else:
+            print(f"{shape}: {name} did not start: {process.stderr.read().strip().splitlines()[-1:]}", file=sys.stderr)
+
+    def ask(name: str, count: int) -> tuple[float, float]:
+        processes[name].stdin.write(f"{count}\n")
+        processes[name].stdin.flush()
+        return tuple(json.loads(processes[name].stdout.readline()))
+
+    counts = {name: max(1, round(seconds / ask(name, 1)[0])) for name in processes}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in processes}
+    for _ in range(rounds):
+        for name in processes:
+            found[name].append(ask(name, counts[name]))
+    for process in processes.values():
+        process.stdin.close()
+        process.wait()
+    return {name: ([s for s, _ in rows], statistics.median(r for _, r in rows)) for name, rows in found.items()}
+
+
+def model_flops(shape: str) -> float:
+    """Products of matrices in one step: 6 per weight and token, and the attention's (full T x T, as transformers computes it)."""
+    layers, width, _, batch, context, vocab = SHAPES[shape]
+    weights = layers * 12 * width * width + vocab * width
+    return batch * context * (6 * weights + 12 * layers * width * context)
+
+
+def report(shape: str, found: dict[str, tuple[list[float], float]]) -> None:
+    _, _, _, batch, context, _ = SHAPES[shape]
+    print(f"\n{shape}: {batch} x {context} tokens a step, {model_flops(shape) / 1e9:.1f} GFLOP")
+    print(f"{'':<24}{'ms/step':>10}{'tokens/s':>11}{'GFLOP/s':>9}{'own matmul':>12}{'share':>7}{'gptjax is':>11}")
+    ours = found["gptjax float32"][0]
+    for name, (times, rate) in found.items():
+        middle = statistics.median(times)
+        speed = model_flops(shape) / middle
+        ratio = statistics.median(t / o for t, o in zip(times, ours, strict=True))
+        print(f"{name:<24}{1e3 * middle:>10.1f}{batch * context / middle:>11,.0f}{speed / 1e9:>9.0f}{rate / 1e9:>12.0f}{speed / rate:>7.0%}{ratio:>10.2f}x")
+    for label, names in (("float32", TORCH_FLOAT32), ("bfloat16", TORCH_BFLOAT16)):
+        if rows := [found[n][0] for n in names if n in found]:
+            best = [min(turn) for turn in zip(*rows, strict=True)]
+            print(f"gptjax float32 is {statistics.median(b / o for b, o in zip(best, ours, strict=True)):.2f}x the better of PyTorch {label}, turn by turn")
+
+
+def main(argv: list[str]) -> None:
+    flags = dict(arg[2:].split("=", 1) for arg in argv)
+    for shape in flags.get("shapes", ",".join(SHAPES)).split(","):
+        report(shape, measure(shape, int(flags.get("rounds", 7)), float(flags.get("seconds", 3))))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*sys.argv[2:])
+    else:
+        main(sys.argv[1:])

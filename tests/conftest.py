@@ -1,0 +1,66 @@
+"""Eight fake devices for every test, a cache folder of the session's own, and small runs to share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+from gptjax import config as config_lib
+from gptjax import metrics
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"  # real data sets on the developers' machines; tests that want it skip without
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["GPTJAX_CACHE"] = str(folder)
+    metrics.enable_compile_cache()
+    return folder
+
+
+@pytest.fixture
+def one_device():
+    return jax.devices()[:1]
+
+
+def make_config(**sections):
+    """A toy config: 2 layers x 32, context 16, bytes; each keyword updates one section."""
+    base = {
+        "model": dict(layers=2, width=32, heads=4, context=16, vocab_size=257),
+        "data": dict(tokenizer="bytes"),
+        "optim": dict(warmup_steps=2, lr=3e-3),
+        "train": dict(steps=8, batch_size=8, sample_tokens=8),
+    }
+    for name, values in sections.items():
+        base.setdefault(name, {}).update(values)
+    return config_lib.build(base)
+
+
+def command(*args, check=True, devices=1, env=None, **kwargs):
+    """Runs `python -m gptjax.<args>` as a user would; returns the finished process with its output as text."""
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT), **(env or {})}
+    done = subprocess.run([sys.executable, "-m", *map(str, args)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **kwargs)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A text file of about 20 kB with structure that a tiny model can learn."""
+    path = tmp_path / "corpus.txt"
+    path.write_text("".join(f"Line {i}: the quick brown fox jumps over {i % 7} lazy dogs.\n" for i in range(400)))
+    return path
+
+
+TINY = (
+    "--config=configs/debug.py", "--config.model.layers=1", "--config.model.width=16", "--config.model.heads=2", "--config.model.context=16",
+    "--config.data.source=text", "--config.data.tokenizer=bytes", "--config.data.eval_fraction=0.1", "--config.train.sample_tokens=4",
+)  # fmt: skip

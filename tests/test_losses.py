@@ -1,0 +1,53 @@
+"""Cross-entropy over chunks against the formula, and its gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_config
+
+from gptjax import losses, model
+
+
+init = jax.jit(lambda config: model.init_params(config, jax.random.key(0)), static_argnums=0)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+def test_chunks_equal_the_formula(chunk, softcap):
+    config = make_config(model=dict(vocab_size=65, logit_softcap=softcap)).model
+    params = jax.tree.map(lambda p: 10 * p, init(config))
+    x = jax.random.normal(jax.random.key(1), (3, 16, 32))
+    targets = jax.random.randint(jax.random.key(2), (3, 16), 0, 65)
+    weights = jax.random.uniform(jax.random.key(3), (3, 16)).at[0, :5].set(0.0)
+
+    def formula(params, x):
+        log_probs = jax.nn.log_softmax(model.unembed(config, params, x), axis=-1)
+        return -(weights * jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]).sum()
+
+    ours = lambda params, x: losses.token_cross_entropy(config, params, x, targets, weights, chunk=chunk)
+    expected, expected_grads = jax.jit(jax.value_and_grad(formula, argnums=(0, 1)))(params, x)
+    found, grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(params, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(expected_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5)
+
+
+def test_loss_of_a_scaled_sum_scales_its_gradient():
+    config = make_config().model
+    params = init(config)
+    x, ones = jax.random.normal(jax.random.key(1), (2, 16, 32)), jnp.ones((2, 16))
+    loss = lambda x, factor: factor * losses.token_cross_entropy(config, params, x, jnp.zeros((2, 16), jnp.int32), ones, chunk=8)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(x, 0.25) * 4, jax.jit(jax.grad(loss))(x, 1.0), rtol=1e-6)
+
+
+def test_whole_logits_never_exist():
+    """The largest array of the compiled gradient is smaller than the batch's logits."""
+    config = make_config(model=dict(vocab_size=2048, context=64)).model
+    params = init(config)
+    chunk = losses.chunk_length(config, 8, 64, 0)
+    assert 64 % chunk == 0
+    assert chunk < 64
+    loss = lambda p, x: losses.token_cross_entropy(config, p, x, jnp.zeros((8, 64), jnp.int32), jnp.ones((8, 64)), chunk=8)
+    compiled = jax.jit(jax.grad(loss)).lower(params, jnp.zeros((8, 64, 32))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 64 * 2048 * 4
