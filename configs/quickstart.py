@@ -1,6 +1,6 @@
 """A GPT on the Presidents' annual messages 1790-2026, with its own BPE of 4,096 tokens.
 
-    python -m gptjax.train --config=configs/quickstart.py --workdir=runs/quickstart
+python -m gptjax.train --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 from configs import base

@@ -72,7 +72,6 @@ def reference(q_BTKGC: Array, k_BSKC: Array, v_BSKC: Array, mask: Mask, *, block
 def xla(q_BTKGC: Array, k_BSKC: Array, v_BSKC: Array, mask: Mask, *, block: int = 0, keep: Array | None = None) -> Array:
     """The same with a hand-written gradient: heads first, queries in up to four strips that skip the keys after them, and the
     division by the softmax's sum moved from the [T, S] weights to the [T, C] outputs. float32 softmax."""
-    b, t, heads, groups, c = q_BTKGC.shape
     allowed = mask.allowed(0, k_BSKC.shape[1])[:, None, None]
     return _xla(q_BTKGC, k_BSKC, v_BSKC, allowed, keep)
 

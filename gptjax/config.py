@@ -118,8 +118,9 @@ class DataConfig:
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    name: str = knob("adamw", "optimizer", choices=("adamw",))
-    lr: float = knob(1e-3, "peak learning rate", low=0.0)
+    name: str = knob("adamw", "optimizer; muon: matrices of the blocks by Muon, the rest by Adam", choices=("adamw", "muon"))
+    lr: float = knob(1e-3, "peak learning rate", low=1e-12)
+    matrix_lr: float = knob(0.02, "muon: peak learning rate of the matrices", low=0.0)
     schedule: str = knob("cosine", "shape after warmup", choices=("cosine", "linear", "wsd", "constant"))
     warmup_steps: int = knob(100, "steps of linear warmup", low=0)
     final_lr: float = knob(0.1, "last learning rate as a share of the peak", low=0.0, high=1.0)
@@ -356,7 +357,9 @@ def load_file(spec: str) -> ml_collections.ConfigDict:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"--config={spec}: {type(error).__name__}: {error}\nA config file defines get_config() and returns base.get_config() with changes.") from error
+        raise UserError(
+            f"--config={spec}: {type(error).__name__}: {error}\nA config file defines get_config() and returns base.get_config() with changes."
+        ) from error
 
 
 def override(settings: ml_collections.ConfigDict, pairs: dict[str, str]) -> None:

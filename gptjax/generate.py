@@ -69,7 +69,9 @@ def _bucket(length: int, limit: int) -> int:
     return min(max(16, 1 << (length - 1).bit_length()), limit)
 
 
-def stream(config: ModelConfig, params: Any, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, *, eot: int, rolling: bool = False) -> Iterator[int]:
+def stream(
+    config: ModelConfig, params: Any, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, *, eot: int, rolling: bool = False
+) -> Iterator[int]:
     """Yields new token ids until `eot` or `max_new_tokens`. An empty prompt is a new document.
 
     Raises UserError where prompt and new tokens exceed the context, unless `rolling`: then, whenever the context is full, its

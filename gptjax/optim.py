@@ -7,6 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
+import optax.contrib
+from optax.contrib import MuonDimensionNumbers
 
 from gptjax import tree
 from gptjax.config import Config, OptimConfig, UserError
@@ -33,9 +35,34 @@ SCHEDULES: dict[str, Callable[[OptimConfig, Any], Any]] = {
     "constant": lambda o, share: jnp.ones_like(share),
 }
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "adamw": lambda o, rate, decays: optax.adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decays),
-}
+
+def _adamw(o: OptimConfig, rate: Callable[[Any], Any], decays: Any) -> optax.GradientTransformation:
+    return optax.adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decays)
+
+
+def _muon(o: OptimConfig, rate: Callable[[Any], Any], decays: Any) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) on the matrices of the blocks, Adam on embeddings and vectors. Same schedule, two peaks."""
+    return optax.contrib.muon(
+        lambda step: rate(step) * (o.matrix_lr / o.lr),
+        weight_decay=o.weight_decay,
+        weight_decay_mask=decays,
+        adam_b1=o.b1,
+        adam_b2=o.b2,
+        adam_learning_rate=rate,
+        muon_weight_dimension_numbers=lambda params: tree.map_with_path(lambda path, _: tree.first_match(_MATRICES, path), params),
+    )
+
+
+# Which axes of a stacked kernel are its inputs and which its outputs; what is no matrix of a block is left to Adam.
+_MATRICES: tuple[tuple[str, MuonDimensionNumbers | None], ...] = (
+    (r"blocks/attn/qkv/kernel", MuonDimensionNumbers((1,), (2, 3, 4))),
+    (r"blocks/attn/out/kernel", MuonDimensionNumbers((1, 2), (3,))),
+    (r"blocks/mlp/(up|down)/kernel", MuonDimensionNumbers((1,), (2,))),
+    (r"blocks/mlp/gate_up/kernel", MuonDimensionNumbers((1,), (2, 3))),
+    (r".*", None),
+)
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": _adamw, "muon": _muon}
 
 
 def optimizer(config: Config, params: Any) -> optax.GradientTransformation:

@@ -83,13 +83,17 @@ def curve(title: str, series: dict[str, list[tuple[float, float]]], *, width: in
     (x0, x1), (y0, y1) = ((min(p[i] for p in points), max(p[i] for p in points)) for i in (0, 1))
     x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + abs(y0) * 0.1 + 1e-9)
     left, top, right, bottom = 64, 28, width - 12, height - 28
-    px = lambda x: left + (x - x0) / (x1 - x0) * (right - left)  # noqa: E731
-    py = lambda y: bottom - (y - y0) / (y1 - y0) * (bottom - top)  # noqa: E731
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}"><text x="{left}" y="16" class="title">{html.escape(title)}</text>']
+    px = lambda x: left + (x - x0) / (x1 - x0) * (right - left)
+    py = lambda y: bottom - (y - y0) / (y1 - y0) * (bottom - top)
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}"><text x="{left}" y="16" class="title">{html.escape(title)}</text>'
+    ]
     for i in range(5):
         y, x = y0 + (y1 - y0) * i / 4, x0 + (x1 - x0) * i / 4
         parts.append(f'<line x1="{left}" x2="{right}" y1="{py(y):.1f}" y2="{py(y):.1f}" class="grid"/>')
-        parts.append(f'<text x="{left - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:.4g}</text><text x="{px(x):.1f}" y="{height - 8}" text-anchor="middle">{x:.0f}</text>')
+        parts.append(
+            f'<text x="{left - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:.4g}</text><text x="{px(x):.1f}" y="{height - 8}" text-anchor="middle">{x:.0f}</text>'
+        )
     for k, (name, line) in enumerate(series.items()):
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line)
         parts.append(f'<polyline points="{path}" class="line{k}"/>')
@@ -120,7 +124,7 @@ def write(workdir: Path, prepared: Prepared) -> None:
     run = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     records = metrics.read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
-    of = lambda name: [(float(r["step"]), float(r[name])) for r in records if name in r]  # noqa: E731
+    of = lambda name: [(float(r["step"]), float(r[name])) for r in records if name in r]
     if "baselines" not in run:
         run["baselines"] = baselines(prepared)
         files.write_text(workdir / "run.json", json.dumps(run, indent=1))
@@ -161,7 +165,11 @@ def explain(config: Config, prepared: Prepared) -> str:
     cache = 2 * m.layers * m.context * m.kv * m.head_width * (4 if m.dtype == "float32" else 2)
     rows = [
         ("vocabulary", f"{m.vocab_size:,}", "model.vocab_size, or the tokenizer's where that is 0"),
-        ("embedding rows", f"{m.padded_vocab:,}", f"padded to a multiple of {m.vocab_multiple} (model.vocab_multiple); the padding never gets probability"),
+        (
+            "embedding rows",
+            f"{m.padded_vocab:,}",
+            f"padded to a multiple of {m.vocab_multiple} (model.vocab_multiple); the padding never gets probability",
+        ),
         ("head width C", f"{m.head_width}", "model.head_dim, or width / heads"),
         ("key/value heads K", f"{m.kv}", "model.kv_heads, or heads"),
         ("MLP width F", f"{m.mlp_width:,}", "model.hidden, or 4 x width (gelu), 8/3 x width in steps of 64 (swiglu)"),
@@ -174,7 +182,11 @@ def explain(config: Config, prepared: Prepared) -> str:
         ("FLOPs per token", f"{flops:.3g}", "6 x parameters that multiply + 12 x layers x heads x head width x context"),
         ("FLOPs of the run", f"{flops * per_step * t.steps:.3g}", "FLOPs per token x tokens per step x train.steps"),
         ("micro-batch", f"{t.batch_size // t.accumulate}", "train.batch_size / train.accumulate, sequences at once"),
-        ("decay begins at step", f"{o.warmup_steps if o.schedule != 'wsd' else round(t.steps * (1 - o.decay_share)):,}", f"optim.schedule = {o.schedule}"),
+        (
+            "decay begins at step",
+            f"{o.warmup_steps if o.schedule != 'wsd' else round(t.steps * (1 - o.decay_share)):,}",
+            f"optim.schedule = {o.schedule}",
+        ),
         ("final learning rate", f"{o.lr * (1 if o.schedule == 'constant' else o.final_lr):.3g}", "optim.lr x optim.final_lr"),
         ("cache per sequence", f"{cache / 2**20:.2f} MiB", "2 x layers x context x K x C in the compute dtype, when generating"),
     ]

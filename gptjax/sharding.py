@@ -50,7 +50,9 @@ def start_distributed(wanted: bool) -> None:
         try:
             jax.distributed.initialize()
         except (ValueError, RuntimeError) as error:
-            raise UserError(f"--distributed: no cluster found ({str(error).splitlines()[0]}); under SLURM start with srun, else set JAX_COORDINATOR_ADDRESS") from None
+            raise UserError(
+                f"--distributed: no cluster found ({str(error).splitlines()[0]}); under SLURM start with srun, else set JAX_COORDINATOR_ADDRESS"
+            ) from None
 
 
 def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
@@ -63,10 +65,14 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
     for axis, n in sizes.items():
         if n == -1:
             if count % fixed:
-                raise UserError(f"mesh {shown}: {count} devices are not a multiple of {fixed}, so mesh.{axis} = -1 cannot take what is left; make the fixed axes divide {count}")
+                raise UserError(
+                    f"mesh {shown}: {count} devices are not a multiple of {fixed}, so mesh.{axis} = -1 cannot take what is left; make the fixed axes divide {count}"
+                )
             sizes[axis] = count // fixed
     if (total := int(np.prod(list(sizes.values())))) != count:
-        raise UserError(f"mesh {shown} needs {total} devices and there are {count}; set one axis to -1, or on a CPU XLA_FLAGS=--xla_force_host_platform_device_count={total}")
+        raise UserError(
+            f"mesh {shown} needs {total} devices and there are {count}; set one axis to -1, or on a CPU XLA_FLAGS=--xla_force_host_platform_device_count={total}"
+        )
     if faults := mesh_faults(config, sizes):
         raise UserError("\n".join(faults[:6]))
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
@@ -82,7 +88,12 @@ def mesh_faults(config: Config, sizes: dict[str, int]) -> list[str]:
         (m.kv, tensor, f"model.kv_heads = {m.kv}", f"mesh.tensor = {tensor}"),
         (m.mlp_width, tensor, f"model.hidden = {m.mlp_width}", f"mesh.tensor = {tensor}"),
         (m.width, fsdp, f"model.width = {m.width}", f"mesh.fsdp = {fsdp}"),
-        (m.padded_vocab, tensor * fsdp, f"the padded vocabulary of {m.padded_vocab} (model.vocab_multiple = {m.vocab_multiple})", f"mesh.tensor x mesh.fsdp = {tensor * fsdp}"),
+        (
+            m.padded_vocab,
+            tensor * fsdp,
+            f"the padded vocabulary of {m.padded_vocab} (model.vocab_multiple = {m.vocab_multiple})",
+            f"mesh.tensor x mesh.fsdp = {tensor * fsdp}",
+        ),
     )
     return [f"{axes} does not divide {what}: change one of them" for value, by, what, axes in checks if value % by]
 

@@ -52,7 +52,9 @@ class Tokenizer:
         try:
             return [np.asarray(ids, np.int32) for ids in self._encode(texts)]
         except UnicodeEncodeError as error:
-            raise UserError(f"text holds {error.object[error.start]!r}, half of a UTF-16 pair and no character: decode its source as UTF-16 or drop it") from None
+            raise UserError(
+                f"text holds {error.object[error.start]!r}, half of a UTF-16 pair and no character: decode its source as UTF-16 or drop it"
+            ) from None
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -145,7 +147,9 @@ class CharTokenizer(Tokenizer):
             known &= self._codes[np.minimum(ids, self.eot - 1)] == codes
             if not known.all():
                 at = int(np.argmin(known))
-                raise UserError(f"character {text[at]!r} at position {at} is not in the vocabulary of {self.eot} characters; use data.tokenizer = 'bytes' for any text")
+                raise UserError(
+                    f"character {text[at]!r} at position {at} is not in the vocabulary of {self.eot} characters; use data.tokenizer = 'bytes' for any text"
+                )
             yield ids
 
 
@@ -162,7 +166,9 @@ class SentencePieceTokenizer(Tokenizer):
         sp, size = self._sp, self._sp.vocab_size()
         pieces = [sp.id_to_piece(i) for i in range(size)]
         if not all(sp.piece_to_id(f"<0x{b:02X}>") != sp.unk_id() for b in range(256)) or sp.eos_id() < 0:
-            raise UserError("this sentencepiece model has no byte fallback or no end symbol: it cannot hold every text; train one with data.tokenizer = 'sentencepiece'")
+            raise UserError(
+                "this sentencepiece model has no byte fallback or no end symbol: it cannot hold every text; train one with data.tokenizer = 'sentencepiece'"
+            )
         self.eot = sp.eos_id()
         self._three = [sp.piece_to_id(f"<0x{b:02X}>") for b in _SP_SPACE.encode()]
         self.token_bytes = [
@@ -202,9 +208,13 @@ class SentencePieceTokenizer(Tokenizer):
         if not cached.exists():
             writer = io.BytesIO()
             try:
-                sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=writer, minloglevel=2, num_threads=os.cpu_count(), **options)
+                sentencepiece.SentencePieceTrainer.train(
+                    sentence_iterator=iter(lines), model_writer=writer, minloglevel=2, num_threads=os.cpu_count(), **options
+                )
             except RuntimeError as error:
-                raise UserError(f"data.tokenizer_vocab = {vocab_size}: sentencepiece cannot train it on this text ({str(error)[:120]}); try a smaller vocabulary") from None
+                raise UserError(
+                    f"data.tokenizer_vocab = {vocab_size}: sentencepiece cannot train it on this text ({str(error)[:120]}); try a smaller vocabulary"
+                ) from None
             files.write_bytes(cached, writer.getvalue())
         return cls(cached.read_bytes())
 

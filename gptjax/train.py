@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -219,7 +218,9 @@ def train(run: Run) -> dict[str, Any]:
             tracker.close()
     state, step, status = outcome
     if status == "failed to save":
-        raise UserError(f"the checkpoint of step {step} could not be written to {run.workdir} (see above): free some space and run the same command again")
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {run.workdir} (see above): free some space and run the same command again"
+        )
     return finish(run, state, step, status=status)
 
 
@@ -246,7 +247,7 @@ def loop(run: Run, state: Any, batches: Iterator, first: Any, last: int, train_s
         if tracker:
             tracker.log(step, values)
 
-    due = lambda every, at_end=True: bool(every and step % every == 0) or (at_end and step == last)  # noqa: E731
+    due = lambda every, at_end=True: bool(every and step % every == 0) or (at_end and step == last)
     run.stop.grace = True
     progress.begin()
     window.restart_clock()

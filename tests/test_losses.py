@@ -4,19 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import make_config, random_params
 
 from gptjax import losses, model
-
-
-init = jax.jit(lambda config: model.init_params(config, jax.random.key(0)), static_argnums=0)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 def test_chunks_equal_the_formula(chunk, softcap):
     config = make_config(model=dict(vocab_size=65, logit_softcap=softcap)).model
-    params = jax.tree.map(lambda p: 10 * p, init(config))
+    params = random_params(config)
     x = jax.random.normal(jax.random.key(1), (3, 16, 32))
     targets = jax.random.randint(jax.random.key(2), (3, 16), 0, 65)
     weights = jax.random.uniform(jax.random.key(3), (3, 16)).at[0, :5].set(0.0)
@@ -35,7 +32,7 @@ def test_chunks_equal_the_formula(chunk, softcap):
 
 def test_loss_of_a_scaled_sum_scales_its_gradient():
     config = make_config().model
-    params = init(config)
+    params = random_params(config)
     x, ones = jax.random.normal(jax.random.key(1), (2, 16, 32)), jnp.ones((2, 16))
     loss = lambda x, factor: factor * losses.token_cross_entropy(config, params, x, jnp.zeros((2, 16), jnp.int32), ones, chunk=8)
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(x, 0.25) * 4, jax.jit(jax.grad(loss))(x, 1.0), rtol=1e-6)
@@ -44,7 +41,7 @@ def test_loss_of_a_scaled_sum_scales_its_gradient():
 def test_whole_logits_never_exist():
     """The largest array of the compiled gradient is smaller than the batch's logits."""
     config = make_config(model=dict(vocab_size=2048, context=64)).model
-    params = init(config)
+    params = random_params(config)
     chunk = losses.chunk_length(config, 8, 64, 0)
     assert 64 % chunk == 0
     assert chunk < 64

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import make_config, random_params
 
 from gptjax import attention, losses, model
 
@@ -40,15 +40,6 @@ def cached(config, params, tokens, cache, start):
     return model.unembed(config, params, x), cache
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def random_params(config):
-    """Parameters with every leaf away from its initial zeros and ones."""
-    params = model.init_params(config, jax.random.key(0))
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return treedef.unflatten([p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)])
-
-
 def test_no_logit_depends_on_a_later_token(family):
     config, params, tokens = family
     embedded = jax.nn.one_hot(tokens, config.padded_vocab)
@@ -56,7 +47,9 @@ def test_no_logit_depends_on_a_later_token(family):
     def logits(onehot):  # tokens as one-hot rows: gradients say exactly what each logit sees
         table = params["embed"]["tokens"]
         shifted = {**params, "embed": {**params["embed"], "tokens": jnp.concatenate([onehot[0] @ table, table])}}
-        return logits_of(dataclasses.replace(config, vocab_size=config.vocab_size), {**shifted, "head": {"kernel": table}}, jnp.arange(24)[None])[0].sum(-1)
+        return logits_of(dataclasses.replace(config, vocab_size=config.vocab_size), {**shifted, "head": {"kernel": table}}, jnp.arange(24)[None])[
+            0
+        ].sum(-1)
 
     seen = np.abs(np.asarray(jax.jit(jax.jacrev(logits))(embedded))).sum((1, 3)) > 0
     expected = np.tril(np.ones((24, 24), bool))

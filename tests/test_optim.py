@@ -5,13 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_config
+from conftest import make_config, random_params
 
-from gptjax import model, optim, tree
+from gptjax import optim, tree
 from gptjax.config import UserError
-
-
-init = jax.jit(lambda config: model.init_params(config, jax.random.key(0)), static_argnums=0)
 
 
 def rates(**options):
@@ -34,7 +31,7 @@ def test_schedules():
 
 def test_decay_and_freeze_by_path():
     config = make_config(optim=dict(freeze=("embed/.*",), lr=0.1, warmup_steps=0, weight_decay=0.5, clip=0.0))
-    params = init(config.model)
+    params = random_params(config.model)
     tx = optim.optimizer(config, params)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     for path, update in tree.flatten(updates).items():
@@ -45,7 +42,7 @@ def test_decay_and_freeze_by_path():
 
 def test_frozen_parameters_have_no_moments_and_no_part_in_the_clip_norm():
     config = make_config(optim=dict(freeze=("embed/.*",), clip=1.0))
-    params = init(config.model)
+    params = random_params(config.model)
     state = optim.optimizer(config, params).init(params)
     assert tree.size(state) < 2 * (tree.size(params) - tree.size(params["embed"])) + 10
     grads = jax.tree.map(jnp.ones_like, params)
@@ -58,14 +55,27 @@ def test_frozen_parameters_have_no_moments_and_no_part_in_the_clip_norm():
 @pytest.mark.parametrize("options", [dict(freeze=("embd/.*",)), dict(no_decay=("nothing/.*",)), dict(freeze=(".*",))])
 def test_rules_that_do_nothing_or_everything_are_refused(options):
     config = make_config(optim=options)
-    params = jax.eval_shape(lambda: init(config.model))
+    params = jax.eval_shape(lambda: random_params(config.model))
     with pytest.raises(UserError, match="optim"):
         optim.optimizer(config, params)
 
 
+def test_muon_makes_orthogonal_steps_of_matrices_and_adam_steps_of_the_rest():
+    config = make_config(optim=dict(name="muon", lr=0.1, matrix_lr=0.5, warmup_steps=0, weight_decay=0.0, clip=0.0, schedule="constant"))
+    params = random_params(config.model)
+    tx = optim.optimizer(config, params)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    for name, shape in (("up", (32, 128)), ("down", (128, 32))):
+        singular = np.linalg.svd(np.asarray(updates["blocks"]["mlp"][name]["kernel"][0]).reshape(shape), compute_uv=False)
+        assert singular.max() / singular.min() < 2.5  # five Newton-Schulz steps bring all of them near one value
+    qkv = np.linalg.svd(np.asarray(updates["blocks"]["attn"]["qkv"]["kernel"][1]).reshape(32, 96), compute_uv=False)
+    assert qkv.max() / qkv.min() < 2.5
+    np.testing.assert_allclose(np.abs(updates["embed"]["positions"]), 0.1, rtol=1e-3)  # Adam's first step is the sign
+
+
 def test_clip_limits_the_global_norm():
     config = make_config(optim=dict(clip=0.5))
-    params = init(config.model)
+    params = random_params(config.model)
     seen = []
     spy = optax.GradientTransformation(lambda p: (), lambda g, s, p=None: (seen.append(float(optax.tree.norm(g))) or g, s))
     original = optim.OPTIMIZERS["adamw"]

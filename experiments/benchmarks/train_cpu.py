@@ -81,7 +81,17 @@ def torch_worker(shape: str, mode: str, dtype: str):
 
     layers, width, heads, batch, context, vocab = SHAPES[shape]
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=vocab, n_positions=context, n_embd=width, n_layer=layers, n_head=heads, use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = GPT2Config(
+        vocab_size=vocab,
+        n_positions=context,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        use_cache=False,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     net = GPT2LMHeadModel(config).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
     forward = torch.compile(net) if mode == "compile" else net
@@ -125,7 +135,9 @@ def measure(shape: str, rounds: int, seconds: float) -> dict[str, tuple[list[flo
     """{contender: (seconds a step, one per round; median matrix rate)}."""
     processes = {}
     for name in CONTENDERS:
-        process = subprocess.Popen([sys.executable, __file__, "--worker", shape, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", shape, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         while (line := process.stdout.readline()) and line.strip() != "ready":
             continue
         if line:
@@ -165,11 +177,15 @@ def report(shape: str, found: dict[str, tuple[list[float], float]]) -> None:
         middle = statistics.median(times)
         speed = model_flops(shape) / middle
         ratio = statistics.median(t / o for t, o in zip(times, ours, strict=True))
-        print(f"{name:<24}{1e3 * middle:>10.1f}{batch * context / middle:>11,.0f}{speed / 1e9:>9.0f}{rate / 1e9:>12.0f}{speed / rate:>7.0%}{ratio:>10.2f}x")
+        print(
+            f"{name:<24}{1e3 * middle:>10.1f}{batch * context / middle:>11,.0f}{speed / 1e9:>9.0f}{rate / 1e9:>12.0f}{speed / rate:>7.0%}{ratio:>10.2f}x"
+        )
     for label, names in (("float32", TORCH_FLOAT32), ("bfloat16", TORCH_BFLOAT16)):
         if rows := [found[n][0] for n in names if n in found]:
             best = [min(turn) for turn in zip(*rows, strict=True)]
-            print(f"gptjax float32 is {statistics.median(b / o for b, o in zip(best, ours, strict=True)):.2f}x the better of PyTorch {label}, turn by turn")
+            print(
+                f"gptjax float32 is {statistics.median(b / o for b, o in zip(best, ours, strict=True)):.2f}x the better of PyTorch {label}, turn by turn"
+            )
 
 
 def main(argv: list[str]) -> None:

@@ -98,7 +98,9 @@ class _Steps:
 def train_batches(windows: Windows, *, seed: int, batch_size: int, rows: Sequence[int], start: int) -> Iterator[Batch]:
     """Endless batches from step `start` (0 is the first), read ahead by one thread. Close the iterator when done."""
     if windows.total < windows.context + 1:
-        raise UserError(f"the training split has {windows.total} tokens and model.context = {windows.context} needs {windows.context + 1}: shorten the context or add text")
+        raise UserError(
+            f"the training split has {windows.total} tokens and model.context = {windows.context} needs {windows.context + 1}: shorten the context or add text"
+        )
     steps = grain.MapDataset.source(_Steps(windows, seed, batch_size, rows))
     return iter(steps[start:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
@@ -113,4 +115,10 @@ def eval_batches(windows: Windows, *, batch_size: int, rows: Sequence[int], limi
 
 def _nothing(context: int) -> Batch:
     zeros = np.zeros(context, np.int32)
-    return {"tokens": zeros, "targets": zeros, "loss_weights": zeros.astype(np.float32), "segment_ids": zeros + 1, "positions": np.arange(context, dtype=np.int32)}
+    return {
+        "tokens": zeros,
+        "targets": zeros,
+        "loss_weights": zeros.astype(np.float32),
+        "segment_ids": zeros + 1,
+        "positions": np.arange(context, dtype=np.int32),
+    }

@@ -65,7 +65,9 @@ def open_prepared(folder: Path) -> Prepared:
     for split in result.splits:
         for shard, (tokens, _) in zip(result.splits[split], _damaged_to_error(result, split), strict=True):
             if tokens.shape != (shard["tokens"],):
-                raise UserError(f"{folder}/{shard['name']}.tokens.npy holds {tokens.shape} tokens, {shard['tokens']} were written; prepare the data again")
+                raise UserError(
+                    f"{folder}/{shard['name']}.tokens.npy holds {tokens.shape} tokens, {shard['tokens']} were written; prepare the data again"
+                )
     return result
 
 
@@ -105,7 +107,9 @@ def _prepare(config: Config, source: sources.Source, text_tokenizer: Tokenizer, 
     if (folder / "meta.json").exists():
         done = open_prepared(folder)
         if done.fingerprint != key:
-            raise UserError(f"{folder} holds other data or another tokenizer (fingerprint {done.fingerprint[:12]}, wanted {key[:12]}); pick another folder")
+            raise UserError(
+                f"{folder} holds other data or another tokenizer (fingerprint {done.fingerprint[:12]}, wanted {key[:12]}); pick another folder"
+            )
         return done
     with files.lock(folder):
         if (folder / "key").exists() and (folder / "key").read_text() != key:
@@ -117,10 +121,16 @@ def _prepare(config: Config, source: sources.Source, text_tokenizer: Tokenizer, 
             splits[split] = list(_write_split(source.documents(split), text_tokenizer, folder, split, shard_tokens))
         if not sum(shard["tokens"] for shard in splits[TRAIN]):
             raise UserError(f"data.path = {config.data.path!r}: the training split is empty; lower data.eval_fraction = {config.data.eval_fraction}")
-        meta = {"format": _FORMAT, "fingerprint": key, "source": source.fingerprint, "tokenizer": text_tokenizer.fingerprint, "splits": splits, "data": dataclasses.asdict(config.data)}
+        meta = {
+            "format": _FORMAT,
+            "fingerprint": key,
+            "source": source.fingerprint,
+            "tokenizer": text_tokenizer.fingerprint,
+            "splits": splits,
+            "data": dataclasses.asdict(config.data),
+        }
         files.write_text(folder / "meta.json", json.dumps(meta, indent=1))
     return open_prepared(folder)
-
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -180,7 +190,10 @@ def _write_shard(documents: list[np.ndarray], text_tokenizer: Tokenizer, folder:
 def main(argv: list[str]) -> None:
     args = cli.parse(argv, __doc__, {"out": "folder for the shards"}, required=("config", "out"))
     prepared = prepare(args.config, Path(args["out"]))
-    summary = {split: {"shards": len(s), "tokens": prepared.tokens(split), "documents": sum(x["documents"] for x in s)} for split, s in prepared.splits.items()}
+    summary = {
+        split: {"shards": len(s), "tokens": prepared.tokens(split), "documents": sum(x["documents"] for x in s)}
+        for split, s in prepared.splits.items()
+    }
     cli.result({"folder": str(prepared.folder), "fingerprint": prepared.fingerprint, "vocab_size": prepared.tokenizer.vocab_size, **summary}, args)
 
 

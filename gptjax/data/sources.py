@@ -163,7 +163,9 @@ def _tfds(config: DataConfig, path: str, split: str) -> _Documents:
     except (NotImplementedError, OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"data.name = {config.name!r} cannot be read without TensorFlow: {str(error).splitlines()[0][:200]}\nPrepare it with file_format='array_record'.") from None
+        raise UserError(
+            f"data.name = {config.name!r} cannot be read without TensorFlow: {str(error).splitlines()[0][:200]}\nPrepare it with file_format='array_record'."
+        ) from None
 
     def read() -> Iterator[str]:
         for i in range(len(rows)):

