@@ -159,9 +159,8 @@ class Checkpoints:
                 {"step": shardings.step, "rng": shardings.rng, "opt_state": places},
             ),
         }
-        stored = self._manager.item_metadata(step)
         for name, shapes in wanted.items():
-            if rows := tree.difference(shapes, stored[name].tree if hasattr(stored[name], "tree") else stored[name]):
+            if rows := tree.difference(shapes, _stored(self.folder / str(step) / name)):
                 raise UserError(f"{self.folder}/{step} is of another model or optimizer: {'; '.join(rows[:4])}")
         args = ocp.args.Composite(**{name: ocp.args.StandardRestore(shapes) for name, shapes in wanted.items()})
         found = self._manager.restore(step, args=args)
@@ -208,9 +207,13 @@ def load_run(path: Path) -> tuple[Config, Any, tokenizer.Tokenizer]:
     return build(read_meta(step)["config"]), load_params(step), tokenizer.load(workdir / "tokenizer")
 
 
+def _stored(item: Path) -> Any:
+    """Shapes and dtypes of an item on disk, as a nested dict."""
+    return ocp.StandardCheckpointer().metadata(item).item_metadata.tree
+
+
 def load_params(step: Path) -> Any:
     """The parameters of a step as host arrays on the default device, without its optimizer state."""
-    shapes = ocp.StandardCheckpointer().metadata(step / "params").item_metadata
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place), shapes.tree if hasattr(shapes, "tree") else shapes)
+    target = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place), _stored(step / "params"))
     return ocp.StandardCheckpointer().restore(step / "params", target)

@@ -209,8 +209,8 @@ def init_params(config: ModelConfig, key: Array, *, rows_sharding: jax.sharding.
     block = jax.eval_shape(lambda: Block(c).init(jax.random.key(0), x, index, attention.Mask(index))["params"])
     params: Params = {
         "embed": {"tokens": jnp.zeros((c.padded_vocab, c.width))},
-        "blocks": tree.map_with_path(lambda path, p: jnp.full((c.layers, *p.shape), float(path.endswith("scale"))), block),
-        "final_norm": tree.map_with_path(lambda path, p: jnp.full(p.shape, float(path == "scale")), jax.eval_shape(Norm(c).init, key, x)["params"]),
+        "blocks": tree.map_with_path(lambda path, p: jnp.full((c.layers, *p.shape), float(path.endswith("scale")), jnp.float32), block),
+        "final_norm": tree.map_with_path(lambda path, p: jnp.full(p.shape, float(path == "scale"), jnp.float32), jax.eval_shape(Norm(c).init, key, x)["params"]),
     }
     if c.positions == "learned":
         params["embed"]["positions"] = jnp.zeros((c.context, c.width))

@@ -219,7 +219,7 @@ def test_tfds_made_here(tmp_path):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
 
         def _split_generators(self, manager):
             return {"train": self._generate_examples(20)}
@@ -229,7 +229,7 @@ def test_tfds_made_here(tmp_path):
                 yield i, {"text": f"example {i}"}
 
     Tiny(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
-    train, held_out = both(DataConfig(source="tfds", path=str(tmp_path), name="tiny/1.0.0", eval_fraction=0.1))
+    train, held_out = both(DataConfig(source="tfds", path=str(tmp_path), name="tiny:1.0.0", eval_fraction=0.1))
     assert (len(train), len(held_out)) == (18, 2)
     assert sorted(train + held_out) == sorted(f"example {i}" for i in range(20))
 
