@@ -64,15 +64,16 @@ def resolve(config: Config, vocab_size: int) -> Config:
 def check_resume(workdir: Path, config: Config, fingerprints: dict[str, str]) -> None:
     """Refuses to continue a run whose numbers would change, and names each difference."""
     for step in reversed(steps_in(workdir / "checkpoints")):
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        try:
             meta = read_meta(workdir / "checkpoints" / str(step))
             rows = config_lib.changes(config_lib.build(meta["config"]), config)
-            rows += [f"{name}: the {what} changed since the run began" for name, what in _FINGERPRINTS.items() if meta[name] != fingerprints[name]]
-            if rows:
-                more = [f"and {len(rows) - 3} more"] if len(rows) > 4 else []
-                shown = "\n  ".join(rows[: 3 if more else 4] + more)
-                raise UserError(f"{workdir} holds a run with other settings (old -> new):\n  {shown}\nUse the old ones, or another --workdir.")
+        except (OSError, json.JSONDecodeError, KeyError):
+            continue  # damaged: `restore` will name it
+        rows += [f"{name}: the {what} changed since the run began" for name, what in _FINGERPRINTS.items() if meta[name] != fingerprints[name]]
+        if not rows:
             return
+        shown = "\n  ".join(rows if len(rows) <= 4 else [*rows[:3], f"and {len(rows) - 3} more"])
+        raise UserError(f"{workdir} holds a run with other settings (old -> new):\n  {shown}\nUse the old ones, or another --workdir.")
 
 
 _FINGERPRINTS = {"data": "text or its split", "tokenizer": "vocabulary"}

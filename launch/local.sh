@@ -28,7 +28,7 @@ for ((i = 0; i < processes; i++)); do
     if [ -n "$dry_run" ]; then
         echo "env ${environment[*]} python -m gptjax.train $*"
     else
-        env "${environment[@]}" python -m gptjax.train "$@" &
+        env "${environment[@]}" "${PYTHON:-python}" -m gptjax.train "$@" &
         pids+=($!)
     fi
 done

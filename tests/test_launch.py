@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_two_processes_equal_one(corpus, tmp_path):
     ]
     both = subprocess.run(
         [str(ROOT / "launch" / "local.sh"), "--processes=2", "--devices=2", f"--port={port}", "--", *flags, f"--workdir={tmp_path / 'two'}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=600, env=dict(os.environ),
+        cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHON": sys.executable},
     )  # fmt: skip
     assert both.returncode == 0, both.stderr[-3000:]
     command("gptjax.train", *flags, f"--workdir={tmp_path / 'one'}", devices=4)

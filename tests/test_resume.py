@@ -27,7 +27,29 @@ def arguments(corpus, workdir, *extra):
 
 def start(args, devices=1):
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return subprocess.Popen(args, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(args, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    _started.append(process)
+    return process
+
+
+_started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays():
+    yield
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def finish(process):
+    """Waits for the end; returns what it said."""
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr[-2000:]
+    return stderr
 
 
 def wait_for(process, text):
@@ -61,9 +83,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(text, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
-    done = start(arguments(text, workdir))
-    _, stderr = done.communicate(timeout=300)
-    assert done.returncode == 0, stderr[-2000:]
+    finish(start(arguments(text, workdir)))
     result = outcome(workdir)
     assert len(result[0]) == STEPS
     return result
@@ -99,8 +119,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(text, tmp_path, uninterrupte
     losses, step, _ = outcome(tmp_path / "run")
     assert max(losses) == int(step) < STEPS  # every finished step is in the checkpoint
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
-    done = start(arguments(text, tmp_path / "run", "--config.train.save_every=0"))
-    _, stderr = done.communicate(timeout=300)
+    stderr = finish(start(arguments(text, tmp_path / "run", "--config.train.save_every=0")))
     assert f"continue after step {step}" in stderr
     assert_same(uninterrupted, outcome(tmp_path / "run"))
 
@@ -120,12 +139,10 @@ def test_a_second_run_in_the_same_workdir_is_refused(text, tmp_path):
 @pytest.mark.slow
 def test_stop_on_eight_devices_go_on_with_one(text, tmp_path):
     whole = arguments(text, tmp_path / "whole", "--config.model.dropout=0", "--config.train.batch_size=16")
-    assert start(whole).wait(300) == 0
+    finish(start(whole))
     moved = arguments(text, tmp_path / "run", "--config.model.dropout=0", "--config.train.batch_size=16")
-    first = start([*moved, "--config.mesh.data=4", "--config.mesh.tensor=2", "--config.train.stop_at=25"], devices=8)
-    _, stderr = first.communicate(timeout=300)
-    assert first.returncode == 0, stderr[-2000:]
-    assert start(moved).wait(300) == 0
+    finish(start([*moved, "--config.mesh.data=4", "--config.mesh.tensor=2", "--config.train.stop_at=25"], devices=8))
+    finish(start(moved))
     a, b = outcome(tmp_path / "whole")[0], outcome(tmp_path / "run")[0]
     assert a.keys() == b.keys()
     np.testing.assert_allclose(list(b.values()), list(a.values()), rtol=1e-5)

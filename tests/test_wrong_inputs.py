@@ -77,7 +77,7 @@ def test_wrong_input(name, files, capsys, tmp_path, monkeypatch):
     command, flags, part = CASES[name]
     flags = [flag.format(**files) for flag in flags]
     if command == "train":
-        flags = [*TINY, f"--config.data.path={files['corpus']}", f"--workdir={tmp_path / 'run'}", *flags]
+        flags = [*TINY, f"--config.data.path={files['corpus']}", f"--workdir={tmp_path / 'run'}", "--config.train.batch_size=16", *flags]
     if name == "prepare onto other data":
         prepare.prepare(make_config(data=dict(source="text", path=str(files["dir"] / "chars.txt"))), files["dir"] / "other")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
