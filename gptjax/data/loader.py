@@ -95,7 +95,7 @@ class _Steps:
         return stack(result)
 
 
-def train_batches(windows: Windows, *, seed: int, batch_size: int, rows: Sequence[int], start: int) -> Iterator[Batch]:
+def train_batches(windows: Windows, *, seed: int, batch_size: int, rows: Sequence[int], start: int) -> grain.DatasetIterator[Batch]:
     """Endless batches from step `start` (0 is the first), read ahead by one thread. Close the iterator when done."""
     if windows.total < windows.context + 1:
         raise UserError(
