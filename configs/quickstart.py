@@ -8,8 +8,8 @@ from configs import base
 
 def get_config():
     c = base.get_config()
-    c.model.update(layers=3, width=128, heads=4, context=64, bias="none")
+    c.model.update(layers=3, width=128, heads=2, context=64, bias="none")
     c.data.update(source="sotu", tokenizer="sentencepiece", tokenizer_vocab=4096, eval_fraction=0.05)
-    c.optim.update(name="muon", lr=5e-3, matrix_lr=0.025, warmup_steps=30, final_lr=0.0, weight_decay=0.0)
+    c.optim.update(name="muon", lr=1e-2, matrix_lr=0.04, warmup_steps=20, final_lr=0.05, weight_decay=0.0)
     c.train.update(steps=430, batch_size=16, eval_every=0, save_every=0, log_every=20, sample_tokens=60)
     return c
