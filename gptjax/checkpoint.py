@@ -196,6 +196,7 @@ def newest(folder: Path) -> Path:
 
 def load_run(path: Path) -> tuple[Config, Any, tokenizer.Tokenizer]:
     """(config, parameters, tokenizer) of a run's workdir (its newest whole step) or of one step's folder."""
+    path = path.expanduser().resolve()  # orbax finds nothing under a relative path, and says nothing
     step = path if path.name.isdigit() and (path / "meta").is_dir() else None
     workdir = step.parent.parent if step else path
     if not (workdir / "config.json").is_file():

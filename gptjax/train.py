@@ -134,7 +134,7 @@ def write_sample(run: Run, step: int, params: Any) -> str:
     c, text_tokenizer = run.config, run.prepared.tokenizer
     room = c.model.context + 1 - max(len(text_tokenizer.encode(c.train.sample_prompt)), 1)
     text = c.train.sample_prompt + generate.text(
-        c.model, params, text_tokenizer, c.train.sample_prompt, min(c.train.sample_tokens, room), generate.Sampling(seed=c.train.seed)
+        c.model, params, text_tokenizer, c.train.sample_prompt, min(c.train.sample_tokens, room), generate.Sampling(temperature=0.7, top_p=0.9, seed=c.train.seed)
     )
     files.write_text(run.workdir / "samples" / f"{step}.txt", text + "\n")
     return text
