@@ -116,7 +116,7 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
-        cli.say(f"warning: the checkpoint of step {self._pending} could not be written: {str(error).splitlines()[0][:300]}")
+        cli.say(f"warning: the checkpoint of step {self._pending} could not be written: {(str(error) or repr(error)).splitlines()[0][:300]}")
         for leftover in self.folder.glob(f"{self._pending}.orbax-checkpoint-tmp*"):
             shutil.rmtree(leftover, ignore_errors=True)
         self._manager.reload()

@@ -10,10 +10,12 @@ import dataclasses
 import importlib
 import json
 import logging
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from gptjax import config as config_lib
 from gptjax.config import Config, UserError, unknown_name
@@ -90,17 +92,30 @@ def run(main: Callable[[list[str]], None], argv: Sequence[str]) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         main(list(argv))
-    except UserError as error:
-        if "--debug" in argv:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
-        raise SystemExit(0) from None
+        _leave(0)
+    except (UserError, OSError) as error:  # OSError: a place that cannot be read or written, a full disk
+        if "--debug" in argv:
+            raise
+        where = "" if isinstance(error, UserError) else f"{error.filename or 'input or output'}: "
+        print(f"error: {where}{getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        _leave(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        _leave(130)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process; at once where others wait for it in a collective: JAX would hold this one back for minutes."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def say(text: str) -> None:

@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -124,11 +125,11 @@ class OptimConfig:
     schedule: str = knob("cosine", "shape after warmup", choices=("cosine", "linear", "wsd", "constant"))
     warmup_steps: int = knob(100, "steps of linear warmup", low=0)
     final_lr: float = knob(0.1, "last learning rate as a share of the peak", low=0.0, high=1.0)
-    decay_share: float = knob(0.2, "wsd: share of the steps spent decaying", low=0.0, high=1.0)
+    decay_share: float = knob(0.2, "wsd: share of the steps after warmup spent decaying", low=0.0, high=1.0)
     weight_decay: float = knob(0.1, "decoupled weight decay", low=0.0)
     b1: float = knob(0.9, "decay of the first moment", low=0.0, high=0.9999)
     b2: float = knob(0.95, "decay of the second moment", low=0.0, high=0.999999)
-    eps: float = knob(1e-8, "Adam epsilon", low=0.0)
+    eps: float = knob(1e-8, "Adam epsilon", low=1e-20)
     clip: float = knob(1.0, "global gradient norm limit; 0 = off", low=0.0)
     no_decay: tuple[str, ...] = knob((".*/bias", ".*/scale"), "path patterns without weight decay")
     freeze: tuple[str, ...] = knob((), "path patterns that are not trained")
@@ -141,7 +142,7 @@ class TrainConfig:
     steps: int = knob(1000, "optimizer steps", low=1)
     batch_size: int = knob(16, "sequences a step, over all devices", low=1)
     accumulate: int = knob(1, "micro-batches a step", low=1)
-    seed: int = knob(0, "parameters, data order and dropout are functions of it", low=0)
+    seed: int = knob(0, "parameters, data order and dropout are functions of it", low=0, high=2**32 - 1)
     loss_chunk: int = knob(0, "positions whose logits exist at once; 0 = derived", low=0, shapes=False)
     eval_every: int = knob(500, "steps between evaluations; 0 = only at the end", low=0, shapes=False)
     eval_batches: int = knob(0, "held-out batches per evaluation; 0 = all", low=0, shapes=False)
@@ -316,6 +317,12 @@ def cross_checks(c: Config) -> list[str]:
         faults.append(f"train.loss_chunk = {t.loss_chunk} does not divide model.context = {m.context}: pick a divisor or 0")
     if t.profile_steps and profile_range(c) is None:
         faults.append(f"train.profile_steps = {t.profile_steps!r}: must be first:last, such as '10:15'")
+    for name in ("no_decay", "freeze"):
+        for pattern in getattr(o, name):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                faults.append(f"optim.{name}: {pattern!r} is no regular expression ({error}); paths look like blocks/mlp/up/bias, so try '.*/bias'")
     if [c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) > 1:
         faults.append("mesh: only one axis may be -1, the others need a number")
     for axis in ("data", "fsdp", "tensor"):
@@ -353,7 +360,10 @@ def load_file(spec: str) -> ml_collections.ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        return module.get_config(arg) if arg else module.get_config()
+        settings = module.get_config(arg) if arg else module.get_config()
+        if not isinstance(settings, ml_collections.ConfigDict):
+            raise UserError(f"--config={spec}: get_config() returned {settings!r:.80}; it must return base.get_config() with changes")
+        return settings
     except UserError:
         raise
     except Exception as error:

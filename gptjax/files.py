@@ -53,6 +53,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_once(path: Path, expected: str) -> bool:
+    """Whether the file has this sha256. Files that matched are remembered by size and time of change, and not read again."""
+    stat = path.stat()
+    known = cache_dir("verified") / digest(str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns), expected)[:32]
+    if not known.exists():
+        if sha256(path) != expected:
+            return False
+        known.touch()
+    return True
+
+
 def digest(*parts: str | bytes) -> str:
     """sha256 of the parts, each with its length so that no two lists of parts collide."""
     result = hashlib.sha256()
@@ -63,12 +74,12 @@ def digest(*parts: str | bytes) -> str:
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Holds `folder/.lock` for this process; refuses when another run holds it. The kernel drops it when the process dies."""
+def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds `folder/.lock` for this process; refuses when another run holds it, or waits. The kernel drops it when the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             raise UserError(

@@ -37,7 +37,9 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature = {self.temperature}: must be 0 (most likely token) or more")
-        if self.top_k < 0:
+        if not 0 <= self.seed < 1 << 32:
+            raise UserError(f"seed = {self.seed}: must be from 0 to 4294967295")
+        if not 0 <= self.top_k < 1 << 31:
             raise UserError(f"top_k = {self.top_k}: must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: must be above 0 and at most 1 (off)")
@@ -70,9 +72,17 @@ def _bucket(length: int, limit: int) -> int:
 
 
 def stream(
-    config: ModelConfig, params: Any, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, *, eot: int, rolling: bool = False
+    config: ModelConfig,
+    params: Any,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    eot: int,
+    vocab_size: int = 0,
+    rolling: bool = False,
 ) -> Iterator[int]:
-    """Yields new token ids until `eot` or `max_new_tokens`. An empty prompt is a new document.
+    """Yields new token ids, below `vocab_size` (that of the tokenizer, where the model knows more), until `eot` or `max_new_tokens`. An empty prompt is a new document.
 
     Raises UserError where prompt and new tokens exceed the context, unless `rolling`: then, whenever the context is full, its
     second half is read again from the start and goes on.
@@ -85,7 +95,7 @@ def stream(
             f"{len(ids)} prompt tokens and max_new_tokens = {max_new_tokens} exceed the model's context of {config.context}:\n"
             f"ask for at most {config.context + 1 - len(ids)}, or pass --rolling to let the oldest text fall out of sight"
         )
-    config = dataclasses.replace(config, dropout=0.0, remat="none", attention="reference")
+    config = dataclasses.replace(config, vocab_size=vocab_size or config.vocab_size, dropout=0.0, remat="none", attention="reference")
     key = jax.random.key(sampling.seed)
     options = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
     made = 0
@@ -111,7 +121,9 @@ def stream(
 
 def text(config: ModelConfig, params: Any, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling) -> str:
     """The continuation of `prompt`, without it."""
-    return tokenizer.decode(stream(config, params, tokenizer.encode(prompt), max_new_tokens, sampling, eot=tokenizer.eot))
+    return tokenizer.decode(
+        stream(config, params, tokenizer.encode(prompt), max_new_tokens, sampling, eot=tokenizer.eot, vocab_size=tokenizer.vocab_size)
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -135,7 +147,7 @@ def main(argv: list[str]) -> None:
     rolling = "rolling" in args
     if "max_new_tokens" not in args and not rolling:
         limit = max(min(limit, config.model.context + 1 - max(len(ids), 1)), 1)
-    tokens = stream(config.model, params, ids, limit, sampling, eot=tokenizer.eot, rolling=rolling)
+    tokens = stream(config.model, params, ids, limit, sampling, eot=tokenizer.eot, vocab_size=tokenizer.vocab_size, rolling=rolling)
     if "json" in args:
         made = list(tokens)
         cli.result({"prompt": args["prompt"], "text": tokenizer.decode(made), "tokens": made}, args)

@@ -13,7 +13,6 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ class Tracker:
         if importlib.util.find_spec("tensorboardX"):
             import tensorboardX
 
-            self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start + 1 if start else None)
+            self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         record = {"step": step, "time": round(time.time(), 3), **values}
@@ -179,16 +178,3 @@ def duration(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-@contextlib.contextmanager
-def profiled(folder: Path, wanted: bool) -> Iterator[None]:
-    """Traces the block with jax.profiler into `folder` (open it with xprof or Perfetto)."""
-    if not wanted:
-        yield
-        return
-    jax.profiler.start_trace(str(folder))
-    try:
-        yield
-    finally:
-        jax.profiler.stop_trace()

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 import gptjax
-from gptjax import files, metrics, model
+from gptjax import files, metrics, model, steps, tree
 from gptjax.config import Config
 from gptjax.data.loader import Windows
 from gptjax.data.prepare import Prepared
@@ -62,12 +62,12 @@ def bigram_bits(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> flo
     return float(-np.log2(seen / total + backoff * unigram[after]).sum())
 
 
-def baselines(prepared: Prepared) -> dict[str, float]:
-    """Bits per byte of the held-out text under `xz -9` (it sees that text alone) and a bigram model of the training split."""
+def baselines(prepared: Prepared, limit: int) -> dict[str, float]:
+    """Bits per byte of the first `limit` held-out tokens under `xz -9` (it sees that text alone) and a bigram model of the training split."""
     held_out = Windows.of(prepared, EVAL, 1, isolate=False)
     if held_out.total < 2:
         return {}
-    tokens = held_out.read(0, held_out.total)
+    tokens = held_out.read(0, min(held_out.total, limit))
     text = prepared.tokenizer.decode_bytes(tokens.tolist())
     train = Windows.of(prepared, TRAIN, 1, isolate=False)
     bits = bigram_bits(train.read(0, min(train.total, _BASELINE_TOKENS)), tokens, prepared.tokenizer.vocab_size)
@@ -126,7 +126,8 @@ def write(workdir: Path, prepared: Prepared) -> None:
     records = metrics.read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
     of = lambda name: [(float(r["step"]), float(r[name])) for r in records if name in r]
     if "baselines" not in run:
-        run["baselines"] = baselines(prepared)
+        batches = config["train"]["eval_batches"] * config["train"]["batch_size"] * config["model"]["context"] + 1  # what the evaluation sees
+        run["baselines"] = baselines(prepared, batches if config["train"]["eval_batches"] else _BASELINE_TOKENS)
         files.write_text(workdir / "run.json", json.dumps(run, indent=1))
     compared = list(run["baselines"].items())
     if bits := of("eval/bits_per_byte"):
@@ -161,8 +162,8 @@ def explain(config: Config, prepared: Prepared) -> str:
     per_step = t.batch_size * m.context
     tokens = prepared.tokens(TRAIN)
     flops = metrics.flops_per_token(config, params)
-    stored = params + (m.padded_vocab - m.vocab_size) * m.width * (1 if m.tied else 2)
     cache = 2 * m.layers * m.context * m.kv * m.head_width * (4 if m.dtype == "float32" else 2)
+    decay = {"wsd": round(o.warmup_steps + (1 - o.decay_share) * (t.steps - 1 - o.warmup_steps)), "constant": t.steps}.get(o.schedule, o.warmup_steps)
     rows = [
         ("vocabulary", f"{m.vocab_size:,}", "model.vocab_size, or the tokenizer's where that is 0"),
         (
@@ -174,7 +175,11 @@ def explain(config: Config, prepared: Prepared) -> str:
         ("key/value heads K", f"{m.kv}", "model.kv_heads, or heads"),
         ("MLP width F", f"{m.mlp_width:,}", "model.hidden, or 4 x width (gelu), 8/3 x width in steps of 64 (swiglu)"),
         ("parameters", f"{params:,}", "without the padding of the vocabulary"),
-        ("training state", f"{12 * stored / 2**20:,.1f} MiB", "float32 parameters and two moments of AdamW, over all devices"),
+        (
+            "training state",
+            f"{tree.nbytes(steps.state_shapes(config)[0]) / 2**20:,.1f} MiB",
+            f"float32 parameters and what {o.name} keeps, over all devices",
+        ),
         ("tokens per step", f"{per_step:,}", "train.batch_size x model.context"),
         ("training tokens", f"{tokens:,}", "in the training split"),
         ("epochs", f"{t.steps * per_step / max(tokens, 1):.2f}", "train.steps x tokens per step / training tokens"),
@@ -184,7 +189,7 @@ def explain(config: Config, prepared: Prepared) -> str:
         ("micro-batch", f"{t.batch_size // t.accumulate}", "train.batch_size / train.accumulate, sequences at once"),
         (
             "decay begins at step",
-            f"{o.warmup_steps if o.schedule != 'wsd' else round(t.steps * (1 - o.decay_share)):,}",
+            f"{decay:,}",
             f"optim.schedule = {o.schedule}",
         ),
         ("final learning rate", f"{o.lr * (1 if o.schedule == 'constant' else o.final_lr):.3g}", "optim.lr x optim.final_lr"),

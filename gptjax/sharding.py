@@ -51,7 +51,7 @@ def start_distributed(wanted: bool) -> None:
             jax.distributed.initialize()
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"--distributed: no cluster found ({str(error).splitlines()[0]}); under SLURM start with srun, else set JAX_COORDINATOR_ADDRESS"
+                f"--distributed: no cluster found ({(str(error) or repr(error)).splitlines()[0]}); under SLURM start with srun, else set JAX_COORDINATOR_ADDRESS"
             ) from None
 
 

@@ -54,6 +54,12 @@ def init_state(config: Config, mesh: Mesh) -> TrainState:
     return jax.jit(functools.partial(new_state, config, tx, rows_sharding=rows_sharding), out_shardings=sharding.shardings(mesh, shapes))()
 
 
+@jax.jit
+def all_finite(params: Any) -> Array:
+    """bool scalar: no parameter is NaN or infinite."""
+    return jnp.all(jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]))
+
+
 def loss_sum(config: Config, params: Any, batch: Batch, dropout_key: Array | None, *, devices: int) -> tuple[Array, Array]:
     """(sum of weighted token losses, sum of weights). `devices` that share the rows decide how many logits exist at once."""
     x, _ = model.apply(config.model, params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], dropout_key=dropout_key)

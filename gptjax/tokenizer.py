@@ -23,6 +23,7 @@ from gptjax.config import DataConfig, UserError, unknown_name
 
 _SP_SPACE = "\u2581"  # sentencepiece writes a space as this character, so the character itself needs its three bytes
 _FORMAT = "gptjax_tokenizer.json"
+_PROBE = " a  b\n\nc\r\n\t\ufb01 \u00e9e\u0301 \uff21"  # what normalisation and white-space rules would change
 
 
 class Tokenizer:
@@ -176,6 +177,11 @@ class SentencePieceTokenizer(Tokenizer):
             for i, p in enumerate(pieces)
         ]
 
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise UserError(
+                "this sentencepiece model changes white space or characters, so texts would not survive it; train one here, or convert with identity normalisation"
+            )
+
     def files(self) -> dict[str, bytes]:
         return {"sentencepiece.model": self._model}
 
@@ -191,9 +197,11 @@ class SentencePieceTokenizer(Tokenizer):
         lines: list[str] = []
         budget = 8 << 20
         for text in texts:
-            lines += [line for line in text.replace(_SP_SPACE, "").splitlines() if line]
+            text.encode()
+            for line in text[:budget].replace(_SP_SPACE, "").splitlines():
+                lines += [line[i : i + 4096] for i in range(0, len(line), 4096)]  # the trainer drops very long lines
             budget -= len(text)
-            if budget < 0:
+            if budget <= 0:
                 break
         if not lines:
             raise UserError("the training split has no text to train a tokenizer on; check data.path")

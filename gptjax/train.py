@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 
 from gptjax import cli, files, generate, metrics, report, sharding, steps, tree
 from gptjax import config as config_lib
-from gptjax.checkpoint import Checkpoints, read_meta, steps_in
+from gptjax.checkpoint import Checkpoints, fault, read_meta, steps_in
 from gptjax.config import Config, UserError
 from gptjax.data import loader, prepare
 from gptjax.data.sources import EVAL, TRAIN
@@ -64,11 +64,10 @@ def resolve(config: Config, vocab_size: int) -> Config:
 def check_resume(workdir: Path, config: Config, fingerprints: dict[str, str]) -> None:
     """Refuses to continue a run whose numbers would change, and names each difference."""
     for step in reversed(steps_in(workdir / "checkpoints")):
-        try:
-            meta = read_meta(workdir / "checkpoints" / str(step))
-            rows = config_lib.changes(config_lib.build(meta["config"]), config)
-        except (OSError, json.JSONDecodeError, KeyError):
-            continue  # damaged: `restore` will name it
+        if fault(workdir / "checkpoints" / str(step), ("meta/",)):
+            continue  # `restore` will name it
+        meta = read_meta(workdir / "checkpoints" / str(step))
+        rows = config_lib.changes(config_lib.build(meta["config"]), config)
         rows += [f"{name}: the {what} changed since the run began" for name, what in _FINGERPRINTS.items() if meta[name] != fingerprints[name]]
         if not rows:
             return
@@ -118,13 +117,11 @@ def evaluate(run: Run, eval_step: Any, params: Any) -> dict[str, float]:
     """Loss per token, perplexity and bits per byte over the held-out split (each predicted token once)."""
     byte_lengths = np.array([len(b) for b in run.prepared.tokenizer.token_bytes])
     total = weight = count = 0.0
-    train = run.config.train
-    rows = sharding.local_rows(run.mesh, train.batch_size)
-    for batch in loader.eval_batches(run.windows(EVAL), batch_size=train.batch_size, rows=rows, limit=train.eval_batches):
-        loss_sum, weight_sum = eval_step(params, sharding.to_global(run.mesh, batch))
+    size, rows = run.config.train.batch_size, run.rows
+    for batch in loader.eval_batches(run.windows(EVAL), batch_size=size, rows=range(size), limit=run.config.train.eval_batches):
+        count += float((byte_lengths[batch["targets"]] * batch["loss_weights"]).sum())  # of all rows, whoever computes them
+        loss_sum, weight_sum = eval_step(params, sharding.to_global(run.mesh, {name: array[rows] for name, array in batch.items()}))
         total, weight = total + float(loss_sum), weight + float(weight_sum)
-        local = float((byte_lengths[batch["targets"]] * batch["loss_weights"]).sum())
-        count += float(multihost_utils.process_allgather(np.float64(local)).sum()) if jax.process_count() > 1 else local
     loss = total / weight
     return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/bits_per_byte": total / math.log(2) / max(count, 1.0)}
 
@@ -134,10 +131,25 @@ def write_sample(run: Run, step: int, params: Any) -> str:
     c, text_tokenizer = run.config, run.prepared.tokenizer
     room = c.model.context + 1 - max(len(text_tokenizer.encode(c.train.sample_prompt)), 1)
     text = c.train.sample_prompt + generate.text(
-        c.model, params, text_tokenizer, c.train.sample_prompt, min(c.train.sample_tokens, room), generate.Sampling(temperature=0.7, top_p=0.9, seed=c.train.seed)
+        c.model,
+        params,
+        text_tokenizer,
+        c.train.sample_prompt,
+        min(c.train.sample_tokens, room),
+        generate.Sampling(temperature=0.7, top_p=0.9, seed=c.train.seed),
     )
     files.write_text(run.workdir / "samples" / f"{step}.txt", text + "\n")
     return text
+
+
+def save_best(run: Run, state: Any, loss: float) -> None:
+    """Keeps the state under best/ where its held-out loss is the lowest so far, and only then."""
+    folder = run.workdir / "best"
+    kept = [read_meta(folder / str(s))["eval_loss"] for s in steps_in(folder) if not fault(folder / str(s), ("meta/",))]
+    if loss < min(kept, default=math.inf):
+        best = Checkpoints(folder, keep=1)
+        best.save(state, {**run.meta(), "eval_loss": loss}, wait=True)
+        best.close()
 
 
 class Window:
@@ -211,6 +223,10 @@ def train(run: Run) -> dict[str, Any]:
     progress = Progress(start=start, steps=t.steps)
     try:
         outcome = loop(run, state, batches, first, last, train_step, eval_step, checkpoints, tracker, progress, compile_seconds)
+    except UserError:
+        if jax.process_index() == 0:
+            mark(run.workdir, status="failed")
+        raise
     finally:
         progress.close()
         batches.close()
@@ -228,13 +244,10 @@ def train(run: Run) -> dict[str, Any]:
 def loop(run: Run, state: Any, batches: Iterator, first: Any, last: int, train_step: Any, eval_step: Any, checkpoints: Checkpoints, tracker: Tracker | None, progress: Progress, compile_seconds: float) -> tuple[Any, int, str]:  # fmt: skip
     """Steps until `last` or until stopped. Returns (state, step, status)."""
     c, t = run.config, run.config.train
-    window, step, best, waited, batch = Window(), int(state.step), math.inf, 0.0, first
+    window, step, waited, batch = Window(), int(state.step), 0.0, first
     peak = metrics.peak_flops(jax.devices()[0])
     flops = metrics.flops_per_token(c, tree.size(state.params))
-    profile = config_lib.profile_range(c)
-    best_checkpoints = Checkpoints(run.workdir / "best", keep=1) if t.keep_best else None
-    if best_checkpoints and (kept := steps_in(run.workdir / "best")):
-        best = read_meta(run.workdir / "best" / str(kept[-1])).get("eval_loss", math.inf)
+    profile, tracing = config_lib.profile_range(c), False
 
     def log() -> None:
         values = window.flush(step)
@@ -248,46 +261,53 @@ def loop(run: Run, state: Any, batches: Iterator, first: Any, last: int, train_s
         if tracker:
             tracker.log(step, values)
 
-    due = lambda every, at_end=True: bool(every and step % every == 0) or (at_end and step == last)
+    def save(*, wait: bool) -> bool:
+        if not bool(steps.all_finite(state.params)):
+            raise UserError(
+                f"step {step}: a parameter is not finite; the run stops and keeps the last checkpoint.\nLower optim.lr or raise optim.eps, in a new --workdir."
+            )
+        if checkpoints.save(state, run.meta(), wait=wait) or not wait:
+            return True
+        return jax.process_count() == 1 and checkpoints.save(state, run.meta(), wait=True)  # once more: a failure may pass
+
+    due = lambda every: bool(every and step % every == 0) or step == last
     run.stop.grace = True
     progress.begin()
     window.restart_clock()
     while step < last:
         if profile and step + 1 == profile[0]:
             jax.profiler.start_trace(str(run.workdir / "profile"))
+            tracing = True
         state, step_metrics = train_step(state, batch)
         step += 1
         window.add(step_metrics, waited)
-        if profile and step == min(profile[1], last):
+        stopping = run.stop.now(step)
+        if tracing and profile and (stopping or step in (last, profile[1])):
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
-        stopping = run.stop.now(step)
-        if due(t.log_every) or due(t.save_every) or due(t.eval_every) or stopping:
+            tracing = False
+        if any(map(due, (t.log_every, t.save_every, t.eval_every, t.sample_every))) or stopping:
             log()
+        # saved before anything that takes long or may fail
+        if (due(t.save_every) or stopping) and not save(wait=stopping or step == last):
+            return state, step, "failed to save"
+        if stopping:
+            return state, step, "interrupted"
         if due(t.eval_every) and run.windows(EVAL).total > 1:
             values = evaluate(run, eval_step, state.params)
             progress.note(step, f"eval loss {values['eval/loss']:.4f}, {values['eval/bits_per_byte']:.4f} bits per byte")
             if tracker:
                 tracker.log(step, values)
-            if best_checkpoints and values["eval/loss"] < best:
-                best = values["eval/loss"]
-                best_checkpoints.save(state, {**run.meta(), "eval_loss": best}, wait=True)
+            if t.keep_best:
+                save_best(run, state, values["eval/loss"])
         if due(t.sample_every) and t.sample_tokens and jax.process_count() == 1:
             progress.note(step, write_sample(run, step, state.params))
-        if due(t.save_every) or stopping:
-            ok = checkpoints.save(state, run.meta(), wait=stopping or step == last)
-            if not ok and (stopping or step == last) and not checkpoints.save(state, run.meta(), wait=True):
-                return state, step, "failed to save"
-        if stopping:
-            return state, step, "interrupted"
         if step < last:
             asked = time.monotonic()
             batch = sharding.to_global(run.mesh, next(batches))
             waited = time.monotonic() - asked
         if due(t.eval_every) or due(t.sample_every):
             window.restart_clock()
-    if best_checkpoints:
-        best_checkpoints.close()
     return state, step, "finished" if step == t.steps else "stopped"
 
 
@@ -300,7 +320,8 @@ def finish(run: Run, state: Any, step: int, *, status: str) -> dict[str, Any]:
             if values := [r[name] for r in records if name in r]:
                 summary[name] = values[-1]
         mark(run.workdir, status=status, step=step)
-        report.write(run.workdir, run.prepared)
+        if status != "interrupted":  # a scheduler's grace period is short
+            report.write(run.workdir, run.prepared)
         summary["report"] = str(run.workdir / "report.html")
     return summary
 
@@ -318,6 +339,8 @@ def setup(config: Config, workdir: Path, overrides: dict[str, str], stop: Stop, 
     config = resolve(config, prepared.tokenizer.vocab_size)
     mesh = sharding.make_mesh(config)
     run = Run(config, workdir, mesh, prepared, compiles, stop)
+    if len(prepared.tokenizer.encode(config.train.sample_prompt)) > config.model.context:
+        raise UserError(f"train.sample_prompt is longer than model.context = {config.model.context} tokens: shorten it")
     check_resume(workdir, config, run.fingerprints)
     if jax.process_index() == 0:
         files.write_text(workdir / "config.json", config_lib.to_json(config))
@@ -332,9 +355,12 @@ def main(argv: list[str]) -> None:
         "workdir": "folder of the run",
         "print_config": "print every knob, resolved, and stop",
         "explain": "print each derived number and why, and stop",
+        "profile_steps": "first:last steps to trace; short for --config.train.profile_steps",
         "distributed": "start jax.distributed from the cluster's environment",
     }
     args = cli.parse(argv, __doc__, flags, required=("config",))
+    if "profile_steps" in args:
+        config_lib.override(args.settings, {"train.profile_steps": args["profile_steps"]})
     config = args.config
     if "print_config" in args:
         print(config_lib.to_json(config))
@@ -351,15 +377,10 @@ def main(argv: list[str]) -> None:
     stop, compiles, workdir = Stop(), Compiles(), Path(args["workdir"])
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file: name a folder")
-    try:
-        with files.lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-            run = setup(config, workdir, args.overrides, stop, compiles)
-            with jax.set_mesh(run.mesh):
-                summary = train(run)
-    except PermissionError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; pick a --workdir that can be written") from None
-    except OSError as error:
-        raise UserError(f"{error.filename or workdir}: {error.strerror or error}") from None
+    with files.lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        run = setup(config, workdir, args.overrides, stop, compiles)
+        with jax.set_mesh(run.mesh):
+            summary = train(run)
     if jax.process_index() == 0:
         cli.result(summary, args)
     if summary["status"] == "interrupted":

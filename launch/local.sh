@@ -34,5 +34,10 @@ for ((i = 0; i < processes; i++)); do
 done
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 status=0
-for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+for _ in ${pids[@]+"${pids[@]}"}; do
+    wait -n || { # one failed: the others would wait for it
+        status=$?
+        kill -TERM "${pids[@]}" 2>/dev/null || true
+    }
+done
 exit "$status"

@@ -31,7 +31,10 @@ script=$(
 #SBATCH --requeue
 #SBATCH --open-mode=append
 ${partition:+#SBATCH --partition=$partition}
-srun --kill-on-bad-exit=1 python -m gptjax.train --distributed$(printf ' %q' "$@")
+srun python -m gptjax.train --distributed$(printf ' %q' "$@") || code=\$?
+# 130: stopped by the signal, everything saved; the same command goes on in the next allocation
+if [ "\${code:-0}" = 130 ]; then scontrol requeue "\$SLURM_JOB_ID"; fi
+exit "\${code:-0}"
 JOB
 )
 if [ -n "$dry_run" ]; then

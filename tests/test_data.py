@@ -102,6 +102,16 @@ def test_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, mo
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
+def test_a_shard_rewritten_with_as_many_tokens_is_refused(tmp_path, corpus):
+    prepared = prepare.prepare(config_for(corpus), tmp_path / "out")
+    shard = tmp_path / "out" / f"{prepared.splits[TRAIN][0]['name']}.tokens.npy"
+    tokens = np.load(shard)
+    tokens[5] += 1
+    np.save(shard, tokens)
+    with pytest.raises(UserError, match="was changed"):
+        prepare.open_prepared(tmp_path / "out")
+
+
 def test_damaged_shards_and_foreign_folders_are_refused(tmp_path, corpus):
     config = config_for(corpus)
     prepared = prepare.prepare(config, tmp_path / "out")

@@ -120,6 +120,25 @@ def test_training_is_repeatable_and_vocabulary_limits_are_clear(trained, cache):
         tokenizer.SentencePieceTokenizer.train([""], 400)
 
 
+def test_a_model_that_changes_text_is_refused(tmp_path):
+    import io
+
+    import sentencepiece
+
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()),
+        model_writer=writer,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(UserError, match="would not survive"):
+        tokenizer.SentencePieceTokenizer(writer.getvalue())
+
+
 def test_gpt2_known_ids(gpt2):
     """Ids of OpenAI's encoder for these sentences."""
     assert gpt2.encode("Hello, world!") == [15496, 11, 995, 0]

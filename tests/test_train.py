@@ -120,7 +120,9 @@ def test_resume_refuses_what_would_change_the_run(finished, tmp_path):
 
 def test_generate_continues_greedily_and_by_seed(finished):
     workdir = finished[0]
-    ask = lambda *flags: command("gptjax.generate", f"--checkpoint={os.path.relpath(workdir, ROOT)}", "--prompt=the ", "--max_new_tokens=8", *flags).stdout
+    ask = lambda *flags: (
+        command("gptjax.generate", f"--checkpoint={os.path.relpath(workdir, ROOT)}", "--prompt=the ", "--max_new_tokens=8", *flags).stdout
+    )
     greedy = ask("--temperature=0")
     assert greedy.startswith("the ")
     assert greedy == ask("--temperature=0", "--seed=5")
@@ -196,6 +198,29 @@ def test_bigram_baseline_against_the_formula():
     after_0 = (2 - 0.75) / 3 + 0.75 * 2 / 3 * unigram[1]  # 0 1 seen twice of three, two kinds of successor
     after_1 = 0.75 * 1 / 2 * unigram[2]  # 1 2 never seen
     assert report.bigram_bits(train, held_out, 3) == pytest.approx(-np.log2(after_0) - np.log2(after_1))
+
+
+def test_a_trace_that_outlives_the_run_ends_with_it(corpus, tmp_path):
+    args = ("gptjax.train", *TINY, *QUICK, f"--config.data.path={corpus}", f"--workdir={tmp_path / 'run'}", "--profile_steps=2:100")
+    assert "finished" in command(*args, "--config.train.steps=3", "--config.optim.warmup_steps=1").stdout
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_flipped_bit_in_the_newest_meta_falls_back(corpus, tmp_path):
+    args = ("gptjax.train", *TINY, *QUICK, f"--config.data.path={corpus}", f"--workdir={tmp_path / 'run'}")
+    command(*args, "--config.train.stop_at=6")
+    meta = tmp_path / "run" / "checkpoints" / "6" / "meta" / "metadata"
+    data = bytearray(meta.read_bytes())
+    data[len(data) // 2] ^= 0x80
+    meta.write_bytes(data)
+    done = command(*args)
+    assert "skipped the checkpoint of step 6: meta/metadata differs" in done.stderr
+    assert "continue after step 3" in done.stderr
+
+
+def test_a_model_that_knows_more_tokens_than_the_tokenizer(corpus, tmp_path):
+    args = ("gptjax.train", *TINY, *QUICK, f"--config.data.path={corpus}", f"--workdir={tmp_path / 'run'}", "--config.model.vocab_size=2000")
+    assert "finished" in command(*args, "--config.train.steps=1", "--config.optim.warmup_steps=0", "--config.train.sample_tokens=15").stdout
 
 
 def test_print_config_and_explain_train_nothing(corpus, tmp_path):

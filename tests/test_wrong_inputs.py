@@ -1,5 +1,7 @@
 """Wrong configs and inputs: at most six lines, exit code 2, no traceback, nothing lost."""
 
+import gzip
+
 import pytest
 from conftest import TINY, make_config
 
@@ -18,6 +20,9 @@ def files(tmp_path, corpus):
     (tmp_path / "typo.py").write_text(
         "from configs import base\n\ndef get_config():\n    c = base.get_config()\n    c.model.widht = 3\n    return c\n"
     )
+    (tmp_path / "none.py").write_text("def get_config():\n    pass\n")
+    (tmp_path / "surrogate.jsonl").write_text('{"text": "a\\ud800"}\n')
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine and long enough"}\n' * 50)[:-20])
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "keep").mkdir()
     (tmp_path / "keep" / "precious.txt").write_text("mine")
@@ -57,6 +62,14 @@ CASES = {
     "typo in a config file": ("train", ["--config={dir}/typo.py"], "did you mean model.width"),
     "GPT-2 tokenizer missing": ("train", ["--config.data.tokenizer=gpt2", "--config.data.tokenizer_path={dir}"], "gptjax[gpt2]"),
     "tokenizer larger than the text allows": ("train", ["--config.data.path={dir}/chars.txt", "--config.data.tokenizer=sentencepiece", "--config.data.tokenizer_path={dir}/file"], "no sentencepiece model"),
+    "bad pattern": ("train", ["--config.optim.freeze=*bias"], "no regular expression"),
+    "seed out of range": ("train", ["--config.train.seed=9223372036854775808"], "at most"),
+    "config without return": ("train", ["--config={dir}/none.py"], "returned None"),
+    "half a character": ("train", ["--config.data.source=jsonl", "--config.data.path={dir}/surrogate.jsonl"], "half of a UTF-16 pair"),
+    "cut gzip": ("train", ["--config.data.source=jsonl", "--config.data.path={dir}/cut.jsonl.gz"], "no whole gzip file"),
+    "sample prompt too long": ("train", ["--config.train.sample_prompt=a prompt of more than sixteen bytes"], "longer than model.context"),
+    "workdir below a file": ("train", ["--workdir={dir}/file/run"], "Not a directory"),
+    "prepare shards again": ("prepare", ["--config=configs/gpt2_124m.py", "--config.data.path={dir}", "--out={dir}/o"], "prepared already"),
     "no checkpoint": ("generate", ["--checkpoint={dir}/keep"], "no config.json"),
     "missing checkpoint flag": ("generate", ["--prompt=x"], "missing --checkpoint"),
     "bad top_p": ("generate", ["--checkpoint={dir}/keep", "--top_p=0"], "top_p = 0"),

@@ -27,6 +27,7 @@ from gptjax.tokenizer import Tokenizer
 SHARD_TOKENS = 1 << 26
 _BATCH_CHARACTERS = 1 << 22  # text encoded at once: enough to keep every core busy
 _FORMAT = 1
+_SUFFIXES = (".tokens.npy", ".offsets.npy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Prepared:
 
 
 def open_prepared(folder: Path) -> Prepared:
-    """Raises UserError where the folder is no finished preparation or a shard has another size than recorded."""
+    """Raises UserError where the folder is no finished preparation or a shard differs from its checksum."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -62,24 +63,20 @@ def open_prepared(folder: Path) -> Prepared:
     result = Prepared(folder, meta["fingerprint"], meta["source"], meta["splits"], tokenizer.load(folder / "tokenizer"))
     if result.tokenizer.fingerprint != meta["tokenizer"]:
         raise UserError(f"{folder}: the tokenizer is not the one that the data was prepared with")
-    for split in result.splits:
-        for shard, (tokens, _) in zip(result.splits[split], _damaged_to_error(result, split), strict=True):
-            if tokens.shape != (shard["tokens"],):
-                raise UserError(
-                    f"{folder}/{shard['name']}.tokens.npy holds {tokens.shape} tokens, {shard['tokens']} were written; prepare the data again"
-                )
+    for shard in (shard for split in result.splits.values() for shard in split):
+        for suffix, checksum in shard["sha256"].items():
+            path = folder / f"{shard['name']}{suffix}"
+            if not path.is_file() or not files.sha256_once(path, checksum):
+                raise UserError(f"{path} is damaged or was changed after it was written; prepare the data again, in another folder")
     return result
-
-
-def _damaged_to_error(prepared: Prepared, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    try:
-        yield from prepared.arrays(split)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{prepared.folder}: a shard of the {split} split is damaged ({error}); prepare the data again") from None
 
 
 def prepare(config: Config, folder: Path, *, shard_tokens: int = SHARD_TOKENS) -> Prepared:
     """Prepares the documents that `config.data` names into `folder`, or opens what is finished there already."""
+    if config.data.source == "shards":
+        raise UserError(
+            "data.source = 'shards' is prepared already: name the documents, such as --config.data.source=jsonl --config.data.path=corpus/"
+        )
     source = sources.open_source(config.data)
     return _prepare(config, source, _make_tokenizer(config, source), folder, shard_tokens)
 
@@ -111,7 +108,9 @@ def _prepare(config: Config, source: sources.Source, text_tokenizer: Tokenizer, 
                 f"{folder} holds other data or another tokenizer (fingerprint {done.fingerprint[:12]}, wanted {key[:12]}); pick another folder"
             )
         return done
-    with files.lock(folder):
+    with files.lock(folder, wait=True):  # another run may be preparing the same data
+        if (folder / "meta.json").exists():
+            return _prepare(config, source, text_tokenizer, folder, shard_tokens)
         if (folder / "key").exists() and (folder / "key").read_text() != key:
             raise UserError(f"{folder} holds an unfinished preparation of other data; remove it or pick another folder")
         files.write_text(folder / "key", key)
@@ -179,10 +178,11 @@ def _write_shard(documents: list[np.ndarray], text_tokenizer: Tokenizer, folder:
             raise ValueError(f"the tokenizer made id {ids.max()} and knows {text_tokenizer.vocab_size}")
         tokens[start] = text_tokenizer.eot
         tokens[start + 1 : start + 1 + len(ids)] = ids
-    for suffix, array in ((".tokens.npy", tokens), (".offsets.npy", offsets)):
+    for suffix, array in zip(_SUFFIXES, (tokens, offsets), strict=True):
         with files.atomic(folder / f"{name}{suffix}") as temporary, open(temporary, "wb") as file:
             np.save(file, array)
-    shard = {"name": name, "tokens": len(tokens), "documents": len(documents), "sha256": files.sha256(folder / f"{name}.tokens.npy")}
+    shard = {"name": name, "tokens": len(tokens), "documents": len(documents)}
+    shard["sha256"] = {suffix: files.sha256(folder / f"{name}{suffix}") for suffix in _SUFFIXES}
     files.write_text(folder / f"{name}.json", json.dumps(shard))
     return shard
 

@@ -12,6 +12,8 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from gptjax import files
 from gptjax.config import DataConfig, UserError
 
 TRAIN, EVAL = "train", "eval"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +119,13 @@ def _jsonl(config: DataConfig, path: str, split: str) -> _Documents:
 
     def lines() -> Iterator[tuple[str, bytes]]:
         for p in paths:
-            with gzip.open(p) if p.suffix == ".gz" else open(p, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield f"{p}:{number}", line
+            try:
+                with gzip.open(p) if p.suffix == ".gz" else open(p, "rb") as file:
+                    for number, line in enumerate(file, 1):
+                        if line.strip():
+                            yield f"{p}:{number}", line
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise UserError(f"{p} is no whole gzip file: {error}") from None
 
     def read() -> Iterator[str]:
         for where, line in lines():
@@ -131,6 +137,8 @@ def _jsonl(config: DataConfig, path: str, split: str) -> _Documents:
             if not isinstance(text, str):
                 has = f"fields are {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}, not an object"
                 raise UserError(f"{where} has no text under data.field = {config.field!r}; {has}")
+            if _SURROGATE.search(text):
+                raise UserError(f"{where}: data.field = {config.field!r} holds half of a UTF-16 pair, which is no character; mend or drop the row")
             yield text
 
     content, count = hashlib.sha256(config.field.encode()), 0
@@ -149,7 +157,7 @@ def _tfds_builder(config: DataConfig):  # no annotation: tfds is imported only w
     try:
         return tfds.builder(config.name, **where)
     except Exception as error:  # tfds raises its own family of errors for names, versions and folders
-        raise UserError(f"data.name = {config.name!r} in data.path = {config.path!r}: {str(error).splitlines()[0][:300]}") from None
+        raise UserError(f"data.name = {config.name!r} in data.path = {config.path!r}: {(str(error) or repr(error)).splitlines()[0][:300]}") from None
 
 
 def _tfds(config: DataConfig, path: str, split: str) -> _Documents:
@@ -164,7 +172,7 @@ def _tfds(config: DataConfig, path: str, split: str) -> _Documents:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"data.name = {config.name!r} cannot be read without TensorFlow: {str(error).splitlines()[0][:200]}\nPrepare it with file_format='array_record'."
+            f"data.name = {config.name!r} cannot be read without TensorFlow: {(str(error) or repr(error)).splitlines()[0][:200]}\nPrepare it with file_format='array_record'."
         ) from None
 
     def read() -> Iterator[str]:
