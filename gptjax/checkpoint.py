@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from gptjax import cli, files, tokenizer, tree
-from gptjax.config import Config, UserError, build
+from gptjax.config import Config, UserError, build, changes
 from gptjax.steps import TrainState
 
 _SUMS = "checksums.json"
@@ -192,6 +192,23 @@ def newest(folder: Path) -> Path:
             return folder / str(step)
         cli.say(f"warning: skipped the checkpoint of step {step}: {problem}")
     raise UserError(f"{folder} holds no whole checkpoint; train first, or point --checkpoint at a run's workdir")
+
+
+def check_same_run(workdir: Path, config: Config, fingerprints: dict[str, str]) -> None:
+    """Refuses to continue a run whose numbers would change, and names each difference."""
+    for step in reversed(steps_in(workdir / "checkpoints")):
+        if fault(workdir / "checkpoints" / str(step), ("meta/",)):
+            continue  # `restore` will name it
+        meta = read_meta(workdir / "checkpoints" / str(step))
+        rows = changes(build(meta["config"]), config)
+        rows += [f"{name}: the {what} changed since the run began" for name, what in _FINGERPRINTS.items() if meta[name] != fingerprints[name]]
+        if not rows:
+            return
+        shown = "\n  ".join(rows if len(rows) <= 4 else [*rows[:3], f"and {len(rows) - 3} more"])
+        raise UserError(f"{workdir} holds a run with other settings (old -> new):\n  {shown}\nUse the old ones, or another --workdir.")
+
+
+_FINGERPRINTS = {"data": "text or its split", "tokenizer": "vocabulary"}
 
 
 def load_run(path: Path) -> tuple[Config, Any, tokenizer.Tokenizer]:

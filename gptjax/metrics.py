@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from gptjax import cli, files
-from gptjax.config import Config
+from gptjax.config import Config, UserError
 
 # Dense bfloat16 peak in FLOP/s: Google Cloud TPU documentation and NVIDIA data sheets (without sparsity).
 PEAK_FLOPS: dict[str, float] = {
@@ -106,6 +106,47 @@ class Tracker:
         self._file.close()
         if self._board:
             self._board.close()
+
+
+class StepMetrics:
+    """Metrics of the steps since the last log line; still on the device until `flush`, so that steps overlap with the host."""
+
+    def __init__(self) -> None:
+        self._pending: list[dict[str, jax.Array]] = []
+        self._since, self._waited = time.monotonic(), 0.0
+
+    def add(self, step_metrics: dict[str, jax.Array], waited: float) -> None:
+        self._pending.append(step_metrics)
+        self._waited += waited
+
+    def restart_clock(self) -> None:
+        self._since, self._waited = time.monotonic(), 0.0
+
+    def flush(self, last_step: int) -> dict[str, float]:
+        """Token-weighted means and rates. Raises UserError at the first step with a non-finite loss or gradient."""
+        rows = [{k: float(v) for k, v in row.items()} for row in jax.device_get(self._pending)]
+        self._pending = []
+        if not rows:
+            return {}
+        for offset, row in enumerate(rows, 1):
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                step = last_step - len(rows) + offset
+                raise UserError(
+                    f"step {step}: the loss is {row['loss']} and the gradient norm {row['grad_norm']}; the run stops and keeps the last checkpoint.\n"
+                    "Lower optim.lr, lengthen optim.warmup_steps, or set optim.clip = 1.0, in a new --workdir."
+                )
+        tokens = sum(row["tokens"] for row in rows)
+        seconds = time.monotonic() - self._since
+        values = {
+            "train/loss": sum(row["loss"] * row["tokens"] for row in rows) / tokens,
+            "train/grad_norm": rows[-1]["grad_norm"],
+            "train/lr": rows[-1]["lr"],
+            "perf/tokens_per_sec": tokens / seconds,
+            "perf/step_time": seconds / len(rows),
+            "perf/data_wait": self._waited / len(rows),
+        }
+        self.restart_clock()
+        return values
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

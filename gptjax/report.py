@@ -47,6 +47,13 @@ def environment() -> dict[str, Any]:
     }
 
 
+def mark(workdir: Path, **values: Any) -> None:
+    """Updates run.json."""
+    path = workdir / "run.json"
+    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    files.write_text(path, json.dumps({**data, **values}, indent=1))
+
+
 def bigram_bits(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
     """Bits that a token bigram model spends on held_out[1:]: absolute discounting (0.75) over an add-one unigram (Ney et al. 1994)."""
     unigram = (np.bincount(train, minlength=vocab_size) + 1.0) / (len(train) + vocab_size)

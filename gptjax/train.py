@@ -12,46 +12,22 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
-from gptjax import cli, files, generate, metrics, report, sharding, steps, tree
+from gptjax import cli, evaluate, files, generate, metrics, report, sharding, steps, tree
 from gptjax import config as config_lib
-from gptjax.checkpoint import Checkpoints, fault, read_meta, steps_in
+from gptjax.checkpoint import Checkpoints, check_same_run, fault, read_meta, steps_in
 from gptjax.config import Config, UserError
 from gptjax.data import loader, prepare
 from gptjax.data.sources import EVAL, TRAIN
 from gptjax.metrics import Compiles, Progress, Tracker
-
-
-class Stop:
-    """SIGTERM and Ctrl-C ask the loop to save and end; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.grace = False  # before the loop there is nothing to save: end at once
-        if jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or not self.grace:
-            raise KeyboardInterrupt
-        self.asked = True
-        cli.say(f"{signal.Signals(number).name}: saving after this step; once more to stop without")
-
-    def now(self, step: int) -> bool:
-        """Whether to stop after `step`. Over many processes they agree: JAX catches the signal and announces a common step."""
-        return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self.asked
 
 
 def resolve(config: Config, vocab_size: int) -> Config:
@@ -59,23 +35,6 @@ def resolve(config: Config, vocab_size: int) -> Config:
     if config.model.vocab_size and config.model.vocab_size < vocab_size:
         raise UserError(f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's {vocab_size}: set 0 to take the tokenizer's")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size))
-
-
-def check_resume(workdir: Path, config: Config, fingerprints: dict[str, str]) -> None:
-    """Refuses to continue a run whose numbers would change, and names each difference."""
-    for step in reversed(steps_in(workdir / "checkpoints")):
-        if fault(workdir / "checkpoints" / str(step), ("meta/",)):
-            continue  # `restore` will name it
-        meta = read_meta(workdir / "checkpoints" / str(step))
-        rows = config_lib.changes(config_lib.build(meta["config"]), config)
-        rows += [f"{name}: the {what} changed since the run began" for name, what in _FINGERPRINTS.items() if meta[name] != fingerprints[name]]
-        if not rows:
-            return
-        shown = "\n  ".join(rows if len(rows) <= 4 else [*rows[:3], f"and {len(rows) - 3} more"])
-        raise UserError(f"{workdir} holds a run with other settings (old -> new):\n  {shown}\nUse the old ones, or another --workdir.")
-
-
-_FINGERPRINTS = {"data": "text or its split", "tokenizer": "vocabulary"}
 
 
 @dataclasses.dataclass
@@ -87,7 +46,7 @@ class Run:
     mesh: jax.sharding.Mesh
     prepared: prepare.Prepared
     compiles: Compiles
-    stop: Stop
+    stop: cli.Stop
 
     @property
     def rows(self) -> list[int]:
@@ -111,19 +70,6 @@ def load_data(config: Config) -> prepare.Prepared:
     prepared = prepare.ensure(config) if jax.process_index() == 0 else None
     multihost_utils.sync_global_devices("data")
     return prepared or prepare.ensure(config)
-
-
-def evaluate(run: Run, eval_step: Any, params: Any) -> dict[str, float]:
-    """Loss per token, perplexity and bits per byte over the held-out split (each predicted token once)."""
-    byte_lengths = np.array([len(b) for b in run.prepared.tokenizer.token_bytes])
-    total = weight = count = 0.0
-    size, rows = run.config.train.batch_size, run.rows
-    for batch in loader.eval_batches(run.windows(EVAL), batch_size=size, rows=range(size), limit=run.config.train.eval_batches):
-        count += float((byte_lengths[batch["targets"]] * batch["loss_weights"]).sum())  # of all rows, whoever computes them
-        loss_sum, weight_sum = eval_step(params, sharding.to_global(run.mesh, {name: array[rows] for name, array in batch.items()}))
-        total, weight = total + float(loss_sum), weight + float(weight_sum)
-    loss = total / weight
-    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0)), "eval/bits_per_byte": total / math.log(2) / max(count, 1.0)}
 
 
 def write_sample(run: Run, step: int, params: Any) -> str:
@@ -150,47 +96,6 @@ def save_best(run: Run, state: Any, loss: float) -> None:
         best = Checkpoints(folder, keep=1)
         best.save(state, {**run.meta(), "eval_loss": loss}, wait=True)
         best.close()
-
-
-class Window:
-    """Metrics of the steps since the last log line; still on the device until `flush`, so that steps overlap with the host."""
-
-    def __init__(self) -> None:
-        self._pending: list[dict[str, jax.Array]] = []
-        self._since, self._waited = time.monotonic(), 0.0
-
-    def add(self, step_metrics: dict[str, jax.Array], waited: float) -> None:
-        self._pending.append(step_metrics)
-        self._waited += waited
-
-    def restart_clock(self) -> None:
-        self._since, self._waited = time.monotonic(), 0.0
-
-    def flush(self, last_step: int) -> dict[str, float]:
-        """Token-weighted means and rates. Raises UserError at the first step with a non-finite loss or gradient."""
-        rows = [{k: float(v) for k, v in row.items()} for row in jax.device_get(self._pending)]
-        self._pending = []
-        if not rows:
-            return {}
-        for offset, row in enumerate(rows, 1):
-            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-                step = last_step - len(rows) + offset
-                raise UserError(
-                    f"step {step}: the loss is {row['loss']} and the gradient norm {row['grad_norm']}; the run stops and keeps the last checkpoint.\n"
-                    "Lower optim.lr, lengthen optim.warmup_steps, or set optim.clip = 1.0, in a new --workdir."
-                )
-        tokens = sum(row["tokens"] for row in rows)
-        seconds = time.monotonic() - self._since
-        values = {
-            "train/loss": sum(row["loss"] * row["tokens"] for row in rows) / tokens,
-            "train/grad_norm": rows[-1]["grad_norm"],
-            "train/lr": rows[-1]["lr"],
-            "perf/tokens_per_sec": tokens / seconds,
-            "perf/step_time": seconds / len(rows),
-            "perf/data_wait": self._waited / len(rows),
-        }
-        self.restart_clock()
-        return values
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -225,7 +130,7 @@ def train(run: Run) -> dict[str, Any]:
         outcome = loop(run, state, batches, first, last, train_step, eval_step, checkpoints, tracker, progress, compile_seconds)
     except UserError:
         if jax.process_index() == 0:
-            mark(run.workdir, status="failed")
+            report.mark(run.workdir, status="failed")
         raise
     finally:
         progress.close()
@@ -244,13 +149,13 @@ def train(run: Run) -> dict[str, Any]:
 def loop(run: Run, state: Any, batches: Iterator, first: Any, last: int, train_step: Any, eval_step: Any, checkpoints: Checkpoints, tracker: Tracker | None, progress: Progress, compile_seconds: float) -> tuple[Any, int, str]:  # fmt: skip
     """Steps until `last` or until stopped. Returns (state, step, status)."""
     c, t = run.config, run.config.train
-    window, step, waited, batch = Window(), int(state.step), 0.0, first
+    recent, step, waited, batch = metrics.StepMetrics(), int(state.step), 0.0, first
     peak = metrics.peak_flops(jax.devices()[0])
     flops = metrics.flops_per_token(c, tree.size(state.params))
     profile, tracing = config_lib.profile_range(c), False
 
     def log() -> None:
-        values = window.flush(step)
+        values = recent.flush(step)
         if not values:
             return
         values |= {"train/tokens": float(step) * t.batch_size * c.model.context, **metrics.memory()}
@@ -273,14 +178,14 @@ def loop(run: Run, state: Any, batches: Iterator, first: Any, last: int, train_s
     due = lambda every: bool(every and step % every == 0) or step == last
     run.stop.grace = True
     progress.begin()
-    window.restart_clock()
+    recent.restart_clock()
     while step < last:
         if profile and step + 1 == profile[0]:
             jax.profiler.start_trace(str(run.workdir / "profile"))
             tracing = True
         state, step_metrics = train_step(state, batch)
         step += 1
-        window.add(step_metrics, waited)
+        recent.add(step_metrics, waited)
         stopping = run.stop.now(step)
         if tracing and profile and (stopping or step in (last, profile[1])):
             jax.block_until_ready(state)
@@ -294,7 +199,7 @@ def loop(run: Run, state: Any, batches: Iterator, first: Any, last: int, train_s
         if stopping:
             return state, step, "interrupted"
         if due(t.eval_every) and run.windows(EVAL).total > 1:
-            values = evaluate(run, eval_step, state.params)
+            values = evaluate.held_out(c, run.mesh, run.prepared, eval_step, state.params)
             progress.note(step, f"eval loss {values['eval/loss']:.4f}, {values['eval/bits_per_byte']:.4f} bits per byte")
             if tracker:
                 tracker.log(step, values)
@@ -307,7 +212,7 @@ def loop(run: Run, state: Any, batches: Iterator, first: Any, last: int, train_s
             batch = sharding.to_global(run.mesh, next(batches))
             waited = time.monotonic() - asked
         if due(t.eval_every) or due(t.sample_every):
-            window.restart_clock()
+            recent.restart_clock()
     return state, step, "finished" if step == t.steps else "stopped"
 
 
@@ -319,21 +224,14 @@ def finish(run: Run, state: Any, step: int, *, status: str) -> dict[str, Any]:
         for name in ("train/loss", "eval/loss", "eval/bits_per_byte"):
             if values := [r[name] for r in records if name in r]:
                 summary[name] = values[-1]
-        mark(run.workdir, status=status, step=step)
+        report.mark(run.workdir, status=status, step=step)
         if status != "interrupted":  # a scheduler's grace period is short
             report.write(run.workdir, run.prepared)
         summary["report"] = str(run.workdir / "report.html")
     return summary
 
 
-def mark(workdir: Path, **values: Any) -> None:
-    """Updates run.json."""
-    path = workdir / "run.json"
-    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    files.write_text(path, json.dumps({**data, **values}, indent=1))
-
-
-def setup(config: Config, workdir: Path, overrides: dict[str, str], stop: Stop, compiles: Compiles) -> Run:
+def setup(config: Config, workdir: Path, overrides: dict[str, str], stop: cli.Stop, compiles: Compiles) -> Run:
     """Checks everything, then writes the run's description into the workdir; nothing is written when a check fails."""
     prepared = load_data(config)
     config = resolve(config, prepared.tokenizer.vocab_size)
@@ -341,12 +239,14 @@ def setup(config: Config, workdir: Path, overrides: dict[str, str], stop: Stop, 
     run = Run(config, workdir, mesh, prepared, compiles, stop)
     if len(prepared.tokenizer.encode(config.train.sample_prompt)) > config.model.context:
         raise UserError(f"train.sample_prompt is longer than model.context = {config.model.context} tokens: shorten it")
-    check_resume(workdir, config, run.fingerprints)
+    check_same_run(workdir, config, run.fingerprints)
     if jax.process_index() == 0:
         files.write_text(workdir / "config.json", config_lib.to_json(config))
         files.write_text(workdir / "overrides.json", json.dumps(overrides))
         prepared.tokenizer.save(workdir / "tokenizer")
-        mark(workdir, status="running", argv=sys.argv, seed=config.train.seed, mesh=dict(mesh.shape), **report.environment(), **run.fingerprints)
+        report.mark(
+            workdir, status="running", argv=sys.argv, seed=config.train.seed, mesh=dict(mesh.shape), **report.environment(), **run.fingerprints
+        )
     return run
 
 
@@ -374,7 +274,7 @@ def main(argv: list[str]) -> None:
     sharding.start_distributed("distributed" in args)
     metrics.enable_compile_cache()
     metrics.keep_freed_memory()
-    stop, compiles, workdir = Stop(), Compiles(), Path(args["workdir"])
+    stop, compiles, workdir = cli.Stop(), Compiles(), Path(args["workdir"])
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file: name a folder")
     with files.lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext():

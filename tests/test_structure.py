@@ -9,7 +9,7 @@ from conftest import ROOT
 
 ORDER = (
     "config", "files", "cli", "tree", "tokenizer", "data.sources", "data.prepare", "data.loader", "attention", "model", "losses", "optim",
-    "sharding", "steps", "checkpoint", "metrics", "generate", "report", "train",
+    "sharding", "steps", "checkpoint", "metrics", "generate", "evaluate", "report", "train",
 )  # fmt: skip
 MODULES = {".".join(p.relative_to(ROOT / "gptjax").with_suffix("").parts): p for p in (ROOT / "gptjax").rglob("*.py") if p.name != "__init__.py"}
 
@@ -32,7 +32,7 @@ def test_imports_go_one_way(name):
 @pytest.mark.parametrize("name", ORDER)
 def test_files_and_functions_stay_short(name):
     text = MODULES[name].read_text()
-    assert len(text.splitlines()) <= 420
+    assert len(text.splitlines()) <= (300 if name == "train" else 420)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 75, f"{name}.{node.name}"
