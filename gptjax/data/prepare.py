@@ -26,7 +26,7 @@ from gptjax.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 26
 _BATCH_CHARACTERS = 1 << 22  # text encoded at once: enough to keep every core busy
-_FORMAT = 1
+_FORMAT = 2
 _SUFFIXES = (".tokens.npy", ".offsets.npy")
 
 
