@@ -115,7 +115,7 @@ def train(run: Run) -> dict[str, Any]:
     last = min(t.steps, t.stop_at or t.steps)
     if start >= last:
         checkpoints.close()
-        return finish(run, state, start, status="finished" if start >= t.steps else "stopped")
+        return finish(run, start, status="finished" if start >= t.steps else "stopped")
     windows = run.windows(TRAIN)
     batches = loader.train_batches(windows, seed=t.seed, batch_size=t.batch_size, rows=run.rows, start=start)
     first = sharding.to_global(run.mesh, next(batches))
@@ -138,12 +138,12 @@ def train(run: Run) -> dict[str, Any]:
         checkpoints.close()
         if tracker:
             tracker.close()
-    state, step, status = outcome
+    _, step, status = outcome
     if status == "failed to save":
         raise UserError(
             f"the checkpoint of step {step} could not be written to {run.workdir} (see above): free some space and run the same command again"
         )
-    return finish(run, state, step, status=status)
+    return finish(run, step, status=status)
 
 
 def loop(run: Run, state: Any, batches: Iterator, first: Any, last: int, train_step: Any, eval_step: Any, checkpoints: Checkpoints, tracker: Tracker | None, progress: Progress, compile_seconds: float) -> tuple[Any, int, str]:  # fmt: skip
@@ -216,7 +216,7 @@ def loop(run: Run, state: Any, batches: Iterator, first: Any, last: int, train_s
     return state, step, "finished" if step == t.steps else "stopped"
 
 
-def finish(run: Run, state: Any, step: int, *, status: str) -> dict[str, Any]:
+def finish(run: Run, step: int, *, status: str) -> dict[str, Any]:
     """Marks the run, writes its report, returns the summary."""
     summary: dict[str, Any] = {"workdir": str(run.workdir), "step": step, "status": status}
     if jax.process_index() == 0:
