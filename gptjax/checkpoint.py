@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from gptjax import cli, files, tokenizer, tree
-from gptjax.config import Config, UserError, build, changes
+from gptjax.config import Config, UserError, build, changes, to_dict, to_json
 from gptjax.steps import TrainState
 
 _SUMS = "checksums.json"
@@ -106,6 +106,13 @@ class Checkpoints:
         if wait:
             self._collect()
         return self.failures == before
+
+    def save_params(self, params: Any, meta: dict[str, Any]) -> None:
+        """Parameters alone as step 0, waited for."""
+        self._pending = 0
+        items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave({**meta, "format": FORMAT, "step": 0})}
+        self._manager.save(0, args=ocp.args.Composite(**items), force=True)
+        self._manager.wait_until_finished()
 
     def _collect(self) -> None:
         """Waits for the save under way and reports its failure."""
@@ -235,3 +242,13 @@ def load_params(step: Path) -> Any:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place), _stored(step / "params"))
     return ocp.StandardCheckpointer().restore(step / "params", target)
+
+
+def write_run(workdir: Path, config: Config, params: Any, text_tokenizer: tokenizer.Tokenizer) -> None:
+    """A workdir that holds these parameters as step 0, without an optimizer's state: `load_run` reads it."""
+    tokens = text_tokenizer.fingerprint
+    manager = Checkpoints(workdir / "checkpoints", keep=1)
+    manager.save_params(params, {"config": to_dict(config), "data": "", "tokenizer": tokens})
+    manager.close()
+    files.write_text(workdir / "config.json", to_json(config))
+    text_tokenizer.save(workdir / "tokenizer")

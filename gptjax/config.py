@@ -53,15 +53,20 @@ class ModelConfig:
     vocab_multiple: int = knob(128, "the embedding is padded to this multiple so that meshes divide it", low=1)
     positions: str = knob("learned", "position information", choices=("learned", "rope", "none"))
     rope_base: float = knob(10_000.0, "RoPE base frequency", low=1.0)
-    rope_scaling: str = knob("none", "RoPE context extension", choices=("none", "linear", "llama3"))
+    rope_share: float = knob(1.0, "share of each head's width that RoPE turns (GPT-NeoX: 0.25)", low=0.0, high=1.0)
+    rope_scaling: str = knob("none", "RoPE context extension", choices=("none", "linear", "llama3", "yarn"))
     rope_factor: float = knob(1.0, "RoPE scaling factor", low=1.0)
     rope_low_freq: float = knob(1.0, "llama3 scaling: low frequency factor", low=0.0)
     rope_high_freq: float = knob(4.0, "llama3 scaling: high frequency factor", low=0.0)
-    rope_original_context: int = knob(8192, "llama3 scaling: context of the pretraining", low=1)
+    rope_beta_fast: float = knob(32.0, "yarn: turns over the context above which a frequency is kept", low=0.0)
+    rope_beta_slow: float = knob(1.0, "yarn: turns over the context below which a frequency is divided", low=0.0)
+    rope_attention_factor: float = knob(0.0, "yarn: multiplies cos and sin; 0 = 0.1 ln(factor) + 1", low=0.0)
+    rope_original_context: int = knob(8192, "llama3, yarn: context of the pretraining", low=1)
     norm: str = knob("layernorm", "normalisation", choices=("layernorm", "rmsnorm"))
     norm_eps: float = knob(1e-5, "added to the variance", low=0.0)
     mlp: str = knob("gelu", "gelu (tanh form, GPT-2), gelu_exact (erf), swiglu", choices=("gelu", "gelu_exact", "swiglu"))
-    bias: str = knob("all", "which layers carry a bias", choices=("all", "qkv", "none"))
+    bias: str = knob("all", "which layers carry a bias (attention: q, k, v and its output)", choices=("all", "attention", "qkv", "none"))
+    parallel: bool = knob(False, "attention and MLP read the same residual stream (GPT-NeoX)")
     qk_norm: bool = knob(False, "RMSNorm on queries and keys, per head")
     logit_softcap: float = knob(0.0, "logits become cap * tanh(logits / cap); 0 = off", low=0.0)
     window: int = knob(0, "sliding attention window in tokens; 0 = full context", low=0)
@@ -92,6 +97,11 @@ class ModelConfig:
         return 64 * math.ceil(self.width * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.width
 
     @property
+    def rotary_width(self) -> int:
+        """Leading dims of a head that RoPE turns."""
+        return int(self.head_width * self.rope_share)
+
+    @property
     def padded_vocab(self) -> int:
         """Rows of the embedding table; logits of the rows past `vocab_size` never count."""
         return self.vocab_multiple * math.ceil(self.vocab_size / self.vocab_multiple)
@@ -109,9 +119,9 @@ class DataConfig:
     train_split: str = knob("train", "tfds: training split")
     eval_split: str = knob("validation", "tfds: held-out split")
     eval_fraction: float = knob(0.1, "share held out: of the documents, or of the end of a single one", low=0.0, high=0.5)
-    tokenizer: str = knob("sentencepiece", "tokenizer", choices=("bytes", "chars", "sentencepiece", "gpt2"))
+    tokenizer: str = knob("sentencepiece", "tokenizer", choices=("bytes", "chars", "sentencepiece", "gpt2", "cl100k", "o200k"))
     tokenizer_vocab: int = knob(4096, "sentencepiece: vocabulary size to train", low=300)
-    tokenizer_path: str = knob("", "sentencepiece: an existing .model; gpt2: vocab.bpe or gpt2.tiktoken; empty = train or find it")
+    tokenizer_path: str = knob("", "sentencepiece: an existing .model; gpt2: vocab.bpe or gpt2.tiktoken; cl100k, o200k: .tiktoken; empty = train or find it")
     isolate: bool = knob(True, "documents packed in one window cannot see one another")
 
 
@@ -301,8 +311,8 @@ def cross_checks(c: Config) -> list[str]:
         faults.append(f"model.heads = {m.heads} does not divide model.width = {m.width}: pick a divisor or set model.head_dim")
     if m.heads % m.kv:
         faults.append(f"model.kv_heads = {m.kv} does not divide model.heads = {m.heads}: pick a divisor")
-    if m.positions == "rope" and m.head_width % 2:
-        faults.append(f"model.head_dim = {m.head_width} is odd and RoPE turns pairs: pick an even head width")
+    if m.positions == "rope" and (m.rotary_width % 2 or not m.rotary_width):
+        faults.append(f"RoPE turns pairs and model.head_dim = {m.head_width} with model.rope_share = {m.rope_share} has {m.rotary_width} dims: pick an even number")
     if m.rope_scaling != "none" and m.positions != "rope":
         faults.append(f"model.rope_scaling = {m.rope_scaling!r} needs model.positions = 'rope'")
     if m.rope_scaling == "llama3" and m.rope_high_freq <= m.rope_low_freq:

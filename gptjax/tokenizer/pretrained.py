@@ -1,0 +1,165 @@
+"""Tokenizers that come with a checkpoint: a Hugging Face `tokenizer.json` (or the files before it), or the vocabulary inside a GGUF file.
+
+All are run by the `tokenizers` library; a GGUF vocabulary is rewritten as a `tokenizer.json` first. Byte-level BPE (GPT-2, NeoX, Llama 3,
+Qwen, SmolLM2) and sentencepiece-like BPE with byte fallback (Llama 2, Mistral) become the same table of bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptjax.config import UserError
+from gptjax.tokenizer.base import Tokenizer
+from gptjax.tokenizer.openai import byte_letters
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
+_SPACE = "\u2581"
+_ROLES = "roles.json"  # ours, beside Hugging Face's files: which ids end a text
+
+
+class PretrainedTokenizer(Tokenizer):
+    """`content`: Hugging Face's files by name; `stops`: ids that end a text, the most usual first."""
+
+    kind = "pretrained"
+
+    def __init__(self, content: dict[str, bytes], stops: Sequence[int]):
+        import tokenizers
+
+        self._content = {name: content[name] for name in FILES if name in content}
+        try:
+            self._plain, self._control = (tokenizers.Tokenizer.from_buffer(content["tokenizer.json"]) for _ in range(2))
+            described = json.loads(content["tokenizer.json"])
+            settings = json.loads(content.get("tokenizer_config.json", b"{}"))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"tokenizer.json is damaged or of an unknown kind: {str(error)[:200]}") from None
+        for one in (self._plain, self._control):
+            one.no_truncation()
+            one.no_padding()
+        self._plain.encode_special_tokens = True  # the names of control tokens in ordinary text stay text
+        added = {t["id"]: t for t in described.get("added_tokens", [])}
+        self.control = {t["content"]: i for i, t in added.items() if t["special"]}
+        self._fill_table(described, added)
+        probe = [self._control.encode("a", add_special_tokens=flag).ids for flag in (True, False)]
+        self.prefix = tuple(probe[0][: len(probe[0]) - len(probe[1])]) if probe[0][-1:] == probe[1][-1:] else ()
+        if not stops:
+            name = _text_of(settings.get("eos_token"))
+            stops = [self.control[name]] if name in self.control else [i for n, i in self.control.items() if n in ("<|endoftext|>", "</s>")]
+        if bad := [i for i in stops if not 0 <= i < self.vocab_size]:
+            raise UserError(f"the end-of-text ids {bad} are outside the tokenizer's {self.vocab_size:,} tokens")
+        if not stops:
+            raise UserError("the tokenizer names no end-of-text token: set eos_token_id in config.json")
+        self.stops, self.eot = tuple(stops), stops[0]
+        for i in self.stops:
+            self.token_bytes[i] = b""
+        template = content.get("chat_template.jinja", b"").decode() or settings.get("chat_template") or ""
+        if isinstance(template, list):  # several named templates
+            template = next((t["template"] for t in template if t["name"] == "default"), "")
+        self.chat_template = template
+
+    def _fill_table(self, described: dict[str, Any], added: dict[int, Any]) -> None:
+        vocabulary = self._plain.get_vocab(with_added_tokens=True)
+        self.token_bytes = [b""] * (max(vocabulary.values(), default=-1) + 1)
+        letters = byte_letters()
+        byte_level = '"ByteLevel"' in json.dumps([described.get("decoder"), described.get("pre_tokenizer")])
+        for token, i in vocabulary.items():
+            if i in added:
+                self.token_bytes[i] = b"" if added[i]["special"] else added[i]["content"].encode()
+            elif byte_level:
+                self.token_bytes[i] = bytes(letters[c] for c in token) if all(c in letters for c in token) else token.encode()
+            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                self.token_bytes[i] = bytes([int(token[3:5], 16)])
+            else:
+                self.token_bytes[i] = token.replace(_SPACE, " ").encode()
+        self.leading_space = not byte_level and self.decode_bytes(self._plain.encode("a", add_special_tokens=False).ids) == b" a"
+
+    def files(self) -> dict[str, bytes]:
+        return {**self._content, _ROLES: json.dumps({"stops": list(self.stops)}).encode()}
+
+    @classmethod
+    def from_files(cls, content: dict[str, bytes]) -> PretrainedTokenizer:
+        return cls(content, json.loads(content[_ROLES])["stops"])
+
+    @classmethod
+    def from_folder(cls, folder: Path, stops: Sequence[int]) -> PretrainedTokenizer | None:
+        """The tokenizer beside a Hugging Face checkpoint; None where the folder has none."""
+        content = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        if "tokenizer.json" not in content:
+            if "vocab.json" in content and "merges.txt" in content:
+                merges = [line for line in content["merges.txt"].decode().splitlines() if line and not line.startswith("#version")]
+                content["tokenizer.json"] = byte_level_json(json.loads(content["vocab.json"]), merges, control=["<|endoftext|>"], digits=False)
+            elif "tokenizer.model" in content:
+                import sentencepiece
+
+                try:
+                    sp = sentencepiece.SentencePieceProcessor(model_proto=content["tokenizer.model"])
+                except RuntimeError as error:
+                    raise UserError(f"{folder}/tokenizer.model is damaged: {error}") from None
+                ids = range(sp.vocab_size())
+                kinds = [3 if sp.is_control(i) else 2 if sp.is_unknown(i) else 6 if sp.is_byte(i) else 1 for i in ids]
+                content["tokenizer.json"] = pieces_json([sp.id_to_piece(i) for i in ids], [sp.get_score(i) for i in ids], kinds, bos=sp.bos_id())
+            else:
+                return None
+        return cls(content, stops)
+
+    def _encode(self, texts: Sequence[str]) -> Iterator[Sequence[int]]:
+        for encoded in self._plain.encode_batch_fast(list(texts), add_special_tokens=False):
+            yield encoded.ids
+
+    def encode_template(self, text: str, guard: str = "") -> list[int]:
+        if guard and guard in text:
+            return super().encode_template(text, guard)
+        return self._control.encode(text, add_special_tokens=False).ids
+
+
+def _text_of(token: Any) -> str:
+    return token.get("content", "") if isinstance(token, Mapping) else token or ""
+
+
+def byte_level_json(vocabulary: dict[str, int], merges: Sequence[str], *, control: Sequence[str], digits: bool, pattern: str = "", bos: int = -1) -> bytes:
+    """A `tokenizer.json` of byte-level BPE. `digits`: each digit apart; `pattern`: the rule that cuts text, where it is not GPT-2's."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    result = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(m.split(" ", 1)) for m in merges]))
+    cuts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    if pattern:
+        cuts.append(pre_tokenizers.Split(Regex(pattern), "isolated", invert=False))
+    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern))
+    result.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    result.decoder = decoders.ByteLevel()
+    result.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in control if name in vocabulary])
+    return _with_prefix(result, next((name for name, i in vocabulary.items() if i == bos), ""), bos)
+
+
+def pieces_json(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int], *, bos: int) -> bytes:
+    """A `tokenizer.json` of sentencepiece-like BPE with byte fallback. kinds: 1 text, 2 unknown, 3 control, 4 user-defined, 6 byte.
+
+    Sentencepiece merges the pair whose union has the best score: each way to cut a piece into two known ones is such a merge.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    merges = []
+    for i in sorted((i for i, kind in enumerate(kinds) if kind == 1), key=lambda i: -scores[i]):
+        piece = pieces[i]
+        cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece)) if piece[:k] in ids and piece[k:] in ids]
+        merges += sorted(cuts, key=lambda cut: (ids[cut[0]], ids[cut[1]]))
+    unknown = next((p for p, kind in zip(pieces, kinds, strict=True) if kind == 2), None)
+    result = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    result.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
+    result.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
+    )
+    result.add_special_tokens([AddedToken(pieces[i], special=True, normalized=False) for i, kind in enumerate(kinds) if kind in (2, 3)])
+    return _with_prefix(result, pieces[bos] if bos >= 0 else "", bos)
+
+
+def _with_prefix(result: Any, name: str, bos: int) -> bytes:
+    """The tokenizer's JSON, with the token `name` before every text where there is one."""
+    if name:
+        from tokenizers import processors
+
+        result.post_processor = processors.TemplateProcessing(single=f"{name} $A", pair=None, special_tokens=[(name, bos)])
+    return result.to_str().encode()
