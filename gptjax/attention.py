@@ -196,4 +196,29 @@ def _blockwise_backward(block: int, saved, d_out: Array):
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
+def write_cache(cache: dict[str, Array], k_BTKC: Array, v_BTKC: Array, start_B: Array) -> dict[str, Array]:
+    """One layer's cache with the slots [start, start + T) of each row replaced. The caller makes sure that they exist: XLA would move them back."""
+    put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), at, axis=1))
+    result = {}
+    for name, new in (("k", k_BTKC.swapaxes(1, 2)), ("v", v_BTKC.swapaxes(1, 2))):
+        if f"{name}_scale" in cache:  # one scale per slot and head
+            scale = jnp.maximum(jnp.abs(new).max(-1).astype(jnp.float32) / 127, 1e-30)
+            new = jnp.round(new / scale[..., None])
+            result[f"{name}_scale"] = put(cache[f"{name}_scale"], scale, start_B)
+        result[name] = put(cache[name], new, start_B)
+    return result
+
+
+def cached(q_BTKGC: Array, cache: dict[str, Array], mask: Mask) -> Array:
+    """Attention over a cache {"k", "v"} [B, K, S, C], as `reference` defines it. int8 is scaled after the products, where it is cheap."""
+    k, v = (cache[name].astype(q_BTKGC.dtype) for name in ("k", "v"))
+    scores_BKGTS = jnp.einsum("BTKGC,BKSC->BKGTS", q_BTKGC, k, preferred_element_type=jnp.float32) * q_BTKGC.shape[-1] ** -0.5
+    if "k_scale" in cache:
+        scores_BKGTS = scores_BKGTS * cache["k_scale"][:, :, None, None]
+    probs_BKGTS = jax.nn.softmax(jnp.where(mask.allowed(0, k.shape[2])[:, None, None], scores_BKGTS, _MASKED), axis=-1)
+    if "v_scale" in cache:
+        probs_BKGTS = probs_BKGTS * cache["v_scale"][:, :, None, None]
+    return jnp.einsum("BKGTS,BKSC->BTKGC", probs_BKGTS.astype(v.dtype), v, preferred_element_type=jnp.float32).astype(q_BTKGC.dtype)
+
+
 BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference, "xla": xla, "blockwise": blockwise}

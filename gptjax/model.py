@@ -82,7 +82,9 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-    """Contracts the last `inputs` axes of x with a kernel of shape x.shape[-inputs:] + features, as one product of matrices."""
+    """Contracts the last `inputs` axes of x with a kernel of shape x.shape[-inputs:] + features, as one product of matrices.
+
+    Where the parameters hold `rows` (see `inference_params`) instead of a kernel, those are used."""
 
     features: tuple[int, ...]
     bias: bool
@@ -91,9 +93,12 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (*x.shape[-self.inputs :], *self.features)
-        kernel = self.param("kernel", nn.initializers.zeros, shape)
         rows, columns = math.prod(shape[: self.inputs]), math.prod(self.features)
-        y = x.reshape(-1, rows) @ kernel.reshape(rows, columns)
+        if self.has_variable("params", "rows"):
+            y = times_rows(x.reshape(-1, rows), self.variables["params"]).astype(x.dtype)
+        else:
+            kernel = self.param("kernel", nn.initializers.zeros, shape)
+            y = x.reshape(-1, rows) @ kernel.reshape(rows, columns)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, self.features).reshape(1, columns)
         return y.reshape(*x.shape[: -self.inputs], *self.features)
@@ -118,16 +123,15 @@ class Attention(nn.Module):
             cos, sin = rope_tables(c, positions)
             q_BTKGC = rotate(q_BTKGC, cos[:, :, None, None], sin[:, :, None, None])
             k_BTKC = rotate(k_BTKC, cos[:, :, None], sin[:, :, None])
-        k_BSKC, v_BSKC = k_BTKC, v_BTKC
-        if cache is not None:
-            k_BSKC = write_cache(cache["k"], k_BTKC, mask.q_index[:, 0])
-            v_BSKC = write_cache(cache["v"], v_BTKC, mask.q_index[:, 0])
-            cache = {"k": k_BSKC, "v": v_BSKC}
         keep = None
         if train and c.dropout:  # what multiplies the attention weights: 0, or 1 / (1 - dropout)
-            shape = (x_BTD.shape[0], c.kv, groups, x_BTD.shape[1], k_BSKC.shape[1])
+            shape = (x_BTD.shape[0], c.kv, groups, x_BTD.shape[1], x_BTD.shape[1])
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - c.dropout, shape) / jnp.float32(1 - c.dropout)
-        y_BTKGC = attention.BACKENDS[c.attention](q_BTKGC, k_BSKC, v_BSKC, mask, block=c.attention_block, keep=keep)
+        if cache is None:
+            y_BTKGC = attention.BACKENDS[c.attention](q_BTKGC, k_BTKC, v_BTKC, mask, block=c.attention_block, keep=keep)
+        else:
+            cache = attention.write_cache(cache, k_BTKC, v_BTKC, mask.q_index[:, 0])
+            y_BTKGC = attention.cached(q_BTKGC, cache, mask)
         y_BTHC = y_BTKGC.reshape(*y_BTKGC.shape[:2], c.heads, c.head_width)
         return Linear((c.width,), c.bias in ("all", "attention"), inputs=2, name="out")(y_BTHC), cache
 
@@ -192,9 +196,48 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype), x[..., 2 * half :]], axis=-1)
 
 
-def write_cache(cache_BSKC: Array, new_BTKC: Array, start_B: Array) -> Array:
-    """Rows [start, start + T) of each sequence replaced. The caller makes sure that they exist: XLA would move them back."""
-    return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), at, axis=0))(cache_BSKC, new_BTKC, start_B)
+def times_rows(x: Array, weight: Params) -> Array:
+    """x [N, D] times the rows [F, D] of a matrix in the layout of `inference_params`: float32 [N, F].
+
+    Rows are converted inside the product, written as a transpose after the conversion: of the forms that say the same, this is the one that
+    XLA:CPU runs at the speed of memory (experiments/LOG.md)."""
+    rows = weight["rows"]
+    y = jnp.dot(x, rows.astype(x.dtype).T, preferred_element_type=jnp.float32)
+    return y * weight["row_scale"] if "row_scale" in weight else y
+
+
+def inference_params(config: ModelConfig, params: Params, *, weights: str = "float32") -> Params:
+    """The parameters as decoding reads them: blocks apart, and each matrix as rows [out, in] in `weights`: float32, bfloat16 or int8.
+
+    int8: each row is round(row / scale) with scale = max |row| / 127, so its error is at most half a scale. A product with one vector reads
+    every weight once, so their bytes are the time it takes. Norms, biases and learned positions stay float32.
+    """
+
+    def rows(matrix: Array) -> Params:
+        if weights != "int8":
+            return {"rows": matrix.astype(weights)}
+        matrix = matrix.astype(jnp.float32)
+        scale = jnp.maximum(jnp.abs(matrix).max(-1) / 127, 1e-30)
+        return {"rows": jnp.round(matrix / scale[:, None]).astype(jnp.int8), "row_scale": scale}
+
+    def layer(block: Params) -> Params:
+        new: Params = {}
+        for name, part in block.items():
+            if isinstance(part, dict) and "kernel" in part:
+                inputs = 2 if name == "out" else 1
+                matrix = part["kernel"].reshape(math.prod(part["kernel"].shape[:inputs]), -1).T
+                new[name] = {**{k: v.astype(jnp.float32) for k, v in part.items() if k != "kernel"}, **rows(matrix)}
+            else:
+                new[name] = layer(part) if isinstance(part, dict) else part.astype(jnp.float32)
+        return new
+
+    result: Params = {"blocks": tuple(layer(block) for block in unstack(params["blocks"])), "embed": rows(params["embed"]["tokens"])}
+    result["final_norm"] = layer(params["final_norm"])
+    if "positions" in params["embed"]:
+        result["embed"]["positions"] = params["embed"]["positions"].astype(jnp.float32)
+    if "head" in params:
+        result["head"] = rows(params["head"]["kernel"])
+    return result
 
 
 # Standard deviation by path, as a multiple of `init_std`; GPT-2 scales the projections into the residual stream by 1 / sqrt(2 L)
@@ -249,9 +292,9 @@ def count_params(config: ModelConfig) -> int:
 
 
 def cast(config: ModelConfig, params: Params) -> Params:
-    """Weights in the compute dtype; scales of norms stay float32."""
-    dtype = jnp.dtype(config.dtype)
-    return jax.tree_util.tree_map_with_path(lambda path, p: p if path[-1].key == "scale" else p.astype(dtype), params)
+    """Weights in the compute dtype; scales of norms stay float32, and rows for inference as they are stored."""
+    dtype, kept = jnp.dtype(config.dtype), ("scale", "rows", "row_scale")
+    return jax.tree_util.tree_map_with_path(lambda path, p: p if path[-1].key in kept else p.astype(dtype), params)
 
 
 @jax.custom_vjp
@@ -280,7 +323,8 @@ def apply(
     """Final hidden states [B, T, D] in the compute dtype (normalised, ready for `unembed`) and the updated cache.
 
     Without a cache: `positions` [B, T] default to 0..T-1; `segment_ids` [B, T] isolate documents; a `dropout_key` turns dropout on.
-    With a cache, row b's tokens stand at the slots start_B[b], start_B[b] + 1, ...; `positions` default to the slots.
+    With a cache (`init_cache`), row b's tokens stand at the slots start_B[b], start_B[b] + 1, ...; `positions` default to the slots.
+    Blocks may be stacked on axis 0 or, for inference, a tuple.
     """
     c = config
     params = cast(c, params)
@@ -289,7 +333,7 @@ def apply(
         slots = slots + start_B[:, None]
     positions = slots if positions is None else positions
     mask = attention.Mask(slots, segment_ids, segment_ids, c.window)
-    x = params["embed"]["tokens"][tokens_BT]
+    x = embed(c, params, tokens_BT)
     if c.positions == "learned":
         x = x + params["embed"]["positions"][positions]
     train = dropout_key is not None and c.dropout > 0
@@ -303,16 +347,26 @@ def apply(
 
     if c.remat != "none":
         block = jax.checkpoint(block, policy=_REMAT_POLICIES[c.remat])
-    if c.scan:
-        x, cache = jax.lax.scan(block, x, (params["blocks"], jnp.arange(c.layers), cache))
+    if c.scan and cache is None and isinstance(params["blocks"], dict):
+        x, _ = jax.lax.scan(block, x, (params["blocks"], jnp.arange(c.layers), None))
     else:
+        layers = unstack(params["blocks"]) if isinstance(params["blocks"], dict) else params["blocks"]
         caches = []
-        for i, block_params in enumerate(unstack(params["blocks"])):
-            x, layer_cache = block(x, (block_params, jnp.asarray(i), None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache)))
+        for i, block_params in enumerate(layers):
+            x, layer_cache = block(x, (block_params, jnp.asarray(i), None if cache is None else cache[i]))
             caches.append(layer_cache)
-        cache = None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *caches)
+        cache = None if cache is None else tuple(caches)
     final: Any = Norm(c).apply({"params": params["final_norm"]}, x)
     return fence(final), cache
+
+
+def embed(config: ModelConfig, params: Params, tokens_BT: Array) -> Array:
+    """Token embeddings [B, T, D] in the compute dtype, without positions."""
+    table = params["embed"]
+    if "rows" not in table:
+        return table["tokens"][tokens_BT]
+    x = table["rows"][tokens_BT].astype(jnp.float32)
+    return (x * table["row_scale"][tokens_BT][..., None] if "row_scale" in table else x).astype(config.dtype)
 
 
 def head(params: Params) -> Array:
@@ -322,7 +376,11 @@ def head(params: Params) -> Array:
 
 def unembed(config: ModelConfig, params: Params, x: Array) -> Array:
     """Logits [..., V] in float32, without the padding of the vocabulary."""
-    logits = jnp.einsum("...D,VD->...V", x, head(params).astype(x.dtype), preferred_element_type=jnp.float32)
+    table = params.get("head", params["embed"])
+    if "rows" in table:
+        logits = times_rows(x.reshape(-1, x.shape[-1]), table).reshape(*x.shape[:-1], -1)
+    else:
+        logits = jnp.einsum("...D,VD->...V", x, head(params).astype(x.dtype), preferred_element_type=jnp.float32)
     return softcap(config, logits[..., : config.vocab_size])
 
 
@@ -332,7 +390,10 @@ def softcap(config: ModelConfig, logits: Array) -> Array:
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
-def init_cache(config: ModelConfig, batch: int, length: int) -> Params:
-    """{"k", "v"}: zeros [L, B, length, K, C] in the compute dtype."""
-    shape = (config.layers, batch, length, config.kv, config.head_width)
-    return {"k": jnp.zeros(shape, config.dtype), "v": jnp.zeros(shape, config.dtype)}
+def init_cache(config: ModelConfig, batch: int, length: int, *, dtype: str = "") -> tuple[Params, ...]:
+    """For each layer {"k", "v"}: zeros [B, K, length, C] in `dtype` (default: the compute dtype), with int8 {"k_scale", "v_scale"}: float32 [B, K, length]."""
+    shape, kind = (batch, config.kv, length, config.head_width), dtype or config.dtype
+    names = {"k": (shape, kind), "v": (shape, kind)}
+    if kind == "int8":
+        names |= {"k_scale": (shape[:3], "float32"), "v_scale": (shape[:3], "float32")}
+    return tuple({name: jnp.zeros(*spec) for name, spec in names.items()} for _ in range(config.layers))

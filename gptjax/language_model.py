@@ -1,0 +1,249 @@
+"""One handle for a model, whatever file it came from: logits, scores, generated text.
+
+    import gptjax
+    lm = gptjax.load("runs/quickstart")            # a workdir, a Hugging Face folder, a .gguf file, or a name on the hub
+    print(lm.generate("The people", max_new_tokens=20).text)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax import beam, convert, decode, generation, model
+from gptjax.config import ModelConfig, UserError, unknown_name
+from gptjax.generation import Completion, Request, Row
+from gptjax.sampling import Sampling, active_of, arrays
+from gptjax.tokenizer import Tokenizer
+
+WEIGHTS = ("float32", "bfloat16", "int8")
+_STREAM_STEPS = (1, 2, 4, 8)  # tokens between looks at the device: the first at once, later ones in larger pieces
+_SCORE_ROWS = 8
+SETTINGS = [f.name for f in dataclasses.fields(Sampling) if f.name != "banned"]
+
+
+@dataclasses.dataclass
+class LanguageModel:
+    """config, params (host arrays, blocks stacked on axis 0) and tokenizer (None: token ids only). `weights` and `cache_dtype` say what
+    generation reads; see `model.inference_params` and `model.init_cache`."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Tokenizer | None
+    weights: str = "float32"
+    cache_dtype: str = ""
+    source: convert.Pretrained | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise UserError(unknown_name("weights", self.weights, list(WEIGHTS)))
+        if self.cache_dtype not in ("", *WEIGHTS):
+            raise UserError(unknown_name("cache_dtype", self.cache_dtype, list(WEIGHTS)))
+        # on a CPU activations stay float32: its products convert each weight anyway
+        dtype = "float32" if self.weights == "float32" or jax.default_backend() == "cpu" else "bfloat16"
+        self._engine = dataclasses.replace(self.config, dropout=0.0, remat="none", attention="reference", scan=False, dtype=dtype)
+        convert_weights = jax.jit(lambda params: model.inference_params(self.config, params, weights=self.weights))
+        self._weights = convert_weights(self.params)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        return (self.tokenizer.stops or (self.tokenizer.eot,)) if self.tokenizer else ()
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt: text behind the vocabulary's prefix, ids as they are; an empty one is a new document."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UserError("this checkpoint has no tokenizer: give prompts as lists of token ids, or put its tokenizer.json beside it")
+            ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
+        else:
+            ids = [int(i) for i in prompt]
+            if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
+                raise UserError(f"token {bad[0]} is outside the vocabulary of {self.config.vocab_size:,}")
+        if not ids and self.tokenizer is None:
+            raise UserError("an empty prompt needs a tokenizer, whose end-of-text token begins a new document")
+        return ids or [self.tokenizer.eot]  # type: ignore[union-attr]
+
+    def logits(self, tokens: Any, lengths: Sequence[int] | None = None) -> np.ndarray:
+        """float32 [B, T, V] for token ids [B, T]; rows past `lengths` are zero. Raises UserError past the context or the vocabulary."""
+        tokens = np.asarray(tokens, np.int32)
+        if tokens.ndim != 2 or tokens.shape[1] > self.config.context or tokens.min(initial=0) < 0 or tokens.max(initial=0) >= self.config.vocab_size:
+            raise UserError(f"tokens {tokens.shape} must be [B, T <= {self.config.context}] with ids from 0 to {self.config.vocab_size - 1}")
+        found = np.asarray(decode.logits(self._engine, self._weights, tokens))
+        if lengths is None:
+            return found
+        return np.where(np.arange(tokens.shape[1])[None, :, None] < np.asarray(lengths)[:, None, None], found, 0.0)
+
+    def score(self, prompts: Sequence[str | Sequence[int]], completions: Sequence[str | Sequence[int]]) -> list[tuple[float, bool]]:
+        """(log-probability of the completion after the prompt, whether greedy decoding would write it) of each pair.
+
+        Two texts are encoded together, so that the border is cut as in running text (trailing spaces of a prompt go to its completion)."""
+        rows, starts = [], []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            if isinstance(prompt, str) and isinstance(completion, str):
+                spaces = len(prompt) - len(prompt.rstrip())
+                head = prompt[: len(prompt) - spaces]
+                first = self.encode(head)
+                whole = self.encode(prompt + completion) if head else [*first, *self.encode(prompt + completion)]
+            else:
+                first = self.encode(prompt)
+                whole = [*first, *self.encode(completion)]
+            if len(whole) > self.config.context:
+                raise UserError(f"prompt and completion have {len(whole)} tokens and the model's context is {self.config.context}: shorten the prompt")
+            rows.append(whole)
+            starts.append(min(len(first), len(whole)))
+        found = self._token_logprobs(rows)
+        return [(float(lp[s - 1 :].sum()), bool(best[s - 1 :].all())) for (lp, best), s in zip(found, starts, strict=True)]
+
+    def _token_logprobs(self, rows: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each row: (log-probabilities, greedy flags) of its tokens but the first. A few rows at a time, lengths in buckets."""
+        result: list[Any] = [None] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for at in range(0, len(order), _SCORE_ROWS):
+            group = order[at : at + _SCORE_ROWS]
+            size = min(max(64, 1 << (len(rows[group[-1]]) - 1).bit_length()), max(self.config.context, 2))
+            tokens = np.zeros((min(_SCORE_ROWS, 1 << (len(rows) - 1).bit_length()), size), np.int32)
+            for row, i in zip(tokens, group, strict=False):
+                row[: len(rows[i])] = rows[i]
+            logprobs, best = (np.asarray(a) for a in decode.token_logprobs(self._engine, self._weights, tokens))
+            for row, i in enumerate(group):
+                result[i] = (logprobs[row, : len(rows[i]) - 1], best[row, : len(rows[i]) - 1])
+        return result
+
+    def generate(
+        self, prompts: str | Sequence[Any], *, max_new_tokens: int = 128, n: int = 1, stop: str | Sequence[str] = (), stop_tokens: Sequence[int] = (),
+        banned: Sequence[Any] = (), num_beams: int = 1, length_penalty: float = 1.0, early_stopping: bool | str = False, speculate_tokens: int = 0,
+        draft: LanguageModel | None = None, overflow: str = "refuse", prompt_logprobs: bool = False, ignore_end: bool = False, **sampling: Any,
+    ) -> Any:  # fmt: skip
+        """Completions of the prompts (texts or lists of ids): one for a single text, else a flat list with the `n` of each prompt side by side.
+
+        Greedy unless `temperature` > 0; `sampling`: the fields of `sampling.Sampling`. A `seed` s stands for s + i in request i, so a
+        request's text does not depend on its batch mates. stop: texts that end a completion, found across tokens, left out of it;
+        stop_tokens: further end tokens. banned: words (with and without a space before them) or lists of ids. num_beams: beam search, with
+        transformers' length_penalty and early_stopping (True, False, "never"). speculate_tokens: guesses a pass, by prompt lookup or a
+        `draft` model; the text stays greedy's. overflow: "refuse" prompts and lengths past the context, or "slide": keep the latest tokens,
+        and go on from the latest half of the context whenever it is full. Raises UserError.
+        """
+        request = self._request(prompts, max_new_tokens, n, stop, stop_tokens, banned, overflow, ignore_end, sampling)
+        if num_beams > 1:
+            found = self._beams(request, num_beams, length_penalty, early_stopping)
+        else:
+            guess = self._speculation(request, speculate_tokens, draft)
+            steps = (16,) if request.has_stop_text else (1 << 30,)
+            for _ in generation.run(self._engine, self._weights, request, steps=steps, cache_dtype=self.cache_dtype, guess=guess):
+                pass
+            found = [row.completion() for row in request.rows]
+        if prompt_logprobs:
+            scores = self._token_logprobs(request.prompts)
+            found = [dataclasses.replace(c, prompt_logprobs=scores[i // n][0].tolist()) for i, c in enumerate(found)]
+        return found[0] if isinstance(prompts, str) and n == 1 else found
+
+    def stream(
+        self, prompt: str | Sequence[int], *, max_new_tokens: int = 128, stop: str | Sequence[str] = (), stop_tokens: Sequence[int] = (),
+        banned: Sequence[Any] = (), speculate_tokens: int = 0, draft: LanguageModel | None = None, overflow: str = "refuse", ignore_end: bool = False,
+        **sampling: Any,
+    ) -> Iterator[str]:  # fmt: skip
+        """Pieces of the text of one completion as they come: whole characters, and never a part of a stop text. Options as in `generate`."""
+        if self.tokenizer is None:
+            raise UserError("this checkpoint has no tokenizer, so there is no text to stream: use generate")
+        request = self._request([prompt], max_new_tokens, 1, stop, stop_tokens, banned, overflow, ignore_end, sampling)
+        guess = self._speculation(request, speculate_tokens, draft)
+        row, shown = request.rows[0], 0
+        for _ in generation.run(self._engine, self._weights, request, steps=_STREAM_STEPS, cache_dtype=self.cache_dtype, guess=guess):
+            if row.safe > shown:
+                yield row.text[shown : row.safe]
+                shown = row.safe
+
+    def save(self, path: str | Path, *, form: str = "hf", dtype: str = "") -> None:
+        """Writes the model: a Hugging Face folder, a .gguf file or a workdir (form "hf", "gguf", "gptjax"). dtype: default the stored one."""
+        source = self.source or convert.Pretrained(self.config, self.params, self.tokenizer)
+        convert.write(Path(path), dataclasses.replace(source, params=self.params), form=form, dtype=dtype)
+
+    def _request(
+        self, prompts: Any, max_new_tokens: int, n: int, stop: str | Sequence[str], stop_tokens: Sequence[int], banned: Sequence[Any], overflow: str,
+        ignore_end: bool, sampling: dict[str, Any],
+    ) -> Request:  # fmt: skip
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        elif prompts and all(isinstance(p, int | np.integer) for p in prompts):
+            prompts = [prompts]
+        if not prompts:
+            raise UserError("no prompts: give a text or a list of them")
+        if overflow not in ("refuse", "slide"):
+            raise UserError(unknown_name("overflow policy", overflow, ["refuse", "slide"]))
+        if n < 1 or max_new_tokens < 1:
+            raise UserError(f"n = {n}, max_new_tokens = {max_new_tokens}: both must be at least 1")
+        if bad := [name for name in sampling if name not in SETTINGS]:
+            raise UserError(unknown_name("setting", bad[0], SETTINGS))
+        texts = [stop] if isinstance(stop, str) else list(stop)
+        if "" in texts or (texts and self.tokenizer is None):
+            raise UserError("stop texts must not be empty" if self.tokenizer else "stop texts need a tokenizer, which this checkpoint lacks: use stop_tokens")
+        ids = [generation.fit(self.encode(p), self.config.context, max_new_tokens, slide=overflow == "slide") for p in prompts]
+        seed, bans = sampling.pop("seed", 0), self._banned(banned)
+        first = Sampling(**sampling, banned=bans, seed=seed)
+        samplings = [dataclasses.replace(first, seed=(seed + i) % 2**32) for i in range(len(ids))]
+        stops = sorted({*(() if ignore_end else self.stops), *stop_tokens})
+        rows = [Row(self.tokenizer, texts, stops) for _ in range(len(ids) * n)]
+        return Request(ids, samplings, rows, n, max_new_tokens, stops, bool(texts), overflow == "slide")
+
+    def _banned(self, words: Sequence[Any]) -> list[list[int]]:
+        found = []
+        for word in words:
+            if not isinstance(word, str):
+                found.append([int(i) for i in word])
+            elif self.tokenizer is None:
+                raise UserError("banned words need a tokenizer, which this checkpoint lacks: give lists of token ids")
+            else:
+                found += [self.tokenizer.encode(word), self.tokenizer.encode(" " + word)]
+        return found
+
+    def _speculation(self, request: Request, count: int, draft: LanguageModel | None) -> generation.Speculation | None:
+        if not count and draft is None:
+            return None
+        if any(s.temperature for s in request.samplings) or any(s.active - {"logit_bias", "banned", "min_new"} for s in request.samplings):
+            raise UserError("speculation gives greedy text: set temperature = 0 and leave penalties and no_repeat_ngram off")
+        if draft is None:
+            return generation.Speculation(count)
+        if draft.config.vocab_size != self.config.vocab_size:
+            raise UserError(f"the draft model has {draft.config.vocab_size:,} tokens and the model {self.config.vocab_size:,}: they must share one vocabulary")
+        return generation.Speculation(count or 4, draft._engine, draft._weights)
+
+    def _beams(self, request: Request, beams: int, length_penalty: float, early_stopping: bool | str) -> list[Completion]:
+        if request.n > beams or any(s.temperature for s in request.samplings) or request.has_stop_text or request.slide:
+            raise UserError(f"num_beams = {beams}: needs temperature 0, n <= num_beams, and neither stop texts nor sliding")
+        if early_stopping not in (True, False, "never"):
+            raise UserError(f"early_stopping = {early_stopping!r}: must be True, False or 'never'")
+        limits = [min(len(p) + request.max_new_tokens, self.config.context + 1) for p in request.prompts]
+        state = decode.start(
+            self._engine, self._weights, request.prompts, limits=limits, seeds=[0] * len(limits), slots=decode.bucket(max(limits), self.config.context + 1),
+            cache_dtype=self.cache_dtype, copies=beams,
+        )  # fmt: skip
+        options = {k: v if k == "stops" else v.repeat(beams, 0) for k, v in arrays(request.samplings, self.config.vocab_size, request.stops).items()}
+        state = beam.search(
+            self._engine, self._weights, beam.begin(state, beams), options, np.float32(length_penalty), active=active_of(request.samplings), beams=beams,
+            early_stopping=early_stopping,
+        )  # fmt: skip
+        tokens, lengths, scores = (np.asarray(state[name]) for name in ("best_tokens", "best_length", "best_scores"))
+        found = []
+        for i, prompt in enumerate(request.prompts):
+            for k in range(request.n):
+                new = tokens[i, k, len(prompt) : lengths[i, k]].tolist()
+                reason = "stop" if new and new[-1] in request.stops else "length"
+                new = new[:-1] if reason == "stop" else new
+                logprobs = self._token_logprobs([prompt + new])[0][0][len(prompt) - 1 :].tolist() if new else []
+                text = self.tokenizer.decode_bytes(new).decode("utf-8", "replace") if self.tokenizer else ""
+                found.append(Completion(new, text, logprobs, reason, float(scores[i, k])))
+        return found
+
+
+def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> LanguageModel:
+    """The model at `path`: a workdir, a step's folder, a Hugging Face folder, a .gguf file, or a name on the hub (with the extra `hub`).
+
+    weights: what generation reads, "float32", "bfloat16" or "int8" (a scale for each row); cache_dtype: of keys and values. Raises UserError.
+    """
+    source = convert.read(path)
+    return LanguageModel(source.config, source.params, source.tokenizer, weights, cache_dtype, source)
