@@ -198,27 +198,37 @@ _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 def write_cache(cache: dict[str, Array], k_BTKC: Array, v_BTKC: Array, start_B: Array) -> dict[str, Array]:
     """One layer's cache with the slots [start, start + T) of each row replaced. The caller makes sure that they exist: XLA would move them back."""
-    put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new.astype(row.dtype), at, axis=1))
+
+    def put(old: Array, new: Array, axis: int) -> Array:
+        new = fence(new.astype(old.dtype))  # a layout of its own, or the whole cache would take that of the new rows
+        if old.shape[0] > 32:
+            return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=axis - 1))(old, new, start_B)
+        for b in range(old.shape[0]):  # in place; the batched form is a scatter, slow on a CPU
+            index = [b, *[0] * (old.ndim - 1)]
+            index[axis] = start_B[b]
+            old = jax.lax.dynamic_update_slice(old, new[b : b + 1], index)
+        return old
+
     result = {}
     for name, new in (("k", k_BTKC.swapaxes(1, 2)), ("v", v_BTKC.swapaxes(1, 2))):
         if f"{name}_scale" in cache:  # one scale per slot and head
             scale = jnp.maximum(jnp.abs(new).max(-1).astype(jnp.float32) / 127, 1e-30)
             new = jnp.round(new / scale[..., None])
-            result[f"{name}_scale"] = put(cache[f"{name}_scale"], scale, start_B)
-        result[name] = put(cache[name], new, start_B)
+            result[f"{name}_scale"] = put(cache[f"{name}_scale"], scale, 2)
+        result[name] = put(cache[name], new.swapaxes(2, 3), 3) if name == "k" else put(cache[name], new, 2)
     return result
 
 
 def cached(q_BTKGC: Array, cache: dict[str, Array], mask: Mask) -> Array:
-    """Attention over a cache {"k", "v"} [B, K, S, C], as `reference` defines it. int8 is scaled after the products, where it is cheap."""
-    k, v = (cache[name].astype(q_BTKGC.dtype) for name in ("k", "v"))
-    scores_BKGTS = jnp.einsum("BTKGC,BKSC->BKGTS", q_BTKGC, k, preferred_element_type=jnp.float32) * q_BTKGC.shape[-1] ** -0.5
+    """Attention over one layer of `model.init_cache`, as `reference` defines it. int8 is scaled after the products, where it is cheap."""
+    k_BKCS, v_BKSC = (cache[name].astype(q_BTKGC.dtype) for name in ("k", "v"))
+    scores_BKGTS = jnp.einsum("BTKGC,BKCS->BKGTS", q_BTKGC, k_BKCS, preferred_element_type=jnp.float32) * q_BTKGC.shape[-1] ** -0.5
     if "k_scale" in cache:
         scores_BKGTS = scores_BKGTS * cache["k_scale"][:, :, None, None]
-    probs_BKGTS = jax.nn.softmax(jnp.where(mask.allowed(0, k.shape[2])[:, None, None], scores_BKGTS, _MASKED), axis=-1)
+    probs_BKGTS = jax.nn.softmax(jnp.where(mask.allowed(0, k_BKCS.shape[3])[:, None, None], scores_BKGTS, _MASKED), axis=-1)
     if "v_scale" in cache:
         probs_BKGTS = probs_BKGTS * cache["v_scale"][:, :, None, None]
-    return jnp.einsum("BKGTS,BKSC->BTKGC", probs_BKGTS.astype(v.dtype), v, preferred_element_type=jnp.float32).astype(q_BTKGC.dtype)
+    return jnp.einsum("BKGTS,BKSC->BTKGC", probs_BKGTS.astype(v_BKSC.dtype), v_BKSC, preferred_element_type=jnp.float32).astype(q_BTKGC.dtype)
 
 
 BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference, "xla": xla, "blockwise": blockwise}

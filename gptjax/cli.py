@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from gptjax import config as config_lib
 from gptjax.config import Config, UserError, unknown_name
 
-VERBS = ("train", "generate", "data.prepare")
+VERBS = ("train", "generate", "convert", "data.prepare")
 _COMMON = {"help": "this text", "json": "machine-readable results on stdout", "debug": "show tracebacks"}
 
 

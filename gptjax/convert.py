@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import cli, files, gguf, hf, model, tree
+from gptjax import cli, files, gguf, hf, model, transfer, tree
 from gptjax import config as config_lib
 from gptjax.config import ModelConfig, UserError
 from gptjax.tokenizer import OpenAITokenizer, PretrainedTokenizer, Tokenizer
@@ -111,7 +111,7 @@ def _read_gguf(path: Path, dtype: str) -> Pretrained:
     raw, found, get, tokenizer = gguf.read(path)
     c = hf.read_config(raw)
     _check_vocabulary(c, tokenizer)
-    return Pretrained(c, hf.to_params(c, raw["model_type"], found, get, dtype), tokenizer, keep=_special_ids({}, tokenizer))
+    return Pretrained(c, transfer.to_params(c, raw["model_type"], found, get, dtype), tokenizer, keep=_special_ids({}, tokenizer))
 
 
 def _read_hf(folder: Path, dtype: str) -> Pretrained:
@@ -131,7 +131,7 @@ def _read_hf(folder: Path, dtype: str) -> Pretrained:
         raise UserError(f"{folder}: a tokenizer file is no UTF-8: {error}") from None
     _check_vocabulary(c, tokenizer)
     found, get, stored = _tensors(folder)
-    params = hf.to_params(c, raw["model_type"], found, get, dtype)
+    params = transfer.to_params(c, raw["model_type"], found, get, dtype)
     return Pretrained(c, params, tokenizer, stored, generation, _special_ids(raw, tokenizer))
 
 
@@ -280,7 +280,7 @@ def _write_hf(folder: Path, checkpoint: Pretrained, dtype: str, shard_bytes: int
     size = np.dtype(jnp.dtype(dtype)).itemsize
     shards: list[list[Any]] = [[]]
     total = held = 0
-    for tensor in hf.from_params(c, checkpoint.params):
+    for tensor in transfer.from_params(c, checkpoint.params):
         nbytes = int(np.prod(tensor[1])) * size
         if shards[-1] and held + nbytes > shard_bytes:
             shards.append([])

@@ -1,162 +1,173 @@
-"""Text from a trained model: prefill, then one decode step per token, both compiled, with a key/value cache.
+"""Text from a model: a workdir, a Hugging Face folder, a .gguf file.
 
     python -m gptjax.generate --checkpoint=runs/quickstart --prompt="My fellow citizens" [--max_new_tokens=100]
-        [--temperature=0.8] [--top_k=0] [--top_p=1.0] [--seed=0] [--rolling]
+        [--temperature=0.8] [--top_k=0] [--top_p=1.0] [--seed=0] [--num_beams=4] [--stop="."] [--weights=int8] [--rolling]
+    python -m gptjax.generate --checkpoint=PATH --chat [--system="You are brief."]
 
-Streams to stdout. Lengths of prompts are rounded up to powers of two, so few programs are compiled; sampling parameters are data.
+Streams to stdout. --chat is a conversation through the checkpoint's own template; /help in it lists its commands.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+from gptjax import chat, cli, files, language_model, metrics
+from gptjax.config import UserError
+from gptjax.language_model import LanguageModel
 
-from gptjax import checkpoint, cli, metrics, model
-from gptjax.config import ModelConfig, UserError
-from gptjax.tokenizer import StreamDecoder, Tokenizer
-
-Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """temperature 0 takes the most likely token; top_k 0 and top_p 1 leave all tokens in."""
-
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature = {self.temperature}: must be 0 (most likely token) or more")
-        if not 0 <= self.seed < 1 << 32:
-            raise UserError(f"seed = {self.seed}: must be from 0 to 4294967295")
-        if not 0 <= self.top_k < 1 << 31:
-            raise UserError(f"top_k = {self.top_k}: must be 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p = {self.top_p}: must be above 0 and at most 1 (off)")
-
-
-def sample(logits_V: Array, key: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
-    """One token id. top_k keeps the k largest logits (and their equals); top_p the smallest set of the most likely tokens
-    whose probability reaches p (Holtzman et al. 2020), computed after temperature and top_k."""
-    scaled = logits_V / jnp.maximum(temperature, 1e-6)
-    ordered = jnp.sort(scaled, descending=True)
-    kth = ordered[jnp.clip(top_k, 1, ordered.size) - 1]
-    scaled = jnp.where((top_k > 0) & (scaled < kth), -jnp.inf, scaled)
-    order = jnp.argsort(scaled, descending=True)
-    probs = jax.nn.softmax(scaled[order])
-    kept = jnp.cumsum(probs) - probs < top_p
-    scaled = jnp.where(jnp.zeros_like(kept).at[order].set(kept), scaled, -jnp.inf)
-    return jnp.where(temperature > 0, jax.random.categorical(key, scaled), jnp.argmax(logits_V)).astype(jnp.int32)
+FLAGS = {
+    "checkpoint": "a workdir, a step's folder in it, a Hugging Face folder or a .gguf file",
+    "prompt": "text to continue; empty = a new document",
+    "chat": "a conversation in the terminal",
+    "system": "--chat: the system prompt",
+    "max_new_tokens": "tokens to make (100, or what the context allows)",
+    "temperature": "0 = most likely token (0.8)",
+    "top_k": "keep the k most likely tokens; 0 = all",
+    "top_p": "keep the most likely tokens up to this probability; 1 = all",
+    "min_p": "drop tokens below this share of the best one's probability; 0 = none",
+    "typical_p": "locally typical sampling up to this probability; 1 = off",
+    "repetition_penalty": "divides the logits of tokens that occurred; 1 = off",
+    "presence_penalty": "taken from tokens generated before; 0 = off",
+    "frequency_penalty": "taken once for each time; 0 = off",
+    "no_repeat_ngram": "no n tokens in a row twice; 0 = off",
+    "min_new_tokens": "no end of text before; 0 = off",
+    "stop": "end the text before this string",
+    "banned": "words that must not occur, with commas between them",
+    "num_beams": "beam search; 1 = off",
+    "length_penalty": "beam search: exponent of the length (1.0)",
+    "speculate": "guesses a pass by prompt lookup, with --temperature=0; 0 = off",
+    "n": "completions of the prompt",
+    "seed": "same seed, same text (0)",
+    "weights": "float32, bfloat16 or int8: smaller is faster",
+    "cache_dtype": "of keys and values: float32, bfloat16 or int8",
+    "rolling": "go on past the context: whenever it is full, its older half falls out of sight",
+}
+_NUMBERS = {
+    "temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+    "frequency_penalty": 0.0, "no_repeat_ngram": 0, "min_new_tokens": 0, "seed": 0,
+}  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _advance(config: ModelConfig, params: Any, cache: Any, tokens_T: Array, start: Array, last: Array, key: Array, options: tuple[Array, ...]):
-    """Feeds tokens at slots start..., returns the cache and the token sampled after index `last` of them."""
-    x, cache = model.apply(config, params, tokens_T[None], cache=cache, start_B=start[None])
-    logits = model.unembed(config, params, x[0, last])
-    return cache, sample(logits, jax.random.fold_in(key, start + last), *options)
+def options(args: cli.Args) -> dict[str, Any]:
+    """The flags as arguments of `LanguageModel.generate`; beam search and speculation are greedy unless a temperature is given."""
+    found: dict[str, Any] = {name: args.number(name, default) for name, default in _NUMBERS.items()}
+    beams, guesses = args.number("num_beams", 1), args.number("speculate", 0)
+    if (beams > 1 or guesses) and "temperature" not in args:
+        found["temperature"] = 0.0
+    if args["stop"]:
+        found["stop"] = args["stop"].encode().decode("unicode_escape") if "\\" in args["stop"] else args["stop"]
+    found["banned"] = [word for word in args["banned"].split(",") if word]
+    found["overflow"] = "slide" if "rolling" in args else "refuse"
+    if guesses:
+        found["speculate_tokens"] = guesses
+    if beams > 1:
+        found |= {"num_beams": beams, "length_penalty": args.number("length_penalty", 1.0)}
+    return found
 
 
-def _bucket(length: int, limit: int) -> int:
-    return min(max(16, 1 << (length - 1).bit_length()), limit)
+def complete(lm: LanguageModel, args: cli.Args) -> None:
+    """One prompt, streamed; as JSON, or with several completions, at its end."""
+    settings, prompt, n = options(args), args["prompt"], args.number("n", 1)
+    if (limit := args.number("max_new_tokens", 100)) < 1:
+        raise UserError(f"--max_new_tokens={limit}: must be at least 1")
+    if "max_new_tokens" not in args and "rolling" not in args:
+        limit = max(min(limit, lm.config.context + 1 - len(lm.encode(prompt))), 1)
+    if "json" in args or n > 1 or settings.get("num_beams"):
+        found = lm.generate([prompt], max_new_tokens=limit, n=n, **settings)
+        for one in found:
+            data = {"prompt": prompt, "text": one.text, "tokens": one.tokens, "logprobs": one.logprobs, "finish_reason": one.finish_reason}
+            print(json.dumps(data) if "json" in args else prompt + one.text)
+        return
+    pieces = lm.stream(prompt, max_new_tokens=limit, **settings)
+    for i, piece in enumerate(pieces):  # the first piece comes after all checks: the prompt is echoed once they passed
+        sys.stdout.write((prompt if i == 0 else "") + piece)
+        sys.stdout.flush()
+    print()
 
 
-def stream(
-    config: ModelConfig,
-    params: Any,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    sampling: Sampling,
-    *,
-    eot: int,
-    vocab_size: int = 0,
-    rolling: bool = False,
-) -> Iterator[int]:
-    """Yields new token ids, below `vocab_size` (that of the tokenizer, where the model knows more), until `eot` or `max_new_tokens`. An empty prompt is a new document.
+_HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /save FILE writes the conversation as JSON, /exit ends"
 
-    Raises UserError where prompt and new tokens exceed the context, unless `rolling`: then, whenever the context is full, its
-    second half is read again from the start and goes on.
-    """
-    ids = list(prompt) or [eot]
-    if len(ids) > config.context and not rolling:
-        raise UserError(f"the prompt has {len(ids)} tokens and the model's context is {config.context}: shorten it, or pass --rolling")
-    if len(ids) + max_new_tokens > config.context + 1 and not rolling:
-        raise UserError(
-            f"{len(ids)} prompt tokens and max_new_tokens = {max_new_tokens} exceed the model's context of {config.context}:\n"
-            f"ask for at most {config.context + 1 - len(ids)}, or pass --rolling to let the oldest text fall out of sight"
-        )
-    config = dataclasses.replace(config, vocab_size=vocab_size or config.vocab_size, dropout=0.0, remat="none", attention="reference")
-    key = jax.random.key(sampling.seed)
-    options = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
-    made = 0
-    while made < max_new_tokens:
-        window = ids if len(ids) < config.context or not rolling else ids[-max(config.context // 2, 1) :]
-        size = _bucket(len(window), config.context)
-        cache = model.init_cache(config, 1, config.context)
-        feed, at = jnp.asarray(window + [0] * (size - len(window)), jnp.int32), 0
-        last = len(window) - 1
-        epoch_key = jax.random.fold_in(key, made)  # a window that rolled on draws anew at the same slots
-        while made < max_new_tokens:
-            cache, token = _advance(config, params, cache, feed, jnp.int32(at), jnp.int32(last), epoch_key, options)
-            at += last + 1
-            ids.append(int(token))
-            if ids[-1] == eot:
+
+def converse(lm: LanguageModel, args: cli.Args) -> None:
+    """A conversation: lines from stdin, answers to stdout."""
+    if lm.tokenizer is None:
+        raise UserError("this checkpoint has no tokenizer: put its tokenizer.json beside it")
+    chat.encode(lm.tokenizer, [{"role": "user", "content": "hello"}])  # whether it can chat at all
+    settings, limit = options(args), args.number("max_new_tokens", 512)
+    if settings.pop("num_beams", 1) > 1 or settings.get("overflow") == "slide":
+        raise UserError("--chat streams and drops old turns by itself: leave out --num_beams and --rolling")
+    system, history = args["system"], list[dict[str, str]]()
+    if sys.stdin.isatty():
+        cli.say(_HELP)
+    for line in _lines():
+        if line.startswith("/"):
+            verb, _, rest = line.partition(" ")
+            if verb in ("/exit", "/quit"):
                 return
-            yield ids[-1]
-            made += 1
-            if at >= config.context:
-                break
-            feed, last = jnp.asarray(ids[-1:], jnp.int32), 0
+            if verb == "/reset":
+                history.clear()
+            elif verb == "/system":
+                system = rest
+            elif verb == "/save" and rest:
+                files.write_text(Path(rest).expanduser(), json.dumps(_messages(system, history), ensure_ascii=False, indent=1))
+                cli.say(f"saved {len(history)} messages to {rest}")
+            else:
+                cli.say(_HELP)
+            continue
+        history.append({"role": "user", "content": line})
+        answer = ""
+        for piece in lm.stream(_fitting(lm, system, history, limit), max_new_tokens=limit, **settings):
+            answer += piece
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
+        history.append({"role": "assistant", "content": answer})
 
 
-def text(config: ModelConfig, params: Any, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, sampling: Sampling) -> str:
-    """The continuation of `prompt`, without it."""
-    return tokenizer.decode(
-        stream(config, params, tokenizer.encode(prompt), max_new_tokens, sampling, eot=tokenizer.eot, vocab_size=tokenizer.vocab_size)
-    )
+def _lines() -> Iterator[str]:
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def _messages(system: str, history: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}] * bool(system) + history
+
+
+def _fitting(lm: LanguageModel, system: str, history: list[dict[str, str]], limit: int) -> list[int]:
+    """Ids of the conversation; its oldest turns are dropped, and that is said, where it no longer fits beside the answer."""
+    assert lm.tokenizer is not None
+    dropped = 0
+    while True:
+        ids = chat.encode(lm.tokenizer, _messages(system, history))
+        if len(ids) + limit <= lm.config.context + 1:
+            break
+        if len(history) < 3:
+            raise UserError(f"this message needs {len(ids)} tokens and {limit} for the answer; the context has {lm.config.context}: shorten it or lower --max_new_tokens")
+        del history[:2]
+        dropped += 2
+    if dropped:
+        cli.say(f"(the context is full: the {dropped} oldest messages are forgotten)")
+    return ids
 
 
 def main(argv: list[str]) -> None:
-    flags = {
-        "checkpoint": "a run's workdir, or a step's folder in it",
-        "prompt": "text to continue; empty = a new document",
-        "max_new_tokens": "tokens to make (100, or what the context allows)",
-        "temperature": "0 = most likely token (0.8)",
-        "top_k": "keep the k most likely tokens; 0 = all",
-        "top_p": "keep the most likely tokens up to this probability; 1 = all",
-        "seed": "same seed, same text (0)",
-        "rolling": "go on past the context",
-    }
-    args = cli.parse(argv, __doc__, flags, required=("checkpoint",))
-    sampling = Sampling(args.number("temperature", 0.8), args.number("top_k", 0), args.number("top_p", 1.0), args.number("seed", 0))
-    if (limit := args.number("max_new_tokens", 100)) < 1:
-        raise UserError(f"--max_new_tokens={limit}: must be at least 1")
+    args = cli.parse(argv, __doc__, FLAGS, required=("checkpoint",))
+    options(args)  # wrong numbers before the model is read
     metrics.enable_compile_cache()
-    config, params, tokenizer = checkpoint.load_run(Path(args["checkpoint"]))
-    ids = tokenizer.encode(args["prompt"])
-    rolling = "rolling" in args
-    if "max_new_tokens" not in args and not rolling:
-        limit = max(min(limit, config.model.context + 1 - max(len(ids), 1)), 1)
-    tokens = stream(config.model, params, ids, limit, sampling, eot=tokenizer.eot, vocab_size=tokenizer.vocab_size, rolling=rolling)
-    if "json" in args:
-        made = list(tokens)
-        cli.result({"prompt": args["prompt"], "text": tokenizer.decode(made), "tokens": made}, args)
-        return
-    decoder = StreamDecoder(tokenizer)
-    for i, token in enumerate(tokens):  # the first token comes after all checks: the prompt is echoed once they passed
-        sys.stdout.write((args["prompt"] if i == 0 else "") + decoder.feed(token))
-        sys.stdout.flush()
-    print(decoder.finish())
+    lm = language_model.load(args["checkpoint"], weights=args["weights"] or "float32", cache_dtype=args["cache_dtype"])
+    if "chat" in args:
+        converse(lm, args)
+    else:
+        complete(lm, args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """GGUF files, read as if they were Hugging Face checkpoints and written from our parameters (f32, f16, q8_0).
 
-`read` gives what `hf.to_params` needs: a config in Hugging Face's words, tensors under Hugging Face's names, and the tokenizer inside
+`read` gives what `transfer.to_params` needs: a config in Hugging Face's words, tensors under Hugging Face's names, and the tokenizer inside
 the file. The package `gguf` knows the format and its quantisations; only names and the order of rotary rows are translated here.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import hf, model
+from gptjax import hf, model, transfer
 from gptjax.config import ModelConfig, UserError, unknown_name
 from gptjax.tokenizer import PretrainedTokenizer, Tokenizer
 from gptjax.tokenizer.pretrained import byte_level_json, pieces_json
@@ -133,7 +133,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], Callab
     c = hf.read_config(raw)
     if c.layers > len(tensors):
         raise UserError(f"{path} names {c.layers:,} layers and holds {len(tensors):,} tensors")
-    full = [name for _, _, group in hf.their_tensors(c, kind) for name, _ in group]
+    full = [name for _, _, group in transfer.their_tensors(c, kind) for name, _ in group]
     names = {_theirs(name, table): name for name in full}
     conv = kind == "gpt2"
 
@@ -223,7 +223,7 @@ def write(path: Path, c: ModelConfig, params: Any, tokenizer: Tokenizer | None, 
     if isinstance(tokenizer, PretrainedTokenizer):
         _write_vocabulary(writer, gguf, tokenizer, c.vocab_size)
     plan = []
-    for theirs, shape, make in hf.from_params(c, params):
+    for theirs, shape, make in transfer.from_params(c, params):
         quantised = types[dtype] if len(shape) > 1 and (dtype != "q8_0" or shape[-1] % 32 == 0) else types["float32"]
         plan.append((theirs, shape, make, quantised))
         shape = shape[::-1] if kind == "gpt2" and len(shape) == 2 and ".h." in theirs else shape

@@ -1,24 +1,20 @@
 """Hugging Face checkpoints: one table of names and transforms for each family, read in both directions.
 
 A family says how its `config.json` reads as a `ModelConfig` and is written from one, and which of their tensors make which of our
-parameters. Shapes of their tensors follow from ours, so every tensor of a file is accounted for before any is read. To add a
-family, add a function of rows and an entry in `FAMILIES`. Both spellings of configs are read (transformers 4 and 5).
+parameters (`gptjax.transfer` applies them). To add a family, add a function of rows and an entry in `FAMILIES`. Both spellings of configs are read (transformers 4 and 5).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from gptjax import config as config_lib
-from gptjax import model, tree
 from gptjax.config import ModelConfig, UserError
 
 Raw = Mapping[str, Any]
@@ -295,7 +291,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("Qwen3ForCausalLM", "model.", _read_llama, _write_llama, llama_rows),
 }
 # Buffers that old files carry: masks of GPT-2 and NeoX, RoPE's frequencies.
-_BUFFERS = re.compile(r"(.*\.)?(attn|attention)\.(bias|masked_bias)|.*rotary_emb\.inv_freq")
+BUFFERS = re.compile(r"(.*\.)?(attn|attention)\.(bias|masked_bias)|.*rotary_emb\.inv_freq")
 
 
 def family_of(c: ModelConfig) -> str:
@@ -346,88 +342,3 @@ def write_config(c: ModelConfig, dtype: str, extra: Mapping[str, Any]) -> dict[s
         "architectures": [family.architecture], "model_type": kind, **family.write(c), "vocab_size": c.vocab_size,
         "tie_word_embeddings": c.tied, "initializer_range": c.init_std, "torch_dtype": dtype, **extra,
     }  # fmt: skip
-
-
-@functools.lru_cache(8)
-def our_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """{path: shape of one layer (below blocks/) or of the whole parameter}."""
-    shapes = jax.eval_shape(functools.partial(model.init_params, c), jax.random.key(0))
-    return {path: tuple(s.shape[1:] if path.startswith("blocks/") else s.shape) for path, s in tree.flatten(shapes).items()}
-
-
-def their_tensors(c: ModelConfig, kind: str) -> Iterator[tuple[Row, int | None, list[tuple[str, tuple[int, ...]]]]]:
-    """(row, layer or None, [(name, shape)]) of every tensor of the family's file, in its order."""
-    shapes = our_shapes(c)
-    rows = FAMILIES[kind].rows(c)
-    if {row.ours for row in rows} != set(shapes):
-        raise UserError(f"a {kind} file cannot hold {sorted({row.ours for row in rows} ^ set(shapes))[:4]}")
-    for row in rows:
-        dumped = jax.eval_shape(lambda x, row=row: row.dump(c, x), jax.ShapeDtypeStruct(shapes[row.ours], np.float32))
-        for layer in range(c.layers) if row.ours.startswith("blocks/") else (None,):
-            yield row, layer, [(name.format(layer), tuple(d.shape)) for name, d in zip(row.theirs, dumped, strict=True)]
-
-
-def match_names(c: ModelConfig, kind: str, found: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """{their full name: name in the file}. Raises one UserError that lists all that is missing, extra or of another shape."""
-    family = FAMILIES[kind]
-    if c.layers > len(found):  # before their names are spelled out: a damaged number can be huge
-        raise UserError(f"config.json names {c.layers:,} layers and the file holds {len(found):,} tensors")
-    bare = not any(name.startswith(family.prefix) for name in found)
-    expected: dict[str, tuple[int, ...]] = {}
-    names: dict[str, str] = {}
-    for _, _, tensors in their_tensors(c, kind):
-        for name, shape in tensors:
-            names[name] = name.removeprefix(family.prefix) if bare else name
-            expected[names[name]] = shape
-    ignored = {"lm_head.weight", "embed_out.weight"} if c.tied else set()
-    rows = [f"missing {name}" for name in expected if name not in found]
-    rows += [f"extra {name}" for name in found if name not in expected and name not in ignored and not _BUFFERS.fullmatch(name)]
-    rows += [f"{name} is {list(found[name])} instead of {list(shape)}" for name, shape in expected.items() if found.get(name, shape) != shape]
-    if rows:
-        raise UserError(f"{len(rows)} tensors do not fit a {kind} model of this config.json:\n  " + "\n  ".join(rows[:4] if len(rows) > 5 else rows))
-    return names
-
-
-def to_params(c: ModelConfig, kind: str, found: Mapping[str, tuple[int, ...]], get: Callable[[str], np.ndarray], dtype: str) -> dict[str, Any]:
-    """Our parameters from their tensors: each is read once and written into its place in the stack of layers.
-
-    found: {name in the file: shape}; get(name): the array. dtype "": as stored. Raises UserError for what does not fit or is not finite.
-    """
-    names = match_names(c, kind, found)
-    shapes, flat = our_shapes(c), {}
-    for row, layer, tensors in their_tensors(c, kind):
-        arrays = [get(names[name]) for name, _ in tensors]
-        for (name, _), array in zip(tensors, arrays, strict=True):
-            if array.dtype.kind not in "fV" or not np.isfinite(array).all():
-                raise UserError(f"{names[name]} holds {'values that are not finite' if array.dtype.kind in 'fV' else array.dtype}: the file is damaged")
-        ours = row.load(c, shapes[row.ours], *arrays)
-        if row.ours not in flat:
-            kept = ours.dtype if not dtype else jax.numpy.dtype(dtype)
-            flat[row.ours] = np.empty(shapes[row.ours] if layer is None else (c.layers, *shapes[row.ours]), kept)
-        flat[row.ours][... if layer is None else layer] = ours
-    return nested(flat)
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} as {"a": {"b": x}}."""
-    result: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        place = result
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = leaf
-    return result
-
-
-def from_params(c: ModelConfig, params: Any) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-    """(name, shape, array when called) of each of their tensors, one by one: nothing is copied before its turn."""
-    flat = tree.flatten(params)
-    for row, layer, tensors in their_tensors(c, family_of(c)):
-        for part, (name, shape) in enumerate(tensors):
-
-            def make(row: Row = row, layer: int | None = layer, part: int = part) -> np.ndarray:
-                leaf = np.asarray(flat[row.ours]) if layer is None else np.asarray(flat[row.ours][layer])
-                return np.ascontiguousarray(row.dump(c, leaf)[part])
-
-            yield name, shape, make

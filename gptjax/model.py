@@ -199,10 +199,16 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 def times_rows(x: Array, weight: Params) -> Array:
     """x [N, D] times the rows [F, D] of a matrix in the layout of `inference_params`: float32 [N, F].
 
-    Rows are converted inside the product, written as a transpose after the conversion: of the forms that say the same, this is the one that
-    XLA:CPU runs at the speed of memory (experiments/LOG.md)."""
-    rows = weight["rows"]
-    y = jnp.dot(x, rows.astype(x.dtype).T, preferred_element_type=jnp.float32)
+    What XLA:CPU makes of the forms that say the same differs by ten times (experiments/LOG.md). One vector: rows converted inside the product,
+    written as a transpose after the conversion, run at the speed of memory. Several: its bfloat16 product, with x rounded too. And nothing
+    may be fused to a product: with a bias behind it, XLA would copy the weights first."""
+    x, rows = jax.lax.optimization_barrier((x, weight["rows"]))  # tied to x, or a loop of decoding would keep converted weights
+    if rows.dtype != x.dtype and x.shape[0] == 1:
+        y = fence(jnp.dot(x, rows.astype(x.dtype).T, preferred_element_type=jnp.float32))
+    else:
+        low = rows.dtype if rows.dtype == x.dtype else jnp.bfloat16
+        rows = rows if rows.dtype == low else fence(rows.astype(low))
+        y = fence(jax.lax.dot_general(x.astype(low), rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32))
     return y * weight["row_scale"] if "row_scale" in weight else y
 
 
@@ -365,7 +371,7 @@ def embed(config: ModelConfig, params: Params, tokens_BT: Array) -> Array:
     table = params["embed"]
     if "rows" not in table:
         return table["tokens"][tokens_BT]
-    x = table["rows"][tokens_BT].astype(jnp.float32)
+    x = fence(table["rows"][tokens_BT]).astype(jnp.float32)
     return (x * table["row_scale"][tokens_BT][..., None] if "row_scale" in table else x).astype(config.dtype)
 
 
@@ -391,9 +397,10 @@ def softcap(config: ModelConfig, logits: Array) -> Array:
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, *, dtype: str = "") -> tuple[Params, ...]:
-    """For each layer {"k", "v"}: zeros [B, K, length, C] in `dtype` (default: the compute dtype), with int8 {"k_scale", "v_scale"}: float32 [B, K, length]."""
-    shape, kind = (batch, config.kv, length, config.head_width), dtype or config.dtype
-    names = {"k": (shape, kind), "v": (shape, kind)}
-    if kind == "int8":
-        names |= {"k_scale": (shape[:3], "float32"), "v_scale": (shape[:3], "float32")}
-    return tuple({name: jnp.zeros(*spec) for name, spec in names.items()} for _ in range(config.layers))
+    """For each layer zeros {"k": [B, K, C, length], "v": [B, K, length, C]} in `dtype` (default: the compute dtype), so that neither product has to
+    transpose; with int8 also {"k_scale", "v_scale"}: float32 [B, K, length]."""
+    heads, width, kind = (batch, config.kv), config.head_width, dtype or config.dtype
+    shapes = {"k": (*heads, width, length), "v": (*heads, length, width)}
+    scales = {"k_scale": (*heads, length), "v_scale": (*heads, length)} if kind == "int8" else {}
+    one = lambda: {**{n: jnp.zeros(s, kind) for n, s in shapes.items()}, **{n: jnp.zeros(s) for n, s in scales.items()}}
+    return tuple(one() for _ in range(config.layers))

@@ -21,12 +21,13 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from gptjax import cli, evaluate, files, generate, metrics, report, sharding, steps, tree
+from gptjax import cli, evaluate, files, metrics, report, sharding, steps, tree
 from gptjax import config as config_lib
 from gptjax.checkpoint import Checkpoints, check_same_run, fault, read_meta, steps_in
 from gptjax.config import Config, UserError
 from gptjax.data import loader, prepare
 from gptjax.data.sources import EVAL, TRAIN
+from gptjax.language_model import LanguageModel
 from gptjax.metrics import Compiles, Progress, Tracker
 
 
@@ -74,16 +75,10 @@ def load_data(config: Config) -> prepare.Prepared:
 
 def write_sample(run: Run, step: int, params: Any) -> str:
     """One sample from the current parameters, also in samples/<step>.txt."""
-    c, text_tokenizer = run.config, run.prepared.tokenizer
-    room = c.model.context + 1 - max(len(text_tokenizer.encode(c.train.sample_prompt)), 1)
-    text = c.train.sample_prompt + generate.text(
-        c.model,
-        params,
-        text_tokenizer,
-        c.train.sample_prompt,
-        min(c.train.sample_tokens, room),
-        generate.Sampling(temperature=0.7, top_p=0.9, seed=c.train.seed),
-    )
+    c, t = run.config, run.config.train
+    lm = LanguageModel(c.model, params, run.prepared.tokenizer)
+    limit = min(t.sample_tokens, c.model.context + 1 - len(lm.encode(t.sample_prompt)))
+    text = t.sample_prompt + lm.generate(t.sample_prompt, max_new_tokens=max(limit, 1), temperature=0.7, top_p=0.9, seed=t.seed).text
     files.write_text(run.workdir / "samples" / f"{step}.txt", text + "\n")
     return text
 

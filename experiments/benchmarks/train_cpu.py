@@ -8,11 +8,11 @@ noise, and medians are compared. Same batch, no dropout, AdamW, gradients clippe
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
 import time
+
+import turns
 
 # layers, width, heads, batch, context, vocabulary
 SHAPES = {
@@ -117,47 +117,13 @@ def torch_worker(shape: str, mode: str, dtype: str):
 
 
 def worker(shape: str, name: str) -> None:
-    """Answers each line `n` on stdin with the seconds of n steps and the matrix rate measured beside them."""
     library, *mode = name.split()
-    step, matrix_rate = gptjax_worker(shape) if library == "gptjax" else torch_worker(shape, *mode)
-    for _ in range(2):
-        step()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        began = time.perf_counter()
-        for _ in range(int(line)):
-            step()
-        seconds = (time.perf_counter() - began) / int(line)
-        print(json.dumps([seconds, matrix_rate()]), flush=True)
+    turns.work(*(gptjax_worker(shape) if library == "gptjax" else torch_worker(shape, *mode)))
 
 
 def measure(shape: str, rounds: int, seconds: float) -> dict[str, tuple[list[float], float]]:
     """{contender: (seconds a step, one per round; median matrix rate)}."""
-    processes = {}
-    for name in CONTENDERS:
-        process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", shape, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        while (line := process.stdout.readline()) and line.strip() != "ready":
-            continue
-        if line:
-            processes[name] = process
-        else:
-            print(f"{shape}: {name} did not start: {process.stderr.read().strip().splitlines()[-1:]}", file=sys.stderr)
-
-    def ask(name: str, count: int) -> tuple[float, float]:
-        processes[name].stdin.write(f"{count}\n")
-        processes[name].stdin.flush()
-        return tuple(json.loads(processes[name].stdout.readline()))
-
-    counts = {name: max(1, round(seconds / ask(name, 1)[0])) for name in processes}
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in processes}
-    for _ in range(rounds):
-        for name in processes:
-            found[name].append(ask(name, counts[name]))
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
+    found = turns.measure({name: [__file__, "--worker", shape, name] for name in CONTENDERS}, rounds, seconds)
     return {name: ([s for s, _ in rows], statistics.median(r for _, r in rows)) for name, rows in found.items()}
 
 

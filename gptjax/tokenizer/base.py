@@ -31,6 +31,7 @@ class Tokenizer:
     prefix: tuple[int, ...] = ()  # ids that the vocabulary puts before every prompt, such as Llama's <s>
     control: dict[str, int] = {}  # how control tokens are written in chat templates
     chat_template: str = ""
+    special: dict[str, str] = {}  # {"bos_token": "<s>", ...}: what chat templates call them
     leading_space = False  # the vocabulary writes a space before the first word, which `decode` takes off again
 
     @property

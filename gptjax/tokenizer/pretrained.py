@@ -39,6 +39,7 @@ class PretrainedTokenizer(Tokenizer):
             one.no_truncation()
             one.no_padding()
         self._plain.encode_special_tokens = True  # the names of control tokens in ordinary text stay text
+        self.special = {name: _text_of(token) for name, token in settings.items() if name.endswith("_token") and isinstance(token, str | Mapping)}
         added = {t["id"]: t for t in described.get("added_tokens", [])}
         self.control = {t["content"]: i for i, t in added.items() if t["special"]}
         self._fill_table(described, added)

@@ -1,0 +1,152 @@
+"""Tokens/s of generation at GPT-2 124M on this machine's CPU: gptjax against transformers' `generate` and CTranslate2.
+
+    python experiments/benchmarks/decode_cpu.py [--batches=1,8] [--rounds=5] [--seconds=4] [--prompt=64] [--new=128]
+
+Random weights (speed does not depend on them), greedy, exactly as many new tokens as asked. Turns are interleaved (A B C A B C ...) and medians
+compared. The floor is the bytes of the weights over the read bandwidth, measured beside every turn: a step at batch 1 reads each weight once.
+Needs `pip install -e '.[parity]' ctranslate2`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import turns
+
+CONTENDERS = (
+    "gptjax float32", "gptjax bfloat16", "gptjax int8", "transformers float32", "transformers bfloat16", "ctranslate2 float32", "ctranslate2 int8",
+)  # fmt: skip
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+WEIGHTS = 12 * 12 * 768**2 + 50257 * 768  # matrices that a step reads; the rest is a hundredth of them
+
+
+def bandwidth() -> float:
+    """Bytes/s of reading 512 MiB by all cores, the best of three: what no decode step can beat."""
+    import jax
+    import jax.numpy as jnp
+
+    block = jnp.ones((512 << 20) // 4, jnp.float32)
+    read = jax.jit(jnp.sum)
+    read(block).block_until_ready()
+    best = 0.0
+    for _ in range(3):
+        began = time.perf_counter()
+        read(block).block_until_ready()
+        best = max(best, block.nbytes / (time.perf_counter() - began))
+    return best
+
+
+def prepare(folder: Path) -> None:
+    """A GPT-2 124M with random weights, as a Hugging Face folder and in CTranslate2's two precisions."""
+    import jax
+
+    from gptjax import config, convert, model, transfer
+
+    c = config.build({"model": dict(layers=12, width=768, heads=12, context=1024, vocab_size=50257)}).model
+    params = jax.tree.map(np.asarray, jax.jit(lambda: model.init_params(c, jax.random.key(0)))())
+    ids = {"bos_token_id": 50256, "eos_token_id": 50256}
+    convert.write(folder / "hf", convert.Pretrained(c, params, None, keep=ids))
+    try:
+        from ctranslate2.specs import common_spec, transformer_spec
+    except ImportError as error:
+        print(f"no CTranslate2: {error}", file=sys.stderr)
+        return
+    state = {name: make() for name, _, make in transfer.from_params(c, params)}
+    spec = transformer_spec.TransformerDecoderModelSpec.from_config(12, 12, pre_norm=True, activation=common_spec.Activation.GELUTanh)
+    d = spec.decoder
+    d.scale_embeddings = False
+    d.embeddings.weight = d.projection.weight = state["transformer.wte.weight"]
+    d.position_encodings.encodings = state["transformer.wpe.weight"]
+
+    def norm(target, name):
+        target.gamma, target.beta = state[f"{name}.weight"], state[f"{name}.bias"]
+
+    def linear(target, name):
+        target.weight, target.bias = state[f"{name}.weight"].T.copy(), state[f"{name}.bias"]
+
+    norm(d.layer_norm, "transformer.ln_f")
+    for i, layer in enumerate(d.layer):
+        h = f"transformer.h.{i}"
+        norm(layer.self_attention.layer_norm, f"{h}.ln_1")
+        linear(layer.self_attention.linear[0], f"{h}.attn.c_attn")
+        linear(layer.self_attention.linear[1], f"{h}.attn.c_proj")
+        norm(layer.ffn.layer_norm, f"{h}.ln_2")
+        linear(layer.ffn.linear_0, f"{h}.mlp.c_fc")
+        linear(layer.ffn.linear_1, f"{h}.mlp.c_proj")
+    spec.register_vocabulary([f"t{i}" for i in range(50256)] + ["</s>"])
+    spec.config.unk_token = spec.config.bos_token = spec.config.eos_token = "</s>"
+    spec.validate()
+    spec.optimize()
+    (folder / "ct2").mkdir()
+    spec.save(str(folder / "ct2"))
+
+
+def worker(folder: str, name: str, batch: int, prompt: int, new: int) -> None:
+    library, dtype = name.split()
+    prompts = np.random.default_rng(0).integers(0, 50000, (batch, prompt)).tolist()
+    if library == "gptjax":
+        import gptjax
+
+        lm = gptjax.load(f"{folder}/hf", weights=dtype)
+        step = lambda: lm.generate(prompts, max_new_tokens=new)
+        assert all(len(c.tokens) == new for c in step())
+    elif library == "transformers":
+        import torch
+        import transformers
+
+        net = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/hf", dtype=getattr(torch, dtype)).eval()
+        net.generation_config.eos_token_id, net.generation_config.pad_token_id = None, 0
+        ids = torch.tensor(prompts)
+
+        def step() -> None:
+            with torch.inference_mode():
+                out = net.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new)
+            assert out.shape[1] == prompt + new
+    else:
+        import ctranslate2
+
+        generator = ctranslate2.Generator(f"{folder}/ct2", compute_type=dtype, inter_threads=1, intra_threads=2)
+        words = [[f"t{i}" for i in row] for row in prompts]
+
+        def step() -> None:
+            out = generator.generate_batch(words, max_length=new, min_length=new, sampling_topk=1, include_prompt_in_result=False)
+            assert all(len(o.sequences_ids[0]) == new for o in out)
+
+    turns.work(step, bandwidth)
+
+
+def report(batch: int, new: int, found: dict[str, list[tuple[float, float]]]) -> None:
+    rate = statistics.median(r for rows in found.values() for _, r in rows)
+    print(f"\nbatch {batch}: read bandwidth {rate / 1e9:.1f} GB/s")
+    print(f"{'':<24}{'tokens/s':>10}{'ms/step':>9}{'floor':>8}{'of floor':>10}   gptjax at equal precision is")
+    times = {name: [s / new for s, _ in rows] for name, rows in found.items()}
+    for name, seconds in times.items():
+        dtype, middle = name.split()[1], statistics.median(seconds)
+        floor = WEIGHTS * BYTES[dtype] / rate
+        ours = times.get(f"gptjax {dtype}")
+        ratio = statistics.median(t / o for t, o in zip(seconds, ours, strict=True)) if ours else float("nan")
+        print(f"{name:<24}{batch / middle:>10.1f}{1e3 * middle:>9.1f}{1e3 * floor:>8.1f}{floor / middle:>10.0%}{ratio:>10.2f}x")
+
+
+def main(argv: list[str]) -> None:
+    flags = dict(arg[2:].split("=", 1) for arg in argv)
+    prompt, new = int(flags.get("prompt", 64)), int(flags.get("new", 128))
+    wanted = flags.get("only", ",".join(CONTENDERS)).split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        for batch in map(int, flags.get("batches", "1,8").split(",")):
+            commands = {name: [__file__, "--worker", json.dumps([folder, name, batch, prompt, new])] for name in wanted}
+            report(batch, new, turns.measure(commands, int(flags.get("rounds", 5)), float(flags.get("seconds", 4))))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*json.loads(sys.argv[2]))
+    else:
+        main(sys.argv[1:])

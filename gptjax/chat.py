@@ -1,0 +1,113 @@
+"""Conversations through the checkpoint's own template, run in a sandbox.
+
+A template may write control tokens; what people say may not: where a message spells the name of one, a guard character keeps it text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from gptjax.config import UserError
+from gptjax.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant" | ..., "content": text}
+SECONDS = 5  # a template that runs longer is hostile or broken
+
+
+def render(template: str, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    """The template's text, as transformers' `apply_chat_template` gives it. variables: `bos_token`, `tools`, ... Raises UserError."""
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what the assistant says; the text is that of its body."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def refuse(message: str) -> None:
+        raise UserError(f"the chat template refuses this conversation: {message}")
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda x, ensure_ascii=False, **kw: json.dumps(x, ensure_ascii=ensure_ascii, **kw)
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    values = {"tools": None, "documents": None, **variables, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
+    try:
+        with _time_limit():
+            return environment.from_string(template).render(**values)
+    except UserError:
+        raise
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError, MemoryError, ZeroDivisionError) as error:
+        raise UserError(f"the checkpoint's chat template does not run: {type(error).__name__}: {str(error)[:150]}") from None
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Ends the block with a UserError after `SECONDS`; in the main thread, where Python can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise UserError(f"the checkpoint's chat template ran for {SECONDS} s and was stopped")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def encode(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
+    """Token ids of a conversation, ready for the assistant's answer. Raises UserError for a model without a template or a malformed message."""
+    if not tokenizer.chat_template:
+        raise UserError("this checkpoint has no chat template, so it is no chat model: use --prompt, or a checkpoint tuned for dialogue")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or "role" not in message or not isinstance(message.get("content", ""), str | list | None):
+            raise UserError(f"message {i} is {str(message)[:80]!r}: each message is {{'role': ..., 'content': ...}}")
+    names = [name for name in tokenizer.control if name]
+    everything = json.dumps(list(messages), ensure_ascii=False)
+    guard = ""
+    if any(name in str(text) for name in names for text in _texts(list(messages))):
+        guard = next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in everything)  # noncharacters: no text needs them
+        messages = _guarded(list(messages), names, guard)
+    return tokenizer.encode_template(
+        render(tokenizer.chat_template, messages, add_generation_prompt=add_generation_prompt, **tokenizer.special, **variables), guard
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _guarded(value: Any, names: Sequence[str], guard: str) -> Any:
+    """Every text in the messages with `guard` behind the first character of each control token's name."""
+    if isinstance(value, str):
+        for name in sorted(names, key=len, reverse=True):
+            value = value.replace(name, name[0] + guard + name[1:])
+        return value
+    if isinstance(value, Mapping):
+        return {key: item if key == "role" else _guarded(item, names, guard) for key, item in value.items()}
+    return [_guarded(item, names, guard) for item in value] if isinstance(value, list | tuple) else value
