@@ -196,6 +196,7 @@ def _blockwise_backward(block: int, saved, d_out: Array):
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
+
 def write_cache(cache: dict[str, Array], k_BTKC: Array, v_BTKC: Array, start_B: Array) -> dict[str, Array]:
     """One layer's cache with the slots [start, start + T) of each row replaced. The caller makes sure that they exist: XLA would move them back."""
 
@@ -204,7 +205,7 @@ def write_cache(cache: dict[str, Array], k_BTKC: Array, v_BTKC: Array, start_B: 
         if old.shape[0] > 32:
             return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=axis - 1))(old, new, start_B)
         for b in range(old.shape[0]):  # in place; the batched form is a scatter, slow on a CPU
-            index = [b, *[0] * (old.ndim - 1)]
+            index: list[Any] = [b, *[0] * (old.ndim - 1)]
             index[axis] = start_B[b]
             old = jax.lax.dynamic_update_slice(old, new[b : b + 1], index)
         return old

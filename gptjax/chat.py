@@ -30,7 +30,7 @@ def render(template: str, messages: Sequence[Message], *, add_generation_prompt:
     class Generation(Extension):
         """`{% generation %}` marks what the assistant says; the text is that of its body."""
 
-        tags = {"generation"}  # noqa: RUF012
+        tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
@@ -50,7 +50,17 @@ def render(template: str, messages: Sequence[Message], *, add_generation_prompt:
             return environment.from_string(template).render(**values)
     except UserError:
         raise
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError, MemoryError, ZeroDivisionError) as error:
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+        ZeroDivisionError,
+    ) as error:
         raise UserError(f"the checkpoint's chat template does not run: {type(error).__name__}: {str(error)[:150]}") from None
 
 

@@ -121,7 +121,9 @@ class DataConfig:
     eval_fraction: float = knob(0.1, "share held out: of the documents, or of the end of a single one", low=0.0, high=0.5)
     tokenizer: str = knob("sentencepiece", "tokenizer", choices=("bytes", "chars", "sentencepiece", "gpt2", "cl100k", "o200k"))
     tokenizer_vocab: int = knob(4096, "sentencepiece: vocabulary size to train", low=300)
-    tokenizer_path: str = knob("", "sentencepiece: an existing .model; gpt2: vocab.bpe or gpt2.tiktoken; cl100k, o200k: .tiktoken; empty = train or find it")
+    tokenizer_path: str = knob(
+        "", "sentencepiece: an existing .model; gpt2: vocab.bpe or gpt2.tiktoken; cl100k, o200k: .tiktoken; empty = train or find it"
+    )
     isolate: bool = knob(True, "documents packed in one window cannot see one another")
 
 
@@ -152,6 +154,7 @@ class TrainConfig:
     steps: int = knob(1000, "optimizer steps", low=1)
     batch_size: int = knob(16, "sequences a step, over all devices", low=1)
     accumulate: int = knob(1, "micro-batches a step", low=1)
+    init_from: str = knob("", "start from a workdir, Hugging Face folder or .gguf file, whose model and tokenizer are taken; empty = random")
     seed: int = knob(0, "parameters, data order and dropout are functions of it", low=0, high=2**32 - 1)
     loss_chunk: int = knob(0, "positions whose logits exist at once; 0 = derived", low=0, shapes=False)
     eval_every: int = knob(500, "steps between evaluations; 0 = only at the end", low=0, shapes=False)
@@ -312,7 +315,9 @@ def cross_checks(c: Config) -> list[str]:
     if m.heads % m.kv:
         faults.append(f"model.kv_heads = {m.kv} does not divide model.heads = {m.heads}: pick a divisor")
     if m.positions == "rope" and (m.rotary_width % 2 or not m.rotary_width):
-        faults.append(f"RoPE turns pairs and model.head_dim = {m.head_width} with model.rope_share = {m.rope_share} has {m.rotary_width} dims: pick an even number")
+        faults.append(
+            f"RoPE turns pairs and model.head_dim = {m.head_width} with model.rope_share = {m.rope_share} has {m.rotary_width} dims: pick an even number"
+        )
     if m.rope_scaling != "none" and m.positions != "rope":
         faults.append(f"model.rope_scaling = {m.rope_scaling!r} needs model.positions = 'rope'")
     if m.rope_scaling == "llama3" and m.rope_high_freq <= m.rope_low_freq:

@@ -9,6 +9,7 @@ by one, so memory holds the model once. --dtype defaults to the one that the che
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import stat
@@ -24,7 +25,7 @@ import numpy as np
 
 from gptjax import cli, files, gguf, hf, model, transfer, tree
 from gptjax import config as config_lib
-from gptjax.config import ModelConfig, UserError
+from gptjax.config import Config, ModelConfig, UserError
 from gptjax.tokenizer import OpenAITokenizer, PretrainedTokenizer, Tokenizer
 from gptjax.tokenizer.openai import byte_letters
 from gptjax.tokenizer.pretrained import FILES, byte_level_json
@@ -66,6 +67,25 @@ def read(path: str | Path, *, dtype: str = "float32") -> Pretrained:
         raise UserError(f"{place}: a JSON file in it is nested too deeply to be one of a checkpoint") from None
     params = jax.tree.map(np.asarray, params)
     return Pretrained(config.model, params if not dtype else jax.tree.map(lambda p: p.astype(dtype), params), tokenizer)
+
+
+def begin_from(config: Config) -> tuple[Config, Pretrained | None]:
+    """The config with the model of `train.init_from`, and that checkpoint; context (at most the checkpoint's), dropout, dtype and what does not
+    shape the numbers stay the config's."""
+    if not config.train.init_from:
+        return config, None
+    found = read(config.train.init_from)
+    if found.tokenizer is None:
+        raise UserError(f"train.init_from = {config.train.init_from!r} has no tokenizer: put its tokenizer.json beside it")
+    kept = {f.name for f in dataclasses.fields(ModelConfig) if not f.metadata["shapes"]} | {"dropout", "dtype", "context"}
+    shape = {name: value for name, value in dataclasses.asdict(found.config).items() if name not in kept}
+    context = min(config.model.context, found.config.context)
+    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape, context=context))
+    if faults := config_lib.cross_checks(changed):
+        raise UserError("; ".join(faults))
+    if "positions" in found.params["embed"]:
+        found.params["embed"]["positions"] = found.params["embed"]["positions"][:context]
+    return changed, found
 
 
 def _from_hub(name: str) -> Path:
@@ -199,7 +219,9 @@ def _msgpack(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np
     arrays = {}
     for name, array in flat.items():
         module, _, kind = name.rpartition(".")
-        arrays[f"{module}.{ {'kernel': 'weight', 'embedding': 'weight', 'scale': 'weight'}.get(kind, kind) }"] = array.T if kind == "kernel" else array
+        arrays[f"{module}.{ {'kernel': 'weight', 'embedding': 'weight', 'scale': 'weight'}.get(kind, kind) }"] = (
+            array.T if kind == "kernel" else array
+        )
     stored = str(next(iter(arrays.values())).dtype) if arrays else "float32"
     return {name: a.shape for name, a in arrays.items()}, arrays.__getitem__, stored
 
@@ -239,7 +261,7 @@ def _write_workdir(folder: Path, checkpoint: Pretrained, dtype: str) -> None:
         raise UserError(f"--dtype={dtype}: parameters of a workdir are float32, so that training can go on")
     if checkpoint.tokenizer is None:
         raise UserError("a workdir needs a tokenizer and this checkpoint has none: put its tokenizer.json beside it")
-    runs.write_run(folder, config_lib.Config(model=checkpoint.config), jax.tree.map(lambda p: p.astype(np.float32), checkpoint.params), checkpoint.tokenizer)
+    runs.write_run(folder, Config(model=checkpoint.config), jax.tree.map(lambda p: p.astype(np.float32), checkpoint.params), checkpoint.tokenizer)
 
 
 def _exportable(tokenizer: Tokenizer | None) -> PretrainedTokenizer | None:
@@ -263,7 +285,7 @@ def _last_merge(token: str, ids: Mapping[str, int]) -> str:
     """The pair that made `token`: merging its letters in order of rank until two parts are left."""
     parts = list(token)
     while len(parts) > 2:
-        ranks = [ids.get(a + b, len(ids)) for a, b in zip(parts, parts[1:], strict=False)]
+        ranks = [ids.get(a + b, len(ids)) for a, b in itertools.pairwise(parts)]
         best = ranks.index(min(ranks))
         parts[best : best + 2] = [parts[best] + parts[best + 1]]
     return " ".join(parts)
@@ -287,7 +309,7 @@ def _write_hf(folder: Path, checkpoint: Pretrained, dtype: str, shard_bytes: int
             held = 0
         shards[-1].append(tensor)
         held, total = held + nbytes, total + nbytes
-    places = {}
+    places: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / file, shard, dtype)
@@ -329,7 +351,9 @@ def write_safetensors(path: Path, tensors: list[tuple[str, tuple[int, ...], Call
     with files.atomic(path) as temporary, open(temporary, "wb") as file, cli.progress(f"writing {path.name}", len(tensors)) as advance:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, _, make in tensors:
-            file.write(np.ascontiguousarray(make().astype(dtype, copy=False)).data.cast("B") if dtype != "bfloat16" else make().astype(dtype).tobytes())
+            file.write(
+                np.ascontiguousarray(make().astype(dtype, copy=False)).data.cast("B") if dtype != "bfloat16" else make().astype(dtype).tobytes()
+            )
             advance(1)
 
 
@@ -339,7 +363,7 @@ def probe_logits(checkpoint: Pretrained) -> np.ndarray:
     tokens = np.random.default_rng(0).integers(0, c.vocab_size, (1, min(16, c.context))).astype(np.int32)
 
     def forward(params: Any) -> Any:
-        x, _ = model.apply(c, params, tokens)
+        x, _ = model.apply(c, params, jnp.asarray(tokens))
         return model.unembed(c, params, x[0])
 
     return np.asarray(jax.jit(forward)(checkpoint.params))

@@ -151,7 +151,9 @@ def _fitting(lm: LanguageModel, system: str, history: list[dict[str, str]], limi
         if len(ids) + limit <= lm.config.context + 1:
             break
         if len(history) < 3:
-            raise UserError(f"this message needs {len(ids)} tokens and {limit} for the answer; the context has {lm.config.context}: shorten it or lower --max_new_tokens")
+            raise UserError(
+                f"this message needs {len(ids)} tokens and {limit} for the answer; the context has {lm.config.context}: shorten it or lower --max_new_tokens"
+            )
         del history[:2]
         dropped += 2
     if dropped:

@@ -94,7 +94,9 @@ def fit(prompt: list[int], context: int, max_new_tokens: int, *, slide: bool) ->
     if slide:
         return prompt if len(prompt) < context else prompt[-max(context // 2, 1) :]
     if len(prompt) > context:
-        raise UserError(f"the prompt has {len(prompt)} tokens and the model's context is {context}: shorten it, or let it slide (overflow='slide', --rolling)")
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens and the model's context is {context}: shorten it, or let it slide (overflow='slide', --rolling)"
+        )
     if len(prompt) + max_new_tokens > context + 1:
         raise UserError(
             f"{len(prompt)} prompt tokens and max_new_tokens = {max_new_tokens} exceed the model's context of {context}:\n"
@@ -127,12 +129,11 @@ def run(
     known, turn = np.asarray(state["length"]), 0
     while True:
         count, turn = steps[min(turn, len(steps) - 1)], turn + 1
-        count = np.int32(min(count, 2**30))
         if guess:
             extra = dict(count=guess.count, draft_config=guess.draft_config, draft_params=guess.draft_weights)
-            state = speculate.advance(config, weights, state, options, count, active=active, **extra)
+            state = speculate.advance(config, weights, state, options, np.int32(count), active=active, **extra)
         else:
-            state = decode.advance(config, weights, state, options, count, active=active)
+            state = decode.advance(config, weights, state, options, np.int32(count), active=active)
         tokens, lengths, logprobs = (np.asarray(state[name]) for name in ("tokens", "length", "logprobs"))
         done = np.asarray(state["done"]).copy()
         for i, row in enumerate(request.rows):

@@ -6,11 +6,13 @@ the file. The package `gguf` knows the format and its quantisations; only names 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from gptjax import hf, model, transfer
@@ -106,9 +108,7 @@ def _llama3_scaling(divisors: np.ndarray, raw: Mapping[str, Any]) -> dict[str, A
 
 def _divisors(c: ModelConfig) -> np.ndarray:
     """Unscaled over scaled RoPE frequencies, float32 [R/2]."""
-    import dataclasses
-
-    one = np.ones((1, 1), np.int32)
+    one = jnp.ones((1, 1), jnp.int32)
     angles = [np.arctan2(*(np.asarray(t)[0, 0] for t in model.rope_tables(x, one)[::-1])) for x in (dataclasses.replace(c, rope_scaling="none"), c)]
     return (angles[0] / angles[1]).astype(np.float32)
 

@@ -169,7 +169,11 @@ def _write_gpt2(c: ModelConfig) -> dict[str, Any]:
 
 def _read_rope(raw: Raw, context: int, default_share: float = 1.0) -> dict[str, Any]:
     """Both spellings: `rope_parameters` (transformers 5), `rope_theta` and `rope_scaling` (4, and GPT-NeoX's own names)."""
-    rope = {"rope_theta": raw.get("rope_theta") or raw.get("rotary_emb_base"), **(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    rope = {
+        "rope_theta": raw.get("rope_theta") or raw.get("rotary_emb_base"),
+        **(raw.get("rope_scaling") or {}),
+        **(raw.get("rope_parameters") or {}),
+    }
     kind = rope.get("rope_type", rope.get("type", "default"))
     share = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or raw.get("rotary_pct") or default_share
     found: dict[str, Any] = {"positions": "rope", "rope_base": float(rope["rope_theta"] or 10_000.0), "rope_share": float(share)}
@@ -248,7 +252,9 @@ def _read_llama(raw: Raw) -> dict[str, Any]:
         kinds = raw.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(raw["num_hidden_layers"])]
         window = window if raw.get("use_sliding_window") and "sliding_attention" in kinds else 0
         if window and "full_attention" in kinds:
-            raise UserError("config.json: layers with and without a sliding window in one model are not supported; set use_sliding_window to false if texts are short")
+            raise UserError(
+                "config.json: layers with and without a sliding window in one model are not supported; set use_sliding_window to false if texts are short"
+            )
     elif kind == "llama":
         window = 0
     context = raw["max_position_embeddings"]
@@ -297,11 +303,11 @@ BUFFERS = re.compile(r"(.*\.)?(attn|attention)\.(bias|masked_bias)|.*rotary_emb\
 def family_of(c: ModelConfig) -> str:
     """The family that holds a model of this config. Raises UserError where none does."""
     plain = not c.logit_softcap and c.rope_share == 1.0 and not c.parallel
-    if c.positions == "learned" and c.norm == "layernorm" and c.mlp != "swiglu" and c.bias == "all" and c.kv == c.heads and plain:
-        if c.head_width * c.heads == c.width and not c.window and not c.qk_norm:
+    square = c.kv == c.heads and c.head_width * c.heads == c.width and not c.window and not c.qk_norm and not c.logit_softcap
+    if c.norm == "layernorm" and c.mlp != "swiglu" and c.bias == "all" and square:
+        if c.positions == "learned" and not c.parallel:
             return "gpt2"
-    if c.positions == "rope" and c.norm == "layernorm" and c.mlp != "swiglu" and c.bias == "all" and c.kv == c.heads and not c.logit_softcap:
-        if c.head_width * c.heads == c.width and not c.window and not c.qk_norm:
+        if c.positions == "rope":
             return "gpt_neox"
     if c.positions == "rope" and c.norm == "rmsnorm" and c.mlp == "swiglu" and plain:
         if c.qk_norm and c.bias in ("none", "attention"):

@@ -1,8 +1,8 @@
 """One handle for a model, whatever file it came from: logits, scores, generated text.
 
-    import gptjax
-    lm = gptjax.load("runs/quickstart")            # a workdir, a Hugging Face folder, a .gguf file, or a name on the hub
-    print(lm.generate("The people", max_new_tokens=20).text)
+import gptjax
+lm = gptjax.load("runs/quickstart")            # a workdir, a Hugging Face folder, a .gguf file, or a name on the hub
+print(lm.generate("The people", max_new_tokens=20).text)
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class LanguageModel:
                 first = self.encode(prompt)
                 whole = [*first, *self.encode(completion)]
             if len(whole) > self.config.context:
-                raise UserError(f"prompt and completion have {len(whole)} tokens and the model's context is {self.config.context}: shorten the prompt")
+                raise UserError(
+                    f"prompt and completion have {len(whole)} tokens and the model's context is {self.config.context}: shorten the prompt"
+                )
             rows.append(whole)
             starts.append(min(len(first), len(whole)))
         found = self._token_logprobs(rows)
@@ -103,15 +105,15 @@ class LanguageModel:
         """For each row: (log-probabilities, greedy flags) of its tokens but the first. A few rows at a time, lengths in buckets."""
         result: list[Any] = [None] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for at in range(0, len(order), _SCORE_ROWS):
-            group = order[at : at + _SCORE_ROWS]
+        for first in range(0, len(order), _SCORE_ROWS):
+            group = order[first : first + _SCORE_ROWS]
             size = min(max(64, 1 << (len(rows[group[-1]]) - 1).bit_length()), max(self.config.context, 2))
             tokens = np.zeros((min(_SCORE_ROWS, 1 << (len(rows) - 1).bit_length()), size), np.int32)
             for row, i in zip(tokens, group, strict=False):
                 row[: len(rows[i])] = rows[i]
             logprobs, best = (np.asarray(a) for a in decode.token_logprobs(self._engine, self._weights, tokens))
-            for row, i in enumerate(group):
-                result[i] = (logprobs[row, : len(rows[i]) - 1], best[row, : len(rows[i]) - 1])
+            for k, i in enumerate(group):
+                result[i] = (logprobs[k, : len(rows[i]) - 1], best[k, : len(rows[i]) - 1])
         return result
 
     def generate(
@@ -167,9 +169,7 @@ class LanguageModel:
         self, prompts: Any, max_new_tokens: int, n: int, stop: str | Sequence[str], stop_tokens: Sequence[int], banned: Sequence[Any], overflow: str,
         ignore_end: bool, sampling: dict[str, Any],
     ) -> Request:  # fmt: skip
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        elif prompts and all(isinstance(p, int | np.integer) for p in prompts):
+        if isinstance(prompts, str) or (prompts and all(isinstance(p, int | np.integer) for p in prompts)):
             prompts = [prompts]
         if not prompts:
             raise UserError("no prompts: give a text or a list of them")
@@ -181,7 +181,9 @@ class LanguageModel:
             raise UserError(unknown_name("setting", bad[0], SETTINGS))
         texts = [stop] if isinstance(stop, str) else list(stop)
         if "" in texts or (texts and self.tokenizer is None):
-            raise UserError("stop texts must not be empty" if self.tokenizer else "stop texts need a tokenizer, which this checkpoint lacks: use stop_tokens")
+            raise UserError(
+                "stop texts must not be empty" if self.tokenizer else "stop texts need a tokenizer, which this checkpoint lacks: use stop_tokens"
+            )
         ids = [generation.fit(self.encode(p), self.config.context, max_new_tokens, slide=overflow == "slide") for p in prompts]
         seed, bans = sampling.pop("seed", 0), self._banned(banned)
         first = Sampling(**sampling, banned=bans, seed=seed)
@@ -209,7 +211,9 @@ class LanguageModel:
         if draft is None:
             return generation.Speculation(count)
         if draft.config.vocab_size != self.config.vocab_size:
-            raise UserError(f"the draft model has {draft.config.vocab_size:,} tokens and the model {self.config.vocab_size:,}: they must share one vocabulary")
+            raise UserError(
+                f"the draft model has {draft.config.vocab_size:,} tokens and the model {self.config.vocab_size:,}: they must share one vocabulary"
+            )
         return generation.Speculation(count or 4, draft._engine, draft._weights)
 
     def _beams(self, request: Request, beams: int, length_penalty: float, early_stopping: bool | str) -> list[Completion]:

@@ -196,7 +196,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype), x[..., 2 * half :]], axis=-1)
 
 
-def times_rows(x: Array, weight: Params) -> Array:
+def times_rows(x: Array, weight: Any) -> Array:
     """x [N, D] times the rows [F, D] of a matrix in the layout of `inference_params`: float32 [N, F].
 
     What XLA:CPU makes of the forms that say the same differs by ten times (experiments/LOG.md). One vector: rows converted inside the product,
@@ -322,10 +322,10 @@ def apply(
     *,
     positions: Array | None = None,
     segment_ids: Array | None = None,
-    cache: Params | None = None,
+    cache: tuple[Params, ...] | None = None,
     start_B: Array | None = None,
     dropout_key: Array | None = None,
-) -> tuple[Array, Params | None]:
+) -> tuple[Array, tuple[Params, ...] | None]:
     """Final hidden states [B, T, D] in the compute dtype (normalised, ready for `unembed`) and the updated cache.
 
     Without a cache: `positions` [B, T] default to 0..T-1; `segment_ids` [B, T] isolate documents; a `dropout_key` turns dropout on.
@@ -354,7 +354,8 @@ def apply(
     if c.remat != "none":
         block = jax.checkpoint(block, policy=_REMAT_POLICIES[c.remat])
     if c.scan and cache is None and isinstance(params["blocks"], dict):
-        x, _ = jax.lax.scan(block, x, (params["blocks"], jnp.arange(c.layers), None))
+        scanned: Any = jax.lax.scan(block, x, (params["blocks"], jnp.arange(c.layers), None))
+        x = scanned[0]
     else:
         layers = unstack(params["blocks"]) if isinstance(params["blocks"], dict) else params["blocks"]
         caches = []
@@ -382,7 +383,7 @@ def head(params: Params) -> Array:
 
 def unembed(config: ModelConfig, params: Params, x: Array) -> Array:
     """Logits [..., V] in float32, without the padding of the vocabulary."""
-    table = params.get("head", params["embed"])
+    table = params["head"] if "head" in params else params["embed"]
     if "rows" in table:
         logits = times_rows(x.reshape(-1, x.shape[-1]), table).reshape(*x.shape[:-1], -1)
     else:

@@ -125,3 +125,9 @@ def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows as part of arrays over all devices."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Host arrays that every process holds whole, as arrays over all devices."""
+    one = lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.tree.map(one, tree, shardings)

@@ -47,9 +47,14 @@ def state_shapes(config: Config) -> tuple[TrainState, optax.GradientTransformati
     return jax.eval_shape(functools.partial(new_state, config, tx)), tx
 
 
-def init_state(config: Config, mesh: Mesh) -> TrainState:
-    """A new state, each array made where it lives."""
+def init_state(config: Config, mesh: Mesh, params: Any = None) -> TrainState:
+    """A new state, each array made where it lives; with `params` (host arrays), those instead of random ones."""
     shapes, tx = state_shapes(config)
+    if params is not None:
+        places = sharding.shardings(mesh, shapes)
+        rng = jax.random.key_data(jax.random.split(jax.random.key(config.train.seed))[1])
+        fill = lambda params, rng: TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), rng)
+        return jax.jit(fill, out_shardings=places, donate_argnums=0)(sharding.place(params, places.params), rng)
     rows_sharding = NamedSharding(mesh, P(sharding.AXES))
     return jax.jit(functools.partial(new_state, config, tx, rows_sharding=rows_sharding), out_shardings=sharding.shardings(mesh, shapes))()
 

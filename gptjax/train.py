@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from gptjax import cli, evaluate, files, metrics, report, sharding, steps, tree
+from gptjax import cli, convert, evaluate, files, metrics, report, sharding, steps, tree
 from gptjax import config as config_lib
 from gptjax.checkpoint import Checkpoints, check_same_run, fault, read_meta, steps_in
 from gptjax.config import Config, UserError
@@ -48,6 +48,7 @@ class Run:
     prepared: prepare.Prepared
     compiles: Compiles
     stop: cli.Stop
+    source: convert.Pretrained | None = None  # what train.init_from names
 
     @property
     def rows(self) -> list[int]:
@@ -64,13 +65,14 @@ class Run:
         return loader.Windows.of(self.prepared, split, self.config.model.context, isolate=self.config.data.isolate)
 
 
-def load_data(config: Config) -> prepare.Prepared:
+def load_data(config: Config, source: convert.Pretrained | None) -> prepare.Prepared:
     """The shards, made by the first process where they do not exist yet; the others wait and then open (or make their own)."""
+    text_tokenizer = source.tokenizer if source else None
     if jax.process_count() == 1:
-        return prepare.ensure(config)
-    prepared = prepare.ensure(config) if jax.process_index() == 0 else None
+        return prepare.ensure(config, text_tokenizer)
+    prepared = prepare.ensure(config, text_tokenizer) if jax.process_index() == 0 else None
     multihost_utils.sync_global_devices("data")
-    return prepared or prepare.ensure(config)
+    return prepared or prepare.ensure(config, text_tokenizer)
 
 
 def write_sample(run: Run, step: int, params: Any) -> str:
@@ -100,9 +102,9 @@ def train(run: Run) -> dict[str, Any]:
     places = sharding.shardings(run.mesh, shapes)
     checkpoints = Checkpoints(run.workdir / "checkpoints", keep=t.keep)
     found = checkpoints.restore(shapes, places)
-    state = found[0] if found else steps.init_state(c, run.mesh)
-    start = int(state.step)
-    cli.say(f"continue after step {start}" if found else f"new run in {run.workdir}")
+    state = found[0] if found else steps.init_state(c, run.mesh, run.source.params if run.source else None)
+    start, run.source = int(state.step), None
+    cli.say(f"continue after step {start}" if found else f"new run in {run.workdir}" + f", parameters from {t.init_from}" * bool(t.init_from))
     params_count = tree.size(state.params)
     first_device = jax.local_devices()[0]
     held = tree.bytes_on_device(state, first_device)
@@ -228,10 +230,11 @@ def finish(run: Run, step: int, *, status: str) -> dict[str, Any]:
 
 def setup(config: Config, workdir: Path, overrides: dict[str, str], stop: cli.Stop, compiles: Compiles) -> Run:
     """Checks everything, then writes the run's description into the workdir; nothing is written when a check fails."""
-    prepared = load_data(config)
+    config, source = convert.begin_from(config)
+    prepared = load_data(config, source)
     config = resolve(config, prepared.tokenizer.vocab_size)
     mesh = sharding.make_mesh(config)
-    run = Run(config, workdir, mesh, prepared, compiles, stop)
+    run = Run(config, workdir, mesh, prepared, compiles, stop, source)
     if len(prepared.tokenizer.encode(config.train.sample_prompt)) > config.model.context:
         raise UserError(f"train.sample_prompt is longer than model.context = {config.model.context} tokens: shorten it")
     check_same_run(workdir, config, run.fingerprints)
@@ -261,7 +264,8 @@ def main(argv: list[str]) -> None:
         print(config_lib.to_json(config))
         return
     if "explain" in args:
-        prepared = prepare.ensure(config)
+        config, source = convert.begin_from(config)
+        prepared = load_data(config, source)
         print(report.explain(resolve(config, prepared.tokenizer.vocab_size), prepared))
         return
     if not args["workdir"]:

@@ -67,7 +67,9 @@ def to_params(c: ModelConfig, kind: str, found: Mapping[str, tuple[int, ...]], g
         arrays = [get(names[name]) for name, _ in tensors]
         for (name, _), array in zip(tensors, arrays, strict=True):
             if array.dtype.kind not in "fV" or not np.isfinite(array).all():
-                raise UserError(f"{names[name]} holds {'values that are not finite' if array.dtype.kind in 'fV' else array.dtype}: the file is damaged")
+                raise UserError(
+                    f"{names[name]} holds {'values that are not finite' if array.dtype.kind in 'fV' else array.dtype}: the file is damaged"
+                )
         ours = row.load(c, shapes[row.ours], *arrays)
         if row.ours not in flat:
             kept = ours.dtype if not dtype else jax.numpy.dtype(dtype)

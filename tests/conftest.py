@@ -1,5 +1,6 @@
 """Eight fake devices for every test, a cache folder of the session's own, and small runs to share."""
 
+import json
 import os
 import subprocess
 import sys
@@ -75,3 +76,46 @@ TINY = (
     "--config=configs/debug.py", "--config.model.layers=1", "--config.model.width=16", "--config.model.heads=2", "--config.model.context=16",
     "--config.data.source=text", "--config.data.tokenizer=bytes", "--config.data.eval_fraction=0.1", "--config.train.sample_tokens=4",
 )  # fmt: skip
+
+
+def byte_level_tokenizer(template=""):
+    """A byte-level BPE with a few merges and three control tokens, as a checkpoint would bring it."""
+    from gptjax.tokenizer import PretrainedTokenizer
+    from gptjax.tokenizer.openai import byte_letters
+    from gptjax.tokenizer.pretrained import byte_level_json
+
+    letters = list(byte_letters())
+    merges = ["t h", "th e", "Ġ the", "Ġ a", "i n"]
+    words = [*letters, *(m.replace(" ", "") for m in merges), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    ids = {word: i for i, word in enumerate(words)}
+    control = words[-3:]
+    content = {"tokenizer.json": byte_level_json(ids, merges, control=control, digits=False)}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"}
+    content["tokenizer_config.json"] = json.dumps(settings).encode()
+    if template:
+        content["chat_template.jinja"] = template.encode()
+    return PretrainedTokenizer(content, [ids["<|im_end|>"]])
+
+
+FAMILIES = {
+    "gpt2": {},
+    "gpt2_untied": dict(tied=False, hidden=48, mlp="gelu_exact"),
+    "gpt_neox": dict(positions="rope", rope_share=0.5, parallel=True, mlp="gelu_exact", tied=False),
+    "llama": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, hidden=64, tied=False),
+    "llama3": dict(
+        positions="rope", norm="rmsnorm", mlp="swiglu", bias="attention", hidden=64, rope_scaling="llama3", rope_factor=8.0, rope_original_context=16
+    ),
+    "yarn": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", hidden=64, rope_scaling="yarn", rope_factor=4.0, rope_original_context=16),
+    "mistral": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, hidden=64, window=5, tied=False),
+    "qwen2": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="qkv", kv_heads=2, hidden=64),
+    "qwen3": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, hidden=64, head_dim=16, qk_norm=True),
+}  # fmt: skip
+
+
+def tiny_checkpoint(family="gpt2", *, vocab=264, context=64, tokenizer=None, keep=None):
+    """A `convert.Pretrained` of two layers with random weights."""
+    from gptjax import convert
+
+    config = make_config(model=dict(vocab_size=vocab, context=context, vocab_multiple=128, **FAMILIES[family])).model
+    params = jax.tree.map(np.asarray, random_params(config))
+    return convert.Pretrained(config, params, tokenizer, keep=keep or {})

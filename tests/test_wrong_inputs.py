@@ -5,7 +5,7 @@ import gzip
 import pytest
 from conftest import TINY, make_config
 
-from gptjax import cli, generate, train
+from gptjax import cli, convert, generate, train
 from gptjax.data import prepare
 
 
@@ -75,11 +75,17 @@ CASES = {
     "bad top_p": ("generate", ["--checkpoint={dir}/keep", "--top_p=0"], "top_p = 0"),
     "temperature is no number": ("generate", ["--checkpoint={dir}/keep", "--temperature=hot"], "must be float"),
     "no tokens wanted": ("generate", ["--checkpoint={dir}/keep", "--max_new_tokens=0"], "at least 1"),
+    "unknown weights": ("generate", ["--checkpoint={dir}/keep", "--weights=int9"], "no config.json"),
+    "convert without to": ("convert", ["--from={dir}/keep"], "missing --to"),
+    "convert to an unknown format": ("convert", ["--from={dir}/keep", "--to={dir}/x", "--format=onnx"], "no format 'onnx'"),
+    "convert to an unknown dtype": ("convert", ["--from={dir}/keep", "--to={dir}/x", "--dtype=int3"], "no dtype 'int3'"),
+    "convert from nowhere": ("convert", ["--from={dir}/absent", "--to={dir}/x"], "no such file or folder"),
+    "init_from nowhere": ("train", ["--config.train.init_from={dir}/absent"], "no such file or folder"),
     "stray argument": ("generate", ["hello"], "unexpected argument"),
     "prepare without out": ("prepare", ["--config=configs/debug.py"], "missing --out"),
     "prepare onto other data": ("prepare", ["--config=configs/debug.py", "--config.data.source=text", "--config.data.path={corpus}", "--out={dir}/other"], "other data"),
 }  # fmt: skip
-MAINS = {"train": train.main, "generate": generate.main, "prepare": prepare.main}
+MAINS = {"train": train.main, "generate": generate.main, "convert": convert.main, "prepare": prepare.main}
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -81,12 +81,16 @@ def prepare(config: Config, folder: Path, *, shard_tokens: int = SHARD_TOKENS) -
     return _prepare(config, source, _make_tokenizer(config, source), folder, shard_tokens)
 
 
-def ensure(config: Config) -> Prepared:
-    """The shards of `config.data`: an existing folder (`data.source = 'shards'`), else made once in the user's cache."""
+def ensure(config: Config, text_tokenizer: Tokenizer | None = None) -> Prepared:
+    """The shards of `config.data`: an existing folder (`data.source = 'shards'`), else made once in the user's cache. A `text_tokenizer` stands
+    in for the one that the config names."""
     if config.data.source == "shards":
-        return open_prepared(Path(config.data.path).expanduser())
+        prepared = open_prepared(Path(config.data.path).expanduser())
+        if text_tokenizer and prepared.tokenizer.fingerprint != text_tokenizer.fingerprint:
+            raise UserError(f"{config.data.path} was prepared with another tokenizer than the checkpoint's: prepare the documents again")
+        return prepared
     source = sources.open_source(config.data)
-    text_tokenizer = _make_tokenizer(config, source)
+    text_tokenizer = text_tokenizer or _make_tokenizer(config, source)
     folder = files.cache_dir("data") / files.digest(str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint)[:32]
     return _prepare(config, source, text_tokenizer, folder, SHARD_TOKENS)
 

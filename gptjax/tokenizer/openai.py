@@ -14,6 +14,7 @@ from gptjax.tokenizer.base import Tokenizer
 
 _WORD = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 # name: (how text is cut before merging, number of ranks, id of <|endoftext|>). Patterns: openai/gpt-2 src/encoder.py and the vocabularies' own
 # descriptions in tiktoken; GPT-2's in the equivalent form with possessive quantifiers.
@@ -25,8 +26,7 @@ VOCABULARIES: dict[str, tuple[str, int, int]] = {
         100257,
     ),
     "o200k": (
-        rf"""[^\r\n\p{{L}}\p{{N}}]?{_WORD}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_WORD}+{_LOWER}*{_ENDING}"""
-        r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+        rf"""[^\r\n\p{{L}}\p{{N}}]?{_WORD}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_WORD}+{_LOWER}*{_ENDING}|{_REST}""",
         199998,
         199999,
     ),

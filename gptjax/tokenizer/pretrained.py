@@ -119,11 +119,13 @@ def _text_of(token: Any) -> str:
     return token.get("content", "") if isinstance(token, Mapping) else token or ""
 
 
-def byte_level_json(vocabulary: dict[str, int], merges: Sequence[str], *, control: Sequence[str], digits: bool, pattern: str = "", bos: int = -1) -> bytes:
+def byte_level_json(
+    vocabulary: dict[str, int], merges: Sequence[str], *, control: Sequence[str], digits: bool, pattern: str = "", bos: int = -1
+) -> bytes:
     """A `tokenizer.json` of byte-level BPE. `digits`: each digit apart; `pattern`: the rule that cuts text, where it is not GPT-2's."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    result = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(m.split(" ", 1)) for m in merges]))
+    result = Tokenizer(models.BPE(vocab=vocabulary, merges=[(m.partition(" ")[0], m.partition(" ")[2]) for m in merges]))
     cuts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     if pattern:
         cuts.append(pre_tokenizers.Split(Regex(pattern), "isolated", invert=False))

@@ -1,0 +1,52 @@
+"""What smaller weights and caches cost: SmolLM2's loss on the newest message of the embedded corpus, which it has not been tuned on.
+
+python experiments/smollm2/losses.py [--checkpoint=runs/smollm2.gguf] [--tokens=1024]
+"""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+import numpy as np
+
+import gptjax
+from gptjax import cli, model
+from gptjax.config import Config
+from gptjax.data import sources
+
+
+def loss(lm, ids: np.ndarray, *, chunk: int = 32) -> float:
+    """Mean loss of ids [1, T] read in chunks through the cache, as a prompt is, so that the cache's own error counts."""
+    cache = model.init_cache(lm._engine, 1, ids.shape[1], dtype=lm.cache_dtype)
+
+    @jax.jit
+    def step(weights, cache, piece, at):
+        x, cache = model.apply(lm._engine, weights, piece, cache=cache, start_B=at[None])
+        return jax.nn.log_softmax(model.unembed(lm._engine, weights, x[0])), cache
+
+    total = 0.0
+    for at in range(0, ids.shape[1], chunk):
+        logp, cache = step(lm._weights, cache, ids[:, at : at + chunk], np.int32(at))
+        targets = ids[0, at + 1 : at + chunk + 1]
+        total -= float(np.asarray(logp)[np.arange(len(targets)), targets].sum())
+    return total / (ids.shape[1] - 1)
+
+
+def main(argv: list[str]) -> None:
+    args = cli.parse(argv, __doc__, {"checkpoint": "the .gguf file", "tokens": "how many (1024)"})
+    path, count = args["checkpoint"] or "runs/smollm2.gguf", args.number("tokens", 1024)
+    newest = list(sources.open_source(Config().data).documents(sources.EVAL))[-1]
+    exact = None
+    print(f"{'weights':<10}{'cache':<10}{'MiB':>6}{'loss':>9}{'change':>9}")
+    for weights, cache in (("float32", ""), ("bfloat16", ""), ("int8", ""), ("float32", "bfloat16"), ("float32", "int8"), ("int8", "int8")):
+        lm = gptjax.load(path, weights=weights, cache_dtype=cache)
+        ids = np.asarray([lm.encode(newest)[:count]], np.int32)
+        found = loss(lm, ids)
+        exact = found if exact is None else exact
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(lm._weights)) / 2**20
+        print(f"{weights:<10}{cache or 'float32':<10}{held:>6.0f}{found:>9.4f}{found - exact:>+9.4f}")
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,343 @@
+"""The engine: what it writes is what a full forward pass would choose, for every row alone, however it is asked."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES, ROOT, byte_level_tokenizer, tiny_checkpoint
+
+from gptjax import decode, sampling
+from gptjax.config import UserError
+from gptjax.generation import Row
+from gptjax.language_model import LanguageModel
+from gptjax.sampling import Sampling
+from gptjax.tokenizer import ByteTokenizer
+
+PROMPTS = [[5, 9, 30], [200, 1, 7, 7, 40, 41, 60, 3, 100], [77], list(range(50, 85))]
+
+
+def build(family="gpt2", *, tokenizer=None, vocab=264, context=64, **options):
+    checkpoint = tiny_checkpoint(family, vocab=vocab, context=context, tokenizer=tokenizer)
+    return LanguageModel(checkpoint.config, checkpoint.params, tokenizer, **options)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def text_lm():
+    return build(tokenizer=byte_level_tokenizer())
+
+
+def greedy(lm, prompt, count):
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(lm.logits([ids])[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_the_argmax_of_a_full_forward_pass(family):
+    lm = build(family)
+    for prompt, got in zip(PROMPTS, lm.generate(PROMPTS, max_new_tokens=6), strict=True):
+        assert got.tokens == greedy(lm, prompt, 6)
+        assert got.finish_reason == "length"
+        logits = lm.logits([[*prompt, *got.tokens]])[0]
+        expected = jax.nn.log_softmax(logits)[np.arange(len(prompt) - 1, len(prompt) + 5), got.tokens]
+        np.testing.assert_allclose(got.logprobs, expected, atol=1e-4)
+
+
+def test_a_request_does_not_depend_on_its_batch_mates(lm):
+    settings = dict(max_new_tokens=12, temperature=1.3, top_p=0.95, repetition_penalty=1.1)
+    together = lm.generate(PROMPTS, seed=40, **settings)
+    for i in (3, 0, 2):
+        assert lm.generate([PROMPTS[i]], seed=40 + i, **settings)[0].tokens == together[i].tokens
+    assert lm.generate([PROMPTS[0]], seed=41, **settings)[0].tokens != together[0].tokens
+    several = lm.generate(PROMPTS[:2], n=3, seed=40, **settings)
+    assert len({tuple(c.tokens) for c in several[:3]}) == 3
+    assert several[0].tokens == together[0].tokens and several[3].tokens == together[1].tokens
+
+
+def test_speculation_writes_greedy_text(lm):
+    repeated = [*PROMPTS, [1, 2, 3, 4] * 8]
+    expected = [c.tokens for c in lm.generate(repeated, max_new_tokens=20)]
+    assert [c.tokens for c in lm.generate(repeated, max_new_tokens=20, speculate_tokens=4)] == expected
+    draft = build()
+    perfect = lm.generate(repeated, max_new_tokens=20, draft=draft, speculate_tokens=3)
+    assert [c.tokens for c in perfect] == expected
+    other = LanguageModel(draft.config, jax.tree.map(lambda p: np.asarray(p) * 1.05, draft.params), None)
+    found = lm.generate(repeated, max_new_tokens=20, draft=other, speculate_tokens=2, stop_tokens=[expected[0][5]])
+    cut = lm.generate(repeated, max_new_tokens=20, stop_tokens=[expected[0][5]])
+    assert found[0].finish_reason == "stop"
+    for a, b in zip(found, cut, strict=True):
+        assert (a.tokens, a.finish_reason) == (b.tokens, b.finish_reason)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    with pytest.raises(UserError, match="temperature = 0"):
+        lm.generate(PROMPTS, temperature=1.0, speculate_tokens=4)
+
+
+def test_speculation_needs_fewer_passes():
+    """Guesses of a perfect draft are all kept: 4 tokens a pass."""
+    lm, count = build(), 3
+    from gptjax import speculate
+
+    state = decode.start(lm._engine, lm._weights, [[5, 9, 30]], limits=[23], seeds=[0], slots=decode.bucket(40, 64))
+    cache = decode.prefill(lm._engine, lm._weights, state["tokens"], state["length"])
+    options = sampling.arrays([Sampling()], 264, [])
+    state = speculate.advance(
+        lm._engine, lm._weights, {**state, "passes": jnp.int32(0), "draft_cache": cache}, options, np.int32(99), active=frozenset(), count=count,
+        draft_config=lm._engine, draft_params=lm._weights,
+    )  # fmt: skip
+    assert state["length"].tolist() == [23]
+    assert int(state["passes"]) == 20 // (count + 1)
+
+
+def test_beam_search_finds_the_best_sequence(lm):
+    """With as many beams as tokens, three steps of beam search are exhaustive enough to check every pair by hand."""
+    small = build(vocab=9, context=16)
+    found = small.generate([[1, 2]], max_new_tokens=2, num_beams=9, n=3, length_penalty=0.0)
+    scores = {}
+    for pair in itertools.product(range(9), repeat=2):
+        logp = jax.nn.log_softmax(small.logits([[1, 2, *pair]])[0])
+        scores[pair] = float(logp[1, pair[0]] + logp[2, pair[1]])
+    best = sorted(scores, key=scores.get, reverse=True)[:3]
+    assert [tuple(c.tokens) for c in found] == best
+    np.testing.assert_allclose([c.score for c in found], [scores[b] for b in best], atol=1e-4)
+    np.testing.assert_allclose([sum(c.logprobs) for c in found], [scores[b] for b in best], atol=1e-4)
+    alone = lm.generate([PROMPTS[1]], max_new_tokens=8, num_beams=3)[0]
+    assert lm.generate(PROMPTS, max_new_tokens=8, num_beams=3)[1].tokens == alone.tokens
+
+
+def test_processors_keep_their_promises(lm):
+    ngram = lm.generate(PROMPTS, max_new_tokens=25, no_repeat_ngram=2, temperature=0.3)
+    for prompt, c in zip(PROMPTS, ngram, strict=True):
+        pairs = list(itertools.pairwise([*prompt, *c.tokens]))
+        made = pairs[len(prompt) - 1 :]
+        assert len(set(made)) == len(made) and not set(made) & set(pairs[: len(prompt) - 1])
+    free = lm.generate(PROMPTS[:1], max_new_tokens=10)[0].tokens
+    word = free[2:4]
+    banned = lm.generate(PROMPTS[:1], max_new_tokens=10, banned=[word, [free[0]]])[0].tokens
+    assert free[0] not in banned and word not in [list(p) for p in itertools.pairwise(banned)]
+    assert lm.generate(PROMPTS[:1], max_new_tokens=3, logit_bias={123: 1e4})[0].tokens == [123] * 3
+    early = lm.generate(PROMPTS[:1], max_new_tokens=10, stop_tokens=[free[1]])[0]
+    assert (early.tokens, early.finish_reason) == (free[:1], "stop")
+    late = lm.generate(PROMPTS[:1], max_new_tokens=10, stop_tokens=[free[1]], min_new_tokens=5)[0]
+    assert len(late.tokens) >= 5 and free[1] not in late.tokens[:5]
+    often = lm.generate(PROMPTS[:1], max_new_tokens=30, frequency_penalty=50.0)[0].tokens
+    assert len(set(often)) == 30  # each repetition costs more than any logit is worth
+    assert lm.generate(PROMPTS[:1], max_new_tokens=10, temperature=5.0, top_k=1)[0].tokens == free
+
+
+HISTORY = {"tokens": jnp.asarray([[3, 1, 2, 3, 1, 0, 0, 0]]), "length": jnp.asarray([5]), "prompt_length": jnp.asarray([2])}
+
+
+def probabilities(logits, **settings):
+    request = Sampling(temperature=settings.pop("temperature", 1.0), **settings)
+    options = sampling.arrays([request], len(logits), [4])
+    return jax.nn.softmax(sampling.process(jnp.asarray([logits], jnp.float32), options, HISTORY, request.active))[0]
+
+
+def test_warpers_by_hand():
+    """Ties and flat logits included: the kept set and its renormalised probabilities."""
+    p = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
+    logits = np.log(p)
+    check = lambda settings, kept: np.testing.assert_allclose(
+        probabilities(logits, **settings), np.where(kept, p, 0) / p[np.array(kept) > 0].sum(), atol=1e-6
+    )
+    check(dict(top_k=2), [1, 1, 0, 0, 0])
+    check(dict(top_p=0.69), [1, 1, 0, 0, 0])
+    check(dict(top_p=0.71), [1, 1, 1, 0, 0])
+    check(dict(min_p=0.3), [1, 1, 1, 0, 0])
+    check(dict(top_k=3, top_p=0.5), [1, 1, 0, 0, 0])
+    flat = np.zeros(6)
+    np.testing.assert_allclose(probabilities(flat, top_k=2), np.full(6, 1 / 6), atol=1e-6)  # all are equals of the second
+    np.testing.assert_allclose(probabilities(flat, top_p=0.5), [0, 0, 0, 1 / 3, 1 / 3, 1 / 3], atol=1e-6)
+    np.testing.assert_allclose(probabilities(flat, min_p=1.0), np.full(6, 1 / 6), atol=1e-6)
+    np.testing.assert_allclose(probabilities(flat, typical_p=0.3), np.full(6, 1 / 6), atol=1e-6)
+    np.testing.assert_allclose(probabilities(logits, temperature=0.5), p**2 / (p**2).sum(), atol=1e-6)
+    # [3, 1 | 2, 3, 1] came before; 2, 3, 1 were generated
+    raw = np.array([1.0, 2.0, -1.0, 0.5, 0.0])
+    check = lambda settings, changed: np.testing.assert_allclose(probabilities(raw, **settings), jax.nn.softmax(jnp.asarray(changed)), atol=1e-6)
+    check(dict(repetition_penalty=2.0), [1.0, 1.0, -2.0, 0.25, 0.0])
+    check(dict(frequency_penalty=0.5, presence_penalty=0.25), [1.0, 1.25, -1.75, -0.25, 0.0])
+    check(dict(no_repeat_ngram=3), [1.0, 2.0, -np.inf, 0.5, 0.0])
+    check(dict(min_new_tokens=9), [1.0, 2.0, -1.0, 0.5, -np.inf])
+    check(dict(banned=[[1, 3], [9 % 5, 0], [2, 0], [3, 1, 4]]), [1.0, 2.0, -1.0, -np.inf, -np.inf])
+    np.testing.assert_allclose(
+        probabilities(raw, banned=[[i] for i in range(4)] + [[3, 1, 4]]), jax.nn.softmax(jnp.asarray(raw)), atol=1e-6
+    )  # nothing left
+
+
+def test_sampling_follows_the_distribution(lm):
+    """Chi-square of 4,000 first tokens against softmax after top-p, with the engine's own keys."""
+    prompt, draws, top_p = [5, 9, 30], 4000, 0.6
+    exact = probabilities(lm.logits([prompt])[0, -1], top_p=top_p)
+    tokens = [c.tokens[0] for c in lm.generate([prompt], n=draws, max_new_tokens=1, temperature=1.0, top_p=top_p, seed=3)]
+    counts, wanted = np.bincount(tokens, minlength=264), np.asarray(exact) * draws
+    assert (counts[wanted == 0] == 0).all()
+    often = wanted >= 5
+    statistic = ((counts[often] - wanted[often]) ** 2 / wanted[often]).sum()
+    assert statistic < often.sum() + 4 * np.sqrt(2 * often.sum())
+
+
+def test_settings_out_of_range_are_refused(lm):
+    for settings, part in (
+        (dict(temperature=-1.0), "temperature"), (dict(top_p=0.0), "top_p"), (dict(min_p=2.0), "min_p"), (dict(seed=-1), "seed"),
+        (dict(temprature=1.0), "did you mean 'temperature'"), (dict(logit_bias={9999: 1.0}), "outside the vocabulary"), (dict(banned=["word"]), "tokenizer"),
+        (dict(stop="x"), "tokenizer"), (dict(n=0), "at least 1"), (dict(max_new_tokens=0), "at least 1"), (dict(overflow="cut"), "overflow policy"),
+        (dict(num_beams=2, temperature=1.0), "num_beams"), (dict(num_beams=2, early_stopping="maybe"), "early_stopping"), (dict(max_new_tokens=63), "ask for at most 62"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=part):
+            lm.generate([[1, 2, 3]], **{"max_new_tokens": 4, **settings})
+    for prompts, part in (
+        ([], "no prompts"),
+        ([[999]], "outside the vocabulary"),
+        (["text"], "no tokenizer"),
+        ([[]], "empty prompt"),
+        ([[1] * 65], "shorten it"),
+    ):
+        with pytest.raises(UserError, match=part):
+            lm.generate(prompts, max_new_tokens=4)
+    with pytest.raises(UserError, match="must be"):
+        lm.logits([[1] * 65])
+    with pytest.raises(UserError, match="did you mean 'int8'"):
+        build(weights="int9")
+
+
+def test_stop_text_is_found_across_tokens(text_lm):
+    free = text_lm.generate("the cat", max_new_tokens=40, temperature=1.5, seed=1)
+    data = text_lm.tokenizer.decode_bytes(free.tokens).decode(errors="replace")
+    assert free.text == data
+    stop = data[9:13]
+    cut = text_lm.generate("the cat", max_new_tokens=40, temperature=1.5, seed=1, stop=[stop, "never there"])
+    assert (cut.text, cut.finish_reason) == (data[: data.find(stop)], "stop")
+    pieces = list(text_lm.stream("the cat", max_new_tokens=40, temperature=1.5, seed=1, stop=[stop]))
+    assert "".join(pieces) == cut.text
+    assert "".join(text_lm.stream("the cat", max_new_tokens=40, temperature=1.5, seed=1)) == free.text
+    assert len(list(text_lm.stream("the cat", max_new_tokens=40, temperature=1.5, seed=1))) > 3
+
+
+def test_a_row_never_shows_half_a_character_or_half_a_stop():
+    row = Row(ByteTokenizer(), ["END"], [256])
+    shown = ""
+    for byte in "é€ EN ENDx".encode():
+        row.feed(byte, 0.0)
+        shown += row.text[len(shown) : row.safe]
+        assert "\ufffd" not in shown and not shown.endswith(("E", "EN"))
+    row.finish("length")
+    assert row.text == "é€ EN " and row.reason == "stop"
+    assert shown + row.text[len(shown) : row.safe] == row.text
+
+
+def test_text_slides_past_the_context():
+    lm = build(context=32)
+    with pytest.raises(UserError, match="overflow='slide'"):
+        lm.generate(PROMPTS, max_new_tokens=100)
+    found = lm.generate(PROMPTS, max_new_tokens=100, overflow="slide")
+    assert [len(c.tokens) for c in found] == [100] * 4
+    assert found[0].tokens[:29] == lm.generate(PROMPTS[:1], max_new_tokens=29)[0].tokens
+    assert lm.generate([PROMPTS[2]], max_new_tokens=100, overflow="slide")[0].tokens == found[2].tokens
+    window = [*PROMPTS[2], *found[2].tokens][: 32 + 1][-16:]  # the context is full: its latest half is read again
+    assert found[2].tokens[32:36] == greedy(lm, window, 4)
+
+
+def test_scores_and_prompt_logprobs(text_lm):
+    pairs = [("the cat", " in the hat"), ("a ", "b"), ("", "the"), ("x" * 30, "y")]
+    scores = text_lm.score([p for p, _ in pairs], [c for _, c in pairs])
+    for (prompt, completion), (logprob, flag) in zip(pairs, scores, strict=True):
+        first = text_lm.encode(prompt.rstrip())
+        whole = text_lm.encode(prompt + completion) if prompt else [*first, *text_lm.tokenizer.encode(completion)]
+        logp = np.asarray(jax.nn.log_softmax(text_lm.logits([whole])[0]))
+        at = np.arange(len(first) - 1, len(whole) - 1)
+        assert logprob == pytest.approx(logp[at, whole[len(first) :]].sum(), abs=1e-3)
+        assert flag == (logp[at].argmax(-1) == whole[len(first) :]).all()
+    made = text_lm.generate("the cat", max_new_tokens=3)
+    assert text_lm.score([text_lm.encode("the cat")], [made.tokens])[0][1] == (made.finish_reason == "length")
+    again = text_lm.generate(["the cat"], max_new_tokens=3, prompt_logprobs=True)[0]
+    ids = text_lm.encode("the cat")
+    assert len(again.prompt_logprobs) == len(ids) - 1
+    np.testing.assert_allclose(
+        again.prompt_logprobs, np.asarray(jax.nn.log_softmax(text_lm.logits([ids])[0]))[np.arange(len(ids) - 1), ids[1:]], atol=1e-4
+    )
+
+
+def test_logits_stop_at_each_length(lm):
+    tokens = np.arange(20).reshape(2, 10)
+    found = lm.logits(tokens, [4, 10])
+    assert (found[0, 4:] == 0).all() and (found[1] != 0).any(-1).all()
+    np.testing.assert_array_equal(found[0, :4], lm.logits(tokens)[0, :4])
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_smaller_weights_stay_close(weights, lm):
+    small = build(weights=weights)
+    tokens = np.random.default_rng(0).integers(0, 264, (2, 30))
+    exact = lm.logits(tokens)
+    gap = np.abs(small.logits(tokens) - exact).max() / np.abs(exact).max()
+    assert 0 < gap < (0.02 if weights == "bfloat16" else 0.05)
+    stored = {leaf.dtype.name for block in small._weights["blocks"] for leaf in [block["mlp"]["up"]["rows"], block["attn"]["qkv"]["rows"]]}
+    assert stored == {weights}
+    assert len(small.generate([[1, 2, 3]], max_new_tokens=5)[0].tokens) == 5
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+def test_smaller_caches_stay_close(cache_dtype, lm):
+    small = build(cache_dtype=cache_dtype)
+    prompt = PROMPTS[3]
+    tokens = np.zeros((1, decode.bucket(36, 64)), np.int32)
+    tokens[0, :35] = prompt
+    found = {}
+    for one in (lm, small):
+        cache = decode.prefill(one._engine, one._weights, tokens, np.array([35], np.int32), cache_dtype=one.cache_dtype)
+        state = {"tokens": jnp.asarray(tokens), "length": jnp.asarray([35]), "cache": cache}
+        found[one.cache_dtype] = np.asarray(decode.feed(one._engine, one._weights, state)[0])
+        assert cache[0]["k"].dtype == (cache_dtype if one is small else "float32")
+    gap = np.abs(found[cache_dtype] - found[""]).max() / np.abs(found[""]).max()
+    assert 0 < gap < 0.03
+
+
+def test_a_hundred_prompt_lengths_take_six_programs():
+    lm = build("llama", context=256)
+    before = decode.prefill._cache_size() + decode.advance._cache_size()
+    for n in range(1, 101):
+        lm.generate([list(range(n))], max_new_tokens=2)
+    assert decode.prefill._cache_size() + decode.advance._cache_size() - before <= 6
+
+
+def test_buckets_hold_what_they_must():
+    for context in (17, 64, 1024, 8192):
+        sizes = {decode.bucket(n, context) for n in range(1, context + 1)}
+        assert len(sizes) <= 4
+        assert all(decode.bucket(n, context) >= n for n in range(1, context + 1))
+        assert all(size % decode.chunk_size() == 0 for size in sizes)
+
+
+def test_every_row_stops_by_itself(lm):
+    free = lm.generate(PROMPTS, max_new_tokens=20)
+    stop = free[1].tokens[4]
+    for alone, c in zip(free, lm.generate(PROMPTS, max_new_tokens=20, stop_tokens=[stop]), strict=True):
+        at = alone.tokens.index(stop) if stop in alone.tokens else 20
+        assert c.tokens == alone.tokens[:at]
+        assert c.finish_reason == ("stop" if at < 20 else "length")
+    assert dataclasses.asdict(free[0])["prompt_logprobs"] is None
+
+
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "generation.json").read_text())
+NAMES = {"no_repeat_ngram_size": "no_repeat_ngram", "eos_token_id": "stop_tokens"}
+
+
+@pytest.mark.parametrize("family", GOLDEN["families"])
+def test_golden_numbers_of_transformers(family):
+    """Made by tests/golden/make.py; the parity tests compare with the library itself."""
+    lm, golden = build(family), GOLDEN["families"][family]
+    np.testing.assert_allclose(lm.logits([GOLDEN["prompts"][1]])[0, -1, :32], golden["logits"], atol=1e-4)
+    for name, settings in GOLDEN["settings"].items():
+        ours = {NAMES.get(key, key): value for key, value in settings.items()}
+        for expected, got in zip(golden[name], lm.generate(GOLDEN["prompts"], max_new_tokens=12, **ours), strict=True):
+            assert got.tokens == (expected[:-1] if expected[-1] in settings.get("eos_token_id", []) else expected), name
