@@ -18,6 +18,7 @@ from typing import Any
 from gptjax import chat, cli, files, language_model, metrics
 from gptjax.config import UserError
 from gptjax.language_model import LanguageModel
+from gptjax.sampling import Sampling
 
 FLAGS = {
     "checkpoint": "a workdir, a step's folder in it, a Hugging Face folder or a .gguf file",
@@ -55,6 +56,9 @@ _NUMBERS = {
 def options(args: cli.Args) -> dict[str, Any]:
     """The flags as arguments of `LanguageModel.generate`; beam search and speculation are greedy unless a temperature is given."""
     found: dict[str, Any] = {name: args.number(name, default) for name, default in _NUMBERS.items()}
+    Sampling(**found)  # refuses what is out of range
+    if (limit := args.number("max_new_tokens", 1)) < 1:
+        raise UserError(f"--max_new_tokens={limit}: must be at least 1")
     beams, guesses = args.number("num_beams", 1), args.number("speculate", 0)
     if (beams > 1 or guesses) and "temperature" not in args:
         found["temperature"] = 0.0
@@ -72,8 +76,7 @@ def options(args: cli.Args) -> dict[str, Any]:
 def complete(lm: LanguageModel, args: cli.Args) -> None:
     """One prompt, streamed; as JSON, or with several completions, at its end."""
     settings, prompt, n = options(args), args["prompt"], args.number("n", 1)
-    if (limit := args.number("max_new_tokens", 100)) < 1:
-        raise UserError(f"--max_new_tokens={limit}: must be at least 1")
+    limit = args.number("max_new_tokens", 100)
     if "max_new_tokens" not in args and "rolling" not in args:
         limit = max(min(limit, lm.config.context + 1 - len(lm.encode(prompt))), 1)
     if "json" in args or n > 1 or settings.get("num_beams"):

@@ -73,7 +73,9 @@ class LanguageModel:
         tokens = np.asarray(tokens, np.int32)
         if tokens.ndim != 2 or tokens.shape[1] > self.config.context or tokens.min(initial=0) < 0 or tokens.max(initial=0) >= self.config.vocab_size:
             raise UserError(f"tokens {tokens.shape} must be [B, T <= {self.config.context}] with ids from 0 to {self.config.vocab_size - 1}")
-        found = np.asarray(decode.logits(self._engine, self._weights, tokens))
+        size = _bucket(tokens.shape[1], self.config.context)
+        padded = np.pad(tokens, ((0, 0), (0, size - tokens.shape[1])))  # lengths share programs; what is behind changes nothing before it
+        found = np.asarray(decode.logits(self._engine, self._weights, padded))[:, : tokens.shape[1]]
         if lengths is None:
             return found
         return np.where(np.arange(tokens.shape[1])[None, :, None] < np.asarray(lengths)[:, None, None], found, 0.0)
@@ -107,7 +109,7 @@ class LanguageModel:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for first in range(0, len(order), _SCORE_ROWS):
             group = order[first : first + _SCORE_ROWS]
-            size = min(max(64, 1 << (len(rows[group[-1]]) - 1).bit_length()), max(self.config.context, 2))
+            size = _bucket(len(rows[group[-1]]), self.config.context)
             tokens = np.zeros((min(_SCORE_ROWS, 1 << (len(rows) - 1).bit_length()), size), np.int32)
             for row, i in zip(tokens, group, strict=False):
                 row[: len(rows[i])] = rows[i]
@@ -242,6 +244,11 @@ class LanguageModel:
                 text = self.tokenizer.decode_bytes(new).decode("utf-8", "replace") if self.tokenizer else ""
                 found.append(Completion(new, text, logprobs, reason, float(scores[i, k])))
         return found
+
+
+def _bucket(length: int, context: int) -> int:
+    """Columns for rows of up to `length` tokens: few sizes, so few programs."""
+    return min(max(64, 1 << (length - 1).bit_length()), max(context, 2))
 
 
 def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> LanguageModel:

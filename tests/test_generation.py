@@ -79,7 +79,7 @@ def test_speculation_writes_greedy_text(lm):
         assert (a.tokens, a.finish_reason) == (b.tokens, b.finish_reason)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
     with pytest.raises(UserError, match="temperature = 0"):
-        lm.generate(PROMPTS, temperature=1.0, speculate_tokens=4)
+        lm.generate(PROMPTS, max_new_tokens=4, temperature=1.0, speculate_tokens=4)
 
 
 def test_speculation_needs_fewer_passes():
@@ -125,10 +125,13 @@ def test_processors_keep_their_promises(lm):
     banned = lm.generate(PROMPTS[:1], max_new_tokens=10, banned=[word, [free[0]]])[0].tokens
     assert free[0] not in banned and word not in [list(p) for p in itertools.pairwise(banned)]
     assert lm.generate(PROMPTS[:1], max_new_tokens=3, logit_bias={123: 1e4})[0].tokens == [123] * 3
-    early = lm.generate(PROMPTS[:1], max_new_tokens=10, stop_tokens=[free[1]])[0]
-    assert (early.tokens, early.finish_reason) == (free[:1], "stop")
-    late = lm.generate(PROMPTS[:1], max_new_tokens=10, stop_tokens=[free[1]], min_new_tokens=5)[0]
-    assert len(late.tokens) >= 5 and free[1] not in late.tokens[:5]
+    drawn = dict(max_new_tokens=10, temperature=3.0, seed=7)
+    varied = lm.generate(PROMPTS[:1], **drawn)[0].tokens
+    at = next(i for i in range(1, 10) if varied[i] not in varied[:i])
+    early = lm.generate(PROMPTS[:1], stop_tokens=[varied[at]], **drawn)[0]
+    assert (early.tokens, early.finish_reason) == (varied[:at], "stop")
+    late = lm.generate(PROMPTS[:1], stop_tokens=[varied[at]], min_new_tokens=9, **drawn)[0]
+    assert len(late.tokens) >= 9 and varied[at] not in late.tokens[:9]
     often = lm.generate(PROMPTS[:1], max_new_tokens=30, frequency_penalty=50.0)[0].tokens
     assert len(set(often)) == 30  # each repetition costs more than any logit is worth
     assert lm.generate(PROMPTS[:1], max_new_tokens=10, temperature=5.0, top_k=1)[0].tokens == free
