@@ -198,16 +198,20 @@ _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
 def write_cache(cache: dict[str, Array], k_BTKC: Array, v_BTKC: Array, start_B: Array) -> dict[str, Array]:
-    """One layer's cache with the slots [start, start + T) of each row replaced. The caller makes sure that they exist: XLA would move them back."""
+    """One layer of `model.init_cache` with the slots [start, start + T) of each row replaced. The caller makes sure that they exist: XLA would move
+    them back."""
+    b, _, heads, _ = k_BTKC.shape
 
     def put(old: Array, new: Array, axis: int) -> Array:
+        """old [B * K, ...]; new [B, K, ...], whose slots are on that axis of `old`."""
         new = fence(new.astype(old.dtype))  # a layout of its own, or the whole cache would take that of the new rows
-        if old.shape[0] > 32:
-            return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=axis - 1))(old, new, start_B)
-        for b in range(old.shape[0]):  # in place; the batched form is a scatter, slow on a CPU
-            index: list[Any] = [b, *[0] * (old.ndim - 1)]
-            index[axis] = start_B[b]
-            old = jax.lax.dynamic_update_slice(old, new[b : b + 1], index)
+        if b > 32:
+            one = lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=axis)
+            return jax.vmap(one)(old.reshape(b, heads, *old.shape[1:]), new, start_B).reshape(old.shape)
+        for i in range(b):  # in place; the batched form is a scatter, slow on a CPU
+            index: list[Any] = [i * heads, *[0] * (old.ndim - 1)]
+            index[axis] = start_B[i]
+            old = jax.lax.dynamic_update_slice(old, new[i], index)
         return old
 
     result = {}
@@ -215,21 +219,26 @@ def write_cache(cache: dict[str, Array], k_BTKC: Array, v_BTKC: Array, start_B: 
         if f"{name}_scale" in cache:  # one scale per slot and head
             scale = jnp.maximum(jnp.abs(new).max(-1).astype(jnp.float32) / 127, 1e-30)
             new = jnp.round(new / scale[..., None])
-            result[f"{name}_scale"] = put(cache[f"{name}_scale"], scale, 2)
-        result[name] = put(cache[name], new.swapaxes(2, 3), 3) if name == "k" else put(cache[name], new, 2)
+            result[f"{name}_scale"] = put(cache[f"{name}_scale"], scale, 1)
+        result[name] = put(cache[name], new, 1) if name == "k" else put(cache[name], new.swapaxes(2, 3), 2)
     return result
 
 
 def cached(q_BTKGC: Array, cache: dict[str, Array], mask: Mask) -> Array:
-    """Attention over one layer of `model.init_cache`, as `reference` defines it. int8 is scaled after the products, where it is cheap."""
-    k_BKCS, v_BKSC = (cache[name].astype(q_BTKGC.dtype) for name in ("k", "v"))
-    scores_BKGTS = jnp.einsum("BTKGC,BKCS->BKGTS", q_BTKGC, k_BKCS, preferred_element_type=jnp.float32) * q_BTKGC.shape[-1] ** -0.5
+    """Attention over one layer of `model.init_cache`, as `reference` defines it; N = B * K, Q = T * G. int8 is scaled after the products."""
+    b, t, heads, groups, width = q_BTKGC.shape
+    k_NSC, v_NCS = (cache[name].astype(q_BTKGC.dtype) for name in ("k", "v"))
+    slots = k_NSC.shape[1]
+    q_NQC = q_BTKGC.transpose(0, 2, 1, 3, 4).reshape(b * heads, t * groups, width)
+    scores_NQS = jnp.einsum("NQC,NSC->NQS", q_NQC, k_NSC, preferred_element_type=jnp.float32) * width**-0.5
     if "k_scale" in cache:
-        scores_BKGTS = scores_BKGTS * cache["k_scale"][:, :, None, None]
-    probs_BKGTS = jax.nn.softmax(jnp.where(mask.allowed(0, k_BKCS.shape[3])[:, None, None], scores_BKGTS, _MASKED), axis=-1)
+        scores_NQS = scores_NQS * cache["k_scale"][:, None]
+    scores_BKTGS = jnp.where(mask.allowed(0, slots)[:, None, :, None], scores_NQS.reshape(b, heads, t, groups, slots), _MASKED)
+    probs_NQS = jax.nn.softmax(scores_BKTGS, axis=-1).reshape(b * heads, t * groups, slots)
     if "v_scale" in cache:
-        probs_BKGTS = probs_BKGTS * cache["v_scale"][:, :, None, None]
-    return jnp.einsum("BKGTS,BKSC->BTKGC", probs_BKGTS.astype(v_BKSC.dtype), v_BKSC, preferred_element_type=jnp.float32).astype(q_BTKGC.dtype)
+        probs_NQS = probs_NQS * cache["v_scale"][:, None]
+    y_NQC = jnp.einsum("NQS,NCS->NQC", probs_NQS.astype(v_NCS.dtype), v_NCS, preferred_element_type=jnp.float32).astype(q_BTKGC.dtype)
+    return y_NQC.reshape(b, heads, t, groups, width).transpose(0, 2, 1, 3, 4)
 
 
 BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference, "xla": xla, "blockwise": blockwise}

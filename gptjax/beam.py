@@ -83,7 +83,7 @@ def search(
         going = ~state["over"]
         chosen = _take(parent, pick) + jnp.arange(b)[:, None] * beams
         new = {
-            "tokens": _take(sequences, pick).reshape(b * beams, -1), "cache": jax.tree.map(lambda a: a[chosen.reshape(-1)], cache),
+            "tokens": _take(sequences, pick).reshape(b * beams, -1), "cache": model.take_rows(cache, chosen.reshape(-1), b * beams),
             "length": jnp.where(going, length + 1, length).repeat(beams), "scores": live_scores, "over": over,
         }  # fmt: skip
         old = {"best_tokens": best_tokens, "best_length": best_length, "best_scores": best_scores, "ended": ended}

@@ -51,7 +51,7 @@ def prefill(config: ModelConfig, params: Any, tokens_BS: Array, length_B: Array,
         return at + size, cache
 
     _, cache = jax.lax.while_loop(lambda carry: carry[0] < length_B.max() - 1, body, (jnp.int32(0), cache))
-    return cache if copies == 1 else jax.tree.map(lambda a: jnp.repeat(a, copies, axis=0), cache)
+    return cache if copies == 1 else model.take_rows(cache, jnp.arange(b).repeat(copies), b)
 
 
 def start(

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax import attention, tree
+from gptjax import attention, quantize, tree
 from gptjax.attention import fence
 from gptjax.config import ModelConfig
 
@@ -95,7 +95,7 @@ class Linear(nn.Module):
         shape = (*x.shape[-self.inputs :], *self.features)
         rows, columns = math.prod(shape[: self.inputs]), math.prod(self.features)
         if self.has_variable("params", "rows"):
-            y = times_rows(x.reshape(-1, rows), self.variables["params"]).astype(x.dtype)
+            y = quantize.times_rows(x.reshape(-1, rows), self.variables["params"]).astype(x.dtype)
         else:
             kernel = self.param("kernel", nn.initializers.zeros, shape)
             y = x.reshape(-1, rows) @ kernel.reshape(rows, columns)
@@ -196,35 +196,9 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype), x[..., 2 * half :]], axis=-1)
 
 
-def times_rows(x: Array, weight: Any) -> Array:
-    """x [N, D] times the rows [F, D] of a matrix in the layout of `inference_params`: float32 [N, F].
-
-    What XLA:CPU makes of the forms that say the same differs by ten times (experiments/LOG.md). One vector: rows converted inside the product,
-    written as a transpose after the conversion, run at the speed of memory. Several: its bfloat16 product, with x rounded too. And nothing
-    may be fused to a product: with a bias behind it, XLA would copy the weights first."""
-    x, rows = jax.lax.optimization_barrier((x, weight["rows"]))  # tied to x, or a loop of decoding would keep converted weights
-    if rows.dtype != x.dtype and x.shape[0] == 1:
-        y = fence(jnp.dot(x, rows.astype(x.dtype).T, preferred_element_type=jnp.float32))
-    else:
-        low = rows.dtype if rows.dtype == x.dtype else jnp.bfloat16
-        rows = rows if rows.dtype == low else fence(rows.astype(low))
-        y = fence(jax.lax.dot_general(x.astype(low), rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32))
-    return y * weight["row_scale"] if "row_scale" in weight else y
-
-
 def inference_params(config: ModelConfig, params: Params, *, weights: str = "float32") -> Params:
-    """The parameters as decoding reads them: blocks apart, and each matrix as rows [out, in] in `weights`: float32, bfloat16 or int8.
-
-    int8: each row is round(row / scale) with scale = max |row| / 127, so its error is at most half a scale. A product with one vector reads
-    every weight once, so their bytes are the time it takes. Norms, biases and learned positions stay float32.
-    """
-
-    def rows(matrix: Array) -> Params:
-        if weights != "int8":
-            return {"rows": matrix.astype(weights)}
-        matrix = matrix.astype(jnp.float32)
-        scale = jnp.maximum(jnp.abs(matrix).max(-1) / 127, 1e-30)
-        return {"rows": jnp.round(matrix / scale[:, None]).astype(jnp.int8), "row_scale": scale}
+    """The parameters as decoding reads them: blocks apart, and each matrix as `quantize.rows` in `weights`: float32, bfloat16 or int8. A product with
+    one vector reads every weight once, so their bytes are the time it takes. Norms, biases and learned positions stay float32."""
 
     def layer(block: Params) -> Params:
         new: Params = {}
@@ -232,17 +206,20 @@ def inference_params(config: ModelConfig, params: Params, *, weights: str = "flo
             if isinstance(part, dict) and "kernel" in part:
                 inputs = 2 if name == "out" else 1
                 matrix = part["kernel"].reshape(math.prod(part["kernel"].shape[:inputs]), -1).T
-                new[name] = {**{k: v.astype(jnp.float32) for k, v in part.items() if k != "kernel"}, **rows(matrix)}
+                new[name] = {**{k: v.astype(jnp.float32) for k, v in part.items() if k != "kernel"}, **quantize.rows(matrix, weights)}
             else:
                 new[name] = layer(part) if isinstance(part, dict) else part.astype(jnp.float32)
         return new
 
-    result: Params = {"blocks": tuple(layer(block) for block in unstack(params["blocks"])), "embed": rows(params["embed"]["tokens"])}
+    result: Params = {
+        "blocks": tuple(layer(block) for block in unstack(params["blocks"])),
+        "embed": quantize.rows(params["embed"]["tokens"], weights),
+    }
     result["final_norm"] = layer(params["final_norm"])
     if "positions" in params["embed"]:
         result["embed"]["positions"] = params["embed"]["positions"].astype(jnp.float32)
     if "head" in params:
-        result["head"] = rows(params["head"]["kernel"])
+        result["head"] = quantize.rows(params["head"]["kernel"], weights)
     return result
 
 
@@ -385,7 +362,7 @@ def unembed(config: ModelConfig, params: Params, x: Array) -> Array:
     """Logits [..., V] in float32, without the padding of the vocabulary."""
     table = params["head"] if "head" in params else params["embed"]
     if "rows" in table:
-        logits = times_rows(x.reshape(-1, x.shape[-1]), table).reshape(*x.shape[:-1], -1)
+        logits = quantize.times_rows(x.reshape(-1, x.shape[-1]), table).reshape(*x.shape[:-1], -1)
     else:
         logits = jnp.einsum("...D,VD->...V", x, head(params).astype(x.dtype), preferred_element_type=jnp.float32)
     return softcap(config, logits[..., : config.vocab_size])
@@ -398,10 +375,15 @@ def softcap(config: ModelConfig, logits: Array) -> Array:
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, *, dtype: str = "") -> tuple[Params, ...]:
-    """For each layer zeros {"k": [B, K, C, length], "v": [B, K, length, C]} in `dtype` (default: the compute dtype), so that neither product has to
-    transpose; with int8 also {"k_scale", "v_scale"}: float32 [B, K, length]."""
-    heads, width, kind = (batch, config.kv), config.head_width, dtype or config.dtype
-    shapes = {"k": (*heads, width, length), "v": (*heads, length, width)}
-    scales = {"k_scale": (*heads, length), "v_scale": (*heads, length)} if kind == "int8" else {}
+    """For each layer zeros {"k": [B * K, length, C], "v": [B * K, C, length]} in `dtype` (default: the compute dtype): both products contract the
+    last axis and need neither a transpose nor a reshape, which XLA:CPU would pay for with copies; int8 adds {"k_scale", "v_scale"}: float32 [B * K, length]."""
+    heads, width, kind = batch * config.kv, config.head_width, dtype or config.dtype
+    shapes = {"k": (heads, length, width), "v": (heads, width, length)}
+    scales = {"k_scale": (heads, length), "v_scale": (heads, length)} if kind == "int8" else {}
     one = lambda: {**{n: jnp.zeros(s, kind) for n, s in shapes.items()}, **{n: jnp.zeros(s) for n, s in scales.items()}}
     return tuple(one() for _ in range(config.layers))
+
+
+def take_rows(cache: tuple[Params, ...], rows: Array, batch: int) -> tuple[Params, ...]:
+    """The cache of a batch made of these rows of the cache of `batch` rows."""
+    return jax.tree.map(lambda a: a.reshape(batch, -1, *a.shape[1:])[rows].reshape(-1, *a.shape[1:]), cache)

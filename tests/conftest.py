@@ -24,7 +24,9 @@ SHARED = ROOT.parent / "shared" / "data"  # real data sets on the developers' ma
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"  # one for all workers
+    folder.mkdir(exist_ok=True)
     os.environ["GPTJAX_CACHE"] = str(folder)
     metrics.enable_compile_cache()
     return folder

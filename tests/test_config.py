@@ -34,7 +34,7 @@ def test_message_stays_short_when_everything_is_wrong():
     [
         ({"model": {"heads": 3}}, "does not divide model.width"),
         ({"model": {"kv_heads": 3}}, "does not divide model.heads"),
-        ({"model": {"positions": "rope", "width": 12, "heads": 4}}, "odd"),
+        ({"model": {"positions": "rope", "width": 12, "heads": 4}}, "pick an even number"),
         ({"model": {"dropout": 0.1, "attention": "blockwise"}}, "dropout"),
         ({"train": {"accumulate": 3}}, "train.accumulate"),
         ({"optim": {"warmup_steps": 2000}}, "exceeds train.steps"),

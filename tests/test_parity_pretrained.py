@@ -111,7 +111,9 @@ def test_generation_token_for_token(name, tmp_path):
         for prompt, got in zip(prompts, found, strict=True):
             ids = torch.tensor([prompt])
             with torch.no_grad():
-                out = net.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, **settings)[0, len(prompt) :].tolist()
+                out = net.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, **settings)[
+                    0, len(prompt) :
+                ].tolist()
             ended = out and out[-1] in settings.get("eos_token_id", [])
             assert got.tokens == (out[:-1] if ended else out), case
             assert got.finish_reason == ("stop" if ended else "length")

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 ORDER = (
     "config", "files", "cli", "tree", "tokenizer.base", "tokenizer.trained", "tokenizer.openai", "tokenizer.pretrained", "tokenizer", "chat",
-    "data.sources", "data.prepare", "data.loader", "attention", "model", "losses", "optim", "sharding", "steps", "checkpoint", "hf", "transfer", "gguf", "convert",
+    "data.sources", "data.prepare", "data.loader", "attention", "quantize", "model", "losses", "optim", "sharding", "steps", "checkpoint", "hf", "transfer", "gguf", "convert",
     "metrics", "sampling", "decode", "speculate", "beam", "generation", "language_model", "generate", "evaluate", "report", "train",
 )  # fmt: skip
 PACKAGES = {"__init__", "data.__init__"}  # docstrings and lazy doors

@@ -2,14 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, TINY, command
 
-from gptjax import metrics, report
-from gptjax.config import UserError
+from gptjax import metrics
 
 QUICK = (
     "--config.train.steps=6",

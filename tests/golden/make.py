@@ -1,6 +1,6 @@
 """Makes tests/golden/generation.json: what transformers' GPT-2 and Llama compute with weights that a seed gives, for users without PyTorch.
 
-    python tests/golden/make.py        (needs pip install -e '.[parity]')
+python tests/golden/make.py        (needs pip install -e '.[parity]')
 """
 
 import json
@@ -37,15 +37,20 @@ def main() -> None:
             logits = net(torch.tensor([PROMPTS[1]])).logits[0, -1].numpy()
             texts = {
                 name: [
-                    net.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.long), do_sample=False, max_new_tokens=12, **settings)[
-                        0, len(p) :
-                    ].tolist()
+                    net.generate(
+                        torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.long), do_sample=False, max_new_tokens=12, **settings
+                    )[0, len(p) :].tolist()
                     for p in PROMPTS
                 ]
                 for name, settings in SETTINGS.items()
             }
         result[family] = {"logits": np.round(logits[:32], 5).tolist(), **texts}
-    data = {"made_with": f"transformers {transformers.__version__}, torch {torch.__version__}", "prompts": PROMPTS, "settings": SETTINGS, "families": result}
+    data = {
+        "made_with": f"transformers {transformers.__version__}, torch {torch.__version__}",
+        "prompts": PROMPTS,
+        "settings": SETTINGS,
+        "families": result,
+    }
     (Path(__file__).parent / "generation.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
