@@ -321,9 +321,10 @@ def apply(
         x = x + params["embed"]["positions"][positions]
     train = dropout_key is not None and c.dropout > 0
     if dropout_key is not None and train:
-        x = nn.Dropout(c.dropout, deterministic=False).apply({}, x, rngs={"dropout": jax.random.fold_in(dropout_key, c.layers)})
+        dropped: Any = nn.Dropout(c.dropout, deterministic=False).apply({}, x, rngs={"dropout": jax.random.fold_in(dropout_key, c.layers)})
+        x = dropped
 
-    def block(x: Array, layer: tuple[Params, Array, Params | None]):
+    def block(x: Array, layer: tuple[Params, Array, Params | None]) -> Any:
         block_params, number, block_cache = layer
         rngs = {"dropout": jax.random.fold_in(dropout_key, number)} if dropout_key is not None and train else None
         return Block(c).apply({"params": block_params}, x, positions, mask, block_cache, train, rngs=rngs)
@@ -334,10 +335,12 @@ def apply(
         scanned: Any = jax.lax.scan(block, x, (params["blocks"], jnp.arange(c.layers), None))
         x = scanned[0]
     else:
-        layers = unstack(params["blocks"]) if isinstance(params["blocks"], dict) else params["blocks"]
+        stacked = isinstance(params["blocks"], dict)
+        layers = unstack(params["blocks"]) if stacked else params["blocks"]
+        one: Any = block if stacked else jax.jit(block)  # for inference, traced once for all layers
         caches = []
         for i, block_params in enumerate(layers):
-            x, layer_cache = block(x, (block_params, jnp.asarray(i), None if cache is None else cache[i]))
+            x, layer_cache = one(x, (block_params, jnp.asarray(i), None if cache is None else cache[i]))
             caches.append(layer_cache)
         cache = None if cache is None else tuple(caches)
     final: Any = Norm(c).apply({"params": params["final_norm"]}, x)

@@ -145,8 +145,10 @@ def test_processors_equal_theirs(shape):
         (dict(min_new_tokens=20), P.MinNewTokensLengthLogitsProcessor(3, 20, torch.tensor([4]))),
     ]  # fmt: skip
     for settings, processor in cases:
-        expected = torch.softmax(processor(ids, scores.clone()), -1).numpy()
-        np.testing.assert_allclose(processed(logits, history, **settings), expected, atol=1e-5, err_msg=str(settings))
+        expected, found = torch.softmax(processor(ids, scores.clone()), -1).numpy(), processed(logits, history, **settings)
+        if "top_p" in settings and shape != "random":  # torch.sort is not stable: which of several equals stay is its whim, how many is not
+            expected, found = np.sort(expected), np.sort(found)
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=str(settings))
 
 
 def strings(count):
@@ -177,9 +179,10 @@ def test_tokenizers_equal_their_references(tmp_path):
         (tmp_path / "gpt2.json").write_bytes(exported.files()["tokenizer.json"])
         reference["gpt2"] = T.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "gpt2.json"))
         ours["cl100k"] = OpenAITokenizer.find("cl100k", str(SHARED / "openai_ranks"))
-        reference["cl100k"] = T.PreTrainedTokenizerFast(
-            tokenizer_object=T.convert_slow_tokenizer.TikTokenConverter(vocab_file=str(SHARED / "openai_ranks" / "cl100k_base.tiktoken")).converted()
-        )
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+
+        converter = TikTokenConverter(vocab_file=str(SHARED / "openai_ranks" / "cl100k_base.tiktoken"))
+        reference["cl100k"] = T.PreTrainedTokenizerFast(tokenizer_object=converter.converted())
     for name, tokenizer in ours.items():
         found = tokenizer.encode_batch(texts)
         for text, ids in zip(texts, found, strict=True):
