@@ -22,7 +22,6 @@ SECONDS = 5  # a template that runs longer is hostile or broken
 
 def render(template: str, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
     """The template's text, as transformers' `apply_chat_template` gives it. variables: `bos_token`, `tools`, ... Raises UserError."""
-    import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -50,17 +49,7 @@ def render(template: str, messages: Sequence[Message], *, add_generation_prompt:
             return environment.from_string(template).render(**values)
     except UserError:
         raise
-    except (
-        jinja2.TemplateError,
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        MemoryError,
-        ZeroDivisionError,
-    ) as error:
+    except Exception as error:  # a template can raise nearly anything
         raise UserError(f"the checkpoint's chat template does not run: {type(error).__name__}: {str(error)[:150]}") from None
 
 
@@ -90,23 +79,25 @@ def encode(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or "role" not in message or not isinstance(message.get("content", ""), str | list | None):
             raise UserError(f"message {i} is {str(message)[:80]!r}: each message is {{'role': ..., 'content': ...}}")
-    names = [name for name in tokenizer.control if name]
-    everything = json.dumps(list(messages), ensure_ascii=False)
-    guard = ""
-    if any(name in str(text) for name in names for text in _texts(list(messages))):
-        guard = next(chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in everything)  # noncharacters: no text needs them
-        messages = _guarded(list(messages), names, guard)
-    return tokenizer.encode_template(
-        render(tokenizer.chat_template, messages, add_generation_prompt=add_generation_prompt, **tokenizer.special, **variables), guard
-    )
+    names, guard = [name for name in tokenizer.control if name], ""
+    given: dict[str, Any] = {"messages": list(messages), **variables}
+    texts = list(_texts(given))
+    if any(name in text for name in names for text in texts):
+        free = (chr(c) for c in range(0xFDD0, 0xFDF0) if not any(chr(c) in text for text in texts))  # noncharacters: no text needs them
+        guard = next(free, "")
+        if not guard:
+            raise UserError("the conversation holds names of control tokens and all 32 of Unicode's noncharacters from U+FDD0: take one of them out")
+        given = _guarded(given, names, guard)
+    values = {**tokenizer.special, **given, "add_generation_prompt": add_generation_prompt}
+    return tokenizer.encode_template(render(tokenizer.chat_template, values.pop("messages"), **values), guard)
 
 
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
+        for key, item in value.items():
+            yield from (str(key), *_texts(item))
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
@@ -119,5 +110,5 @@ def _guarded(value: Any, names: Sequence[str], guard: str) -> Any:
             value = value.replace(name, name[0] + guard + name[1:])
         return value
     if isinstance(value, Mapping):
-        return {key: item if key == "role" else _guarded(item, names, guard) for key, item in value.items()}
+        return {_guarded(key, names, guard): _guarded(item, names, guard) for key, item in value.items()}
     return [_guarded(item, names, guard) for item in value] if isinstance(value, list | tuple) else value

@@ -9,7 +9,6 @@ by one, so memory holds the model once. --dtype defaults to the one that the che
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import shutil
 import stat
@@ -27,8 +26,7 @@ from gptjax import cli, files, gguf, hf, model, transfer, tree
 from gptjax import config as config_lib
 from gptjax.config import Config, ModelConfig, UserError
 from gptjax.tokenizer import OpenAITokenizer, PretrainedTokenizer, Tokenizer
-from gptjax.tokenizer.openai import byte_letters
-from gptjax.tokenizer.pretrained import FILES, byte_level_json
+from gptjax.tokenizer.pretrained import FILES, of_gpt2
 
 SHARD_BYTES = 5 << 30
 FORMATS = ("hf", "gguf", "gptjax")
@@ -66,7 +64,9 @@ def read(path: str | Path, *, dtype: str = "float32") -> Pretrained:
     except RecursionError:
         raise UserError(f"{place}: a JSON file in it is nested too deeply to be one of a checkpoint") from None
     params = jax.tree.map(np.asarray, params)
-    return Pretrained(config.model, params if not dtype else jax.tree.map(lambda p: p.astype(dtype), params), tokenizer)
+    return Pretrained(
+        config.model, params if not dtype else jax.tree.map(lambda p: p.astype(dtype), params), tokenizer, keep=_special_ids({}, tokenizer)
+    )
 
 
 def begin_from(config: Config) -> tuple[Config, Pretrained | None]:
@@ -232,7 +232,7 @@ def write(path: Path, checkpoint: Pretrained, *, form: str = "hf", dtype: str = 
         raise UserError(config_lib.unknown_name("format", form, list(FORMATS)))
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise UserError(f"{path} exists already: name a new place")
-    dtype = dtype or checkpoint.dtype
+    dtype = dtype or default_dtype(checkpoint, form)
     temporary = path.parent / f".{path.name}.writing"
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -254,6 +254,11 @@ def write(path: Path, checkpoint: Pretrained, *, form: str = "hf", dtype: str = 
             temporary.unlink(missing_ok=True)
 
 
+def default_dtype(checkpoint: Pretrained, form: str) -> str:
+    """As stored, where the format has it: a workdir is float32, and so is a GGUF file of bfloat16, which float16 cannot hold all of."""
+    return "float32" if form == "gptjax" or (form == "gguf" and checkpoint.dtype == "bfloat16") else checkpoint.dtype
+
+
 def _write_workdir(folder: Path, checkpoint: Pretrained, dtype: str) -> None:
     from gptjax import checkpoint as runs
 
@@ -269,26 +274,9 @@ def _exportable(tokenizer: Tokenizer | None) -> PretrainedTokenizer | None:
     if isinstance(tokenizer, PretrainedTokenizer) or tokenizer is None:
         return tokenizer
     if isinstance(tokenizer, OpenAITokenizer) and tokenizer.name == "gpt2":
-        letters = {b: letter for letter, b in byte_letters().items()}
-        shown = ["".join(letters[b] for b in token) for token in tokenizer.token_bytes[:-1]]
-        known = set(shown)
-        ids = {token: i for i, token in enumerate(shown)} | {"<|endoftext|>": tokenizer.eot}
-        merges = [_last_merge(token, ids) for token in shown if len(token) > 1 and token in known]
-        settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-        content = {"tokenizer.json": byte_level_json(ids, merges, control=["<|endoftext|>"], digits=False)}
-        return PretrainedTokenizer({**content, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}, [tokenizer.eot])
+        return of_gpt2(tokenizer)
     cli.say(f"note: a {tokenizer.kind} tokenizer has no Hugging Face form, so the export holds token ids only; keep the run's tokenizer/ folder")
     return None
-
-
-def _last_merge(token: str, ids: Mapping[str, int]) -> str:
-    """The pair that made `token`: merging its letters in order of rank until two parts are left."""
-    parts = list(token)
-    while len(parts) > 2:
-        ranks = [ids.get(a + b, len(ids)) for a, b in itertools.pairwise(parts)]
-        best = ranks.index(min(ranks))
-        parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return " ".join(parts)
 
 
 def _write_hf(folder: Path, checkpoint: Pretrained, dtype: str, shard_bytes: int, name: str) -> None:
@@ -350,23 +338,23 @@ def write_safetensors(path: Path, tensors: list[tuple[str, tuple[int, ...], Call
     text += b" " * (-len(text) % 8)
     with files.atomic(path) as temporary, open(temporary, "wb") as file, cli.progress(f"writing {path.name}", len(tensors)) as advance:
         file.write(struct.pack("<Q", len(text)) + text)
-        for _, _, make in tensors:
-            file.write(
-                np.ascontiguousarray(make().astype(dtype, copy=False)).data.cast("B") if dtype != "bfloat16" else make().astype(dtype).tobytes()
-            )
+        for name, _, make in tensors:
+            array = make()
+            if dtype == "float16" and np.abs(array).max(initial=0) > np.finfo(np.float16).max:
+                raise UserError(f"{name} holds values above 65,504, which float16 cannot: use bfloat16 or float32")
+            array = np.ascontiguousarray(array.astype(dtype, copy=False))
+            file.write(array.view(np.uint8).data if array.size else b"")
             advance(1)
 
 
 def probe_logits(checkpoint: Pretrained) -> np.ndarray:
-    """float32 [T, V] for fixed tokens, to compare two forms of one model."""
-    c = dataclasses.replace(checkpoint.config, scan=True, attention="reference", dropout=0.0)
+    """float32 [T, V] for fixed tokens, to compare two forms of one model (before any soft-cap)."""
+    c = dataclasses.replace(checkpoint.config, scan=True, attention="reference", dropout=0.0, dtype="float32")
     tokens = np.random.default_rng(0).integers(0, c.vocab_size, (1, min(16, c.context))).astype(np.int32)
 
-    def forward(params: Any) -> Any:
-        x, _ = model.apply(c, params, jnp.asarray(tokens))
-        return model.unembed(c, params, x[0])
-
-    return np.asarray(jax.jit(forward)(checkpoint.params))
+    hidden = np.asarray(jax.jit(lambda params: model.apply(c, params, jnp.asarray(tokens))[0][0].astype(jnp.float32))(checkpoint.params))
+    table, step = model.head(checkpoint.params), 4096  # a product with the whole table would hold a copy of it
+    return np.concatenate([hidden @ table[i : i + step].astype(np.float32).T for i in range(0, len(table), step)], 1)[:, : c.vocab_size]
 
 
 # How far logits may move, as a share of their largest, when weights are rounded to the type.
@@ -376,21 +364,22 @@ _TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.02, "q8_0": 0.1}
 def convert(source: str | Path, target: Path, *, form: str, dtype: str = "", shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
     """Reads, writes, reads again and compares. Raises UserError, and removes what it wrote, where the logits differ."""
     checkpoint = read(source, dtype="")
-    if form == "gguf" and not dtype and checkpoint.dtype == "bfloat16":
-        dtype = "float32"  # GGUF export has no bfloat16, and float16 cannot hold all of it
-    dtype = dtype or ("float32" if form == "gptjax" else checkpoint.dtype)
+    dtype = dtype or default_dtype(checkpoint, form)
     before = probe_logits(checkpoint)
     write(target, checkpoint, form=form, dtype=dtype, shard_bytes=shard_bytes)
     count, exact = tree.size(checkpoint.params), dtype == checkpoint.dtype
     del checkpoint
-    after = probe_logits(read(target, dtype=""))
-    gap, scale = float(np.abs(after - before).max()), float(np.abs(before).max())
-    if not gap <= _TOLERANCE["float32" if exact or dtype == "float32" else dtype] * scale:
+    try:
+        after = probe_logits(read(target, dtype=""))
+        gap, scale = float(np.abs(after - before).max()), float(np.abs(before).max())
+        if not gap <= _TOLERANCE["float32" if exact or dtype == "float32" else dtype] * scale:
+            raise UserError(f"what was written to {target} gives other logits (by {gap:.3g} of {scale:.3g}), so it was removed: please report this")
+    except BaseException:
         if target.is_dir():
             shutil.rmtree(target)
         else:
             target.unlink()
-        raise UserError(f"what was written to {target} gives other logits (by {gap:.3g} of {scale:.3g}), so it was removed: please report this")
+        raise
     return {"written": str(target), "format": form, "dtype": dtype, "parameters": count, "largest logit difference": gap, "largest logit": scale}
 
 

@@ -59,17 +59,17 @@ def start(
     slots: int, cache_dtype: str = "", copies: int = 1, made: Sequence[int] = (),
 ) -> State:  # fmt: skip
     """The state before the first new token. limits: longest length of each row, at most `slots`; seeds: one per prompt; copies: rows of each
-    prompt, side by side; `made`: tokens made before, where a text goes on in a new window."""
+    prompt, side by side; `made`: tokens made before, where a text goes on in a new window: they are no part of its prompt."""
     tokens = np.zeros((len(prompts), slots), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     length = np.array([len(p) for p in prompts], np.int32)
     cache = prefill(config, params, tokens, length, cache_dtype=cache_dtype, copies=copies)
     tokens, length = tokens.repeat(copies, 0), length.repeat(copies, 0)
-    rows = len(tokens)
+    rows, made_rows = len(tokens), np.repeat(np.asarray(made or [0] * len(prompts), np.int32), copies)
     state: dict[str, Any] = {
-        "tokens": tokens, "length": length, "prompt_length": length.copy(), "limit": np.repeat(np.asarray(limits, np.int32), copies),
-        "made": np.repeat(np.asarray(made or [0] * len(prompts), np.int32), copies), "done": np.zeros(rows, bool), "logprobs": np.zeros((rows, slots), np.float32),
+        "tokens": tokens, "length": length, "prompt_length": length - made_rows, "limit": np.repeat(np.asarray(limits, np.int32), copies),
+        "made": made_rows, "done": np.zeros(rows, bool), "logprobs": np.zeros((rows, slots), np.float32),
         "seed": np.repeat(np.asarray(seeds, np.uint32), copies), "copy": np.tile(np.arange(copies, dtype=np.uint32), len(prompts)),
     }  # fmt: skip
     return {**jax.device_put(state), "cache": cache}
@@ -124,7 +124,7 @@ def logits(config: ModelConfig, params: Any, tokens_BT: Array) -> Array:
 @functools.partial(jax.jit, static_argnames=("config",))
 def token_logprobs(config: ModelConfig, params: Any, tokens_BT: Array) -> tuple[Array, Array]:
     """(log-probability, whether it is the most likely one) of each token given those before it, [B, T - 1]; the logits of one row at a time."""
-    x, _ = model.apply(config, params, tokens_BT)
+    x, _ = model.apply(config, params, tokens_BT[:, :-1])
 
     def row(piece: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = piece
@@ -132,4 +132,4 @@ def token_logprobs(config: ModelConfig, params: Any, tokens_BT: Array) -> tuple[
         chosen = jnp.take_along_axis(found, targets[:, None], 1)[:, 0]
         return chosen - jax.nn.logsumexp(found, -1), jnp.argmax(found, -1) == targets
 
-    return jax.lax.map(row, (x[:, :-1], tokens_BT[:, 1:]))
+    return jax.lax.map(row, (x, tokens_BT[:, 1:]))

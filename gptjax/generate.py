@@ -63,7 +63,7 @@ def options(args: cli.Args) -> dict[str, Any]:
     if (beams > 1 or guesses) and "temperature" not in args:
         found["temperature"] = 0.0
     if args["stop"]:
-        found["stop"] = args["stop"].encode().decode("unicode_escape") if "\\" in args["stop"] else args["stop"]
+        found["stop"] = args["stop"].replace("\\n", "\n").replace("\\t", "\t")
     found["banned"] = [word for word in args["banned"].split(",") if word]
     found["overflow"] = "slide" if "rolling" in args else "refuse"
     if guesses:
@@ -86,10 +86,12 @@ def complete(lm: LanguageModel, args: cli.Args) -> None:
             print(json.dumps(data) if "json" in args else prompt + one.text)
         return
     pieces = lm.stream(prompt, max_new_tokens=limit, **settings)
-    for i, piece in enumerate(pieces):  # the first piece comes after all checks: the prompt is echoed once they passed
-        sys.stdout.write((prompt if i == 0 else "") + piece)
+    echo = prompt
+    for piece in pieces:  # the first piece comes after all checks: the prompt is echoed once they passed
+        sys.stdout.write(echo + piece)
         sys.stdout.flush()
-    print()
+        echo = ""
+    print(echo)
 
 
 _HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /save FILE writes the conversation as JSON, /exit ends"

@@ -160,7 +160,7 @@ def _tokenizer(meta: Mapping[str, Any], path: Path) -> Tokenizer | None:
     kind, tokens = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.tokens")
     if not kind or not tokens:
         return None
-    kinds, eos, bos = list(meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)), meta.get("tokenizer.ggml.eos_token_id"), -1
+    kinds, bos = list(meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)), -1
     if meta.get("tokenizer.ggml.add_bos_token", kind == "llama"):
         bos = meta.get("tokenizer.ggml.bos_token_id", -1)
     try:
@@ -168,9 +168,11 @@ def _tokenizer(meta: Mapping[str, Any], path: Path) -> Tokenizer | None:
             cut = meta.get("tokenizer.ggml.pre", "default")
             if cut not in _CUTS:
                 raise UserError(f"{path}: {unknown_name('pre-tokenizer', str(cut), list(_CUTS))}")
-            control = [t for t, k in zip(tokens, kinds, strict=True) if k == 3]
+            control, whole = ([t for t, k in zip(tokens, kinds, strict=True) if k == wanted] for wanted in (3, 4))
             ids = {token: i for i, token in enumerate(tokens)}
-            data = byte_level_json(ids, meta["tokenizer.ggml.merges"], control=control, digits=_CUTS[cut][0], pattern=_CUTS[cut][1], bos=bos)
+            data = byte_level_json(
+                ids, meta["tokenizer.ggml.merges"], control=control, digits=_CUTS[cut][0], pattern=_CUTS[cut][1], bos=bos, whole=whole
+            )
         elif kind == "llama":
             data = pieces_json(tokens, meta["tokenizer.ggml.scores"], kinds, bos=bos)
         else:
@@ -187,7 +189,8 @@ def _tokenizer(meta: Mapping[str, Any], path: Path) -> Tokenizer | None:
     content = {"tokenizer.json": data, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}
     if template := meta.get("tokenizer.chat_template"):
         content["chat_template.jinja"] = template.encode()
-    return PretrainedTokenizer(content, [] if eos is None else [int(eos)])
+    ends = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return PretrainedTokenizer(content, list(dict.fromkeys(int(i) for i in ends if i is not None)))
 
 
 def _described(c: ModelConfig, kind: str) -> Iterator[tuple[str, Any]]:
@@ -205,12 +208,19 @@ def _described(c: ModelConfig, kind: str) -> Iterator[tuple[str, Any]]:
         yield "rope.scaling.original_context_length", c.rope_original_context
 
 
+def _own_yarn(c: ModelConfig) -> bool:
+    return c.rope_scaling == "yarn" and (c.rope_beta_fast, c.rope_beta_slow, c.rope_attention_factor) != (32.0, 1.0, 0.0)
+
+
 def write(path: Path, c: ModelConfig, params: Any, tokenizer: Tokenizer | None, *, dtype: str, name: str) -> None:
     """One GGUF file; tensors are made and written one by one. dtype: float32, float16 or q8_0 (matrices; vectors stay float32)."""
     gguf = _package()
     kind = hf.family_of(c)
     architecture = next((a for a, (theirs, _) in ARCHITECTURES.items() if theirs == kind), None)
     types = {"float32": gguf.GGMLQuantizationType.F32, "float16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+    lost = {"a sliding window": c.window, "exact GELU": kind == "gpt2" and c.mlp != "gelu", "YaRN's beta or attention factor": _own_yarn(c)}
+    if any(lost.values()):
+        raise UserError(f"a GGUF file does not carry {', '.join(name for name, there in lost.items() if there)}: use --format=hf")
     if architecture is None:
         raise UserError(f"GGUF export knows {', '.join(ARCHITECTURES)}, not {kind}: use --format=hf")
     if dtype not in types:
@@ -263,7 +273,8 @@ def _write_vocabulary(writer: Any, gguf: Any, tokenizer: PretrainedTokenizer, si
     control = lambda i: 5 if i not in words else 1 if i not in added else 3 if added[i]["special"] else 4
     writer.add_token_types([control(i) for i in range(size)])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]])
-    writer.add_eos_token_id(tokenizer.eot)
+    for add, stop in zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), tokenizer.stops, strict=False):
+        add(stop)
     if tokenizer.prefix:
         writer.add_bos_token_id(tokenizer.prefix[0])
     writer.add_add_bos_token(bool(tokenizer.prefix))

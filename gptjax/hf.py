@@ -38,8 +38,7 @@ def same(ours: str, theirs: str) -> Row:
 
 def table(ours: str, theirs: str) -> Row:
     """An embedding: our padding of the vocabulary comes and goes."""
-    load = lambda c, shape, a: np.concatenate([a, np.zeros((shape[0] - a.shape[0], shape[1]), a.dtype)])
-    return Row(ours, (theirs,), load, lambda c, x: (x[: c.vocab_size],))
+    return Row(ours, (theirs,), lambda c, shape, a: a, lambda c, x: (x[: c.vocab_size],))
 
 
 def linear(ours: str, theirs: str, *, inputs: int = 1, transposed: bool = True) -> Row:
@@ -249,7 +248,9 @@ def _read_llama(raw: Raw) -> dict[str, Any]:
     window = raw.get("sliding_window") or 0
     if kind in ("qwen2", "qwen3"):
         first = raw.get("max_window_layers", 28)
-        kinds = raw.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(raw["num_hidden_layers"])]
+        kinds = raw.get("layer_types") or [
+            name for name, there in (("full_attention", first > 0), ("sliding_attention", first < raw["num_hidden_layers"])) if there
+        ]
         window = window if raw.get("use_sliding_window") and "sliding_attention" in kinds else 0
         if window and "full_attention" in kinds:
             raise UserError(
@@ -328,13 +329,13 @@ def family_of(c: ModelConfig) -> str:
 def read_config(raw: Raw) -> ModelConfig:
     """`config.json` as a ModelConfig. Raises UserError for an unknown architecture, a missing key or a value that makes no sense."""
     kind = raw.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"config.json: {config_lib.unknown_name('architecture', str(kind), list(FAMILIES))}")
     try:
         return config_lib.build({"model": FAMILIES[kind].read(raw)}).model
     except KeyError as error:
         raise UserError(f"config.json has no {error}, which a {kind} model needs") from None
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
         if isinstance(error, UserError):
             raise UserError(f"config.json: {error}") from None
         raise UserError(f"config.json holds a value of a wrong type: {error}") from None

@@ -56,25 +56,32 @@ class LanguageModel:
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt: text behind the vocabulary's prefix, ids as they are; an empty one is a new document."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise UserError("this checkpoint has no tokenizer: give prompts as lists of token ids, or put its tokenizer.json beside it")
-            ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)]
-        else:
-            ids = [int(i) for i in prompt]
-            if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
-                raise UserError(f"token {bad[0]} is outside the vocabulary of {self.config.vocab_size:,}")
+        ids = self._ids(prompt)
+        if isinstance(prompt, str) and self.tokenizer:
+            ids = [*self.tokenizer.prefix, *ids]
         if not ids and self.tokenizer is None:
             raise UserError("an empty prompt needs a tokenizer, whose end-of-text token begins a new document")
         return ids or [self.tokenizer.eot]  # type: ignore[union-attr]
 
+    def _ids(self, text: str | Sequence[int]) -> list[int]:
+        if isinstance(text, str):
+            if self.tokenizer is None:
+                raise UserError("this checkpoint has no tokenizer: give prompts as lists of token ids, or put its tokenizer.json beside it")
+            return [int(i) for i in self.tokenizer.encode(text)]
+        ids = [int(i) for i in text]
+        if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
+            raise UserError(f"token {bad[0]} is outside the vocabulary of {self.config.vocab_size:,}")
+        return ids
+
     def logits(self, tokens: Any, lengths: Sequence[int] | None = None) -> np.ndarray:
         """float32 [B, T, V] for token ids [B, T]; rows past `lengths` are zero. Raises UserError past the context or the vocabulary."""
-        tokens = np.asarray(tokens, np.int32)
+        tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.shape[1] > self.config.context or tokens.min(initial=0) < 0 or tokens.max(initial=0) >= self.config.vocab_size:
             raise UserError(f"tokens {tokens.shape} must be [B, T <= {self.config.context}] with ids from 0 to {self.config.vocab_size - 1}")
         size = _bucket(tokens.shape[1], self.config.context)
-        padded = np.pad(tokens, ((0, 0), (0, size - tokens.shape[1])))  # lengths share programs; what is behind changes nothing before it
+        padded = np.pad(
+            tokens.astype(np.int32), ((0, 0), (0, size - tokens.shape[1]))
+        )  # lengths share programs; what is behind changes nothing before it
         found = np.asarray(decode.logits(self._engine, self._weights, padded))[:, : tokens.shape[1]]
         if lengths is None:
             return found
@@ -90,11 +97,11 @@ class LanguageModel:
                 spaces = len(prompt) - len(prompt.rstrip())
                 head = prompt[: len(prompt) - spaces]
                 first = self.encode(head)
-                whole = self.encode(prompt + completion) if head else [*first, *self.encode(prompt + completion)]
+                whole = self.encode(prompt + completion) if head else [*first, *self._ids(prompt + completion)]
             else:
                 first = self.encode(prompt)
-                whole = [*first, *self.encode(completion)]
-            if len(whole) > self.config.context:
+                whole = [*first, *self._ids(completion)]
+            if len(whole) > self.config.context + 1:
                 raise UserError(
                     f"prompt and completion have {len(whole)} tokens and the model's context is {self.config.context}: shorten the prompt"
                 )
@@ -109,7 +116,7 @@ class LanguageModel:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for first in range(0, len(order), _SCORE_ROWS):
             group = order[first : first + _SCORE_ROWS]
-            size = _bucket(len(rows[group[-1]]), self.config.context)
+            size = 1 + _bucket(len(rows[group[-1]]) - 1, self.config.context)  # the last token is no query
             tokens = np.zeros((min(_SCORE_ROWS, 1 << (len(rows) - 1).bit_length()), size), np.int32)
             for row, i in zip(tokens, group, strict=False):
                 row[: len(rows[i])] = rows[i]
@@ -171,6 +178,7 @@ class LanguageModel:
         self, prompts: Any, max_new_tokens: int, n: int, stop: str | Sequence[str], stop_tokens: Sequence[int], banned: Sequence[Any], overflow: str,
         ignore_end: bool, sampling: dict[str, Any],
     ) -> Request:  # fmt: skip
+        prompts = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
         if isinstance(prompts, str) or (prompts and all(isinstance(p, int | np.integer) for p in prompts)):
             prompts = [prompts]
         if not prompts:
@@ -190,15 +198,15 @@ class LanguageModel:
         seed, bans = sampling.pop("seed", 0), self._banned(banned)
         first = Sampling(**sampling, banned=bans, seed=seed)
         samplings = [dataclasses.replace(first, seed=(seed + i) % 2**32) for i in range(len(ids))]
-        stops = sorted({*(() if ignore_end else self.stops), *stop_tokens})
+        stops = sorted({*(() if ignore_end else self.stops), *self._ids(stop_tokens)})
         rows = [Row(self.tokenizer, texts, stops) for _ in range(len(ids) * n)]
         return Request(ids, samplings, rows, n, max_new_tokens, stops, bool(texts), overflow == "slide")
 
     def _banned(self, words: Sequence[Any]) -> list[list[int]]:
         found = []
-        for word in words:
+        for word in [words] if isinstance(words, str) else words:
             if not isinstance(word, str):
-                found.append([int(i) for i in word])
+                found.append(self._ids([int(word)] if isinstance(word, int | np.integer) else word))
             elif self.tokenizer is None:
                 raise UserError("banned words need a tokenizer, which this checkpoint lacks: give lists of token ids")
             else:
@@ -206,6 +214,8 @@ class LanguageModel:
         return found
 
     def _speculation(self, request: Request, count: int, draft: LanguageModel | None) -> generation.Speculation | None:
+        if count < 0:
+            raise UserError(f"speculate_tokens = {count}: must be 0 (off) or more")
         if not count and draft is None:
             return None
         if any(s.temperature for s in request.samplings) or any(s.active - {"logit_bias", "banned", "min_new"} for s in request.samplings):
@@ -234,21 +244,21 @@ class LanguageModel:
             early_stopping=early_stopping,
         )  # fmt: skip
         tokens, lengths, scores = (np.asarray(state[name]) for name in ("best_tokens", "best_length", "best_scores"))
+        best = [(i, k) for i in range(len(request.prompts)) for k in range(request.n)]
+        texts = [tokens[i, k, : lengths[i, k]].tolist() for i, k in best]
         found = []
-        for i, prompt in enumerate(request.prompts):
-            for k in range(request.n):
-                new = tokens[i, k, len(prompt) : lengths[i, k]].tolist()
-                reason = "stop" if new and new[-1] in request.stops else "length"
-                new = new[:-1] if reason == "stop" else new
-                logprobs = self._token_logprobs([prompt + new])[0][0][len(prompt) - 1 :].tolist() if new else []
-                text = self.tokenizer.decode_bytes(new).decode("utf-8", "replace") if self.tokenizer else ""
-                found.append(Completion(new, text, logprobs, reason, float(scores[i, k])))
+        for (i, k), row, text, (logprobs, _) in zip(best, request.rows, texts, self._token_logprobs(texts), strict=True):
+            start = len(request.prompts[i])
+            for token, logprob in zip(text[start:], logprobs[start - 1 :], strict=True):
+                row.feed(token, float(logprob))
+            row.finish("length")
+            found.append(dataclasses.replace(row.completion(), score=float(scores[i, k])))
         return found
 
 
 def _bucket(length: int, context: int) -> int:
     """Columns for rows of up to `length` tokens: few sizes, so few programs."""
-    return min(max(64, 1 << (length - 1).bit_length()), max(context, 2))
+    return min(max(64, 1 << max(length - 1, 0).bit_length()), context)
 
 
 def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> LanguageModel:

@@ -48,7 +48,8 @@ class Sampling:
         )  # fmt: skip
         for name, low, high, meaning in limits:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not low <= value <= high:
+            kinds = int | float | np.number if isinstance(low, float) else int | np.integer
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 raise UserError(f"{name} = {value!r}: must be {meaning}")
 
     @property
@@ -70,9 +71,9 @@ def arrays(requests: Sequence[Sampling], vocab_size: int, stops: Sequence[int]) 
     values |= {name: np.array([getattr(r, name) for r in requests], np.int32) for name in ("top_k", "min_new_tokens", "no_repeat_ngram")}
     values["stops"] = np.array(sorted(stops), np.int32)
     for request in requests:
-        ids = [*request.logit_bias, *(i for word in request.banned for i in word)]
-        if bad := [i for i in ids if not 0 <= i < vocab_size]:
-            raise UserError(f"token {bad[0]} is outside the vocabulary of {vocab_size:,}: check logit_bias and banned")
+        ids: list[Any] = [*request.logit_bias, *(i for word in request.banned for i in word)]
+        if bad := [i for i in ids if not isinstance(i, int | np.integer) or not 0 <= i < vocab_size]:
+            raise UserError(f"token {bad[0]!r} is outside the vocabulary of {vocab_size:,}: check logit_bias and banned")
     active = active_of(requests)
     if "logit_bias" in active:
         values["logit_bias"] = np.zeros((len(requests), vocab_size), np.float32)

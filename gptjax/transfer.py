@@ -5,7 +5,10 @@ Shapes of their tensors follow from ours, so every tensor of a file is accounted
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -61,21 +64,36 @@ def to_params(c: ModelConfig, kind: str, found: Mapping[str, tuple[int, ...]], g
 
     found: {name in the file: shape}; get(name): the array. dtype "": as stored. Raises UserError for what does not fit or is not finite.
     """
-    names = match_names(c, kind, found)
-    shapes, flat = our_shapes(c), {}
-    for row, layer, tensors in their_tensors(c, kind):
+    names, shapes = match_names(c, kind, found), our_shapes(c)
+    flat: dict[str, np.ndarray] = {}
+
+    def put(item: tuple[hf.Row, int | None, list[tuple[str, tuple[int, ...]]]]) -> None:
+        row, layer, tensors = item
         arrays = [get(names[name]) for name, _ in tensors]
         for (name, _), array in zip(tensors, arrays, strict=True):
             if array.dtype.kind not in "fV" or not np.isfinite(array).all():
-                raise UserError(
-                    f"{names[name]} holds {'values that are not finite' if array.dtype.kind in 'fV' else array.dtype}: the file is damaged"
-                )
+                what = "values that are not finite" if array.dtype.kind in "fV" else array.dtype
+                raise UserError(f"{names[name]} holds {what}: the file is damaged")
         ours = row.load(c, shapes[row.ours], *arrays)
-        if row.ours not in flat:
-            kept = ours.dtype if not dtype else jax.numpy.dtype(dtype)
-            flat[row.ours] = np.empty(shapes[row.ours] if layer is None else (c.layers, *shapes[row.ours]), kept)
-        flat[row.ours][... if layer is None else layer] = ours
+        with lock:
+            if row.ours not in flat:
+                kept = ours.dtype if not dtype else jax.numpy.dtype(dtype)
+                flat[row.ours] = _zeros(shapes[row.ours] if layer is None else (c.layers, *shapes[row.ours]), kept)
+        place = flat[row.ours] if layer is None else flat[row.ours][layer]
+        place[: len(ours)] = ours  # an embedding comes without our padding of the vocabulary
+
+    lock = threading.Lock()
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # NumPy copies and checks without the interpreter's lock
+        list(pool.map(put, their_tensors(c, kind)))  # raises what `put` raised
     return nested(flat)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros at a multiple of 64 bytes: JAX on a CPU then uses the memory as it is, where it would copy other arrays."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,10 +114,10 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def tiny_checkpoint(family="gpt2", *, vocab=264, context=64, tokenizer=None, keep=None):
-    """A `convert.Pretrained` of two layers with random weights."""
+def tiny_checkpoint(family="gpt2", *, vocab=264, context=64, layers=2, tokenizer=None, keep=None):
+    """A `convert.Pretrained` with random weights."""
     from gptjax import convert
 
-    config = make_config(model=dict(vocab_size=vocab, context=context, vocab_multiple=128, **FAMILIES[family])).model
+    config = make_config(model=dict(vocab_size=vocab, context=context, layers=layers, vocab_multiple=128, **FAMILIES[family])).model
     params = jax.tree.map(np.asarray, random_params(config))
     return convert.Pretrained(config, params, tokenizer, keep=keep or {})

@@ -20,8 +20,8 @@ from gptjax.tokenizer import ByteTokenizer
 PROMPTS = [[5, 9, 30], [200, 1, 7, 7, 40, 41, 60, 3, 100], [77], list(range(50, 85))]
 
 
-def build(family="gpt2", *, tokenizer=None, vocab=264, context=64, **options):
-    checkpoint = tiny_checkpoint(family, vocab=vocab, context=context, tokenizer=tokenizer)
+def build(family="gpt2", *, tokenizer=None, vocab=264, context=64, layers=1, **options):
+    checkpoint = tiny_checkpoint(family, vocab=vocab, context=context, layers=layers, tokenizer=tokenizer)
     return LanguageModel(checkpoint.config, checkpoint.params, tokenizer, **options)
 
 
@@ -44,7 +44,7 @@ def greedy(lm, prompt, count):
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama3", "mistral", "qwen3"])
 def test_greedy_is_the_argmax_of_a_full_forward_pass(family):
-    lm = build(family)
+    lm = build(family, layers=2)
     for prompt, got in zip(PROMPTS, lm.generate(PROMPTS, max_new_tokens=6), strict=True):
         assert got.tokens == greedy(lm, prompt, 6)
         assert got.finish_reason == "length"
@@ -194,7 +194,8 @@ def test_settings_out_of_range_are_refused(lm):
         (dict(temperature=-1.0), "temperature"), (dict(top_p=0.0), "top_p"), (dict(min_p=2.0), "min_p"), (dict(seed=-1), "seed"),
         (dict(temprature=1.0), "did you mean 'temperature'"), (dict(logit_bias={9999: 1.0}), "outside the vocabulary"), (dict(banned=["word"]), "tokenizer"),
         (dict(stop="x"), "tokenizer"), (dict(n=0), "at least 1"), (dict(max_new_tokens=0), "at least 1"), (dict(overflow="cut"), "overflow policy"),
-        (dict(num_beams=2, temperature=1.0), "num_beams"), (dict(num_beams=2, early_stopping="maybe"), "early_stopping"), (dict(max_new_tokens=63), "ask for at most 62"),
+        (dict(speculate_tokens=-1), "speculate_tokens"), (dict(stop_tokens=[2**40]), "outside the vocabulary"), (dict(top_k=0.5), "top_k"),
+        (dict(logit_bias={"5": 1.0}), "outside the vocabulary"), (dict(num_beams=2, temperature=1.0), "num_beams"), (dict(num_beams=2, early_stopping="maybe"), "early_stopping"), (dict(max_new_tokens=63), "ask for at most 62"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=part):
             lm.generate([[1, 2, 3]], **{"max_new_tokens": 4, **settings})
@@ -277,6 +278,40 @@ def test_logits_stop_at_each_length(lm):
     np.testing.assert_array_equal(found[0, :4], lm.logits(tokens)[0, :4])
 
 
+def test_the_last_slot_of_the_context_counts(lm):
+    """Beams and scores may end one token past the last that is read."""
+    prompt = [1] * 10
+    beams = lm.generate([prompt], max_new_tokens=55, num_beams=2)[0]
+    assert len(beams.tokens) == 55 == len(beams.logprobs)
+    assert lm.score([prompt], [beams.tokens])[0][0] == pytest.approx(sum(beams.logprobs), abs=1e-3)
+    assert lm.score([prompt], [[]]) == [(0.0, True)]
+
+
+def test_penalties_and_least_lengths_outlive_a_slide():
+    lm = build(context=32)
+    sliding = dict(max_new_tokens=60, overflow="slide", stop_tokens=[7], logit_bias={7: 1e4})
+    assert len(lm.generate([[1] * 20], min_new_tokens=30, **sliding)[0].tokens) == 30
+    often = lm.generate([[1] * 20], max_new_tokens=28, overflow="slide", presence_penalty=1e5)[0].tokens
+    assert len(set(often[12:])) == 16  # of those still in sight
+
+
+def test_a_model_may_know_more_tokens_than_its_tokenizer():
+    lm = build(vocab=300, tokenizer=byte_level_tokenizer())
+    for beams in (1, 2):
+        found = lm.generate("ab", max_new_tokens=4, num_beams=beams, logit_bias={290: 50.0})
+        assert found.tokens == [290] * 4 and found.text == ""
+
+
+def test_a_prefix_is_written_once():
+    """Completions have no start token of their own."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.prefix = (261,)
+    lm = build(tokenizer=tokenizer)
+    ids = tokenizer.encode("the cat")
+    assert lm.score([""], ["the cat"]) == lm.score([[261]], [ids])
+    assert lm.score([[261, *ids[:1]]], [tokenizer.decode(ids[1:])]) == lm.score([[261, *ids[:1]]], [ids[1:]])
+
+
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_smaller_weights_stay_close(weights, lm):
     small = build(weights=weights)
@@ -338,7 +373,7 @@ NAMES = {"no_repeat_ngram_size": "no_repeat_ngram", "eos_token_id": "stop_tokens
 @pytest.mark.parametrize("family", GOLDEN["families"])
 def test_golden_numbers_of_transformers(family):
     """Made by tests/golden/make.py; the parity tests compare with the library itself."""
-    lm, golden = build(family), GOLDEN["families"][family]
+    lm, golden = build(family, layers=2), GOLDEN["families"][family]
     np.testing.assert_allclose(lm.logits([GOLDEN["prompts"][1]])[0, -1, :32], golden["logits"], atol=1e-4)
     for name, settings in GOLDEN["settings"].items():
         ours = {NAMES.get(key, key): value for key, value in settings.items()}

@@ -58,6 +58,7 @@ def test_every_command_runs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parity  # with the other references: it fetches 93 MB
 def test_the_real_model_is_fetched_asked_and_exported(tmp_path):
     """Every line of the SmolLM2 block, then the Python block on what it exported."""
     commands = [[arg.replace("runs/", f"{tmp_path}/") for arg in args] for block in BLOCKS for args in lines(block) if is_smollm2(args)]

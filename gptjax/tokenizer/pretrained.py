@@ -6,6 +6,7 @@ Qwen, SmolLM2) and sentencepiece-like BPE with byte fallback (Llama 2, Mistral) 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from gptjax.config import UserError
 from gptjax.tokenizer.base import Tokenizer
-from gptjax.tokenizer.openai import byte_letters
+from gptjax.tokenizer.openai import OpenAITokenizer, byte_letters
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
 _SPACE = "\u2581"
@@ -31,10 +32,13 @@ class PretrainedTokenizer(Tokenizer):
         self._content = {name: content[name] for name in FILES if name in content}
         try:
             self._plain, self._control = (tokenizers.Tokenizer.from_buffer(content["tokenizer.json"]) for _ in range(2))
-            described = json.loads(content["tokenizer.json"])
-            settings = json.loads(content.get("tokenizer_config.json", b"{}"))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"tokenizer.json is damaged or of an unknown kind: {str(error)[:200]}") from None
+            self._read(json.loads(content["tokenizer.json"]), json.loads(content.get("tokenizer_config.json", b"{}")), content, stops)
+        except UserError:
+            raise
+        except Exception as error:  # the library raises bare Exception, and damage can be anywhere
+            raise UserError(f"tokenizer.json is damaged or of an unknown kind: {type(error).__name__}: {str(error)[:200]}") from None
+
+    def _read(self, described: dict[str, Any], settings: dict[str, Any], content: dict[str, bytes], stops: Sequence[int]) -> None:
         for one in (self._plain, self._control):
             one.no_truncation()
             one.no_padding()
@@ -58,10 +62,14 @@ class PretrainedTokenizer(Tokenizer):
         template = content.get("chat_template.jinja", b"").decode() or settings.get("chat_template") or ""
         if isinstance(template, list):  # several named templates
             template = next((t["template"] for t in template if t["name"] == "default"), "")
+        if not isinstance(template, str):
+            raise UserError(f"the chat template is a {type(template).__name__} instead of a text")
         self.chat_template = template
 
     def _fill_table(self, described: dict[str, Any], added: dict[int, Any]) -> None:
         vocabulary = self._plain.get_vocab(with_added_tokens=True)
+        if max(vocabulary.values(), default=0) > 1 << 24:
+            raise UserError(f"tokenizer.json gives a token the id {max(vocabulary.values()):,}: it is damaged")
         self.token_bytes = [b""] * (max(vocabulary.values(), default=-1) + 1)
         letters = byte_letters()
         byte_level = '"ByteLevel"' in json.dumps([described.get("decoder"), described.get("pre_tokenizer")])
@@ -87,23 +95,29 @@ class PretrainedTokenizer(Tokenizer):
     def from_folder(cls, folder: Path, stops: Sequence[int]) -> PretrainedTokenizer | None:
         """The tokenizer beside a Hugging Face checkpoint; None where the folder has none."""
         content = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        try:
+            content |= cls._rewritten(content)
+        except UserError:
+            raise
+        except Exception as error:  # JSON, UTF-8, and whatever the libraries raise
+            raise UserError(f"{folder}: the tokenizer's files are damaged: {type(error).__name__}: {str(error)[:150]}") from None
+        return cls(content, stops) if "tokenizer.json" in content else None
+
+    @staticmethod
+    def _rewritten(content: dict[str, bytes]) -> dict[str, bytes]:
+        """A `tokenizer.json` made of the older files, where there is none."""
         if "tokenizer.json" not in content:
             if "vocab.json" in content and "merges.txt" in content:
                 merges = [line for line in content["merges.txt"].decode().splitlines() if line and not line.startswith("#version")]
-                content["tokenizer.json"] = byte_level_json(json.loads(content["vocab.json"]), merges, control=["<|endoftext|>"], digits=False)
-            elif "tokenizer.model" in content:
+                return {"tokenizer.json": byte_level_json(json.loads(content["vocab.json"]), merges, control=["<|endoftext|>"], digits=False)}
+            if "tokenizer.model" in content:
                 import sentencepiece
 
-                try:
-                    sp = sentencepiece.SentencePieceProcessor(model_proto=content["tokenizer.model"])
-                except RuntimeError as error:
-                    raise UserError(f"{folder}/tokenizer.model is damaged: {error}") from None
+                sp = sentencepiece.SentencePieceProcessor(model_proto=content["tokenizer.model"])
                 ids = range(sp.vocab_size())
                 kinds = [3 if sp.is_control(i) else 2 if sp.is_unknown(i) else 6 if sp.is_byte(i) else 1 for i in ids]
-                content["tokenizer.json"] = pieces_json([sp.id_to_piece(i) for i in ids], [sp.get_score(i) for i in ids], kinds, bos=sp.bos_id())
-            else:
-                return None
-        return cls(content, stops)
+                return {"tokenizer.json": pieces_json([sp.id_to_piece(i) for i in ids], [sp.get_score(i) for i in ids], kinds, bos=sp.bos_id())}
+        return {}
 
     def _encode(self, texts: Sequence[str]) -> Iterator[Sequence[int]]:
         for encoded in self._plain.encode_batch_fast(list(texts), add_special_tokens=False):
@@ -120,9 +134,16 @@ def _text_of(token: Any) -> str:
 
 
 def byte_level_json(
-    vocabulary: dict[str, int], merges: Sequence[str], *, control: Sequence[str], digits: bool, pattern: str = "", bos: int = -1
+    vocabulary: dict[str, int],
+    merges: Sequence[str],
+    *,
+    control: Sequence[str],
+    digits: bool,
+    pattern: str = "",
+    bos: int = -1,
+    whole: Sequence[str] = (),
 ) -> bytes:
-    """A `tokenizer.json` of byte-level BPE. `digits`: each digit apart; `pattern`: the rule that cuts text, where it is not GPT-2's."""
+    """A `tokenizer.json` of byte-level BPE. control: tokens that text never becomes; whole: tokens that are never cut. `digits`: each digit apart; `pattern`: the rule that cuts text, where it is not GPT-2's."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     result = Tokenizer(models.BPE(vocab=vocabulary, merges=[(m.partition(" ")[0], m.partition(" ")[2]) for m in merges]))
@@ -133,6 +154,7 @@ def byte_level_json(
     result.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     result.decoder = decoders.ByteLevel()
     result.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in control if name in vocabulary])
+    result.add_tokens([AddedToken(name, special=False, normalized=False) for name in whole if name in vocabulary])
     return _with_prefix(result, next((name for name, i in vocabulary.items() if i == bos), ""), bos)
 
 
@@ -166,3 +188,24 @@ def _with_prefix(result: Any, name: str, bos: int) -> bytes:
 
         result.post_processor = processors.TemplateProcessing(single=f"{name} $A", pair=None, special_tokens=[(name, bos)])
     return result.to_str().encode()
+
+
+def of_gpt2(tokenizer: OpenAITokenizer) -> PretrainedTokenizer:
+    """GPT-2's tokenizer in Hugging Face's form."""
+    letters = {b: letter for letter, b in byte_letters().items()}
+    shown = ["".join(letters[b] for b in token) for token in tokenizer.token_bytes[:-1]]
+    ids = {token: i for i, token in enumerate(shown)} | {"<|endoftext|>": tokenizer.eot}
+    merges = [_last_merge(token, ids) for token in shown if len(token) > 1]
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    content = {"tokenizer.json": byte_level_json(ids, merges, control=["<|endoftext|>"], digits=False)}
+    return PretrainedTokenizer({**content, "tokenizer_config.json": json.dumps(settings, indent=1).encode()}, [tokenizer.eot])
+
+
+def _last_merge(token: str, ids: Mapping[str, int]) -> str:
+    """The pair that made `token`: merging its letters in order of rank until two parts are left."""
+    parts = list(token)
+    while len(parts) > 2:
+        ranks = [ids.get(a + b, len(ids)) for a, b in itertools.pairwise(parts)]
+        best = ranks.index(min(ranks))
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return " ".join(parts)
