@@ -4,8 +4,8 @@ A misspelt name is not an error at the line that writes it: all faults of a conf
 when the run starts, each with the nearest name.
 """
 
-from gptjax import config
+from gptjax import config, settings
 
 
 def get_config():
-    return config.to_config_dict(config.Config(), locked=False)
+    return settings.to_config_dict(config.Config(), locked=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import signal
 import threading
@@ -22,6 +23,18 @@ SECONDS = 5  # a template that runs longer is hostile or broken
 
 def render(template: str, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
     """The template's text, as transformers' `apply_chat_template` gives it. variables: `bos_token`, `tools`, ... Raises UserError."""
+    values = {"tools": None, "documents": None, **variables, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
+    try:
+        with _time_limit():
+            return _compiled(template).render(**values)
+    except UserError:
+        raise
+    except Exception as error:  # a template can raise nearly anything
+        raise UserError(f"the checkpoint's chat template does not run: {type(error).__name__}: {str(error)[:150]}") from None
+
+
+@functools.lru_cache(8)
+def _compiled(template: str) -> Any:
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -43,14 +56,7 @@ def render(template: str, messages: Sequence[Message], *, add_generation_prompt:
     environment.filters["tojson"] = lambda x, ensure_ascii=False, **kw: json.dumps(x, ensure_ascii=ensure_ascii, **kw)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    values = {"tools": None, "documents": None, **variables, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
-    try:
-        with _time_limit():
-            return environment.from_string(template).render(**values)
-    except UserError:
-        raise
-    except Exception as error:  # a template can raise nearly anything
-        raise UserError(f"the checkpoint's chat template does not run: {type(error).__name__}: {str(error)[:150]}") from None
+    return environment.from_string(template)
 
 
 @contextlib.contextmanager
@@ -74,6 +80,37 @@ def _time_limit() -> Iterator[None]:
 
 def encode(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
     """Token ids of a conversation, ready for the assistant's answer. Raises UserError for a model without a template or a malformed message."""
+    given, guard = _prepare(tokenizer, messages, variables)
+    return tokenizer.encode_template(_text(tokenizer, given, add_generation_prompt), guard)
+
+
+def turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[list[int], bool]]:
+    """Ids of a conversation in spans, each with whether the assistant is to learn it: what it writes after the prompt for its answer, up to the
+    end token that closes it. Found by filling the template turn by turn, never by searching its text. Raises UserError."""
+    given, guard = _prepare(tokenizer, messages, {})
+    whole, spans, done = given["messages"], list[tuple[list[int], bool]](), ""
+    for i, message in enumerate(whole):
+        if message["role"] != "assistant":
+            continue
+        before = _text(tokenizer, {**given, "messages": whole[:i]}, True)
+        after = _text(tokenizer, {**given, "messages": whole[: i + 1]}, False)
+        if not before.startswith(done) or not after.startswith(before):
+            raise UserError(
+                "the chat template rewrites earlier turns, so what the assistant said cannot be told from the rest: simplify the template"
+            )
+        answer = tokenizer.encode_template(after[len(before) :], guard)
+        ends = [k for k, token in enumerate(answer) if token in (tokenizer.stops or (tokenizer.eot,))]
+        if not ends:
+            raise UserError("the chat template closes no answer with an end token, so a model could not learn to stop: use a template that does")
+        if ends[0] == 0:
+            raise UserError(f"message {i} of the assistant is empty: there is nothing to learn from")
+        spans += [(tokenizer.encode_template(before[len(done) :], guard), False), (answer[: ends[0] + 1], True), (answer[ends[0] + 1 :], False)]
+        done = after
+    return [span for span in spans if span[0]]
+
+
+def _prepare(tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """(what the template is filled with, the guard that keeps names of control tokens in it text)."""
     if not tokenizer.chat_template:
         raise UserError("this checkpoint has no chat template, so it is no chat model: use --prompt, or a checkpoint tuned for dialogue")
     for i, message in enumerate(messages):
@@ -88,8 +125,12 @@ def encode(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_
         if not guard:
             raise UserError("the conversation holds names of control tokens and all 32 of Unicode's noncharacters from U+FDD0: take one of them out")
         given = _guarded(given, names, guard)
-    values = {**tokenizer.special, **given, "add_generation_prompt": add_generation_prompt}
-    return tokenizer.encode_template(render(tokenizer.chat_template, values.pop("messages"), **values), guard)
+    return {**tokenizer.special, **given}, guard
+
+
+def _text(tokenizer: Tokenizer, given: Mapping[str, Any], add_generation_prompt: bool) -> str:
+    rest = {name: value for name, value in given.items() if name != "messages"}
+    return render(tokenizer.chat_template, given["messages"], add_generation_prompt=add_generation_prompt, **rest)
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -18,7 +18,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from gptjax import cli, files, tokenizer, tree
-from gptjax.config import Config, UserError, build, changes, to_dict, to_json
+from gptjax.config import Config, UserError, to_dict, to_json
+from gptjax.settings import build, changes
 from gptjax.steps import TrainState
 
 _SUMS = "checksums.json"
@@ -208,14 +209,16 @@ def check_same_run(workdir: Path, config: Config, fingerprints: dict[str, str]) 
             continue  # `restore` will name it
         meta = read_meta(workdir / "checkpoints" / str(step))
         rows = changes(build(meta["config"]), config)
-        rows += [f"{name}: the {what} changed since the run began" for name, what in _FINGERPRINTS.items() if meta[name] != fingerprints[name]]
+        rows += [
+            f"{name}: the {what} changed since the run began" for name, what in _FINGERPRINTS.items() if meta.get(name, "") != fingerprints[name]
+        ]
         if not rows:
             return
         shown = "\n  ".join(rows if len(rows) <= 4 else [*rows[:3], f"and {len(rows) - 3} more"])
         raise UserError(f"{workdir} holds a run with other settings (old -> new):\n  {shown}\nUse the old ones, or another --workdir.")
 
 
-_FINGERPRINTS = {"data": "text or its split", "tokenizer": "vocabulary"}
+_FINGERPRINTS = {"data": "text or its split", "tokenizer": "vocabulary", "base": "checkpoint under the adapters"}
 
 
 def load_run(path: Path) -> tuple[Config, Any, tokenizer.Tokenizer]:

@@ -20,9 +20,10 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from gptjax import config as config_lib
+from gptjax import settings as settings_lib
 from gptjax.config import Config, UserError, unknown_name
 
-VERBS = ("train", "generate", "convert", "data.prepare")
+VERBS = ("train", "generate", "evaluate", "convert", "data.prepare", "data.preview")
 _COMMON = {"help": "this text", "json": "machine-readable results on stdout", "debug": "show tracebacks"}
 
 
@@ -42,21 +43,21 @@ class Args:
 
     @property
     def config(self) -> Config:
-        return config_lib.build(self.settings)
+        return settings_lib.build(self.settings)
 
     def number(self, name: str, default: Any) -> Any:
         """The flag as a number of the type of `default`."""
         if name not in self.flags:
             return default
-        value = config_lib.parse(self.flags[name], type(default))
+        value = settings_lib.parse(self.flags[name], type(default))
         if not isinstance(value, type(default)) or value != value:
             raise UserError(f"--{name}={self.flags[name]}: must be {type(default).__name__}, such as {default}")
         return value
 
 
-def parse(argv: Sequence[str], doc: str | None, known: dict[str, str], *, required: Sequence[str] = ()) -> Args:
-    """`--name=value`, `--name value` and bare `--name` flags. `config` in `required` allows `--config.a.b=value`."""
-    known = {**({"config": "configs/file.py[:argument]"} if "config" in required else {}), **known, **_COMMON}
+def parse(argv: Sequence[str], doc: str | None, known: dict[str, str], *, required: Sequence[str] = (), config: bool = False) -> Args:
+    """`--name=value`, `--name value` and bare `--name` flags. `config` (or that name in `required`) allows `--config.a.b=value`."""
+    known = {**({"config": "configs/file.py[:argument]"} if config or "config" in required else {}), **known, **_COMMON}
     flags: dict[str, str] = {}
     overrides: dict[str, str] = {}
     rest = list(argv)
@@ -83,9 +84,11 @@ def parse(argv: Sequence[str], doc: str | None, known: dict[str, str], *, requir
     if missing := [f"--{name}" for name in required if not flags.get(name) or flags[name] == "true"]:
         raise UserError(f"missing {' and '.join(missing)}; see --help")
     settings = None
-    if "config" in required:
-        settings = config_lib.load_file(flags["config"])
-        config_lib.override(settings, overrides)
+    if overrides and not flags.get("config"):
+        raise UserError("--config.section.knob=value changes a config, and there is no --config=FILE")
+    if flags.get("config"):
+        settings = settings_lib.load_file(flags["config"])
+        settings_lib.override(settings, overrides)
     return Args(flags, settings, overrides)
 
 

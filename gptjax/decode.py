@@ -133,3 +133,10 @@ def token_logprobs(config: ModelConfig, params: Any, tokens_BT: Array) -> tuple[
         return chosen - jax.nn.logsumexp(found, -1), jnp.argmax(found, -1) == targets
 
     return jax.lax.map(row, (x, tokens_BT[:, 1:]))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def head_scores(config: ModelConfig, params: Any, tokens_BT: Array, length_B: Array) -> Array:
+    """float32 [B, labels]: what the head says of each row's last token. Columns behind a row's end change nothing."""
+    x, _ = model.apply(config, params, tokens_BT)
+    return model.score(params, jnp.take_along_axis(x, (length_B - 1)[:, None, None], 1)[:, 0])

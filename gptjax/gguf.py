@@ -218,7 +218,12 @@ def write(path: Path, c: ModelConfig, params: Any, tokenizer: Tokenizer | None, 
     kind = hf.family_of(c)
     architecture = next((a for a, (theirs, _) in ARCHITECTURES.items() if theirs == kind), None)
     types = {"float32": gguf.GGMLQuantizationType.F32, "float16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
-    lost = {"a sliding window": c.window, "exact GELU": kind == "gpt2" and c.mlp != "gelu", "YaRN's beta or attention factor": _own_yarn(c)}
+    lost = {
+        "a classification head": c.labels,
+        "a sliding window": c.window,
+        "exact GELU": kind == "gpt2" and c.mlp != "gelu",
+        "YaRN's beta or attention factor": _own_yarn(c),
+    }
     if any(lost.values()):
         raise UserError(f"a GGUF file does not carry {', '.join(name for name, there in lost.items() if there)}: use --format=hf")
     if architecture is None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gptjax import config as config_lib
+from gptjax import settings
 from gptjax.config import ModelConfig, UserError
 
 Raw = Mapping[str, Any]
@@ -93,6 +94,13 @@ def _norms(ours: str, theirs: str, bias: bool) -> list[Row]:
     return [same(f"{ours}/scale", f"{theirs}.weight")] + ([same(f"{ours}/bias", f"{theirs}.bias")] if bias else [])
 
 
+def _head(c: ModelConfig, theirs: str) -> list[Row]:
+    """The head on tokens that tells classes apart, or the one of an untied language model."""
+    if c.labels:
+        return [same("score/kernel", "score.weight")]
+    return [] if c.tied else [table("head/kernel", theirs)]
+
+
 def gpt2_rows(c: ModelConfig) -> list[Row]:
     rows, h = [table("embed/tokens", "transformer.wte.weight"), same("embed/positions", "transformer.wpe.weight")], "transformer.h.{}."
     rows += _norms("final_norm", "transformer.ln_f", True)
@@ -102,7 +110,7 @@ def gpt2_rows(c: ModelConfig) -> list[Row]:
     for ours, theirs, inputs in (("attn/out", "attn.c_proj", 2), ("mlp/up", "mlp.c_fc", 1), ("mlp/down", "mlp.c_proj", 1)):
         rows.append(linear(f"blocks/{ours}/kernel", f"{h}{theirs}.weight", inputs=inputs, transposed=False))
         rows.append(same(f"blocks/{ours}/bias", f"{h}{theirs}.bias"))
-    return rows + ([] if c.tied else [table("head/kernel", "lm_head.weight")])
+    return rows + _head(c, "lm_head.weight")
 
 
 def neox_rows(c: ModelConfig) -> list[Row]:
@@ -114,7 +122,7 @@ def neox_rows(c: ModelConfig) -> list[Row]:
     for ours, theirs, inputs in (("attn/out", "attention.dense", 2), ("mlp/up", "mlp.dense_h_to_4h", 1), ("mlp/down", "mlp.dense_4h_to_h", 1)):
         rows.append(linear(f"blocks/{ours}/kernel", f"{h}{theirs}.weight", inputs=inputs))
         rows.append(same(f"blocks/{ours}/bias", f"{h}{theirs}.bias"))
-    return rows + ([] if c.tied else [table("head/kernel", "embed_out.weight")])
+    return rows + _head(c, "embed_out.weight")
 
 
 def llama_rows(c: ModelConfig) -> list[Row]:
@@ -133,7 +141,7 @@ def llama_rows(c: ModelConfig) -> list[Row]:
         rows.append(same("blocks/attn/out/bias", f"{h}self_attn.o_proj.bias"))
     rows.append(_gate_up("blocks/mlp/gate_up/kernel", f"{h}mlp.gate_proj.weight", f"{h}mlp.up_proj.weight"))
     rows.append(linear("blocks/mlp/down/kernel", f"{h}mlp.down_proj.weight"))
-    return rows + ([] if c.tied else [table("head/kernel", "lm_head.weight")])
+    return rows + _head(c, "lm_head.weight")
 
 
 def _choose(raw: Raw, key: str, options: dict[Any, str], default: Any = None) -> str:
@@ -332,7 +340,7 @@ def read_config(raw: Raw) -> ModelConfig:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"config.json: {config_lib.unknown_name('architecture', str(kind), list(FAMILIES))}")
     try:
-        return config_lib.build({"model": FAMILIES[kind].read(raw)}).model
+        return settings.build({"model": {**FAMILIES[kind].read(raw), "labels": _labels(raw)}}).model
     except KeyError as error:
         raise UserError(f"config.json has no {error}, which a {kind} model needs") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
@@ -341,11 +349,26 @@ def read_config(raw: Raw) -> ModelConfig:
         raise UserError(f"config.json holds a value of a wrong type: {error}") from None
 
 
+def _labels(raw: Raw) -> list[str]:
+    """Names of the classes of a `...ForSequenceClassification`; none of a language model."""
+    if not any(str(name).endswith("ForSequenceClassification") for name in raw.get("architectures") or []):
+        return []
+    names = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}
+    return [str(names[key]) for key in sorted(names, key=int)]
+
+
 def write_config(c: ModelConfig, dtype: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     """`config.json` of a model. extra: ids of special tokens and other keys to keep."""
     kind = family_of(c)
     family = FAMILIES[kind]
+    architecture = family.architecture
+    if c.labels:
+        architecture = re.sub("LMHeadModel|ForCausalLM", "ForSequenceClassification", architecture)
+        names = {"id2label": dict(enumerate(c.labels)), "label2id": {name: i for i, name in enumerate(c.labels)}}
+        kind_of = "regression" if len(c.labels) == 1 else "single_label_classification"
+        eos = extra.get("eos_token_id")  # theirs finds each row's last token by what is no padding, so there must be some
+        extra = {"pad_token_id": eos[0] if isinstance(eos, list) else eos, **extra, **names, "problem_type": kind_of}
     return {
-        "architectures": [family.architecture], "model_type": kind, **family.write(c), "vocab_size": c.vocab_size,
+        "architectures": [architecture], "model_type": kind, **family.write(c), "vocab_size": c.vocab_size,
         "tie_word_embeddings": c.tied, "initializer_range": c.init_std, "torch_dtype": dtype, **extra,
     }  # fmt: skip

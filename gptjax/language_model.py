@@ -7,6 +7,7 @@ print(lm.generate("The people", max_new_tokens=20).text)
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import beam, convert, decode, generation, model
+from gptjax import beam, convert, decode, generation, lora, model
 from gptjax.config import ModelConfig, UserError, unknown_name
 from gptjax.generation import Completion, Request, Row
 from gptjax.sampling import Sampling, active_of, arrays
@@ -25,6 +26,9 @@ WEIGHTS = ("float32", "bfloat16", "int8")
 _STREAM_STEPS = (1, 2, 4, 8)  # tokens between looks at the device: the first at once, later ones in larger pieces
 _SCORE_ROWS = 8
 SETTINGS = [f.name for f in dataclasses.fields(Sampling) if f.name != "banned"]
+
+
+_inference_params = jax.jit(model.inference_params, static_argnames=("config", "weights"))
 
 
 @dataclasses.dataclass
@@ -47,8 +51,7 @@ class LanguageModel:
         # on a CPU activations stay float32: its products convert each weight anyway
         dtype = "float32" if self.weights == "float32" or jax.default_backend() == "cpu" else "bfloat16"
         self._engine = dataclasses.replace(self.config, dropout=0.0, remat="none", attention="reference", scan=False, dtype=dtype)
-        convert_weights = jax.jit(lambda params: model.inference_params(self.config, params, weights=self.weights))
-        self._weights = convert_weights(self.params)
+        self._weights = _inference_params(self.config, self.params, weights=self.weights)
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -58,7 +61,8 @@ class LanguageModel:
         """Token ids of a prompt: text behind the vocabulary's prefix, ids as they are; an empty one is a new document."""
         ids = self._ids(prompt)
         if isinstance(prompt, str) and self.tokenizer:
-            ids = [*self.tokenizer.prefix, *ids]
+            places = len(self.params["embed"].get("prompt", ()))  # learned vectors of prompt tuning stand there
+            ids = [*[self.tokenizer.eot] * places, *self.tokenizer.prefix, *ids]
         if not ids and self.tokenizer is None:
             raise UserError("an empty prompt needs a tokenizer, whose end-of-text token begins a new document")
         return ids or [self.tokenizer.eot]  # type: ignore[union-attr]
@@ -72,6 +76,20 @@ class LanguageModel:
         if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
             raise UserError(f"token {bad[0]} is outside the vocabulary of {self.config.vocab_size:,}")
         return ids
+
+    def adapted(self, path: str | Path) -> LanguageModel:
+        """This model with the adapters of a run or a PEFT folder beside its weights, which both share. Raises UserError."""
+        from gptjax import peft
+
+        settings, trained = peft.find(Path(path).expanduser(), self.config)
+        other = copy.copy(self)
+        if "score" in trained:
+            other.config = dataclasses.replace(self.config, labels=peft.labels_of(Path(path).expanduser(), len(trained["score"]["kernel"])))
+            other._engine = dataclasses.replace(self._engine, labels=other.config.labels)
+        other.params = lora.attach(settings, self.params, trained)
+        other._weights = lora.attach(settings, self._weights, trained)
+        other.source = None
+        return other
 
     def logits(self, tokens: Any, lengths: Sequence[int] | None = None) -> np.ndarray:
         """float32 [B, T, V] for token ids [B, T]; rows past `lengths` are zero. Raises UserError past the context or the vocabulary."""
@@ -107,23 +125,44 @@ class LanguageModel:
                 )
             rows.append(whole)
             starts.append(min(len(first), len(whole)))
-        found = self._token_logprobs(rows)
+        found = self.token_logprobs(rows)
         return [(float(lp[s - 1 :].sum()), bool(best[s - 1 :].all())) for (lp, best), s in zip(found, starts, strict=True)]
 
-    def _token_logprobs(self, rows: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each row: (log-probabilities, greedy flags) of its tokens but the first. A few rows at a time, lengths in buckets."""
+    def token_logprobs(self, rows: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each row of ids: (log-probabilities, greedy flags) of its tokens but the first. A few rows at a time, lengths in buckets."""
         result: list[Any] = [None] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for first in range(0, len(order), _SCORE_ROWS):
-            group = order[first : first + _SCORE_ROWS]
-            size = 1 + _bucket(len(rows[group[-1]]) - 1, self.config.context)  # the last token is no query
-            tokens = np.zeros((min(_SCORE_ROWS, 1 << (len(rows) - 1).bit_length()), size), np.int32)
-            for row, i in zip(tokens, group, strict=False):
-                row[: len(rows[i])] = rows[i]
+        for group, tokens in self._groups(rows, 1):  # the last token is no query
             logprobs, best = (np.asarray(a) for a in decode.token_logprobs(self._engine, self._weights, tokens))
             for k, i in enumerate(group):
                 result[i] = (logprobs[k, : len(rows[i]) - 1], best[k, : len(rows[i]) - 1])
         return result
+
+    def _groups(self, rows: list[list[int]], extra: int) -> Iterator[tuple[list[int], np.ndarray]]:
+        """(numbers, ids padded to a bucket and `extra` columns) of a few rows of like lengths at a time."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for first in range(0, len(order), _SCORE_ROWS):
+            group = order[first : first + _SCORE_ROWS]
+            size = extra + _bucket(len(rows[group[-1]]) - extra, self.config.context)
+            tokens = np.zeros((min(_SCORE_ROWS, 1 << (len(rows) - 1).bit_length()), size), np.int32)
+            for row, i in zip(tokens, group, strict=False):
+                row[: len(rows[i])] = rows[i]
+            yield group, tokens
+
+    def classify(self, prompts: Sequence[str | Sequence[int]]) -> np.ndarray:
+        """float32 [N, labels]: probabilities of the classes `config.labels` for each text, or [N, 1] numbers where there is one label. Raises UserError."""
+        if not self.config.labels:
+            raise UserError("this checkpoint is a language model and has no classes: fine-tune it with task.name = 'classification'")
+        rows = [self.encode(p) for p in prompts]
+        if longest := [len(row) for row in rows if len(row) > self.config.context]:
+            raise UserError(f"a text has {longest[0]} tokens and the model's context is {self.config.context}: shorten it")
+        found = np.zeros((len(rows), len(self.config.labels)), np.float32)
+        for group, tokens in self._groups(rows, 0):
+            lengths = np.array([len(rows[i]) for i in group] + [1] * (len(tokens) - len(group)), np.int32)
+            found[group] = np.asarray(decode.head_scores(self._engine, self._weights, tokens, lengths))[: len(group)]
+        if found.shape[1] == 1:
+            return found
+        odds = np.exp(found - found.max(1, keepdims=True))
+        return odds / odds.sum(1, keepdims=True)
 
     def generate(
         self, prompts: str | Sequence[Any], *, max_new_tokens: int = 128, n: int = 1, stop: str | Sequence[str] = (), stop_tokens: Sequence[int] = (),
@@ -149,7 +188,7 @@ class LanguageModel:
                 pass
             found = [row.completion() for row in request.rows]
         if prompt_logprobs:
-            scores = self._token_logprobs(request.prompts)
+            scores = self.token_logprobs(request.prompts)
             found = [dataclasses.replace(c, prompt_logprobs=scores[i // n][0].tolist()) for i, c in enumerate(found)]
         return found[0] if isinstance(prompts, str) and n == 1 else found
 
@@ -247,7 +286,7 @@ class LanguageModel:
         best = [(i, k) for i in range(len(request.prompts)) for k in range(request.n)]
         texts = [tokens[i, k, : lengths[i, k]].tolist() for i, k in best]
         found = []
-        for (i, k), row, text, (logprobs, _) in zip(best, request.rows, texts, self._token_logprobs(texts), strict=True):
+        for (i, k), row, text, (logprobs, _) in zip(best, request.rows, texts, self.token_logprobs(texts), strict=True):
             start = len(request.prompts[i])
             for token, logprob in zip(text[start:], logprobs[start - 1 :], strict=True):
                 row.feed(token, float(logprob))

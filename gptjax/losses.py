@@ -24,9 +24,32 @@ def chunk_length(config: ModelConfig, batch: int, length: int, wanted: int) -> i
     return max([n for n in fits if n < length or length == 1], default=1)
 
 
+def head_loss(logits_BTC: Array, targets_BT: Array, weights_BT: Array) -> tuple[Array, Array]:
+    """(loss sum, sum of right answers) of a head on tokens: cross-entropy of int32 targets, or half the squared error of float32 ones (C = 1)."""
+    if jnp.issubdtype(targets_BT.dtype, jnp.floating):
+        error = logits_BTC[..., 0] - targets_BT
+        return (weights_BT * 0.5 * jnp.square(error)).sum(), jnp.zeros(())
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits_BTC), targets_BT[..., None], -1)[..., 0]
+    return -(weights_BT * chosen).sum(), (weights_BT * (logits_BTC.argmax(-1) == targets_BT)).sum()
+
+
 def token_cross_entropy(config: ModelConfig, params: model.Params, x_BTD: Array, targets_BT: Array, weights_BT: Array, *, chunk: int) -> Array:
     """Sum over positions of weight * -log p(target), float32 scalar. x_BTD as `model.apply` returns it."""
     return _cross_entropy(config, chunk, x_BTD, model.head(params).astype(x_BTD.dtype), targets_BT, weights_BT)
+
+
+def token_logprobs(config: ModelConfig, params: model.Params, x_BTD: Array, targets_BT: Array, *, chunk: int) -> Array:
+    """log p(target) of each position, float32 [B, T]; chunk by chunk, and computed again in the backward pass."""
+    table = model.head(params).astype(x_BTD.dtype)
+
+    @jax.checkpoint
+    def one(piece: tuple[Array, Array]) -> Array:
+        x, targets = piece
+        _, logits, log_total, hit = _chunk(config, table, x, targets, jnp.zeros(targets.shape))
+        return (jnp.where(hit, logits, 0.0).sum(-1) - log_total[:, 0]).reshape(targets.shape)
+
+    found = jax.lax.map(one, _chunks(chunk, x_BTD, targets_BT))
+    return jnp.moveaxis(found, 0, 1).reshape(targets_BT.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

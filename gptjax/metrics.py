@@ -111,7 +111,9 @@ class Tracker:
 class StepMetrics:
     """Metrics of the steps since the last log line; still on the device until `flush`, so that steps overlap with the host."""
 
-    def __init__(self) -> None:
+    def __init__(self, positions: int) -> None:
+        """positions: B x T of a step, which is what it computes however many of them are learned."""
+        self._positions = positions
         self._pending: list[dict[str, jax.Array]] = []
         self._since, self._waited = time.monotonic(), 0.0
 
@@ -141,10 +143,11 @@ class StepMetrics:
             "train/loss": sum(row["loss"] * row["tokens"] for row in rows) / tokens,
             "train/grad_norm": rows[-1]["grad_norm"],
             "train/lr": rows[-1]["lr"],
-            "perf/tokens_per_sec": tokens / seconds,
+            "perf/tokens_per_sec": self._positions * len(rows) / seconds,
             "perf/step_time": seconds / len(rows),
             "perf/data_wait": self._waited / len(rows),
         }
+        values |= {f"train/{name}": sum(row[name] for row in rows) / len(rows) for name in ("reward", "answer_tokens") if name in rows[0]}
         self.restart_clock()
         return values
 

@@ -84,7 +84,7 @@ class Norm(nn.Module):
 class Linear(nn.Module):
     """Contracts the last `inputs` axes of x with a kernel of shape x.shape[-inputs:] + features, as one product of matrices.
 
-    Where the parameters hold `rows` (see `inference_params`) instead of a kernel, those are used."""
+    Where the parameters hold `rows` (see `inference_params`) instead of a kernel, those are used; an adapter beside them (`gptjax.lora`) adds its part."""
 
     features: tuple[int, ...]
     bias: bool
@@ -99,9 +99,20 @@ class Linear(nn.Module):
         else:
             kernel = self.param("kernel", nn.initializers.zeros, shape)
             y = x.reshape(-1, rows) @ kernel.reshape(rows, columns)
+        if self.has_variable("params", "lora_a"):
+            y = self._adapted(x.reshape(-1, rows), y, self.variables["params"])
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, self.features).reshape(1, columns)
         return y.reshape(*x.shape[: -self.inputs], *self.features)
+
+    def _adapted(self, x: Array, y: Array, params: Any) -> Array:
+        """y [N, out] with the low-rank part of x [N, in] added: fence((x A) B), never the product A B."""
+        a, b = (params[name].astype(x.dtype) for name in ("lora_a", "lora_b"))
+        if "lora_keep" in params and self.has_rng("dropout"):
+            keep = params["lora_keep"]
+            x = x * jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape) / keep.astype(x.dtype)
+        y = y + fence(x @ a.reshape(-1, a.shape[-1])) @ b.reshape(b.shape[0], -1)
+        return y * params["lora_gain"].astype(y.dtype).reshape(-1) if "lora_gain" in params else y
 
 
 class Attention(nn.Module):
@@ -203,7 +214,9 @@ def inference_params(config: ModelConfig, params: Params, *, weights: str = "flo
     def layer(block: Params) -> Params:
         new: Params = {}
         for name, part in block.items():
-            if isinstance(part, dict) and "kernel" in part:
+            if isinstance(part, dict) and "rows" in part:
+                new[name] = part  # as it is already
+            elif isinstance(part, dict) and "kernel" in part:
                 inputs = 2 if name == "out" else 1
                 matrix = part["kernel"].reshape(math.prod(part["kernel"].shape[:inputs]), -1).T
                 new[name] = {**{k: v.astype(jnp.float32) for k, v in part.items() if k != "kernel"}, **quantize.rows(matrix, weights)}
@@ -211,15 +224,14 @@ def inference_params(config: ModelConfig, params: Params, *, weights: str = "flo
                 new[name] = layer(part) if isinstance(part, dict) else part.astype(jnp.float32)
         return new
 
-    result: Params = {
-        "blocks": tuple(layer(block) for block in unstack(params["blocks"])),
-        "embed": quantize.rows(params["embed"]["tokens"], weights),
-    }
-    result["final_norm"] = layer(params["final_norm"])
-    if "positions" in params["embed"]:
-        result["embed"]["positions"] = params["embed"]["positions"].astype(jnp.float32)
+    blocks = unstack(params["blocks"]) if isinstance(params["blocks"], dict) else params["blocks"]
+    table = params["embed"] if "rows" in params["embed"] else quantize.rows(params["embed"]["tokens"], weights)
+    kept = {name: params["embed"][name].astype(jnp.float32) for name in ("positions", "prompt") if name in params["embed"]}
+    result: Params = {"blocks": tuple(layer(block) for block in blocks), "embed": {**table, **kept}, "final_norm": layer(params["final_norm"])}
     if "head" in params:
-        result["head"] = quantize.rows(params["head"]["kernel"], weights)
+        result["head"] = params["head"] if "rows" in params["head"] else quantize.rows(params["head"]["kernel"], weights)
+    if "score" in params:
+        result["score"] = {"kernel": params["score"]["kernel"].astype(jnp.float32)}
     return result
 
 
@@ -233,7 +245,7 @@ INIT_SCALES: tuple[tuple[str, Any], ...] = (
 
 
 def init_params(config: ModelConfig, key: Array, *, rows_sharding: jax.sharding.Sharding | None = None) -> Params:
-    """{"embed": {...}, "blocks": {... [L, ...]}, "final_norm": {...}, "head": ... if untied}, float32.
+    """{"embed": {...}, "blocks": {... [L, ...]}, "final_norm": {...}}, with "head" if untied, or "score" where the config has labels; float32.
 
     All normal numbers are one draw of rows of width D, split up afterwards: a draw per parameter takes seconds to compile on a CPU.
     `rows_sharding` spreads those rows over the devices of a mesh.
@@ -250,7 +262,9 @@ def init_params(config: ModelConfig, key: Array, *, rows_sharding: jax.sharding.
     }
     if c.positions == "learned":
         params["embed"]["positions"] = jnp.zeros((c.context, c.width))
-    if not c.tied:
+    if c.labels:
+        params["score"] = {"kernel": jnp.zeros((len(c.labels), c.width))}
+    elif not c.tied:
         params["head"] = {"kernel": jnp.zeros((c.padded_vocab, c.width))}
     drawn = {path: p.size // c.width for path, p in tree.flatten(params).items() if tree.first_match(INIT_SCALES, path)}
     total = sum(drawn.values())
@@ -270,13 +284,13 @@ def init_params(config: ModelConfig, key: Array, *, rows_sharding: jax.sharding.
 def count_params(config: ModelConfig) -> int:
     """Parameters of the model proper, without the padding of the vocabulary."""
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    padding = (config.padded_vocab - config.vocab_size) * config.width * (1 if config.tied else 2)
+    padding = (config.padded_vocab - config.vocab_size) * config.width * (1 if config.tied or config.labels else 2)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) - padding
 
 
 def cast(config: ModelConfig, params: Params) -> Params:
     """Weights in the compute dtype; scales of norms stay float32, and rows for inference as they are stored."""
-    dtype, kept = jnp.dtype(config.dtype), ("scale", "rows", "row_scale")
+    dtype, kept = jnp.dtype(config.dtype), ("scale", "rows", "row_scale", "lora_gain", "lora_keep")
     return jax.tree_util.tree_map_with_path(lambda path, p: p if path[-1].key in kept else p.astype(dtype), params)
 
 
@@ -317,6 +331,9 @@ def apply(
     positions = slots if positions is None else positions
     mask = attention.Mask(slots, segment_ids, segment_ids, c.window)
     x = embed(c, params, tokens_BT)
+    if "prompt" in params["embed"]:  # learned vectors stand for the first tokens of each segment (`lora.prompt_tokens`)
+        prompt = params["embed"]["prompt"]
+        x = jnp.where((positions < len(prompt))[..., None], prompt[jnp.minimum(positions, len(prompt) - 1)].astype(x.dtype), x)
     if c.positions == "learned":
         x = x + params["embed"]["positions"][positions]
     train = dropout_key is not None and c.dropout > 0
@@ -326,7 +343,7 @@ def apply(
 
     def block(x: Array, layer: tuple[Params, Array, Params | None]) -> Any:
         block_params, number, block_cache = layer
-        rngs = {"dropout": jax.random.fold_in(dropout_key, number)} if dropout_key is not None and train else None
+        rngs = {"dropout": jax.random.fold_in(dropout_key, number)} if dropout_key is not None else None
         return Block(c).apply({"params": block_params}, x, positions, mask, block_cache, train, rngs=rngs)
 
     if c.remat != "none":
@@ -357,8 +374,16 @@ def embed(config: ModelConfig, params: Params, tokens_BT: Array) -> Array:
 
 
 def head(params: Params) -> Array:
-    """The output table [padded V, D]."""
-    return params["head"]["kernel"] if "head" in params else params["embed"]["tokens"]
+    """The output table [padded V, D], dequantised where it is kept as rows."""
+    table = params["head"] if "head" in params else params["embed"]
+    if "rows" in table:
+        return quantize.matrix(table)
+    return table["kernel"] if "head" in params else table["tokens"]
+
+
+def score(params: Params, x: Array) -> Array:
+    """What the head on a token says of it, float32 [..., labels]. x [..., D]: hidden states."""
+    return jnp.einsum("...D,CD->...C", x.astype(jnp.float32), params["score"]["kernel"].astype(jnp.float32))
 
 
 def unembed(config: ModelConfig, params: Params, x: Array) -> Array:

@@ -65,6 +65,18 @@ _MATRICES: tuple[tuple[str, MuonDimensionNumbers | None], ...] = (
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": _adamw, "muon": _muon}
 
 
+def layer_decay(share: float, layers: int) -> optax.GradientTransformation:
+    """Updates of layer l (0 lowest) times share^(layers - 1 - l), of embeddings times share^layers (Howard & Ruder 2018)."""
+
+    def scale(path: str, update: Any) -> Any:
+        if path.startswith("blocks/"):
+            rates = share ** jnp.arange(layers - 1, -1, -1, dtype=jnp.float32)
+            return update * rates.reshape(-1, *[1] * (update.ndim - 1)).astype(update.dtype)
+        return update * share**layers if path.startswith("embed/") else update
+
+    return optax.stateless(lambda updates, params: tree.map_with_path(scale, updates))
+
+
 def optimizer(config: Config, params: Any) -> optax.GradientTransformation:
     """Clip by the global norm, then the optimizer, then nothing for frozen parameters. Patterns that match no path are refused.
 
@@ -81,7 +93,8 @@ def optimizer(config: Config, params: Any) -> optax.GradientTransformation:
     if not any(tree.flatten(trained).values()):
         raise UserError(f"optim.freeze = {list(o.freeze)} freezes every parameter: nothing is left to train")
     parts = [optax.clip_by_global_norm(o.clip)] if o.clip else []
-    chain = optax.chain(*parts, OPTIMIZERS[o.name](o, schedule(config), decays))
+    ends = [layer_decay(o.layer_decay, config.model.layers)] if o.layer_decay < 1 else []
+    chain = optax.chain(*parts, OPTIMIZERS[o.name](o, schedule(config), decays), *ends)
     if all(tree.flatten(trained).values()):
         return chain
     # frozen parameters get no moments, take no part in the clip norm and no decay

@@ -21,12 +21,19 @@ def rows(matrix: Array, dtype: str) -> dict[str, Array]:
     return {"rows": jnp.round(matrix / scale[:, None]).astype(jnp.int8), "row_scale": scale}
 
 
+def matrix(weight: Any) -> Array:
+    """float32 [F, D] that `rows` stand for."""
+    found = weight["rows"].astype(jnp.float32)
+    return found * weight["row_scale"][:, None] if "row_scale" in weight else found
+
+
+@jax.custom_vjp
 def times_rows(x: Array, weight: Any) -> Array:
     """x [N, D] times the `rows` [F, D] of a matrix: float32 [N, F].
 
     On a CPU x is split into two parts of the weights' own type (bfloat16: a number and what its rounding lost; int8: the digits of a 15-bit integer to
     base 256), since XLA multiplies two rows of small types at the speed of memory, and one row, or rows of another type, up to ten
-    times slower (experiments/LOG.md). So activations keep at least 15 bits, and only the weights are rounded."""
+    times slower (experiments/LOG.md). So activations keep at least 15 bits, and only the weights are rounded. The weights are frozen: only x has a gradient."""
     x, rows = jax.lax.optimization_barrier((x, weight["rows"]))  # tied to x, or a loop of decoding would keep converted weights
     product = lambda a, kind: jax.lax.dot_general(a, rows.astype(a.dtype), (((1,), (1,)), ((), ())), preferred_element_type=kind)
     if rows.dtype == x.dtype:
@@ -44,3 +51,16 @@ def times_rows(x: Array, weight: Any) -> Array:
         y = fence(product(fence(jnp.concatenate([high, (x - high.astype(x.dtype)).astype(rows.dtype)])), jnp.float32))
         y = y[: len(x)] + y[len(x) :]
     return y * weight["row_scale"] if "row_scale" in weight else y
+
+
+def _forward(x: Array, weight: Any) -> tuple[Array, tuple[Array, Any]]:
+    return times_rows(x, weight), (x, weight)
+
+
+def _backward(saved: tuple[Array, Any], g: Array) -> tuple[Array, Any]:
+    x, weight = saved
+    nothing = jax.tree.map(lambda w: jnp.zeros(w.shape, jax.dtypes.float0 if w.dtype == jnp.int8 else w.dtype), weight)
+    return (g @ matrix(weight)).astype(x.dtype), nothing
+
+
+times_rows.defvjp(_forward, _backward)

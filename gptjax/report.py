@@ -126,18 +126,19 @@ def _table(rows: Sequence[tuple[str, str]], *, numbers: bool = False) -> str:
     return "<table>" + "".join(f"<tr><td>{html.escape(a)}</td><td{kind}>{html.escape(b)}</td></tr>" for a, b in rows) + "</table>"
 
 
-def write(workdir: Path, prepared: Prepared) -> None:
-    """Writes `report.html` from what the run left in its workdir; the baselines are computed once and kept in run.json."""
+def write(workdir: Path, prepared: Prepared | None) -> None:
+    """Writes `report.html` from what the run left in its workdir; the baselines of a language model (`prepared`) are computed once and kept in run.json."""
     run = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     records = metrics.read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
     of = lambda name: [(float(r["step"]), float(r[name])) for r in records if name in r]
-    if "baselines" not in run:
-        batches = config["train"]["eval_batches"] * config["train"]["batch_size"] * config["model"]["context"] + 1  # what the evaluation sees
+    if "baselines" not in run and prepared:
+        length = config["data"]["length"] or config["model"]["context"]
+        batches = config["train"]["eval_batches"] * config["train"]["batch_size"] * length + 1  # what the evaluation sees
         run["baselines"] = baselines(prepared, batches if config["train"]["eval_batches"] else _BASELINE_TOKENS)
         files.write_text(workdir / "run.json", json.dumps(run, indent=1))
-    compared = list(run["baselines"].items())
-    if bits := of("eval/bits_per_byte"):
+    compared = list(run.get("baselines", {}).items())
+    if (bits := of("eval/bits_per_byte")) and prepared:
         compared.append(("this model", bits[-1][1]))
     charts = [
         curve("loss (nats per token)", {"train": of("train/loss"), "held out": of("eval/loss")}),
@@ -150,6 +151,8 @@ def write(workdir: Path, prepared: Prepared) -> None:
         f"<h1>{html.escape(workdir.name)}</h1><p>step {run.get('step')}, {html.escape(str(run.get('status')))}; {html.escape(str(run.get('devices')))}</p>",
         f'<div class="charts">{"".join(charts)}</div>',
     ]
+    if judged := {name: value for r in records for name, value in r.items() if name.startswith("eval/") and isinstance(value, float)}:
+        sections.append(f"<h2>Held-out scores</h2>{_table([(n.removeprefix('eval/'), f'{v:.4f}') for n, v in judged.items()], numbers=True)}")
     if compared:
         rows = [(name, f"{value:.3f}") for name, value in sorted(compared, key=lambda row: -row[1])]
         sections.append(f"<h2>Bits per byte on the same held-out text</h2>{_table(rows, numbers=True)}")
@@ -162,12 +165,11 @@ def write(workdir: Path, prepared: Prepared) -> None:
     files.write_text(workdir / "report.html", page)
 
 
-def explain(config: Config, prepared: Prepared) -> str:
-    """Each number that follows from the config and the data, with the reason."""
+def explain(config: Config, tokens: int) -> str:
+    """Each number that follows from the config and the data, with the reason. tokens: in the training split."""
     m, t, o = config.model, config.train, config.optim
     params = model.count_params(m)
-    per_step = t.batch_size * m.context
-    tokens = prepared.tokens(TRAIN)
+    per_step = t.batch_size * config.length
     flops = metrics.flops_per_token(config, params)
     cache = 2 * m.layers * m.context * m.kv * m.head_width * (4 if m.dtype == "float32" else 2)
     decay = {"wsd": round(o.warmup_steps + (1 - o.decay_share) * (t.steps - 1 - o.warmup_steps)), "constant": t.steps}.get(o.schedule, o.warmup_steps)
@@ -187,8 +189,8 @@ def explain(config: Config, prepared: Prepared) -> str:
             f"{tree.nbytes(steps.state_shapes(config)[0]) / 2**20:,.1f} MiB",
             f"float32 parameters and what {o.name} keeps, over all devices",
         ),
-        ("tokens per step", f"{per_step:,}", "train.batch_size x model.context"),
-        ("training tokens", f"{tokens:,}", "in the training split"),
+        ("tokens per step", f"{per_step:,}", "train.batch_size x data.length, or model.context where that is 0"),
+        ("training tokens", f"{tokens:,}", "in the training split, filled up to whole rows where examples are packed"),
         ("epochs", f"{t.steps * per_step / max(tokens, 1):.2f}", "train.steps x tokens per step / training tokens"),
         ("tokens per parameter", f"{t.steps * per_step / params:.1f}", "about 20 is compute-optimal (Hoffmann et al. 2022)"),
         ("FLOPs per token", f"{flops:.3g}", "6 x parameters that multiply + 12 x layers x heads x head width x context"),

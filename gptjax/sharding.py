@@ -33,6 +33,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/mlp/gate_up/kernel", P(None, "fsdp", None, "tensor")),
     (r"blocks/mlp/gate_up/bias", P(None, None, "tensor")),
     (r"blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks/.*/(rows|row_scale|lora_[a-z]+)|embed/(rows|row_scale|prompt)|head/(rows|row_scale)|score/kernel", P()),
     (r".*/(scale|bias)", P()),
 )
 
@@ -100,7 +101,7 @@ def mesh_faults(config: Config, sizes: dict[str, int]) -> list[str]:
 
 def spec_of(path: str) -> P:
     """Mesh axes of a parameter, or of the optimizer's moment of it (whose path ends in the parameter's)."""
-    for start in ("embed/", "head/", "blocks/", "final_norm/"):
+    for start in ("embed/", "head/", "blocks/", "final_norm/", "score/"):
         if (at := f"/{path}".rfind(f"/{start}")) >= 0:
             return tree.first_match(RULES, path[at:])
     return P()  # counters, keys

@@ -1,6 +1,7 @@
 """The train state and the compiled steps: one program for training, one for evaluation.
 
-The loss of a step is sum / weight over the whole global batch, formed once after accumulation and across all devices.
+The loss of a step is sum / weight over the whole global batch, formed once after accumulation and across all devices. Where adapters are trained
+(`config.lora`), the state holds only them, and the frozen parameters stand beside it as an argument.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import losses, model, optim, sharding
+from gptjax import lora, losses, model, objectives, optim, sharding, tree
 from gptjax.config import Config
 
 Array = jax.Array
@@ -33,30 +34,66 @@ class TrainState:
     rng: Array
 
 
-def new_state(config: Config, tx: optax.GradientTransformation, *, rows_sharding: jax.sharding.Sharding | None = None) -> TrainState:
-    """The state before the first step, a function of `train.seed` alone."""
+def init_trained(config: Config, key: Array, frozen: Any, *, rows_sharding: jax.sharding.Sharding | None = None) -> Any:
+    """The parameters that training changes, before the first step: the whole model, or adapters (and a new head) on `frozen` ones."""
+    if not config.lora.on:
+        return model.init_params(config.model, key, rows_sharding=rows_sharding)
+    new = lora.init(config.model, config.lora, key, frozen)
+    if config.model.labels:
+        shape = (len(config.model.labels), config.model.width)
+        new["score"] = {"kernel": config.model.init_std * jax.random.normal(jax.random.fold_in(key, 1 << 21), shape)}
+    return new
+
+
+def freeze(config: Config, params: Any) -> Any:
+    """The base of adapters as the step reads it: as it is, or with its matrices in int8. Nothing where the whole model is trained."""
+    if not config.lora.on:
+        return {}
+    params = {name: part for name, part in params.items() if name != "score"}
+    return model.inference_params(config.model, params, weights="int8") if config.lora.base == "int8" else params
+
+
+def new_state(config: Config, tx: optax.GradientTransformation, frozen: Any, *, rows_sharding: jax.sharding.Sharding | None = None) -> TrainState:
+    """The state before the first step, a function of `train.seed` and the frozen parameters alone."""
     params_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
-    params = model.init_params(config.model, params_key, rows_sharding=rows_sharding)
+    params = init_trained(config, params_key, frozen, rows_sharding=rows_sharding)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jax.random.key_data(dropout_key))
 
 
-def state_shapes(config: Config) -> tuple[TrainState, optax.GradientTransformation]:
-    """(shapes and dtypes of the state, optimizer); nothing is materialised."""
-    params = jax.eval_shape(functools.partial(model.init_params, config.model), jax.random.key(0))
+def state_shapes(config: Config) -> tuple[TrainState, optax.GradientTransformation, Any]:
+    """(shapes and dtypes of the state, optimizer, those of the frozen parameters); nothing is materialised."""
+    whole = jax.eval_shape(functools.partial(model.init_params, config.model), jax.random.key(0))
+    frozen = jax.eval_shape(functools.partial(freeze, config), whole)
+    params = jax.eval_shape(functools.partial(init_trained, config), jax.random.key(0), frozen)
     tx = optim.optimizer(config, params)
-    return jax.eval_shape(functools.partial(new_state, config, tx)), tx
+    return jax.eval_shape(functools.partial(new_state, config, tx), frozen), tx, frozen
 
 
-def init_state(config: Config, mesh: Mesh, params: Any = None) -> TrainState:
-    """A new state, each array made where it lives; with `params` (host arrays), those instead of random ones."""
-    shapes, tx = state_shapes(config)
-    if params is not None:
-        places = sharding.shardings(mesh, shapes)
-        rng = jax.random.key_data(jax.random.split(jax.random.key(config.train.seed))[1])
-        fill = lambda params, rng: TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), rng)
-        return jax.jit(fill, out_shardings=places, donate_argnums=0)(sharding.place(params, places.params), rng)
+def init_state(config: Config, mesh: Mesh, params: Any = None) -> tuple[TrainState, Any]:
+    """(a new state, the frozen parameters), each array made where it lives. `params` (host arrays): the checkpoint that training starts from."""
+    shapes, tx, _ = state_shapes(config)
+    places = sharding.shardings(mesh, shapes)
     rows_sharding = NamedSharding(mesh, P(sharding.AXES))
-    return jax.jit(functools.partial(new_state, config, tx, rows_sharding=rows_sharding), out_shardings=sharding.shardings(mesh, shapes))()
+    make = functools.partial(new_state, config, tx, rows_sharding=rows_sharding)
+    if config.lora.on:
+        frozen = place_frozen(config, mesh, params)
+        return jax.jit(make, out_shardings=places)(frozen), frozen
+    if params is None:
+        return jax.jit(make, out_shardings=places)({}), {}
+    rng = jax.random.key_data(jax.random.split(jax.random.key(config.train.seed))[1])
+    fill = lambda params, rng: TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), rng)
+    return jax.jit(fill, out_shardings=places, donate_argnums=0)(sharding.place(params, places.params), rng), {}
+
+
+def place_frozen(config: Config, mesh: Mesh, params: Any) -> Any:
+    """The base of adapters over the mesh, from host arrays; nothing where the whole model is trained."""
+    if not config.lora.on:
+        return {}
+    places = sharding.shardings(mesh, state_shapes(config)[2])
+    host = {name: part for name, part in params.items() if name != "score"}
+    if config.lora.base == "int8":
+        return jax.jit(functools.partial(freeze, config), out_shardings=places)(host)
+    return sharding.place(host, places)
 
 
 @jax.jit
@@ -65,37 +102,39 @@ def all_finite(params: Any) -> Array:
     return jnp.all(jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]))
 
 
-def loss_sum(config: Config, params: Any, batch: Batch, dropout_key: Array | None, *, devices: int) -> tuple[Array, Array]:
-    """(sum of weighted token losses, sum of weights). `devices` that share the rows decide how many logits exist at once."""
-    x, _ = model.apply(config.model, params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], dropout_key=dropout_key)
+def loss_sum(config: Config, params: Any, frozen: Any, batch: Batch, dropout_key: Array | None, *, devices: int) -> tuple[Array, tuple[Array, Array]]:
+    """(sum of weighted losses, (sum of weights, sum of a head's right answers)). `devices` that share the rows decide how many logits exist at once."""
+    params = tree.map_with_path(lambda path, p: jax.lax.stop_gradient(p) if tree.matches(config.optim.freeze, path) else p, params)
+    whole = lora.attach(config.lora, frozen, params, dropout=dropout_key is not None)
+    x, _ = model.apply(config.model, whole, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], dropout_key=dropout_key)
     rows, length = batch["tokens"].shape
     chunk = losses.chunk_length(config.model, max(rows // devices, 1), length, config.train.loss_chunk)
-    total = losses.token_cross_entropy(config.model, params, x, batch["targets"], batch["loss_weights"], chunk=chunk)
-    return total, batch["loss_weights"].sum()
+    total, weight, right = objectives.of(config, whole, x, batch, chunk=chunk)
+    return total, (weight, right)
 
 
 def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
-    """`step(state, batch) -> (state, {"loss", "grad_norm", "lr", "tokens"})`, jitted; the state is donated.
+    """`step(state, batch, frozen) -> (state, {"loss", "grad_norm", "lr", "tokens"})`, jitted; the state is donated.
 
     The batch holds [batch_size, T] arrays sharded by `sharding.BATCH`.
     """
-    shapes, tx = state_shapes(config)
+    shapes, tx, _ = state_shapes(config)
     count = config.train.accumulate
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     rate = optim.schedule(config)
     grad = jax.value_and_grad(lambda *a: loss_sum(config, *a, devices=devices), has_aux=True)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         if count == 1:
-            (total, weight), grads = grad(state.params, batch, key)
+            (total, (weight, _)), grads = grad(state.params, frozen, batch, key)
         else:
             # row i goes to micro-batch i mod count, so each device splits the rows that it holds
             micro = {name: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1) for name, a in batch.items()}
 
             def add(carry: Any, piece: tuple[Array, Batch]) -> tuple[Any, None]:
                 number, rows = piece
-                (total, weight), grads = grad(state.params, rows, jax.random.fold_in(key, number))
+                (total, (weight, _)), grads = grad(state.params, frozen, rows, jax.random.fold_in(key, number))
                 return jax.tree.map(jnp.add, carry, (total, weight, grads)), None
 
             zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
@@ -110,6 +149,11 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def make_eval_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
-    """`step(params, batch) -> (loss sum, weight)`, jitted, without dropout."""
+    """`step(params, batch, frozen) -> (loss sum, weight, right answers)`, jitted, without dropout."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    return jax.jit(lambda params, batch: loss_sum(config, params, batch, None, devices=devices))
+
+    def step(params: Any, batch: Batch, frozen: Any) -> tuple[Array, Array, Array]:
+        total, (weight, right) = loss_sum(config, params, frozen, batch, None, devices=devices)
+        return total, weight, right
+
+    return jax.jit(step)

@@ -1,4 +1,4 @@
-"""Trains a GPT: pretraining now, fine-tuning by the same loop.
+"""Trains a GPT: pretraining and fine-tuning by the same loop.
 
     python -m gptjax.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.train.steps=500 ...]
 
@@ -9,100 +9,69 @@ was stopped: SIGTERM and Ctrl-C save first, and after a kill it goes on from the
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
-from gptjax import cli, convert, evaluate, files, metrics, report, sharding, steps, tree
+from gptjax import cli, evaluate, files, lora, metrics, policy, report, settings, sharding, steps, tree
 from gptjax import config as config_lib
-from gptjax.checkpoint import Checkpoints, check_same_run, fault, read_meta, steps_in
-from gptjax.config import Config, UserError
-from gptjax.data import loader, prepare
+from gptjax.checkpoint import Checkpoints, fault, read_meta, steps_in
+from gptjax.config import UserError
+from gptjax.data import prepare
+from gptjax.data.rows import spread
 from gptjax.data.sources import EVAL, TRAIN
 from gptjax.language_model import LanguageModel
 from gptjax.metrics import Compiles, Progress, Tracker
+from gptjax.run import Run, begin_from, load_data, resolve, setup, split_of
+from gptjax.tasks import load
 
 
-def resolve(config: Config, vocab_size: int) -> Config:
-    """The config with the vocabulary filled in from the tokenizer."""
-    if config.model.vocab_size and config.model.vocab_size < vocab_size:
-        raise UserError(f"model.vocab_size = {config.model.vocab_size} is smaller than the tokenizer's {vocab_size}: set 0 to take the tokenizer's")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size))
-
-
-@dataclasses.dataclass
-class Run:
-    """All that the loop needs, made once."""
-
-    config: Config
-    workdir: Path
-    mesh: jax.sharding.Mesh
-    prepared: prepare.Prepared
-    compiles: Compiles
-    stop: cli.Stop
-    source: convert.Pretrained | None = None  # what train.init_from names
-
-    @property
-    def rows(self) -> list[int]:
-        return sharding.local_rows(self.mesh, self.config.train.batch_size)
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        return {"data": self.prepared.source, "tokenizer": self.prepared.tokenizer.fingerprint}
-
-    def meta(self) -> dict[str, Any]:
-        return {"config": config_lib.to_dict(self.config), **self.fingerprints}
-
-    def windows(self, split: str) -> loader.Windows:
-        return loader.Windows.of(self.prepared, split, self.config.model.context, isolate=self.config.data.isolate)
-
-
-def load_data(config: Config, source: convert.Pretrained | None) -> prepare.Prepared:
-    """The shards, made by the first process where they do not exist yet; the others wait and then open (or make their own)."""
-    text_tokenizer = source.tokenizer if source else None
-    if jax.process_count() == 1:
-        return prepare.ensure(config, text_tokenizer)
-    prepared = prepare.ensure(config, text_tokenizer) if jax.process_index() == 0 else None
-    multihost_utils.sync_global_devices("data")
-    return prepared or prepare.ensure(config, text_tokenizer)
-
-
-def write_sample(run: Run, step: int, params: Any) -> str:
+def sample(run: Run, step: int, params: Any) -> str:
     """One sample from the current parameters, also in samples/<step>.txt."""
     c, t = run.config, run.config.train
-    lm = LanguageModel(c.model, params, run.prepared.tokenizer)
+    lm = LanguageModel(c.model, params, run.tokenizer)
     limit = min(t.sample_tokens, c.model.context + 1 - len(lm.encode(t.sample_prompt)))
     text = t.sample_prompt + lm.generate(t.sample_prompt, max_new_tokens=max(limit, 1), temperature=0.7, top_p=0.9, seed=t.seed).text
     files.write_text(run.workdir / "samples" / f"{step}.txt", text + "\n")
     return text
 
 
-def save_best(run: Run, state: Any, loss: float) -> None:
+def judge(run: Run, step: int, params: Any) -> dict[str, float]:
+    """A task's own scores on the first held-out examples; what was answered is in samples/<step>.txt."""
+    assert isinstance(run.data, load.Examples)
+    c, examples = run.config, spread(run.data.eval, run.config.task.answers)
+    lm = LanguageModel(c.model, params, run.tokenizer)
+    found = evaluate.answer(lm, c.task, run.data.labels, examples)
+    shown = "\n\n".join(evaluate.shown(run.tokenizer, run.data.labels, e, a) for e, a in zip(examples[:20], found, strict=False))
+    files.write_text(run.workdir / "samples" / f"{step}.txt", shown + "\n")
+    scores = load.TASKS[c.task.name][0].judge(c.task, run.data.labels, examples, found)
+    return {f"eval/{name}": metric.value for name, metric in scores.items()}
+
+
+def save_best(run: Run, state: Any, meta: dict[str, Any], loss: float) -> None:
     """Keeps the state under best/ where its held-out loss is the lowest so far, and only then."""
     folder = run.workdir / "best"
     kept = [read_meta(folder / str(s))["eval_loss"] for s in steps_in(folder) if not fault(folder / str(s), ("meta/",))]
     if loss < min(kept, default=math.inf):
         best = Checkpoints(folder, keep=1)
-        best.save(state, {**run.meta(), "eval_loss": loss}, wait=True)
+        best.save(state, {**meta, "eval_loss": loss}, wait=True)
         best.close()
 
 
-def train(run: Run) -> dict[str, Any]:
+def train(run: Run, meta: dict[str, Any]) -> dict[str, Any]:
     """The loop. Returns the summary that the command prints."""
     c, t = run.config, run.config.train
-    shapes, _ = steps.state_shapes(c)
+    shapes, _, _ = steps.state_shapes(c)
     places = sharding.shardings(run.mesh, shapes)
     checkpoints = Checkpoints(run.workdir / "checkpoints", keep=t.keep)
     found = checkpoints.restore(shapes, places)
-    state = found[0] if found else steps.init_state(c, run.mesh, run.source.params if run.source else None)
+    given = run.source.params if run.source else None
+    state, frozen = (found[0], steps.place_frozen(c, run.mesh, given)) if found else steps.init_state(c, run.mesh, given)
+    del given
     start, run.source = int(state.step), None
     cli.say(f"continue after step {start}" if found else f"new run in {run.workdir}" + f", parameters from {t.init_from}" * bool(t.init_from))
     params_count = tree.size(state.params)
@@ -113,18 +82,17 @@ def train(run: Run) -> dict[str, Any]:
     if start >= last:
         checkpoints.close()
         return finish(run, start, status="finished" if start >= t.steps else "stopped")
-    windows = run.windows(TRAIN)
-    batches = loader.train_batches(windows, seed=t.seed, batch_size=t.batch_size, rows=run.rows, start=start)
-    first = sharding.to_global(run.mesh, next(batches))
+    batches = policy.feed(run, start, state.params, frozen)
+    first = batches.next(start, state.params)
     began = time.monotonic()
-    train_step = steps.make_train_step(c, run.mesh).lower(state, first).compile()  # ahead of time: a second compile cannot happen
+    train_step = steps.make_train_step(c, run.mesh).lower(state, first[0], frozen).compile()  # ahead of time: a second compile cannot happen
     eval_step = steps.make_eval_step(c, run.mesh)
     compile_seconds = time.monotonic() - began
     cli.say(f"compiled the step in {compile_seconds:.1f} s ({run.compiles.hits} programs from the cache, {run.compiles.misses} new)")
     tracker = Tracker(run.workdir, start=start) if jax.process_index() == 0 else None
     progress = Progress(start=start, steps=t.steps)
     try:
-        outcome = loop(run, state, batches, first, last, train_step, eval_step, checkpoints, tracker, progress, compile_seconds)
+        outcome = loop(run, meta, state, frozen, batches, first, last, train_step, eval_step, checkpoints, tracker, progress, compile_seconds)
     except UserError:
         if jax.process_index() == 0:
             report.mark(run.workdir, status="failed")
@@ -143,19 +111,19 @@ def train(run: Run) -> dict[str, Any]:
     return finish(run, step, status=status)
 
 
-def loop(run: Run, state: Any, batches: Iterator, first: Any, last: int, train_step: Any, eval_step: Any, checkpoints: Checkpoints, tracker: Tracker | None, progress: Progress, compile_seconds: float) -> tuple[Any, int, str]:  # fmt: skip
+def loop(run: Run, meta: dict[str, Any], state: Any, frozen: Any, batches: policy.Reads | policy.Rollouts, first: Any, last: int, train_step: Any, eval_step: Any, checkpoints: Checkpoints, tracker: Tracker | None, progress: Progress, compile_seconds: float) -> tuple[Any, int, str]:  # fmt: skip
     """Steps until `last` or until stopped. Returns (state, step, status)."""
     c, t = run.config, run.config.train
-    recent, step, waited, batch = metrics.StepMetrics(), int(state.step), 0.0, first
+    recent, step, waited, (batch, extra) = metrics.StepMetrics(t.batch_size * c.length), int(state.step), 0.0, first
     peak = metrics.peak_flops(jax.devices()[0])
     flops = metrics.flops_per_token(c, tree.size(state.params))
-    profile, tracing = config_lib.profile_range(c), False
+    profile, tracing = settings.profile_range(c), False
 
     def log() -> None:
         values = recent.flush(step)
         if not values:
             return
-        values |= {"train/tokens": float(step) * t.batch_size * c.model.context, **metrics.memory()}
+        values |= {"train/tokens": float(step) * t.batch_size * c.length, **metrics.memory()}
         values |= {"perf/compile_seconds": compile_seconds, "perf/compiles": float(run.compiles.count)}
         if peak:
             values["perf/mfu"] = values["perf/tokens_per_sec"] * flops / (peak * jax.device_count())
@@ -168,10 +136,12 @@ def loop(run: Run, state: Any, batches: Iterator, first: Any, last: int, train_s
             raise UserError(
                 f"step {step}: a parameter is not finite; the run stops and keeps the last checkpoint.\nLower optim.lr or raise optim.eps, in a new --workdir."
             )
-        if checkpoints.save(state, run.meta(), wait=wait) or not wait:
+        if checkpoints.save(state, meta, wait=wait) or not wait:
             return True
-        return jax.process_count() == 1 and checkpoints.save(state, run.meta(), wait=True)  # once more: a failure may pass
+        return jax.process_count() == 1 and checkpoints.save(state, meta, wait=True)  # once more: a failure may pass
 
+    held_out = policy.with_reference(run, run.split(EVAL), EVAL, step, state.params, frozen)
+    judged = isinstance(run.data, load.Examples) and bool(c.task.answers) and jax.process_count() == 1
     due = lambda every: bool(every and step % every == 0) or step == last
     run.stop.grace = True
     progress.begin()
@@ -180,9 +150,9 @@ def loop(run: Run, state: Any, batches: Iterator, first: Any, last: int, train_s
         if profile and step + 1 == profile[0]:
             jax.profiler.start_trace(str(run.workdir / "profile"))
             tracing = True
-        state, step_metrics = train_step(state, batch)
+        state, step_metrics = train_step(state, batch, frozen)
         step += 1
-        recent.add(step_metrics, waited)
+        recent.add({**step_metrics, **extra}, waited)
         stopping = run.stop.now(step)
         if tracing and profile and (stopping or step in (last, profile[1])):
             jax.block_until_ready(state)
@@ -195,18 +165,22 @@ def loop(run: Run, state: Any, batches: Iterator, first: Any, last: int, train_s
             return state, step, "failed to save"
         if stopping:
             return state, step, "interrupted"
-        if due(t.eval_every) and run.windows(EVAL).total > 1:
-            values = evaluate.held_out(c, run.mesh, run.prepared, eval_step, state.params)
-            progress.note(step, f"eval loss {values['eval/loss']:.4f}, {values['eval/bits_per_byte']:.4f} bits per byte")
+        if due(t.eval_every) and held_out.count:
+            values = {}
+            if c.task.name != "grpo":  # its objective is judged on answers alone
+                values = evaluate.held_out(c, run.mesh, held_out, run.tokenizer, eval_step, state.params, frozen)
+            if judged and (step == last or c.task.name == "grpo"):
+                values |= judge(run, step, lora.attach(c.lora, frozen, state.params))
+            progress.note(step, evaluate.line(values))
             if tracker:
                 tracker.log(step, values)
             if t.keep_best:
-                save_best(run, state, values["eval/loss"])
-        if due(t.sample_every) and t.sample_tokens and jax.process_count() == 1:
-            progress.note(step, write_sample(run, step, state.params))
+                save_best(run, state, meta, values.get("eval/loss", -values.get("eval/reward", 0.0)))
+        if due(t.sample_every) and t.sample_tokens and jax.process_count() == 1 and not c.task.name:
+            progress.note(step, sample(run, step, lora.attach(c.lora, frozen, state.params)))
         if step < last:
             asked = time.monotonic()
-            batch = sharding.to_global(run.mesh, next(batches))
+            batch, extra = batches.next(step, state.params)
             waited = time.monotonic() - asked
         if due(t.eval_every) or due(t.sample_every):
             recent.restart_clock()
@@ -218,34 +192,13 @@ def finish(run: Run, step: int, *, status: str) -> dict[str, Any]:
     summary: dict[str, Any] = {"workdir": str(run.workdir), "step": step, "status": status}
     if jax.process_index() == 0:
         records = metrics.read_jsonl(run.workdir / "metrics.jsonl") if (run.workdir / "metrics.jsonl").exists() else []
-        for name in ("train/loss", "eval/loss", "eval/bits_per_byte"):
-            if values := [r[name] for r in records if name in r]:
-                summary[name] = values[-1]
+        latest = {name: value for record in records for name, value in record.items()}
+        summary |= {name: value for name, value in latest.items() if name == "train/loss" or name.startswith("eval/")}
         report.mark(run.workdir, status=status, step=step)
         if status != "interrupted":  # a scheduler's grace period is short
-            report.write(run.workdir, run.prepared)
+            report.write(run.workdir, run.data if isinstance(run.data, prepare.Prepared) else None)
         summary["report"] = str(run.workdir / "report.html")
     return summary
-
-
-def setup(config: Config, workdir: Path, overrides: dict[str, str], stop: cli.Stop, compiles: Compiles) -> Run:
-    """Checks everything, then writes the run's description into the workdir; nothing is written when a check fails."""
-    config, source = convert.begin_from(config)
-    prepared = load_data(config, source)
-    config = resolve(config, prepared.tokenizer.vocab_size)
-    mesh = sharding.make_mesh(config)
-    run = Run(config, workdir, mesh, prepared, compiles, stop, source)
-    if len(prepared.tokenizer.encode(config.train.sample_prompt)) > config.model.context:
-        raise UserError(f"train.sample_prompt is longer than model.context = {config.model.context} tokens: shorten it")
-    check_same_run(workdir, config, run.fingerprints)
-    if jax.process_index() == 0:
-        files.write_text(workdir / "config.json", config_lib.to_json(config))
-        files.write_text(workdir / "overrides.json", json.dumps(overrides))
-        prepared.tokenizer.save(workdir / "tokenizer")
-        report.mark(
-            workdir, status="running", argv=sys.argv, seed=config.train.seed, mesh=dict(mesh.shape), **report.environment(), **run.fingerprints
-        )
-    return run
 
 
 def main(argv: list[str]) -> None:
@@ -258,15 +211,18 @@ def main(argv: list[str]) -> None:
     }
     args = cli.parse(argv, __doc__, flags, required=("config",))
     if "profile_steps" in args:
-        config_lib.override(args.settings, {"train.profile_steps": args["profile_steps"]})
+        settings.override(args.settings, {"train.profile_steps": args["profile_steps"]})
     config = args.config
     if "print_config" in args:
         print(config_lib.to_json(config))
         return
     if "explain" in args:
-        config, source = convert.begin_from(config)
-        prepared = load_data(config, source)
-        print(report.explain(resolve(config, prepared.tokenizer.vocab_size), prepared))
+        config, source = begin_from(config)
+        data = load_data(config, source)
+        config = resolve(config, data)
+        print(
+            report.explain(config, data.tokens(TRAIN) if isinstance(data, prepare.Prepared) else split_of(config, data, TRAIN).count * config.length)
+        )
         return
     if not args["workdir"]:
         raise UserError("missing --workdir: the folder for checkpoints, metrics and the report")
@@ -277,9 +233,9 @@ def main(argv: list[str]) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file: name a folder")
     with files.lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        run = setup(config, workdir, args.overrides, stop, compiles)
+        run, meta = setup(config, workdir, args.overrides, stop, compiles)
         with jax.set_mesh(run.mesh):
-            summary = train(run)
+            summary = train(run, meta)
     if jax.process_index() == 0:
         cli.result(summary, args)
     if summary["status"] == "interrupted":

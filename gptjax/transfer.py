@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import json
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from gptjax import hf, model, tree
+from gptjax import cli, files, hf, model, tree
 from gptjax.config import ModelConfig, UserError
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
 
 
 @functools.lru_cache(8)
@@ -50,7 +55,7 @@ def match_names(c: ModelConfig, kind: str, found: Mapping[str, tuple[int, ...]])
         for name, shape in tensors:
             names[name] = name.removeprefix(family.prefix) if bare else name
             expected[names[name]] = shape
-    ignored = {"lm_head.weight", "embed_out.weight"} if c.tied else set()
+    ignored = {"lm_head.weight", "embed_out.weight"} if c.tied or c.labels else set()
     rows = [f"missing {name}" for name in expected if name not in found]
     rows += [f"extra {name}" for name in found if name not in expected and name not in ignored and not hf.BUFFERS.fullmatch(name)]
     rows += [f"{name} is {list(found[name])} instead of {list(shape)}" for name, shape in expected.items() if found.get(name, shape) != shape]
@@ -119,3 +124,23 @@ def from_params(c: ModelConfig, params: Any) -> Iterator[tuple[str, tuple[int, .
                 return np.ascontiguousarray(row.dump(c, leaf)[part])
 
             yield name, shape, make
+
+
+def write_safetensors(path: Path, tensors: list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]], dtype: str) -> None:
+    """The format is a length, a JSON header and the bytes; written here because the library's own writer holds all tensors at once."""
+    kind, size, at = {ours: theirs for theirs, ours in DTYPES.items()}[dtype], np.dtype(jax.numpy.dtype(dtype)).itemsize, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, shape, _ in tensors:
+        end = at + int(np.prod(shape)) * size
+        header[name], at = {"dtype": kind, "shape": list(shape), "data_offsets": [at, end]}, end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with files.atomic(path) as temporary, open(temporary, "wb") as file, cli.progress(f"writing {path.name}", len(tensors)) as advance:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, _, make in tensors:
+            array = make()
+            if dtype == "float16" and np.abs(array).max(initial=0) > np.finfo(np.float16).max:
+                raise UserError(f"{name} holds values above 65,504, which float16 cannot: use bfloat16 or float32")
+            array = np.ascontiguousarray(array.astype(dtype, copy=False))
+            file.write(array.view(np.uint8).data if array.size else b"")
+            advance(1)

@@ -21,7 +21,7 @@ pids=()
 for ((i = 0; i < processes; i++)); do
     environment=(JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$processes" JAX_PROCESS_ID="$i")
     if [ "$devices" -gt 0 ]; then
-        environment+=(JAX_PLATFORMS=cpu JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo "XLA_FLAGS=--xla_force_host_platform_device_count=$devices")
+        environment+=(JAX_PLATFORMS=cpu JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo "XLA_FLAGS=${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices")
     else
         environment+=(CUDA_VISIBLE_DEVICES="$i")
     fi

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import config as config_lib
-from gptjax import metrics, model, tree
+from gptjax import metrics, model, settings, tree
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real data sets on the developers' machines; tests that want it skip without
@@ -47,7 +46,7 @@ def make_config(**sections):
     }
     for name, values in sections.items():
         base.setdefault(name, {}).update(values)
-    return config_lib.build(base)
+    return settings.build(base)
 
 
 def random_params(config):
@@ -60,7 +59,8 @@ def random_params(config):
 
 def command(*args, check=True, devices=1, env=None, **kwargs):
     """Runs `python -m gptjax.<args>` as a user would; returns the finished process with its output as text."""
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONPATH": str(ROOT), **(env or {})}
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # as above
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **(env or {})}
     done = subprocess.run([sys.executable, "-m", *map(str, args)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **kwargs)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done

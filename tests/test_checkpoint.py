@@ -22,7 +22,7 @@ def trained(config, devices=None, n=2):
 
 
 def places(config, mesh):
-    shapes, _ = steps.state_shapes(config)
+    shapes, _, _ = steps.state_shapes(config)
     return shapes, sharding.shardings(mesh, shapes)
 
 

@@ -10,7 +10,9 @@ from conftest import ROOT, make_config
 from configs import sizes
 from gptjax import config as config_lib
 from gptjax import model
-from gptjax.config import UserError, build
+from gptjax import settings as settings_lib
+from gptjax.config import UserError
+from gptjax.settings import build
 
 
 def test_all_faults_are_reported_together_with_path_value_and_mend():
@@ -50,32 +52,32 @@ def test_faults_across_knobs(settings, part):
 
 
 def test_override_reads_numbers_as_people_write_them():
-    settings = config_lib.to_config_dict(config_lib.Config(), locked=False)
-    config_lib.override(settings, {"train.steps": "1e3", "optim.lr": "3", "model.tied": "false", "optim.freeze": "a.*,b"})
+    settings = settings_lib.to_config_dict(config_lib.Config(), locked=False)
+    settings_lib.override(settings, {"train.steps": "1e3", "optim.lr": "3", "model.tied": "false", "optim.freeze": "a.*,b"})
     config = build(settings)
     assert (config.train.steps, config.optim.lr, config.model.tied, config.optim.freeze) == (1000, 3.0, False, ("a.*", "b"))
 
 
 def test_json_round_trip_and_locked_view():
     config = make_config(optim=dict(freeze=("embed/.*",)))
-    assert config_lib.from_json(config_lib.to_json(config)) == config
+    assert settings_lib.from_json(config_lib.to_json(config)) == config
     assert json.loads(config_lib.to_json(config))["optim"]["freeze"] == ["embed/.*"]
     with pytest.raises(AttributeError):
-        config_lib.to_config_dict(config).model.widht = 3
+        settings_lib.to_config_dict(config).model.widht = 3
 
 
 def test_changes_name_only_what_shapes_the_run():
     a, b = make_config(), make_config(train=dict(seed=1, log_every=3), mesh=dict(fsdp=2))
-    assert config_lib.changes(a, b) == ["train.seed: 0 -> 1"]
-    assert len(config_lib.changes(a, b, shaping_only=False)) == 3
+    assert settings_lib.changes(a, b) == ["train.seed: 0 -> 1"]
+    assert len(settings_lib.changes(a, b, shaping_only=False)) == 3
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "sizes")))
 def test_shipped_configs_build(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    settings = config_lib.load_file(f"configs/{name}.py")
+    settings = settings_lib.load_file(f"configs/{name}.py")
     if not settings.data.path:
-        config_lib.override(settings, {"data.path": "x"})
+        settings_lib.override(settings, {"data.path": "x"})
     build(settings)
     assert len(Path(f"configs/{name}.py").read_text().splitlines()) <= 60
 

@@ -27,11 +27,11 @@ def run(config, devices, n=3):
     """(losses, final state, step function, mesh) of n steps."""
     mesh = sharding.make_mesh(config, devices)
     with jax.set_mesh(mesh):
-        state = steps.init_state(config, mesh)
+        state, frozen = steps.init_state(config, mesh)
         step = steps.make_train_step(config, mesh)
         losses = []
         for i in range(n):
-            state, metrics = step(state, sharding.to_global(mesh, batch_for(config, i)))
+            state, metrics = step(state, sharding.to_global(mesh, batch_for(config, i)), frozen)
             losses.append(float(metrics["loss"]))
     return np.array(losses), state, step, mesh
 
@@ -107,7 +107,7 @@ def test_illegal_meshes_are_refused_by_name(wrong, part):
 
 def test_every_parameter_has_a_rule():
     for family in FAMILIES.values():
-        shapes, _ = steps.state_shapes(make_config(model=family))
+        shapes, _, _ = steps.state_shapes(make_config(model=family))
         for path in tree.flatten(shapes.params):
             tree.first_match(sharding.RULES, path)
     with pytest.raises(ValueError, match="no rule matches"):
@@ -119,8 +119,8 @@ def test_one_batch_overfits(one_device):
     mesh = sharding.make_mesh(config, one_device)
     batch = {**batch_for(config), "loss_weights": np.ones((8, 16), np.float32), "segment_ids": np.ones((8, 16), np.int32)}
     with jax.set_mesh(mesh):
-        state, step = steps.init_state(config, mesh), steps.make_train_step(config, mesh)
+        (state, frozen), step = steps.init_state(config, mesh), steps.make_train_step(config, mesh)
         batch = sharding.to_global(mesh, batch)
         for _ in range(400):
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, frozen)
     assert float(metrics["loss"]) < 0.01

@@ -8,11 +8,13 @@ import pytest
 from conftest import ROOT
 
 ORDER = (
-    "config", "files", "cli", "tree", "tokenizer.base", "tokenizer.trained", "tokenizer.openai", "tokenizer.pretrained", "tokenizer", "chat",
-    "data.sources", "data.prepare", "data.loader", "attention", "quantize", "model", "losses", "optim", "sharding", "steps", "checkpoint", "hf", "transfer", "gguf", "convert",
-    "metrics", "sampling", "decode", "speculate", "beam", "generation", "language_model", "generate", "evaluate", "report", "train",
+    "config", "settings", "files", "cli", "tree", "tokenizer.base", "tokenizer.trained", "tokenizer.openai", "tokenizer.pretrained", "tokenizer", "chat", "scores",
+    "data.rows", "data.sources", "data.prepare", "data.loader", "tasks.base", "tasks.classification", "tasks.summarization", "tasks.translation", "tasks.qa",
+    "tasks.dialogue", "tasks.text", "tasks.preference", "tasks.reward", "tasks.load", "attention", "quantize", "model", "hf", "transfer", "lora", "losses", "preferences", "objectives", "optim", "sharding", "steps",
+    "checkpoint", "gguf", "peft", "convert", "metrics", "sampling", "decode", "speculate", "beam", "generation", "language_model", "generate", "harness", "probes",
+    "evaluate", "report", "run", "policy", "data.preview", "train",
 )  # fmt: skip
-PACKAGES = {"__init__", "data.__init__"}  # docstrings and lazy doors
+PACKAGES = {"__init__", "data.__init__", "tasks.__init__"}  # docstrings and lazy doors
 MODULES = {".".join(p.relative_to(ROOT / "gptjax").with_suffix("").parts): p for p in (ROOT / "gptjax").rglob("*.py")}
 MODULES = {name.removesuffix(".__init__"): path for name, path in MODULES.items() if name not in PACKAGES}
 

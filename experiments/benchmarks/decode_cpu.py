@@ -46,9 +46,9 @@ def prepare(folder: Path) -> None:
     """A GPT-2 124M with random weights, as a Hugging Face folder and in CTranslate2's two precisions."""
     import jax
 
-    from gptjax import config, convert, model, transfer
+    from gptjax import convert, model, settings, transfer
 
-    c = config.build({"model": dict(layers=12, width=768, heads=12, context=1024, vocab_size=50257)}).model
+    c = settings.build({"model": dict(layers=12, width=768, heads=12, context=1024, vocab_size=50257)}).model
     params = jax.tree.map(np.asarray, jax.jit(lambda: model.init_params(c, jax.random.key(0)))())
     ids = {"bos_token_id": 50256, "eos_token_id": 50256}
     convert.write(folder / "hf", convert.Pretrained(c, params, None, keep=ids))

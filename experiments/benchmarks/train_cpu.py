@@ -34,10 +34,10 @@ def gptjax_worker(shape: str):
     import jax.numpy as jnp
     import numpy as np
 
-    from gptjax import config, sharding, steps
+    from gptjax import settings, sharding, steps
 
     layers, width, heads, batch, context, vocab = SHAPES[shape]
-    c = config.build(
+    c = settings.build(
         {
             "model": dict(layers=layers, width=width, heads=heads, context=context, vocab_size=vocab),
             "train": dict(batch_size=batch),
@@ -52,13 +52,13 @@ def gptjax_worker(shape: str):
         "positions": np.broadcast_to(np.arange(context, dtype=np.int32), (batch, context)),
     }  # fmt: skip
     with jax.set_mesh(mesh):
-        state = steps.init_state(c, mesh)
+        state, _ = steps.init_state(c, mesh)
         data = sharding.to_global(mesh, data)
-        compiled = steps.make_train_step(c, mesh).lower(state, data).compile()
+        compiled = steps.make_train_step(c, mesh).lower(state, data, {}).compile()
 
     def step() -> None:
         nonlocal state
-        state, out = compiled(state, data)
+        state, out = compiled(state, data, {})
         jax.block_until_ready((state, out))
 
     def matrix_rate() -> float:

@@ -1,13 +1,15 @@
-"""Token shards to batches: batch = f(seed, step, rows), random access, through grain.
+"""Rows of batches: windows of token shards, or packed examples; batch = f(seed, step, rows), random access, through grain.
 
-Each window starts at a multiple of the context plus a random shift, all of them once per epoch in a new order. The global
-batch of a step does not depend on how many processes read it: each asks for its own rows.
+A split is a number of rows, each taken once per epoch in a new order (windows start at a multiple of their length plus a random shift). The
+global batch of a step does not depend on how many processes read it: each asks for its own rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -18,6 +20,18 @@ from gptjax.data.prepare import Prepared
 Batch = dict[str, np.ndarray]
 
 
+class Split(Protocol):
+    """What batches are made of: `count` rows of `length` positions; `shift` in [0, length) moves a row where the split allows it."""
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    def row(self, i: int, shift: int = 0) -> Batch: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Windows:
     """Windows over the concatenated shards of a split. `isolate`: documents become segments with positions of their own."""
@@ -25,19 +39,28 @@ class Windows:
     tokens: list[np.ndarray]
     begins: np.ndarray  # where each shard begins in the split
     documents: np.ndarray  # where each document begins in the split
-    context: int
+    length: int
     isolate: bool
 
     @classmethod
-    def of(cls, prepared: Prepared, split: str, context: int, *, isolate: bool) -> Windows:
+    def of(cls, prepared: Prepared, split: str, length: int, *, isolate: bool) -> Windows:
         pairs = list(prepared.arrays(split))
         begins = np.cumsum([0, *(len(tokens) for tokens, _ in pairs)])
         documents = np.concatenate([np.zeros(0, np.int64), *(offsets[:-1] + begin for (_, offsets), begin in zip(pairs, begins, strict=False))])
-        return cls([tokens for tokens, _ in pairs], begins, documents, context, isolate)
+        return cls([tokens for tokens, _ in pairs], begins, documents, length, isolate)
 
     @property
     def total(self) -> int:
         return int(self.begins[-1])
+
+    @property
+    def count(self) -> int:
+        return max(0, -(-(self.total - 1) // self.length))
+
+    def row(self, i: int, shift: int = 0) -> Batch:
+        """A shifted window ends with the split at the latest; an unshifted last one is filled up."""
+        start = i * self.length
+        return self.window(min(start + shift, self.total - 1 - self.length) if shift else start)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int32, across shard borders."""
@@ -50,7 +73,7 @@ class Windows:
 
     def window(self, start: int) -> Batch:
         """Arrays [T] of one example; past the end of the split, positions with loss weight 0."""
-        t = self.context
+        t = self.length
         ids = self.read(start, min(start + t + 1, self.total))
         real = len(ids) - 1
         ids = np.pad(ids, (0, t + 1 - len(ids)))
@@ -70,6 +93,78 @@ class Windows:
         }
 
 
+class Unit(NamedTuple):
+    """What is packed whole: arrays [n], the lengths of its segments (one, or several that belong together), and a number for each where known."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    parts: tuple[int, ...]
+    reference: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Rows of whole units, each part a segment with positions of its own."""
+
+    examples: list[Unit]
+    rows: list[list[int]]
+    length: int
+
+    @classmethod
+    def of(cls, examples: list[Unit], length: int, *, pack: bool, seed: int = 0) -> Packed:
+        """First-fit in an order drawn by the seed, once; without `pack` one example a row, in their own order."""
+        if not pack:
+            return cls(examples, [[i] for i in range(len(examples))], length)
+        order = np.random.Generator(np.random.Philox(key=(seed, 0))).permutation(len(examples)).tolist()
+        return cls(examples, first_fit([len(examples[i].tokens) for i in order], order, length), length)
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    def with_reference(self, values: np.ndarray) -> Packed:
+        """The same rows, with `values` for the parts of all examples in order."""
+        starts = np.cumsum([0, *(len(unit.parts) for unit in self.examples)])
+        pieces = [tuple(values[a:b].tolist()) for a, b in itertools.pairwise(starts)]
+        return dataclasses.replace(self, examples=[unit._replace(reference=piece) for unit, piece in zip(self.examples, pieces, strict=True)])
+
+    def row(self, i: int, shift: int = 0) -> Batch:
+        first = self.examples[self.rows[i][0]]
+        row = {**nothing(self.length), "targets": np.zeros(self.length, first.targets.dtype), "segment_ids": np.zeros(self.length, np.int32)}
+        if first.reference:
+            row["reference"] = np.zeros(self.length, np.float32)
+        at = number = 0
+        for k in self.rows[i]:
+            unit = self.examples[k]
+            here = slice(at, at + len(unit.tokens))
+            row["tokens"][here], row["targets"][here], row["loss_weights"][here] = unit.tokens, unit.targets, unit.weights
+            for part, size in enumerate(unit.parts):
+                number += 1
+                row["segment_ids"][at : at + size], row["positions"][at : at + size] = number, np.arange(size)
+                if unit.reference:
+                    row["reference"][at] = unit.reference[part]
+                at += size
+        row["positions"][at:] = np.arange(self.length - at)
+        return row
+
+
+def first_fit(sizes: Sequence[int], names: Sequence[int], room: int) -> list[list[int]]:
+    """Names into bins of `room`, each into the first that has space. A tree of the largest free spaces finds it in log(bins) steps."""
+    leaves = 1 << max(len(sizes) - 1, 0).bit_length()
+    free = np.full(2 * leaves, room, np.int64)
+    bins: list[list[int]] = [[] for _ in range(leaves)]
+    for size, name in zip(sizes, names, strict=True):
+        node = 1
+        while node < leaves:
+            node = 2 * node if free[2 * node] >= size else 2 * node + 1
+        bins[node - leaves].append(name)
+        free[node] -= size
+        while node := node // 2:
+            free[node] = max(free[2 * node], free[2 * node + 1])
+    return [found for found in bins if found]
+
+
 def stack(rows: Sequence[Batch]) -> Batch:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -77,48 +172,52 @@ def stack(rows: Sequence[Batch]) -> Batch:
 class _Steps:
     """Random access by step: the rows of that step's global batch that this process holds."""
 
-    def __init__(self, windows: Windows, seed: int, batch_size: int, rows: Sequence[int]):
-        self._windows, self._batch_size, self._rows, self._seed = windows, batch_size, rows, seed
-        self._count = max(1, (windows.total - 1) // windows.context)
-        self._order = grain.MapDataset.range(self._count).shuffle(seed=seed % (1 << 32)).repeat()
+    def __init__(self, split: Split, seed: int, batch_size: int, rows: Sequence[int], whole: int):
+        self._split, self._batch_size, self._rows, self._seed = split, batch_size, rows, seed
+        self._order = grain.MapDataset.range(whole).shuffle(seed=seed % (1 << 32)).repeat()
 
     def __len__(self) -> int:
         return 1 << 40
 
     def __getitem__(self, step: int) -> Batch:
-        w = self._windows
         result = []
         for row in self._rows:
             example = step * self._batch_size + row
-            shift = np.random.Generator(np.random.Philox(key=(self._seed, example))).integers(w.context)
-            result.append(w.window(min(int(self._order[example]) * w.context + int(shift), w.total - 1 - w.context)))
+            shift = np.random.Generator(np.random.Philox(key=(self._seed, example))).integers(self._split.length)
+            result.append(self._split.row(int(self._order[example]), int(shift)))
         return stack(result)
 
 
-def train_batches(windows: Windows, *, seed: int, batch_size: int, rows: Sequence[int], start: int) -> grain.DatasetIterator[Batch]:
+def train_batches(split: Split, *, seed: int, batch_size: int, rows: Sequence[int], start: int) -> grain.DatasetIterator[Batch]:
     """Endless batches from step `start` (0 is the first), read ahead by one thread. Close the iterator when done."""
-    if windows.total < windows.context + 1:
-        raise UserError(
-            f"the training split has {windows.total} tokens and model.context = {windows.context} needs {windows.context + 1}: shorten the context or add text"
-        )
-    steps = grain.MapDataset.source(_Steps(windows, seed, batch_size, rows))
+    whole = split.count
+    if isinstance(split, Windows):
+        if split.total < split.length + 1:
+            raise UserError(
+                f"the training split has {split.total} tokens and a row of {split.length} needs {split.length + 1}: shorten data.length or model.context, or add text"
+            )
+        whole = max(1, (split.total - 1) // split.length)  # the rest at the end comes into windows by their shift
+    steps = grain.MapDataset.source(_Steps(split, seed, batch_size, rows, whole))
     return iter(steps[start:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
-def eval_batches(windows: Windows, *, batch_size: int, rows: Sequence[int], limit: int = 0) -> Iterator[Batch]:
-    """Every token of the split once, in order; the last batch is filled up with examples of weight 0."""
-    count = max(0, -(-(windows.total - 1) // windows.context))
-    batches = -(-count // batch_size)
+def eval_batches(split: Split, *, batch_size: int, rows: Sequence[int], limit: int = 0) -> Iterator[Batch]:
+    """Every row of the split once, in order; the last batch is filled up with rows of weight 0."""
+    batches = -(-split.count // batch_size)
     for b in range(min(batches, limit) if limit else batches):
-        yield stack([windows.window(i * windows.context) if i < count else _nothing(windows.context) for i in (b * batch_size + r for r in rows)])
+        numbers = [b * batch_size + r for r in rows]
+        found = [split.row(i) if i < split.count else nothing(split.length) for i in numbers]
+        like = found[0]  # rows of weight 0 know neither labels nor references
+        yield stack([{name: row[name].astype(like[name].dtype) if name in row else np.zeros_like(like[name]) for name in like} for row in found])
 
 
-def _nothing(context: int) -> Batch:
-    zeros = np.zeros(context, np.int32)
+def nothing(length: int) -> Batch:
+    """A row of weight 0."""
+    zeros = np.zeros(length, np.int32)
     return {
-        "tokens": zeros,
-        "targets": zeros,
+        "tokens": zeros.copy(),
+        "targets": zeros.copy(),
         "loss_weights": zeros.astype(np.float32),
         "segment_ids": zeros + 1,
-        "positions": np.arange(context, dtype=np.int32),
+        "positions": np.arange(length, dtype=np.int32),
     }

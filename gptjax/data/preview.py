@@ -1,0 +1,88 @@
+"""Shows which tokens of the examples are seen and which are learned, before any training.
+
+    python -m gptjax.data.preview --config=configs/finetune_sst2.py [--count=5] [--split=train] [--html=FILE]
+
+In the terminal learned tokens stand on green, a token that carries a label on yellow; --html writes the same as a page.
+"""
+
+from __future__ import annotations
+
+import html
+import sys
+from pathlib import Path
+
+from gptjax import cli, files
+from gptjax.config import UserError
+from gptjax.data.rows import spread
+from gptjax.run import begin_from, load_data
+from gptjax.tasks import load
+from gptjax.tasks.base import Example
+from gptjax.tokenizer import Tokenizer
+
+_COLOURS = {"seen": "\033[2m", "learned": "\033[30;42m", "label": "\033[30;43m"}
+_STYLE = """body{font:15px/1.9 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
+span{white-space:pre-wrap;border-right:1px solid #8884;padding:.1em 0}.learned{background:#2da44e;color:#fff}.label{background:#bf8700;color:#fff}.seen{opacity:.75}
+p.about{font-size:.85em;opacity:.7;margin-bottom:.2em}"""
+
+
+def pieces(tokenizer: Tokenizer, example: Example) -> list[tuple[str, str]]:
+    """(text, "seen", "learned" or "label") of each token. Control tokens are named; bytes that are half a character are shown as such."""
+    names = {i: name for name, i in tokenizer.control.items()}
+    kinds = ["learned" if mark else "seen" for mark in example.learned]
+    if example.label is not None and not example.learned.any():
+        kinds[-1] = "label"
+    found = []
+    for i, kind in zip(example.ids.tolist(), kinds, strict=True):
+        text = names.get(i) or ("<end>" if i == tokenizer.eot else "")
+        if not text:
+            data = tokenizer.token_bytes[i]
+            try:
+                text = data.decode()
+            except UnicodeDecodeError:
+                text = "".join(f"<{byte:02X}>" for byte in data)
+        found.append((text, kind))
+    return found
+
+
+def about(example: Example) -> str:
+    count = int(example.learned.sum())
+    answer = f"label {example.references[0]!r}" if not count else f"{count} learned"
+    return f"{example.where}: {len(example.ids)} tokens, {answer}" + ", cut" * example.cut
+
+
+def to_terminal(tokenizer: Tokenizer, example: Example, *, colour: bool) -> str:
+    if not colour:  # brackets round what is learned
+        text = "".join(f"[{t}]" if kind != "seen" else t for t, kind in pieces(tokenizer, example)).replace("][", "")
+        return f"{about(example)}\n{text}"
+    return f"{about(example)}\n" + "".join(f"{_COLOURS[kind]}{text}\033[0m" for text, kind in pieces(tokenizer, example))
+
+
+def to_html(tokenizer: Tokenizer, examples: list[Example]) -> str:
+    parts = []
+    for example in examples:
+        spans = "".join(f'<span class="{kind}">{html.escape(text)}</span>' for text, kind in pieces(tokenizer, example))
+        parts.append(f'<p class="about">{html.escape(about(example))}</p><div>{spans}</div>')
+    body = '<p><span class="learned">learned</span> <span class="label">carries the label</span> <span class="seen">seen</span></p>' + "".join(parts)
+    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>examples</title><style>{_STYLE}</style>{body}</html>'
+
+
+def main(argv: list[str]) -> None:
+    flags = {"count": "examples to show (5)", "split": "train or eval (train)", "html": "write a page to this file"}
+    args = cli.parse(argv, __doc__, flags, required=("config",))
+    if not args.config.task.name:
+        raise UserError("the config has no task.name, so it has no examples: its documents are learned whole")
+    if args["split"] not in ("", "train", "eval"):
+        raise UserError(f"--split={args['split']}: must be train or eval")
+    config, source = begin_from(args.config)
+    data = load_data(config, source)
+    assert isinstance(data, load.Examples)
+    examples = spread(data.eval if args["split"] == "eval" else data.train, args.number("count", 5))
+    if args["html"]:
+        files.write_text(Path(args["html"]), to_html(data.tokenizer, examples))
+        cli.say(f"wrote {args['html']}")
+    colour = sys.stdout.isatty()
+    print("\n\n".join(to_terminal(data.tokenizer, example, colour=colour) for example in examples))
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

@@ -1,0 +1,116 @@
+"""Adapters: small parameters beside frozen ones, as pure functions on the parameter dict.
+
+`init` makes them, `attach` puts them where the model's layers find them, `merge` adds them into the kernels. A target's adapter lies beside its
+kernel: lora_a [L, *in, r], lora_b [L, r, *out], with DoRA lora_m [L, *out]; prompt tuning adds embed/prompt [P, D]. The update of a kernel W is
+(alpha / r) A B (Hu et al. 2021); DoRA turns that into m (W + update) / |W + update|, the norm taken over inputs (Liu et al. 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax import model, transfer, tree
+from gptjax.config import LoraConfig, ModelConfig, UserError
+
+Array = jax.Array
+Params = dict[str, Any]
+INPUTS = {"out": 2}  # leading input axes of a layer's kernel [*in, *out], by the layer's name; others have one
+
+
+def targets(lora: LoraConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """{path of a layer below blocks/: (input axes, output axes)}. shapes: as `transfer.our_shapes`. Raises UserError for a pattern without a match."""
+    kernels = {path.removesuffix("/kernel"): shape for path, shape in shapes.items() if path.startswith("blocks/") and path.endswith("/kernel")}
+    if missing := [p for p in lora.targets if p not in LoraConfig().targets and not any(tree.matches([p], path) for path in kernels)]:
+        raise UserError(f"lora.targets: {missing[0]!r} matches no layer; there are {', '.join(kernels)}")
+    split = lambda path: INPUTS.get(path.rpartition("/")[2], 1)
+    return {path: (s[: split(path)], s[split(path) :]) for path, s in kernels.items() if tree.matches(lora.targets, path)}
+
+
+def init(config: ModelConfig, lora: LoraConfig, key: Array, base: Params) -> Params:
+    """New adapters: A uniform within 1 / sqrt(inputs), B zero, so that the model starts as its base. Prompts start as embeddings of random tokens.
+    base: its params (only DoRA's magnitudes and prompts read them)."""
+    flat: dict[str, Array] = {}
+    if lora.rank:
+        for i, (path, (ins, outs)) in enumerate(targets(lora, transfer.our_shapes(config)).items()):
+            bound = 1 / math.sqrt(math.prod(ins))
+            flat[f"{path}/lora_a"] = jax.random.uniform(jax.random.fold_in(key, i), (config.layers, *ins, lora.rank), minval=-bound, maxval=bound)
+            flat[f"{path}/lora_b"] = jnp.zeros((config.layers, lora.rank, *outs))
+            if lora.dora:
+                flat[f"{path}/lora_m"] = _norm(tree.flatten(base)[f"{path}/kernel"].astype(jnp.float32), len(ins))
+    if lora.prompt_tokens:
+        ids = jax.random.randint(jax.random.fold_in(key, 1 << 20), (lora.prompt_tokens,), 0, config.vocab_size)
+        flat["embed/prompt"] = model.embed(config, base, ids).astype(jnp.float32)
+    return transfer.nested(flat)
+
+
+def _norm(kernel: Array, inputs: int) -> Array:
+    """Length of each output's weights: [L, *in, *out] -> [L, *out]."""
+    return jnp.sqrt(jnp.square(kernel).sum(tuple(range(1, 1 + inputs))))
+
+
+def update(lora: LoraConfig, part: Params) -> Array:
+    """(alpha / r) A B of one layer's adapter, in the kernel's shape."""
+    a, b = part["lora_a"], part["lora_b"]
+    flat = jnp.einsum("Lir,Lro->Lio", a.reshape(len(a), -1, a.shape[-1]), b.reshape(len(b), b.shape[1], -1))
+    return (lora.alpha / lora.rank) * flat.reshape(*a.shape[:-1], *b.shape[2:])
+
+
+def attach(lora: LoraConfig, frozen: Params, trained: Params, *, dropout: bool = False) -> Params:
+    """The whole model's parameters: `trained` laid over `frozen` (blocks stacked, or apart as `model.inference_params` has them). A layer finds
+    lora_a and lora_b (scaled), lora_gain where there is DoRA, and lora_keep where `dropout` is on."""
+    if not frozen:
+        return trained
+    blocks = _ready(lora, frozen["blocks"], trained.get("blocks", {}), dropout)
+    rest = {name: part for name, part in trained.items() if name != "blocks"}
+    if isinstance(frozen["blocks"], tuple):
+        added = model.unstack(blocks) if blocks else ({},) * len(frozen["blocks"])
+        joined: Any = tuple(_over(block, more) for block, more in zip(frozen["blocks"], added, strict=True))
+    else:
+        joined = _over(frozen["blocks"], blocks)
+    return {**_over({k: v for k, v in frozen.items() if k != "blocks"}, rest), "blocks": joined}
+
+
+def _ready(lora: LoraConfig, frozen: Any, trained: Params, dropout: bool) -> Params:
+    found: Params = {}
+    for name, part in trained.items():
+        if "lora_a" not in part:
+            found[name] = _ready(lora, frozen[name] if isinstance(frozen, dict) else {}, part, dropout) if isinstance(part, dict) else part
+            continue
+        found[name] = {"lora_a": part["lora_a"], "lora_b": part["lora_b"] * (lora.alpha / lora.rank)}
+        if "lora_m" in part:
+            inputs = INPUTS.get(name, 1)
+            length = jax.lax.stop_gradient(_norm(frozen[name]["kernel"].astype(jnp.float32) + update(lora, part), inputs))
+            found[name]["lora_gain"] = part["lora_m"] / length
+        if dropout and lora.dropout:
+            found[name]["lora_keep"] = jnp.full((len(part["lora_a"]),), 1 - lora.dropout)
+    return found
+
+
+def _over(below: Any, above: Any) -> Any:
+    """Nested dicts joined; `above` wins."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{name: _over(below[name], part) if name in below else part for name, part in above.items()}}
+
+
+def merge(lora: LoraConfig, base: Params, trained: Params) -> Params:
+    """The base with the updates added into its kernels, and whatever else was trained; prompts stay beside it. Blocks stacked."""
+    flat, added = tree.flatten(base), tree.flatten(trained)
+    result = dict(flat)
+    for path in added:
+        layer, _, leaf = path.rpartition("/")
+        if leaf == "lora_a":
+            part = {n: added[f"{layer}/{n}"] for n in ("lora_a", "lora_b", "lora_m") if f"{layer}/{n}" in added}
+            kernel, inputs = f"{layer}/kernel", INPUTS.get(layer.rpartition("/")[2], 1)
+            whole = flat[kernel].astype(jnp.float32) + update(lora, part)
+            if "lora_m" in part:
+                gain = part["lora_m"] / _norm(whole, inputs)
+                whole = whole * gain.reshape(len(gain), *[1] * inputs, *gain.shape[1:])
+            result[kernel] = whole.astype(flat[kernel].dtype)
+        elif not leaf.startswith("lora_"):
+            result[path] = added[path]
+    return transfer.nested(result)

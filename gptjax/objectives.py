@@ -1,0 +1,78 @@
+"""What a step minimises, by task: next tokens, a head's label, preferences between answers, rewards of answers.
+
+In: final hidden states and a batch. Out: (loss sum, weight, right answers), float32 scalars. To add one, write a function of that form and a
+line in `of`. Sums over a segment are sums over its tokens: answers of a pair are neighbouring segments of one row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax import losses, model, preferences
+from gptjax.config import Config
+from gptjax.tasks.preference import SEGMENTS, WITH_REFERENCE
+
+Array = jax.Array
+Batch = dict[str, Array]
+Sums = tuple[Array, Array, Array]
+
+
+def of(config: Config, params: Any, x_BTD: Array, batch: Batch, *, chunk: int) -> Sums:
+    """The objective of `config.task` on hidden states as `model.apply` returns them."""
+    weights, nothing = batch["loss_weights"], jnp.zeros(())
+    if config.model.labels:
+        total, right = losses.head_loss(model.score(params, x_BTD), batch["targets"], weights)
+        return total, weights.sum(), right
+    if config.task.name == "preference":
+        return _preference(config, losses.token_logprobs(config.model, params, x_BTD, batch["targets"], chunk=chunk), batch)
+    if config.task.name == "grpo":
+        logp = losses.token_logprobs(config.model, params, x_BTD, batch["targets"], chunk=chunk)
+        return (*_grpo(config, logp, batch), nothing)
+    total = losses.token_cross_entropy(config.model, params, x_BTD, batch["targets"], weights, chunk=chunk)
+    return total, weights.sum(), nothing
+
+
+def segment_sums(values_BT: Array, segments_BT: Array) -> Array:
+    """[B, T + 1] sums over the positions of each segment number; column 0 is what is no segment."""
+    one = lambda values, segments: jax.ops.segment_sum(values, segments, num_segments=values.shape[0] + 1)
+    return jax.vmap(one)(values_BT, segments_BT)
+
+
+def _preference(config: Config, logp_BT: Array, batch: Batch) -> Sums:
+    weights, segments = batch["loss_weights"], batch["segment_ids"]
+    group = SEGMENTS[config.task.loss]
+    count = logp_BT.shape[1] // group  # of examples that a row can hold
+
+    def answers(values: Array) -> Array:
+        """[group, B * count] sums of each example's answers."""
+        return segment_sums(values, segments)[:, 1 : 1 + group * count].reshape(-1, group).T
+
+    sums, lengths = answers(logp_BT * weights), answers(weights)
+    there = lengths[0] > 0
+    reference = answers(batch["reference"]) if config.task.loss in WITH_REFERENCE else None
+    if config.task.loss == "orpo":
+        means = sums / jnp.maximum(lengths, 1)
+        means = jnp.where(there, means, -1.0)  # an empty place has no odds
+        loss, found = preferences.orpo(means[0], means[1], nll=-means[0], weight=config.task.beta)
+    elif config.task.loss == "kto":
+        assert reference is not None
+        kl = ((sums - reference)[2] * there).sum() / jnp.maximum(there.sum(), 1)
+        both = [preferences.kto(sums[i], reference[i], desirable=jnp.full(there.shape, i == 0), kl=kl, beta=config.task.beta) for i in (0, 1)]
+        loss, found = both[0][0] + both[1][0], {"accuracy": (both[0][1]["accuracy"] + both[1][1]["accuracy"]) / 2}
+    else:
+        assert reference is not None
+        function = {"dpo": preferences.dpo, "ipo": preferences.ipo}[config.task.loss]
+        loss, found = function(sums[0], sums[1], reference_chosen=reference[0], reference_rejected=reference[1], beta=config.task.beta)
+    return jnp.where(there, loss, 0.0).sum(), there.sum().astype(jnp.float32), (found["accuracy"] * there).sum()
+
+
+def _grpo(config: Config, logp_BT: Array, batch: Batch) -> tuple[Array, Array]:
+    reference = batch["reference"] if config.task.kl else None
+    advantages = batch["advantages"][:, 0]
+    # one update follows each set of answers, so the policy that wrote them is the one that is updated: the ratio is 1, its gradient is not 0
+    return preferences.grpo(
+        logp_BT, jax.lax.stop_gradient(logp_BT), mask=batch["loss_weights"], advantages=advantages, reference=reference, kl_weight=config.task.kl
+    )

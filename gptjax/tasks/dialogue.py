@@ -1,0 +1,90 @@
+"""Conversations of several turns through the checkpoint's chat template; only what the assistant says is learned, every turn of it.
+
+A model is judged on the last answer, given all turns before it.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gptjax import chat, scores
+from gptjax.config import TaskConfig, UserError
+from gptjax.data.rows import Row
+from gptjax.scores import Metric
+from gptjax.tasks.base import Answer, Example, Kind, Room
+from gptjax.tokenizer import Tokenizer
+
+
+def messages_of(config: TaskConfig, row: Row) -> list[dict[str, str]]:
+    """The row's messages, behind task.system where they bring no system message. Raises UserError for roles out of order."""
+    found = row.fields.get(config.messages)
+    if not isinstance(found, list) or not found:
+        raise UserError(f"{row.where} has no messages under task.messages = {config.messages!r}; fields are {', '.join(map(str, row.fields))}")
+    messages, before = [dict(m) if isinstance(m, Mapping) else m for m in found], ""
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise UserError(f"{row.where}: message {i} is {str(message)[:60]!r}: each is {{'role': ..., 'content': text}}")
+        role = message["role"]
+        after = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+        if role not in after.get(before, ()):
+            place = f"after {before!r}" if before else "first"
+            raise UserError(f"{row.where}: message {i} has role {role!r} {place}; roles go system (at most once, first), user, assistant, user, ...")
+        before = role
+    if before != "assistant":
+        raise UserError(f"{row.where}: the last message is the {before}'s, so its answer is missing: end with the assistant, or drop the row")
+    system = [{"role": "system", "content": config.system}] if config.system and messages[0]["role"] != "system" else []
+    return system + messages
+
+
+def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labels: Sequence[str]) -> Example | None:
+    messages = whole = messages_of(config, row)
+    while True:
+        ids, learned, last = _join(chat.turns(tokenizer, messages))
+        if len(ids) - 1 + room.lead <= room.length:
+            break
+        if room.policy == "drop":
+            return None
+        first = 1 if messages[0]["role"] == "system" else 0
+        cut = messages[:-2] if room.policy == "cut_end" else [*messages[:first], *messages[first + 2 :]]
+        if room.policy == "refuse" or len(cut) < first + 2:
+            raise UserError(
+                f"{row.where} needs {len(ids) - 1 + room.lead} tokens and a row holds {room.length}:\nraise data.length or model.context, "
+                "or set task.overlong to drop, or to cut_start or cut_end, which leave out whole turns"
+            )
+        messages = cut
+    lead = np.full(room.lead, tokenizer.eot, np.int32)
+    answer = messages[-1]["content"]
+    marks = np.concatenate([np.zeros(room.lead, bool), learned])
+    return Example(
+        row.where, np.concatenate([lead, ids]), marks, room.lead + last, (answer,),
+        source=messages[-2]["content"], cut=messages is not whole, fields=row.fields,
+    )  # fmt: skip
+
+
+def _join(turns: Sequence[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarray, int]:
+    """(ids, learned, where the last learned span begins)."""
+    ids = np.array([i for span, _ in turns for i in span], np.int32)
+    learned = np.repeat([mark for _, mark in turns], [len(span) for span, _ in turns])
+    starts = np.cumsum([0, *(len(span) for span, _ in turns)])
+    return ids, learned, int(max(at for at, (_, mark) in zip(starts, turns, strict=False) if mark))
+
+
+def judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
+    """chrF, BLEU and ROUGE-L against the reference, and how varied the answers are."""
+    texts, references = [a.text for a in answers], [list(e.references) for e in examples]
+    chinese = config.language == "zh"
+    found: dict[str, Metric] = scores.translation(texts, references, tokenize="zh" if chinese else "13a")
+    return {**found, "rougeL": scores.rouge(texts, references, characters=chinese)["rougeL"]}
+
+
+def _frequent(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
+    """The answer that the training split holds most often, and the user's words back."""
+    text: Any = collections.Counter(e.references[0] for e in train).most_common(1)[0][0]
+    return {"most frequent answer": [Answer(text)] * len(examples), "copy": [Answer(e.source) for e in examples]}
+
+
+CHAT = Kind("", "", "chrf", judge, _frequent)

@@ -1,0 +1,149 @@
+"""The examples of a task: rows read, split, limited, mixed and rendered, with what was dropped or cut counted.
+
+To add a task, write a file with a `Kind` and an `example` function and add a line to `TASKS` (and its name to `gptjax.config.TASKS`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from gptjax import cli, files, tokenizer
+from gptjax.config import Config, UserError
+from gptjax.data import loader, rows
+from gptjax.data.rows import Row
+from gptjax.tasks import classification, dialogue, preference, qa, reward, summarization, text, translation
+from gptjax.tasks.base import Example, Kind, Room, fill
+from gptjax.tokenizer import Tokenizer
+
+TASKS: dict[str, tuple[Kind, Callable[..., Example | None]]] = {
+    "classification": (classification.CLASSIFICATION, classification.example),
+    "regression": (classification.REGRESSION, classification.number_example),
+    "summarization": (summarization.SUMMARIZATION, summarization.example),
+    "translation": (translation.TRANSLATION, translation.example),
+    "qa": (qa.QA, qa.example),
+    "chat": (dialogue.CHAT, dialogue.example),
+    "text": (text.TEXT, text.example),
+    "preference": (preference.PREFERENCE, preference.example),
+    "grpo": (reward.REWARD, reward.example),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Both splits, rendered. fingerprint: of the rows and of how they became examples."""
+
+    train: list[Example]
+    eval: list[Example]
+    labels: tuple[str, ...]
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+def load(config: Config, text_tokenizer: Tokenizer | None = None) -> Examples:
+    """The examples that the config names; without a tokenizer, the one of data.tokenizer is made of the training split. Raises UserError."""
+    train_rows, eval_rows, fingerprint = _splits(config)
+    if not train_rows:
+        raise UserError(f"data.path = {config.data.path!r}: the training split is empty; lower data.eval_fraction = {config.data.eval_fraction}")
+    text_tokenizer = text_tokenizer or tokenizer.create(config.data, _texts(config, train_rows), _texts(config, [*train_rows, *eval_rows]))
+    labels = classification.labels_of(config.task, train_rows) if config.task.name in ("classification", "regression") else ()
+    made = [render(config, text_tokenizer, part, labels, split) for part, split in ((train_rows, "training"), (eval_rows, "held-out"))]
+    return Examples(made[0], made[1], labels, text_tokenizer, fingerprint)
+
+
+def load_file(config: Config, text_tokenizer: Tokenizer, path: str, labels: Sequence[str], *, limit: int = 0) -> list[Example]:
+    """All examples of one more file, such as a test split."""
+    found = rows.READERS[config.data.source](config.data, path, config.data.eval_split)
+    return render(config, text_tokenizer, rows.spread(list(_unique(found.read())), limit), labels, path)
+
+
+def _splits(config: Config) -> tuple[list[Row], list[Row], str]:
+    d = config.data
+    read = rows.READERS[d.source]
+    main = read(d, d.path, d.train_split)
+    parts = [main.fingerprint, str(d.eval_fraction)]
+    if d.eval_path or rows.has_eval_split(d):
+        held = read(d, d.eval_path or d.path, d.eval_split)
+        parts.append(held.fingerprint)
+        train, held_out = list(_unique(main.read())), list(_unique(held.read()))
+    else:
+        out, everything = rows.held_out(main.count, d.eval_fraction), list(_unique(main.read()))
+        train, held_out = ([row for i, row in enumerate(everything) if out(i) == wanted] for wanted in (False, True))
+    train, held_out = rows.spread(train, d.train_limit), rows.spread(held_out, d.eval_limit)
+    for entry in d.mixture:
+        path, _, weight = entry.rpartition("=")
+        try:
+            share = float(weight)
+        except ValueError:
+            share = -1.0
+        if not path or not 0 < share < 1e4:
+            raise UserError(f"data.mixture: {entry!r} is no PATH=WEIGHT with a weight above 0, such as extra.jsonl=0.5")
+        more = read(d, path, d.train_split)
+        parts += [more.fingerprint, weight]
+        extra = list(_unique(more.read()))
+        train += extra * int(share) + (rows.spread(extra, rest) if (rest := math.floor((share - int(share)) * len(extra))) else [])
+    return train, held_out, files.digest(*parts)
+
+
+def _unique(found: Iterable[Row]) -> Iterator[Row]:
+    """The rows; raises UserError where two of them carry one id."""
+    seen: dict[str, str] = {}
+    for row in found:
+        key = row.fields.get("id")
+        if isinstance(key, str | int) and (first := seen.setdefault(str(key), row.where)) != row.where:
+            raise UserError(f"{row.where} has the id {key!r}, which {first} has too: ids name one row each; mend them or rename the field")
+        yield row
+
+
+def _texts(config: Config, found: Iterable[Row]) -> Iterator[str]:
+    """What a tokenizer learns from: prompts and completions as they will be read."""
+    kind, t = TASKS[config.task.name][0], config.task
+    for row in found:
+        if t.name == "chat":
+            yield from (m["content"] for m in dialogue.messages_of(t, row))
+        else:
+            yield fill(t.prompt or kind.prompt, row, "task.prompt") + fill(t.completion or kind.completion, row, "task.completion")
+
+
+def render(config: Config, text_tokenizer: Tokenizer, found: Sequence[Row], labels: Sequence[str], what: str) -> list[Example]:
+    """Rows to examples; how many were dropped or cut is said. Raises UserError where none is left."""
+    _, make = TASKS[config.task.name]
+    room = Room(config.length, config.task.overlong, config.lora.prompt_tokens)
+    made: list[Example] = []
+    with cli.progress(f"{what} examples rendered", len(found)) as advance:
+        for row in found:
+            one = make(config.task, text_tokenizer, row, room, labels)
+            made += [one] if one else []
+            advance(1)
+    dropped, cut = len(found) - len(made), sum(e.cut for e in made)
+    if dropped or cut:
+        cli.say(
+            f"{what}: {len(made):,} examples; {dropped:,} longer than {room.length} tokens dropped, {cut:,} cut (task.overlong = {room.policy!r})"
+        )
+    if config.task.name == "preference" and config.task.loss == "kto":
+        made = preference.with_strangers(made, config.length)
+    if found and not made:
+        raise UserError(f"{what}: all {len(found):,} examples are longer than {room.length} tokens: raise data.length, or cut them (task.overlong)")
+    return made
+
+
+def has_head(config: Config) -> bool:
+    """Whether the task reads a class or a number off the last token instead of writing text."""
+    return config.task.name == "regression" or (config.task.name == "classification" and config.task.method == "head")
+
+
+def unit(config: Config, example: Example) -> loader.Unit:
+    """An example as it is packed: the next ids where they are learned, or the label at the last token."""
+    if has_head(config):
+        last = np.arange(len(example.ids)) == len(example.ids) - 1
+        kind = np.float32 if config.task.name == "regression" else np.int32
+        return loader.Unit(example.ids, np.where(last, example.label or 0, 0).astype(kind), last.astype(np.float32), (len(example.ids),))
+    cuts = np.cumsum([0, *(example.parts or (len(example.ids),))])
+    spans = [(slice(a, b - 1), slice(a + 1, b)) for a, b in itertools.pairwise(cuts)]
+    tokens, targets = (np.concatenate([example.ids[span[k]] for span in spans]) for k in (0, 1))
+    weights = np.concatenate([example.learned[after] for _, after in spans]).astype(np.float32)
+    return loader.Unit(tokens, targets, weights, tuple(int(b - a) - 1 for a, b in itertools.pairwise(cuts)))

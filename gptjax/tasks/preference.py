@@ -1,0 +1,59 @@
+"""Pairs of answers, one preferred: DPO, IPO, ORPO and KTO. A model is judged on how often it finds the chosen answer likelier, per token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gptjax import scores
+from gptjax.config import TaskConfig, UserError
+from gptjax.data.rows import Row
+from gptjax.scores import Metric
+from gptjax.tasks.base import Answer, Example, Kind, Room, completion, fill
+from gptjax.tokenizer import Tokenizer
+
+REJECTED = "{rejected}"
+SEGMENTS = {"dpo": 2, "ipo": 2, "orpo": 2, "kto": 3}  # of an example: chosen, rejected, and for KTO an answer to another prompt
+WITH_REFERENCE = ("dpo", "ipo", "kto")
+
+
+def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labels: Sequence[str]) -> Example | None:
+    """ids: the prompt with the chosen answer, then the prompt with the rejected one; parts: their lengths."""
+    rejected = fill(config.rejected or REJECTED, row, "task.rejected")
+    if not rejected.strip():
+        raise UserError(f"{row.where}: the rejected answer is empty, so there is nothing to prefer: fill the field or drop the row")
+    part = Room(room.length // SEGMENTS[config.loss], room.policy, room.lead)
+    chosen = fill(config.completion or PREFERENCE.completion, row, "task.completion")
+    if chosen == rejected:
+        raise UserError(f"{row.where}: the chosen and the rejected answer are the same, so there is nothing to prefer: drop the row")
+    pair = [completion(config, PREFERENCE, tokenizer, row, part, references=[chosen], answer=text) for text in (chosen, rejected)]
+    first, second = pair
+    if first is None or second is None:
+        return None
+    ids, learned = np.concatenate([first.ids, second.ids]), np.concatenate([first.learned, second.learned])
+    changed = {"ids": ids, "learned": learned, "parts": (len(first.ids), len(second.ids)), "cut": first.cut or second.cut}
+    return Example(**{**vars(first), **changed})
+
+
+def with_strangers(examples: Sequence[Example], length: int) -> list[Example]:
+    """Each example with a third part, its prompt before the next example's chosen answer (cut to a third of a row): KTO's estimate of the divergence."""
+    made = []
+    for e, other in zip(examples, [*examples[1:], *examples[:1]], strict=True):
+        answer = other.ids[other.prompt : other.parts[0]]
+        ids = np.concatenate([e.ids[: e.prompt], answer])[: length // 3 + 1]
+        learned = np.arange(len(ids)) >= e.prompt
+        changed = {"ids": np.concatenate([e.ids, ids]), "learned": np.concatenate([e.learned, learned]), "parts": (*e.parts, len(ids))}
+        made.append(Example(**{**vars(e), **changed}))
+    return made
+
+
+def _judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
+    return {"accuracy": scores.mean(np.array([a.value for a in answers]))}
+
+
+def _coin(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
+    return {"coin": [Answer(value=0.5)] * len(examples)}
+
+
+PREFERENCE = Kind("{prompt}", "{chosen}", "accuracy", _judge, _coin)

@@ -1,0 +1,60 @@
+"""Prompts whose answers a function can check: tuned by policy gradient (GRPO) on what the model itself writes.
+
+A reward is a function (answer, references) -> number. To add one, add it to `REWARDS`, or name your own in task.reward as path/to/file.py:function.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gptjax import scores
+from gptjax.config import TaskConfig, UserError, unknown_name
+from gptjax.data.rows import Row
+from gptjax.scores import Metric
+from gptjax.tasks.base import Answer, Example, Kind, Room, completion, fill
+from gptjax.tokenizer import Tokenizer
+
+Reward = Callable[[str, Sequence[str]], float]
+REWARDS: dict[str, Reward] = {
+    "exact": lambda answer, references: float(answer.strip() in [r.strip() for r in references]),
+    "contains": lambda answer, references: float(any(r.strip() in answer for r in references)),
+    "f1": lambda answer, references: scores.squad([answer], [list(references)])["f1"].value,
+}
+
+
+def reward_of(config: TaskConfig) -> Reward:
+    """The function that task.reward names. Raises UserError."""
+    if config.reward in REWARDS:
+        return REWARDS[config.reward]
+    path, _, name = config.reward.rpartition(":")
+    if not path:
+        raise UserError(f"task.reward: {unknown_name('reward', config.reward, list(REWARDS))}, or name your own as path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location("gptjax_reward", path)
+    if not Path(path).is_file() or spec is None or spec.loader is None:
+        raise UserError(f"task.reward = {config.reward!r}: no Python file {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(found := getattr(module, name, None)):
+        raise UserError(f"task.reward = {config.reward!r}: {path} defines no function {name!r}")
+    return found
+
+
+def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labels: Sequence[str]) -> Example | None:
+    reference = fill(config.completion or REWARD.completion, row, "task.completion")
+    return completion(config, REWARD, tokenizer, row, room, references=[reference])
+
+
+def _judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
+    reward = reward_of(config)
+    return {"reward": scores.mean(np.array([reward(a.text, e.references) for e, a in zip(examples, answers, strict=True)]))}
+
+
+def _none(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
+    return {}
+
+
+REWARD = Kind("{prompt}", "{answer}", "reward", _judge, _none)

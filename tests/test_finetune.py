@@ -1,0 +1,140 @@
+"""Fine-tuning as a user runs it: a run that learns, its scores, its adapters, and the same numbers after a kill."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, byte_level_tokenizer, command, tiny_checkpoint
+
+from gptjax import convert, evaluate, language_model, peft
+from gptjax.metrics import read_jsonl
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny checkpoint (base/) and a toy task: is the first word 'the' or 'in'?"""
+    folder = tmp_path_factory.mktemp("finetune")
+    convert.write(folder / "base", tiny_checkpoint("llama", vocab=264, tokenizer=byte_level_tokenizer(), keep={"eos_token_id": 263}))
+    for split, count in (("train", 64), ("test", 32)):
+        random = np.random.default_rng(count)
+        texts = [("the", "in")[i % 2] + " " + "".join(random.choice(list("abc "), 4)) for i in range(count)]
+        rows = [{"text": text, "label": text.split()[0], "word": text.split()[0]} for text in texts]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def flags(place, workdir, **changes):
+    settings = {
+        "data.source": "jsonl", "data.path": place / "train.jsonl", "data.eval_fraction": 0.2, "task.name": "classification", "train.init_from": place / "base",
+        "model.context": 64, "data.length": 32, "train.steps": 40, "train.batch_size": 4, "train.log_every": 1, "train.save_every": 5, "optim.lr": 0.02,
+        "optim.warmup_steps": 2, "lora.rank": 2, "lora.dropout": 0.1, "task.answers": 8, **changes,
+    }  # fmt: skip
+    return ["gptjax.train", "--config=configs/base.py", f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in settings.items())]
+
+
+def losses(workdir):
+    return {r["step"]: r["train/loss"] for r in read_jsonl(workdir / "metrics.jsonl") if "train/loss" in r}
+
+
+@pytest.fixture(scope="module")
+def tuned(place):
+    command(*flags(place, place / "run"))
+    return place / "run"
+
+
+def test_a_classifier_is_tuned_judged_and_compared(place, tuned):
+    last = [r for r in read_jsonl(tuned / "metrics.jsonl") if "eval/accuracy" in r][-1]
+    assert last["eval/accuracy"] == 1.0 and last["eval/f1_macro"] == 1.0 and "->" in (tuned / "samples" / "40.txt").read_text()
+    done = command("gptjax.evaluate", f"--checkpoint={tuned},{place}/base", f"--path={place}/test.jsonl", f"--out={place}/out", "--json")
+    found = json.loads(done.stdout)
+    assert list(found) == [str(tuned), f"{place}/base", "majority"]
+    assert found[str(tuned)]["accuracy"]["value"] == 1.0 and found["majority"]["accuracy"]["value"] == 0.5
+    lines = [json.loads(line) for line in (place / "out" / "1-run.jsonl").read_text().splitlines()]
+    assert len(lines) == 32 and lines[0]["prediction"] in ("the", "in") and abs(sum(lines[0]["probabilities"]) - 1) < 1e-3
+    table = command("gptjax.evaluate", f"--checkpoint={tuned}", f"--path={place}/test.jsonl").stdout
+    assert "accuracy" in table.splitlines()[0] and "majority" in table and "+0.5 [" in table
+
+
+def test_adapters_leave_and_the_merged_model_answers_alike(place, tuned):
+    command("gptjax.convert", f"--from={tuned}", f"--to={place}/adapter", "--format=peft")
+    assert json.loads((place / "adapter" / peft.CONFIG).read_text())["task_type"] == "SEQ_CLS"
+    base, merged = language_model.load(place / "base"), language_model.load(tuned)
+    texts = ["the cab", "in a bc"]
+    expected = merged.classify(texts)
+    assert merged.config.labels == ("in", "the") and expected.argmax(1).tolist() == [1, 0]
+    for path in (tuned, place / "adapter"):
+        np.testing.assert_allclose(base.adapted(path).classify(texts), expected, atol=1e-5)
+    command("gptjax.convert", f"--from={tuned}", f"--to={place}/merged")
+    np.testing.assert_allclose(language_model.load(place / "merged").classify(texts), expected, atol=1e-5)
+
+
+def test_text_and_labels_as_text_are_judged(place):
+    changes = {"task.method": "text", "lora.rank": 0, "train.steps": 30, "optim.lr": 0.01}
+    done = command(*flags(place, place / "text", **changes), "--json")
+    assert json.loads(done.stdout)["eval/accuracy"] == 1.0
+    config = evaluate.task_config(type("Args", (), {"settings": None})(), str(place / "text"))
+    (entry,) = evaluate.compare(config, [str(place / "text")], path=str(place / "test.jsonl"), baselines=False)
+    assert entry.scores["accuracy"].value == 1.0
+
+
+def test_text_scores_count_every_token_once(place):
+    lm = language_model.load(place / "base")
+    document = "the in a " * 40  # several windows
+    found = evaluate.text_scores(lm, iter([document, "in"]))
+    ids = lm.tokenizer.encode(document)
+    assert found["loss"].stats.sum(0)[1] == len(ids) + len(lm.tokenizer.encode("in"))
+    short = evaluate.text_scores(lm, iter(["the in"]))
+    assert short["loss"].value == pytest.approx(-np.mean(lm.token_logprobs([[lm.tokenizer.eot, *lm.tokenizer.encode("the in")]])[0][0]), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_fine_tuning_equals_the_uninterrupted_run(place):
+    expected = command(*flags(place, place / "whole"))
+    assert expected.returncode == 0
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    for at in (7, 16, 27):
+        process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, flags(place, place / "killed"))],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            deadline = time.monotonic() + 200
+            metrics = place / "killed" / "metrics.jsonl"
+            while (
+                process.poll() is None and time.monotonic() < deadline and not (metrics.exists() and max(losses(place / "killed"), default=0) >= at)
+            ):
+                time.sleep(0.05)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    command(*flags(place, place / "killed"))
+    assert losses(place / "killed") == losses(place / "whole")
+    a, b = (peft.find(place / name, language_model.load(place / "base").config)[1] for name in ("killed", "whole"))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_what_must_not_change_under_adapters_is_refused(place, tuned):
+    other = tiny_checkpoint("llama", vocab=264, tokenizer=byte_level_tokenizer(), keep={"eos_token_id": 263})
+    other.params["embed"]["tokens"] = other.params["embed"]["tokens"] + 1
+    moved = place / "base.old"
+    (place / "base").rename(moved)
+    try:
+        convert.write(place / "base", other)
+        done = command(*flags(place, tuned), check=False)
+        assert done.returncode == 2 and "checkpoint under the adapters changed" in done.stderr
+    finally:
+        shutil.rmtree(place / "base")
+        moved.rename(place / "base")
+    done = command(*flags(place, tuned, **{"task.prompt": "{text}?"}), check=False)
+    assert done.returncode == 2 and "task.prompt" in done.stderr

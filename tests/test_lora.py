@@ -1,0 +1,216 @@
+"""Adapters: they start as nothing, merge into what they were, train alone, and survive their files."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES, byte_level_tokenizer, make_config, random_params, tiny_checkpoint
+from test_steps import batch_for
+
+from gptjax import convert, language_model, lora, model, peft, sharding, steps, tree
+from gptjax.config import LoraConfig, UserError
+from gptjax.language_model import LanguageModel
+
+TOKENS = np.arange(20)[None] % 250
+
+
+def config_for(family="llama", **adapters):
+    return make_config(model=dict(vocab_size=264, context=64, **FAMILIES[family]), lora=dict(adapters), train=dict(init_from="base"))
+
+
+def logits(config, params):
+    x, _ = model.apply(config.model, params, jnp.asarray(TOKENS))
+    return np.asarray(model.unembed(config.model, params, x))
+
+
+def adapters_for(config, base, *, scale=0.05):
+    """Adapters with every leaf away from its start."""
+    new = lora.init(config.model, config.lora, jax.random.key(1), base)
+    random = np.random.default_rng(2)
+    return jax.tree.map(lambda p: p + scale * random.standard_normal(p.shape).astype(np.float32), new)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_new_adapters_are_the_base_exactly(family):
+    config = config_for(family, rank=3)
+    base = random_params(config.model)
+    whole = lora.attach(config.lora, base, lora.init(config.model, config.lora, jax.random.key(0), base))
+    np.testing.assert_array_equal(logits(config, whole), logits(config, base))
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_merged_equals_unmerged(family, dora):
+    config = config_for(family, rank=3, alpha=5.0, dora=dora)
+    base = random_params(config.model)
+    trained = adapters_for(config, base)
+    beside, merged = logits(config, lora.attach(config.lora, base, trained)), logits(config, lora.merge(config.lora, base, trained))
+    np.testing.assert_allclose(merged, beside, atol=1e-5 * np.abs(beside).max())
+    assert np.abs(beside - logits(config, base)).max() > 1e-2
+
+
+def test_targets_choose_layers_and_wrong_ones_are_named():
+    config = config_for("gpt2", rank=2, targets=[".*/attn/qkv"])
+    base = random_params(config.model)
+    assert set(tree.flatten(lora.init(config.model, config.lora, jax.random.key(0), base))) == {f"blocks/attn/qkv/lora_{x}" for x in "ab"}
+    wrong = dataclasses.replace(config.lora, targets=(".*/atn/.*",))
+    with pytest.raises(UserError, match=r"'\.\*/atn/\.\*' matches no layer; there are blocks/attn/out"):
+        lora.init(config.model, wrong, jax.random.key(0), base)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "int8", "prompt"])
+def test_training_changes_adapters_alone(kind, one_device):
+    settings = {
+        "lora": dict(rank=2, dropout=0.1),
+        "dora": dict(rank=2, dora=True),
+        "int8": dict(rank=2, base="int8"),
+        "prompt": dict(prompt_tokens=3),
+    }
+    config = make_config(
+        lora=settings[kind],
+        train=dict(init_from="base"),
+        **({"task": {"name": "text"}, "data": {"source": "jsonl", "path": "x"}} if kind == "prompt" else {}),
+    )
+    base = jax.tree.map(np.asarray, random_params(config.model))
+    mesh = sharding.make_mesh(config, one_device)
+    with jax.set_mesh(mesh):
+        state, frozen = steps.init_state(config, mesh, base)
+        start = jax.device_get(state.params)
+        before = jax.device_get(frozen)
+        step = steps.make_train_step(config, mesh)
+        losses = []
+        for _ in range(6):
+            state, metrics = step(state, sharding.to_global(mesh, batch_for(config)), frozen)
+            losses.append(float(metrics["loss"]))
+        assert step._cache_size() == 1
+    assert losses[-1] < losses[0] - 1e-3
+    assert all(np.any(a != np.asarray(b)) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(state.params), strict=True))
+    assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(frozen), strict=True))
+    assert tree.size(state.params) < tree.size(base) / 3 and tree.nbytes(state) < tree.nbytes(base)
+
+
+def test_adapters_are_equal_on_every_mesh():
+    def losses(devices, **mesh):
+        config = make_config(lora=dict(rank=2), train=dict(init_from="base"), mesh=mesh, model=dict(vocab_multiple=256))
+        base = jax.tree.map(np.asarray, random_params(config.model))
+        grid = sharding.make_mesh(config, devices)
+        with jax.set_mesh(grid):
+            state, frozen = steps.init_state(config, grid, base)
+            step, found = steps.make_train_step(config, grid), []
+            for i in range(3):
+                state, metrics = step(state, sharding.to_global(grid, batch_for(config, i)), frozen)
+                found.append(float(metrics["loss"]))
+        assert step._cache_size() == 1
+        return found
+
+    np.testing.assert_allclose(losses(jax.devices(), data=2, fsdp=2, tensor=2), losses(jax.devices()[:1]), rtol=1e-5)
+
+
+def test_int8_base_stays_near_the_float_one():
+    config = config_for("llama", rank=2, base="int8")
+    base = random_params(config.model)
+    trained = adapters_for(config, base)
+    rough = logits(config, lora.attach(config.lora, steps.freeze(config, base), trained))
+    exact = logits(config, lora.attach(config.lora, base, trained))
+    assert 0 < np.abs(rough - exact).max() < 0.1 * np.abs(exact).max()
+    # the gradient through int8 weights is that of the weights they stand for
+    weight = {"rows": jnp.array([[3, -7], [100, 2]], jnp.int8), "row_scale": jnp.array([0.5, 0.01])}
+    from gptjax import quantize
+
+    found = jax.grad(lambda x: (quantize.times_rows(x, weight) * jnp.array([[1.0, 2.0]])).sum())(jnp.array([[0.3, -0.2]]))
+    np.testing.assert_allclose(found, jnp.array([[1.0, 2.0]]) @ quantize.matrix(weight), rtol=1e-6)
+
+
+def test_prompts_stand_before_each_segment_and_in_generation():
+    """A prompt of embeddings of real tokens is those tokens."""
+    config = dataclasses.replace(config_for("llama"), lora=LoraConfig(prompt_tokens=3))
+    base = random_params(config.model)
+    ids = np.array([5, 9, 200])
+    prompted = lora.attach(config.lora, base, {"embed": {"prompt": base["embed"]["tokens"][ids]}})
+    real, placed = np.array([[*ids, 7, 8, 11]]), np.array([[0, 0, 0, 7, 8, 11]])
+    run = lambda params, tokens: np.asarray(model.apply(config.model, params, jnp.asarray(tokens))[0])
+    np.testing.assert_array_equal(run(prompted, placed), run(base, real))
+    plain, tuned = (LanguageModel(config.model, p, None) for p in (base, prompted))
+    assert tuned.generate([placed[0].tolist()], max_new_tokens=6)[0].tokens == plain.generate([real[0].tolist()], max_new_tokens=6)[0].tokens
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_peft_files_come_back(tmp_path, family, dora):
+    config = config_for(family, rank=3, alpha=5.0, dora=dora)
+    base = random_params(config.model)
+    trained = adapters_for(config, base)
+    peft.write(tmp_path / "a", config.model, config.lora, trained, "somewhere")
+    settings, found = peft.read(tmp_path / "a", config.model)
+    a, b = (logits(config, lora.merge(c, base, p)) for c, p in ((config.lora, trained), (settings, found)))
+    np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
+    assert tree.flatten(found).keys() == tree.flatten(trained).keys() and settings.rank == 3  # one A, not one for each part
+
+
+def test_a_handle_takes_several_adapters(tmp_path):
+    base = tiny_checkpoint("llama", vocab=264, tokenizer=byte_level_tokenizer())
+    lm = LanguageModel(base.config, base.params, base.tokenizer)
+    config = config_for("llama", rank=2)
+    for k, name in enumerate(("one", "two")):
+        peft.write(tmp_path / name, config.model, config.lora, adapters_for(config, base.params, scale=0.1 * (k + 1)), "base")
+    one, two = (lm.adapted(tmp_path / name) for name in ("one", "two"))
+    found = [h.generate([[5, 6, 7]], max_new_tokens=8)[0] for h in (lm, one, two)]
+    assert len({tuple(c.logprobs) for c in found}) == 3
+    settings, trained = peft.read(tmp_path / "two", config.model)
+    merged = LanguageModel(base.config, lora.merge(settings, base.params, trained), base.tokenizer)
+    np.testing.assert_allclose(two.logits(TOKENS), merged.logits(TOKENS), atol=1e-5 * np.abs(merged.logits(TOKENS)).max())
+    assert lm.generate([[5, 6, 7]], max_new_tokens=8)[0].logprobs == found[0].logprobs  # the base is as it was
+
+
+def test_wrong_adapters_are_refused(tmp_path):
+    config = config_for("llama", rank=2)
+    base = random_params(config.model)
+    peft.write(tmp_path / "a", config.model, config.lora, adapters_for(config, base), "x")
+    other = make_config(model=dict(vocab_size=264, context=64, **{**FAMILIES["llama"], "hidden": 128})).model
+    with pytest.raises(UserError, match="do not fit a layer of"):
+        peft.read(tmp_path / "a", other)
+    with pytest.raises(UserError, match="fit no layer of this gpt2 model"):
+        peft.read(tmp_path / "a", config_for("gpt2", rank=2).model)
+    raw = json.loads((tmp_path / "a" / peft.CONFIG).read_text())
+    (tmp_path / "a" / peft.CONFIG).write_text(json.dumps({**raw, "peft_type": "IA3"}))
+    with pytest.raises(UserError, match="'IA3'"):
+        peft.read(tmp_path / "a", config.model)
+    (tmp_path / "a" / peft.WEIGHTS).write_bytes(b"no")
+    with pytest.raises(UserError, match="is no PEFT adapter"):
+        peft.read(tmp_path / "a", config.model)
+
+
+def test_a_classifier_goes_out_and_in(tmp_path):
+    for family in ("gpt2", "llama"):
+        made = tiny_checkpoint(family, vocab=264, tokenizer=byte_level_tokenizer())
+        config = dataclasses.replace(made.config, labels=("bad", "fine", "good"))
+        params = jax.tree.map(np.asarray, random_params(config))
+        assert "head" not in params and params["score"]["kernel"].shape == (3, 32)
+        convert.write(tmp_path / family, dataclasses.replace(made, config=config, params=params, keep={"eos_token_id": 5}))
+        raw = json.loads((tmp_path / family / "config.json").read_text())
+        assert raw["architectures"][0].endswith("ForSequenceClassification") and raw["id2label"] == {"0": "bad", "1": "fine", "2": "good"}
+        lm = language_model.load(tmp_path / family)
+        assert lm.config.labels == config.labels
+        found = lm.classify(["the", "a long text", [1, 2, 3]])
+        np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
+        one = lm.classify([[1, 2, 3]])
+        np.testing.assert_allclose(one[0], found[2], rtol=1e-5)
+    with pytest.raises(UserError, match="a classification head"):
+        convert.write(tmp_path / "x.gguf", dataclasses.replace(made, config=config, params=params), form="gguf")
+    with pytest.raises(UserError, match="has no classes"):
+        LanguageModel(made.config, made.params, None).classify([[1]])
+
+
+def test_settings_that_contradict_are_refused():
+    for adapters, message in (
+        (dict(lora=dict(rank=2)), "train.init_from"),
+        (dict(lora=dict(rank=2, dora=True, base="int8"), train=dict(init_from="x")), "lora.dora needs"),
+        (dict(lora=dict(prompt_tokens=2), train=dict(init_from="x")), "set task.name"),
+        (dict(task=dict(name="qa")), "reads rows of fields"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_config(**adapters)
+    assert LoraConfig().on is False

@@ -1,0 +1,164 @@
+"""Preference and policy-gradient tuning through the ordinary training loop."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import byte_level_tokenizer, command, make_config, random_params, tiny_checkpoint
+
+from gptjax import convert, language_model, losses, model, objectives, preferences
+from gptjax.config import UserError
+from gptjax.data import loader
+from gptjax.metrics import read_jsonl
+from gptjax.tasks import load
+from gptjax.tasks.preference import SEGMENTS
+from gptjax.tasks.reward import reward_of
+
+
+def test_token_logprobs_and_their_gradient_are_those_of_all_logits():
+    config = make_config(model=dict(logit_softcap=5.0)).model
+    params = random_params(config)
+    tokens, targets = (np.random.default_rng(i).integers(0, 257, (2, 16)) for i in (0, 1))
+
+    def chunked(params):
+        x, _ = model.apply(config, params, tokens)
+        return losses.token_logprobs(config, params, x, targets, chunk=4)
+
+    def plain(params):
+        x, _ = model.apply(config, params, tokens)
+        return jax.numpy.take_along_axis(jax.nn.log_softmax(model.unembed(config, params, x)), targets[..., None], -1)[..., 0]
+
+    np.testing.assert_allclose(chunked(params), plain(params), atol=1e-5)
+    a, b = (jax.grad(lambda p, f=f: (f(p) ** 2).sum())(params) for f in (chunked, plain))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-4 * max(1.0, float(np.abs(y).max())))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("preferences")
+    convert.write(folder / "base", tiny_checkpoint("gpt2", vocab=264, tokenizer=byte_level_tokenizer(), keep={"eos_token_id": 263}))
+    pairs = [{"prompt": f"say {i % 10}", "chosen": "the a", "rejected": "in " + "x" * (i % 3)} for i in range(24)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    asked = [{"prompt": "ab"[i % 2], "answer": ["upper", "lower"][i % 2]} for i in range(8)]
+    (folder / "case.py").write_text("def case(answer, references):\n    return float(getattr(answer, 'is' + references[0])())\n")
+    (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    return folder
+
+
+def flags(place, workdir, data, **changes):
+    settings = {
+        "data.source": "jsonl", "data.path": place / data, "data.eval_fraction": 0.25, "train.init_from": place / "base", "model.context": 64,
+        "train.steps": 12, "train.batch_size": 4, "train.log_every": 1, "train.save_every": 6, "optim.lr": 0.01, "optim.warmup_steps": 1, **changes,
+    }  # fmt: skip
+    return ["gptjax.train", "--config=configs/base.py", f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in settings.items())]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "orpo", "kto"])
+def test_the_batch_objective_is_the_formula_on_sums(kind, place, tmp_path):
+    """Packed pairs give what the published loss gives on each answer's own log-probability."""
+    config = make_config(
+        task=dict(name="preference", loss=kind), data=dict(source="jsonl", path=str(place / "pairs.jsonl"), eval_fraction=0.0), train=dict(init_from="base"),
+        model=dict(context=96, vocab_size=264),
+    )  # fmt: skip
+    examples = load.load(config, byte_level_tokenizer()).train
+    split = loader.Packed.of([load.unit(config, e) for e in examples], 96, pack=True)
+    values = np.random.default_rng(0).normal(-20, 3, sum(len(e.parts) for e in examples)).astype(np.float32)
+    split = split.with_reference(values) if kind != "orpo" else split
+    params = random_params(config.model)
+    batch = loader.stack([split.row(i) for i in range(split.count)])
+    x, _ = model.apply(config.model, params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+    total, weight, right = objectives.of(config, params, x, {k: jax.numpy.asarray(v) for k, v in batch.items()}, chunk=48)
+    assert weight == len(examples)
+
+    group, at, rows = SEGMENTS[kind], 0, []
+    for e in examples:
+        ends, start = [], 0
+        for size in e.parts:
+            ids = e.ids[start : start + size]
+            hidden, _ = model.apply(config.model, params, ids[None, :-1])
+            logp = np.asarray(jax.nn.log_softmax(model.unembed(config.model, params, hidden)))[0]
+            marks = e.learned[start + 1 : start + size]
+            ends.append((logp[np.arange(size - 1), ids[1:]][marks].sum(), marks.sum()))
+            start += size
+        rows.append((ends, values[at : at + group]))
+        at += group
+    sums, lengths = (np.array([[end[k] for end in ends] for ends, _ in rows]).T for k in (0, 1))
+    reference = np.array([r for _, r in rows]).T
+    beta = config.task.beta
+    if kind == "orpo":
+        expected, found = preferences.orpo(sums[0] / lengths[0], sums[1] / lengths[1], nll=-sums[0] / lengths[0], weight=beta)
+        hits = found["accuracy"].sum()
+    elif kind == "kto":
+        kl = (sums[2] - reference[2]).mean()
+        both = [preferences.kto(sums[i], reference[i], desirable=np.full(len(rows), i == 0), kl=kl, beta=beta) for i in (0, 1)]
+        expected, hits = both[0][0] + both[1][0], sum(b[1]["accuracy"].sum() for b in both) / 2
+    else:
+        function = {"dpo": preferences.dpo, "ipo": preferences.ipo}[kind]
+        expected, found = function(sums[0], sums[1], reference_chosen=reference[0], reference_rejected=reference[1], beta=beta)
+        hits = found["accuracy"].sum()
+    np.testing.assert_allclose(total, expected.sum(), rtol=1e-4)
+    np.testing.assert_allclose(right, hits)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto"])
+def test_preferences_are_learned_from_the_reference_on(kind, place):
+    run = place / f"run-{kind}"
+    command(
+        *flags(place, run, "pairs.jsonl", **{"task.name": "preference", "task.loss": kind, "lora.rank": 2 if kind == "dpo" else 0, "train.steps": 30})
+    )
+    records = read_jsonl(run / "metrics.jsonl")
+    found = [r["train/loss"] for r in records if "train/loss" in r]
+    if kind == "dpo":
+        assert found[0] == pytest.approx(np.log(2), abs=1e-4)  # policy and reference are one at first
+    assert found[-1] < 0.8 * found[0] and [r for r in records if "eval/accuracy" in r][-1]["eval/accuracy"] == 1.0
+    assert (run / "reference-train.npy").exists() == (kind != "orpo")
+    done = json.loads(command("gptjax.evaluate", f"--checkpoint={run}", "--json").stdout)
+    assert done[str(run)]["accuracy"]["value"] == 1.0
+
+
+def test_rewards_rise_and_a_resumed_run_writes_the_same_answers(place):
+    grpo = {
+        "task.name": "grpo",
+        "task.samples": 8,
+        "task.max_new_tokens": 1,
+        "train.batch_size": 32,
+        "task.reward": f"{place}/case.py:case",
+        "optim.lr": 0.003,
+        "optim.weight_decay": 0,
+    }
+    grpo |= {"train.steps": 80, "train.save_every": 40, "task.answers": 2}
+    command(*flags(place, place / "grpo", "asked.jsonl", **grpo))
+    rewards = [r["train/reward"] for r in read_jsonl(place / "grpo" / "metrics.jsonl") if "train/reward" in r]
+    assert np.mean(rewards[:3]) < 0.2 and np.mean(rewards[-5:]) > 0.9
+    command(*flags(place, place / "stopped", "asked.jsonl", **grpo, **{"train.stop_at": 40}))
+    command(*flags(place, place / "stopped", "asked.jsonl", **grpo))
+    assert [r["train/reward"] for r in read_jsonl(place / "stopped" / "metrics.jsonl") if "train/reward" in r] == rewards
+    lm = language_model.load(place / "grpo")
+    assert lm.generate("a", max_new_tokens=1).text.isupper() and lm.generate("b", max_new_tokens=1).text.islower()
+
+
+def test_what_cannot_be_tuned_is_said(place, tmp_path):
+    (tmp_path / "mine.py").write_text("def good(answer, references):\n    return len(answer)\n")
+    config = make_config(task=dict(reward=f"{tmp_path}/mine.py:good"))
+    assert reward_of(config.task)("abc", []) == 3
+    for reward, message in (
+        ("exat", "did you mean 'exact'"),
+        (f"{tmp_path}/none.py:good", "no Python file"),
+        (f"{tmp_path}/mine.py:bad", "defines no function 'bad'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            reward_of(make_config(task=dict(reward=reward)).task)
+    for changes, message in (
+        (dict(task=dict(name="preference")), "name its checkpoint in train.init_from"),
+        (dict(task=dict(name="grpo", samples=3), train=dict(init_from="x")), "task.samples = 3 does not divide"),
+        (dict(task=dict(name="grpo", kl=0.1), train=dict(init_from="x")), "set lora.rank, or task.kl = 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_config(data=dict(source="jsonl", path="x"), **changes)
+    rows = [{"prompt": "a", "chosen": "same", "rejected": "same"}]
+    (tmp_path / "same.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    same = make_config(task=dict(name="preference"), data=dict(source="jsonl", path=str(tmp_path / "same.jsonl"), eval_fraction=0.0), train=dict(init_from="x"), model=dict(context=64, vocab_size=264))  # fmt: skip
+    with pytest.raises(UserError, match=r"same.jsonl:1: the chosen and the rejected answer are the same"):
+        load.load(same, byte_level_tokenizer())

@@ -1,0 +1,281 @@
+"""From records to batches: what is learned, what is cut, how examples are packed, and every wrong record named with its line."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import byte_level_tokenizer, make_config, random_params
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptjax import model, settings
+from gptjax.config import UserError
+from gptjax.data import loader, preview, rows
+from gptjax.data.sources import TRAIN
+from gptjax.run import split_of
+from gptjax.tasks import load
+from gptjax.tasks.qa import extract
+from gptjax.tasks.summarization import first_sentence
+from gptjax.tokenizer import ByteTokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def config_for(path, *, data=None, model=None, **sections):
+    base = {
+        "model": {"context": 64, "vocab_size": 0, **(model or {})},
+        "data": {"source": "jsonl", "path": str(path), "eval_fraction": 0.0, **(data or {})},
+    }
+    return make_config(**base, **sections)
+
+
+def read(source, path, **data):
+    config = settings.build({"data": {"source": source, "path": str(path), **data}}).data
+    return list(rows.READERS[source](config, str(path), "train").read())
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    records = [{"text": 'a "quoted", line\nof two', "label": "x"}, {"text": "été 東京", "label": "y"}]
+    write_jsonl(tmp_path / "a.jsonl", records)
+    with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(records)
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    found = [[r.fields for r in read(kind, tmp_path / f"a.{kind}")] for kind in ("jsonl", "csv", "parquet")]
+    assert found == [records] * 3
+
+
+def test_tabs_parallel_lines_and_squad(tmp_path):
+    (tmp_path / "a.tsv").write_text('Say "hi\tSag "hallo\textra\nTwo\tZwei\n')
+    found = read("csv", tmp_path / "a.tsv", columns=["en", "de"])
+    assert [r.fields for r in found] == [{"en": 'Say "hi', "de": 'Sag "hallo'}, {"en": "Two", "de": "Zwei"}] and found[1].where.endswith("a.tsv:2")
+    (tmp_path / "x.en").write_text("one\ntwo\n")
+    (tmp_path / "x.de").write_text("eins\nzwei\n")
+    pair = f"{tmp_path}/x.en,{tmp_path}/x.de"
+    assert [r.fields for r in read("lines", pair, columns=["en", "de"])] == [{"en": "one", "de": "eins"}, {"en": "two", "de": "zwei"}]
+    qas = [{"id": "q1", "question": "Who?", "answers": [{"text": "Ada", "answer_start": 0}, {"text": "Ada L.", "answer_start": 0}]}]
+    (tmp_path / "s.json").write_text(json.dumps({"data": [{"title": "t", "paragraphs": [{"context": "Ada wrote it.", "qas": qas}]}]}))
+    (row,) = read("squad", tmp_path / "s.json")
+    assert row.fields["answers"] == ["Ada", "Ada L."] and row.fields["answer"] == "Ada" and "q1" in row.where
+
+
+def examples(tmp_path, records, tokenizer=None, **sections):
+    path = write_jsonl(tmp_path / "rows.jsonl", records)
+    config = config_for(path, **sections)
+    return load.load(config, tokenizer or ByteTokenizer()), config
+
+
+def test_only_the_answer_and_its_end_are_learned(tmp_path):
+    found, _ = examples(tmp_path, [{"source": "ab", "target": "cd"}], task=dict(name="translation"))
+    (e,) = found.train
+    t = found.tokenizer
+    assert t.decode(e.ids[e.prompt :].tolist()) == " cd" and t.decode(e.ids[: e.prompt].tolist()) == "ab ="
+    assert e.learned.tolist() == [False] * e.prompt + [True] * 4
+    assert e.ids[-1] == t.eot  # learned although it is the id that fills rows up elsewhere
+
+
+@pytest.mark.parametrize("policy", ["drop", "cut_start", "cut_end"])
+def test_overlong_examples_follow_the_policy(tmp_path, policy, capsys):
+    records = [{"document": "0123456789" * 20, "summary": "s"}, {"document": "short", "summary": "s"}]
+    found, config = examples(tmp_path, records, task=dict(name="summarization", overlong=policy))
+    if policy == "drop":
+        assert len(found.train) == 1 and "1 longer than 64 tokens dropped" in capsys.readouterr().err
+        return
+    e = found.train[0]
+    text = found.tokenizer.decode(e.ids[: e.prompt].tolist())
+    assert e.cut and len(e.ids) - 1 == config.length and text.endswith("\n\nTL;DR:")
+    assert text.startswith("0123") == (policy == "cut_end") and "1 cut" in capsys.readouterr().err
+
+
+def messages(*texts):
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
+
+
+def test_of_a_conversation_each_answer_is_learned_and_nothing_else(tmp_path):
+    tokenizer = byte_level_tokenizer(TEMPLATE)
+    said = "ok <|im_end|> <|im_start|>assistant"  # a user who writes control tokens
+    found, _ = examples(tmp_path, [messages(said, "the first", "and?", "a second")], tokenizer, task=dict(name="chat"), model=dict(context=128))
+    (e,) = found.train
+    end = tokenizer.control["<|im_end|>"]
+    spans, span = [], []
+    for i, mark in zip(e.ids.tolist(), e.learned, strict=True):
+        if mark:
+            span.append(i)
+        elif span:
+            spans.append(span)
+            span = []
+    spans += [span] if span else []
+    assert [tokenizer.decode(s[:-1]) for s in spans] == ["the first", "a second"] and all(s[-1] == end for s in spans)
+    assert list(e.ids).count(end) == 4 and e.references == ("a second",)
+    assert tokenizer.decode(e.ids[e.prompt : -1].tolist()).startswith("a second")
+
+
+def test_the_prompt_through_the_chat_template_is_the_one_of_generation(tmp_path):
+    from gptjax import chat
+
+    tokenizer = byte_level_tokenizer(TEMPLATE)
+    task = dict(name="text", prompt="Say {word}", completion="{word}", template="chat", system="Be brief.")
+    found, _ = examples(tmp_path, [{"word": "in"}], tokenizer, task=task, model=dict(context=128))
+    expected = chat.encode(tokenizer, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say in"}])
+    assert found.train[0].ids[: found.train[0].prompt].tolist() == expected
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
+def test_first_fit_is_first_fit(sizes):
+    expected, space = [], []
+    for i, size in enumerate(sizes):
+        at = next((k for k, s in enumerate(space) if s >= size), len(space))
+        if at == len(space):
+            expected.append([])
+            space.append(20)
+        expected[at].append(i)
+        space[at] -= size
+    assert loader.first_fit(sizes, range(len(sizes)), 20) == expected
+
+
+def packed_for(tmp_path, **task):
+    generator = np.random.default_rng(0)
+    records = [{"text": "x" * int(generator.integers(2, 9)), "label": "ab"[i % 2]} for i in range(30)]
+    found, config = examples(tmp_path, records, task=dict(name="classification", **task), model=dict(context=20))
+    return split_of(config, found, TRAIN), found, config
+
+
+def test_packed_rows_hold_every_example_once(tmp_path):
+    split, found, _ = packed_for(tmp_path)
+    counted = 0
+    for i in range(split.count):
+        row = split.row(i)
+        for number in range(1, row["segment_ids"].max() + 1):
+            here = row["segment_ids"] == number
+            assert (row["positions"][here] == np.arange(here.sum())).all() and row["loss_weights"][here].tolist() == [0] * (here.sum() - 1) + [1]
+            counted += 1
+        assert row["loss_weights"][row["segment_ids"] == 0].sum() == 0
+    assert counted == len(found.train) and split.count < len(found.train) / 2
+    alone, _, _ = packed_for(tmp_path, pack=False)
+    assert alone.count == len(found.train)
+
+
+def test_packed_batches_are_a_function_of_seed_and_step(tmp_path):
+    split, _, _ = packed_for(tmp_path)
+
+    def take(seed, start, n):
+        batches = loader.train_batches(split, seed=seed, batch_size=4, rows=range(4), start=start)
+        found = [next(batches)["tokens"] for _ in range(n)]
+        batches.close()
+        return found
+
+    assert all((a == b).all() for a, b in zip(take(0, 3, 4), take(0, 0, 7)[3:], strict=True))
+    assert any((a != b).any() for a, b in zip(take(0, 0, 4), take(1, 0, 4), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla", "blockwise"])
+def test_packed_examples_cannot_see_one_another(backend):
+    """Logits of an example, and the gradient of its loss with respect to every embedding, are exactly those with another neighbour."""
+    config = make_config(model=dict(context=24, attention=backend, attention_block=8, positions="rope")).model
+    params = random_params(make_config(model=dict(context=24, positions="rope")).model)
+    segments = jnp.array([[1] * 7 + [2] * 10 + [3] * 5 + [0] * 2])
+    positions = jnp.array([[*range(7), *range(10), *range(5), *range(2)]])
+    tokens = jnp.arange(24)[None] % 250
+    other = tokens.at[0, 9].set(77)  # one token of the second example
+
+    def loss(table, ids, which):
+        changed = {**params, "embed": {**params["embed"], "tokens": table}}
+        x, _ = model.apply(config, changed, ids, positions=positions, segment_ids=segments)
+        logits = model.unembed(config, changed, x)
+        return (jax.nn.logsumexp(logits, -1) * (segments == which)).sum(), logits
+
+    grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=2)
+    for which in (1, 3):
+        (g_a, a), (g_b, b) = (grad(params["embed"]["tokens"], ids, which) for ids in (tokens, other))
+        here = np.asarray(segments == which)
+        np.testing.assert_array_equal(np.asarray(a)[here], np.asarray(b)[here])
+        np.testing.assert_array_equal(np.asarray(g_a), np.asarray(g_b))
+    changed = (jax.jit(loss, static_argnums=2)(params["embed"]["tokens"], ids, 2)[0] for ids in (tokens, other))
+    assert len({float(x) for x in changed}) == 2
+
+
+def test_mixtures_repeat_by_weight(tmp_path):
+    extra = write_jsonl(tmp_path / "more.jsonl", [{"text": f"m{i}", "label": "a"} for i in range(10)])
+    records = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(4)]
+    found, _ = examples(tmp_path, records, task=dict(name="classification"), data=dict(mixture=[f"{extra}=2.5"]))
+    texts = [e.fields["text"] for e in found.train]
+    assert len(texts) == 4 + 25 and texts.count("m0") == 3 and texts.count("m1") == 2
+
+
+def test_the_preview_marks_what_is_learned(tmp_path):
+    found, _ = examples(tmp_path, [{"source": "a<b", "target": "cd"}], task=dict(name="translation"))
+    assert "a<b =[ cd<end>]" in preview.to_terminal(found.tokenizer, found.train[0], colour=False)
+    page = preview.to_html(found.tokenizer, found.train)
+    assert '<span class="learned">c</span>' in page and "&lt;" in page and "<b" not in page.replace("<body", "")
+
+
+def test_small_rules():
+    assert first_sentence("Dr. No came. Then he left.") == "Dr."  # a rule, not a linguist
+    assert first_sentence("他来了。他走了。") == "他来了。"
+    assert extract("In 1815 Ada Lovelace was born.", "lovelace Ada") == "Ada Lovelace"
+    assert extract("x", "not there") == "not there"
+
+
+RECORD = {"text": "good", "label": "a"}
+WRONG = {
+    "missing field": ([{"txt": "x", "label": "a"}, {"text": "x", "label": "b"}], dict(name="classification"), r"rows.jsonl:1 has no text under task.prompt = 'text'.*txt"),
+    "missing label": ([RECORD, {"text": "x"}], dict(name="classification"), r"rows.jsonl:2 has no label under task.label = 'label'"),
+    "unknown label": ([RECORD, {"text": "x", "label": "goood"}], dict(name="classification", labels=["good", "a"]), r"rows.jsonl:2: no label 'goood'.*'good'"),
+    "one class": ([RECORD, RECORD], dict(name="classification"), r"one class only, 'a'"),
+    "empty": ([], dict(name="classification"), r"training split is empty"),
+    "all too long": ([{"source": "x" * 99, "target": "y"}] * 2, dict(name="translation", overlong="drop"), r"all 2 examples are longer than 64"),
+    "too long": ([{"source": "x" * 99, "target": "y"}], dict(name="translation"), r"rows.jsonl:1 needs \d+ tokens and a row holds 64"),
+    "answer alone too long": ([{"source": "x", "target": "y" * 99}], dict(name="translation", overlong="cut_end"), r"rows.jsonl:1 needs"),
+    "nothing to learn": ([{"source": "x", "target": " "}], dict(name="translation"), r"rows.jsonl:1: the completion is empty"),
+    "duplicate ids": ([{**RECORD, "id": 7}, {**RECORD, "id": 7}], dict(name="classification"), r"rows.jsonl:2 has the id 7, which .*rows.jsonl:1"),
+    "no number": ([{"text": "x", "label": "high"}], dict(name="regression"), r"rows.jsonl:1: task.label = 'label' is 'high'"),
+    "braces": ([RECORD], dict(name="text", prompt="{text!r}", completion="{text}"), r"task.prompt = .* is no name of a field"),
+    "roles": ([{"messages": [{"role": "user", "content": "a"}] * 2}], dict(name="chat"), r"rows.jsonl:1: message 1 has role 'user' after 'user'"),
+    "no answer": ([{"messages": [{"role": "user", "content": "a"}]}], dict(name="chat"), r"rows.jsonl:1: the last message is the user's"),
+    "no messages": ([RECORD], dict(name="chat"), r"rows.jsonl:1 has no messages"),
+    "empty answer": ([messages("a", "")], dict(name="chat"), r"message 1 of the assistant is empty"),
+    "mixture": ([RECORD, {"text": "x", "label": "b"}], dict(name="classification"), r"no PATH=WEIGHT"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_records_are_named(tmp_path, name):
+    records, task, message = WRONG[name]
+    data = dict(mixture=["more.jsonl"]) if name == "mixture" else {}
+    with pytest.raises(UserError, match=message) as error:
+        examples(tmp_path, records, byte_level_tokenizer(TEMPLATE), task=task, data=data)
+    assert len(str(error.value).splitlines()) <= 6
+
+
+def test_wrong_files_are_named(tmp_path):
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(UserError, match=r"bytes.jsonl:2 is not UTF-8"):
+        read("jsonl", tmp_path / "bytes.jsonl")
+    (tmp_path / "short.csv").write_text("a,b\n1,2\n3\n")
+    with pytest.raises(UserError, match=r"short.csv:3 has 1 fields and there are 2 columns"):
+        read("csv", tmp_path / "short.csv")
+    (tmp_path / "a.txt").write_text("1\n2\n")
+    (tmp_path / "b.txt").write_text("1\n")
+    with pytest.raises(UserError, match=r"b.txt ends before line 2"):
+        read("lines", f"{tmp_path}/a.txt,{tmp_path}/b.txt", columns=["a", "b"])
+    (tmp_path / "s.json").write_text('{"data": [{"title": "x"}]}')
+    with pytest.raises(UserError, match=r"s.json is not in SQuAD's form"):
+        read("squad", tmp_path / "s.json")
+    (tmp_path / "p.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(UserError, match=r"p.parquet is no whole parquet file"):
+        read("parquet", tmp_path / "p.parquet")
