@@ -58,7 +58,7 @@ def read(path: str | Path, *, dtype: str = "float32") -> Pretrained:
 
         config, params, tokenizer = checkpoint.load_run(place)
         if config.lora.on:
-            return _adapted(config, params, dtype)
+            return _adapted(config, params, dtype or "float32")
     except UserError as error:
         raise UserError(str(error) if str(place) in str(error) else f"{place}: {error}") from None
     except RecursionError:
@@ -77,7 +77,7 @@ def _adapted(config: Config, trained: Any, dtype: str) -> Pretrained:
         found.params.pop("head", None)
     merged = jax.tree.map(np.asarray, lora.merge(config.lora, found.params, trained))
     changed = dataclasses.replace(found.config, labels=config.model.labels, dropout=config.model.dropout)
-    return dataclasses.replace(found, config=changed, params=merged)
+    return dataclasses.replace(found, config=changed, params=merged, dtype="float32")
 
 
 def _from_hub(name: str) -> Path:

@@ -56,7 +56,7 @@ def line(values: dict[str, float]) -> str:
     parts = [
         f"{value:.4f} {names.get(name, name.removeprefix('eval/'))}" for name, value in values.items() if name not in ("eval/loss", "eval/perplexity")
     ]
-    return ", ".join([f"eval loss {values['eval/loss']:.4f}", *parts])
+    return ", ".join(([f"eval loss {values['eval/loss']:.4f}"] if "eval/loss" in values else []) + parts)
 
 
 def answer(lm: LanguageModel, config: TaskConfig, labels: Sequence[str], examples: Sequence[Example]) -> list[Answer]:

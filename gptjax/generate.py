@@ -22,6 +22,7 @@ from gptjax.sampling import Sampling
 
 FLAGS = {
     "checkpoint": "a workdir, a step's folder in it, a Hugging Face folder or a .gguf file",
+    "adapter": "run or PEFT folder whose adapters stand on the checkpoint",
     "prompt": "text to continue; empty = a new document",
     "chat": "a conversation in the terminal",
     "system": "--chat: the system prompt",
@@ -171,6 +172,8 @@ def main(argv: list[str]) -> None:
     options(args)  # wrong numbers before the model is read
     metrics.enable_compile_cache()
     lm = language_model.load(args["checkpoint"], weights=args["weights"] or "float32", cache_dtype=args["cache_dtype"])
+    if args["adapter"]:
+        lm = lm.adapted(args["adapter"])
     if "chat" in args:
         converse(lm, args)
     else:

@@ -24,7 +24,7 @@ from gptjax.tokenizer import Tokenizer
 
 WEIGHTS = ("float32", "bfloat16", "int8")
 _STREAM_STEPS = (1, 2, 4, 8)  # tokens between looks at the device: the first at once, later ones in larger pieces
-_SCORE_ROWS = 8
+_SCORE_ROWS = 16
 SETTINGS = [f.name for f in dataclasses.fields(Sampling) if f.name != "banned"]
 
 
@@ -67,6 +67,10 @@ class LanguageModel:
             raise UserError("an empty prompt needs a tokenizer, whose end-of-text token begins a new document")
         return ids or [self.tokenizer.eot]  # type: ignore[union-attr]
 
+    def _writes(self) -> None:
+        if self.config.labels:
+            raise UserError(f"this checkpoint tells {', '.join(self.config.labels)} apart and writes no text: use classify, or evaluate")
+
     def _ids(self, text: str | Sequence[int]) -> list[int]:
         if isinstance(text, str):
             if self.tokenizer is None:
@@ -93,6 +97,7 @@ class LanguageModel:
 
     def logits(self, tokens: Any, lengths: Sequence[int] | None = None) -> np.ndarray:
         """float32 [B, T, V] for token ids [B, T]; rows past `lengths` are zero. Raises UserError past the context or the vocabulary."""
+        self._writes()
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.shape[1] > self.config.context or tokens.min(initial=0) < 0 or tokens.max(initial=0) >= self.config.vocab_size:
             raise UserError(f"tokens {tokens.shape} must be [B, T <= {self.config.context}] with ids from 0 to {self.config.vocab_size - 1}")
@@ -130,6 +135,7 @@ class LanguageModel:
 
     def token_logprobs(self, rows: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each row of ids: (log-probabilities, greedy flags) of its tokens but the first. A few rows at a time, lengths in buckets."""
+        self._writes()
         result: list[Any] = [None] * len(rows)
         for group, tokens in self._groups(rows, 1):  # the last token is no query
             logprobs, best = (np.asarray(a) for a in decode.token_logprobs(self._engine, self._weights, tokens))
@@ -142,7 +148,7 @@ class LanguageModel:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for first in range(0, len(order), _SCORE_ROWS):
             group = order[first : first + _SCORE_ROWS]
-            size = extra + _bucket(len(rows[group[-1]]) - extra, self.config.context)
+            size = extra + _bucket(len(rows[group[-1]]) - extra, self.config.context, smallest=16)
             tokens = np.zeros((min(_SCORE_ROWS, 1 << (len(rows) - 1).bit_length()), size), np.int32)
             for row, i in zip(tokens, group, strict=False):
                 row[: len(rows[i])] = rows[i]
@@ -217,6 +223,7 @@ class LanguageModel:
         self, prompts: Any, max_new_tokens: int, n: int, stop: str | Sequence[str], stop_tokens: Sequence[int], banned: Sequence[Any], overflow: str,
         ignore_end: bool, sampling: dict[str, Any],
     ) -> Request:  # fmt: skip
+        self._writes()
         prompts = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
         if isinstance(prompts, str) or (prompts and all(isinstance(p, int | np.integer) for p in prompts)):
             prompts = [prompts]
@@ -295,9 +302,9 @@ class LanguageModel:
         return found
 
 
-def _bucket(length: int, context: int) -> int:
+def _bucket(length: int, context: int, *, smallest: int = 64) -> int:
     """Columns for rows of up to `length` tokens: few sizes, so few programs."""
-    return min(max(64, 1 << max(length - 1, 0).bit_length()), context)
+    return min(max(smallest, 1 << max(length - 1, 0).bit_length()), context)
 
 
 def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> LanguageModel:

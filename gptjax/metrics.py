@@ -35,11 +35,12 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def flops_per_token(config: Config, params: int) -> float:
-    """Training FLOPs per token: 6 per weight that multiplies, plus attention 12 L H C T (Chowdhery et al. 2022, appendix B)."""
+    """Training FLOPs per token: 6 per weight that multiplies (4 where it is frozen under adapters), plus attention 12 L H C T (Chowdhery et al.
+    2022, appendix B). params: of the whole model."""
     m = config.model
     lookups = 0 if m.tied else m.vocab_size * m.width
     lookups += m.context * m.width if m.positions == "learned" else 0
-    return 6 * (params - lookups) + 12 * m.layers * m.heads * m.head_width * m.context
+    return (4 if config.lora.on else 6) * (params - lookups) + 12 * m.layers * m.heads * m.head_width * config.length
 
 
 class Compiles:
@@ -190,7 +191,8 @@ class Progress:
     def show(self, step: int, values: dict[str, float]) -> None:
         done, elapsed = step - self._start, time.monotonic() - self._began
         eta = elapsed / max(done, 1) * (self.steps - step)
-        parts = [f"loss {values['train/loss']:.4f}", f"lr {values['train/lr']:.2e}"]
+        parts = [f"reward {values['train/reward']:.3f}"] if "train/reward" in values else [f"loss {values['train/loss']:.4f}"]
+        parts += [f"lr {values['train/lr']:.2e}"]
         if "perf/tokens_per_sec" in values:
             parts.append(f"{values['perf/tokens_per_sec']:,.0f} tokens/s")
         parts.append(f"ETA {duration(eta)}")

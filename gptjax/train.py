@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from gptjax import cli, evaluate, files, lora, metrics, policy, report, settings, sharding, steps, tree
+from gptjax import cli, evaluate, files, lora, metrics, model, policy, report, settings, sharding, steps, tree
 from gptjax import config as config_lib
 from gptjax.checkpoint import Checkpoints, fault, read_meta, steps_in
 from gptjax.config import UserError
@@ -74,10 +74,10 @@ def train(run: Run, meta: dict[str, Any]) -> dict[str, Any]:
     del given
     start, run.source = int(state.step), None
     cli.say(f"continue after step {start}" if found else f"new run in {run.workdir}" + f", parameters from {t.init_from}" * bool(t.init_from))
-    params_count = tree.size(state.params)
+    count = f"{tree.size(state.params):,} parameters" + f" on {tree.size(frozen):,} frozen ones" * bool(frozen)
     first_device = jax.local_devices()[0]
     held = tree.bytes_on_device(state, first_device)
-    cli.say(f"{params_count:,} parameters; state {tree.nbytes(state) / 2**20:,.1f} MiB, {held / 2**20:,.1f} MiB of it on {first_device}")
+    cli.say(f"{count}; state {tree.nbytes(state) / 2**20:,.1f} MiB, {held / 2**20:,.1f} MiB of it on {first_device}")
     last = min(t.steps, t.stop_at or t.steps)
     if start >= last:
         checkpoints.close()
@@ -116,7 +116,7 @@ def loop(run: Run, meta: dict[str, Any], state: Any, frozen: Any, batches: polic
     c, t = run.config, run.config.train
     recent, step, waited, (batch, extra) = metrics.StepMetrics(t.batch_size * c.length), int(state.step), 0.0, first
     peak = metrics.peak_flops(jax.devices()[0])
-    flops = metrics.flops_per_token(c, tree.size(state.params))
+    flops = metrics.flops_per_token(c, model.count_params(c.model))
     profile, tracing = settings.profile_range(c), False
 
     def log() -> None:

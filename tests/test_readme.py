@@ -45,13 +45,19 @@ def test_every_file_named_is_there():
 
 @pytest.mark.slow
 def test_every_command_runs(tmp_path):
-    where = {"runs/quickstart": str(tmp_path / "quickstart"), "runs/debug": str(tmp_path / "debug"), "runs/prepared": str(tmp_path / "prepared")}
     commands = [args for block in BLOCKS for args in lines(block) if args[1] == "-m" and args[2] != "pytest" and not is_smollm2(args)]
-    assert len(commands) >= 6
+    assert len(commands) >= 9
     for args in commands:
-        args = [next((arg.replace(old, new) for old, new in where.items() if old in arg), arg) for arg in args]
+        args = [arg.replace("runs/", f"{tmp_path}/") for arg in args]
         if "gptjax.train" in args:
             args += SHORT
+        if "--config=configs/finetune_eras.py" in args:  # from the run above, and as short
+            args += [
+                f"--config.train.init_from={tmp_path}/quickstart",
+                "--config.train.epochs=0",
+                "--config.data.train_limit=60",
+                "--config.data.eval_limit=40",
+            ]
         command(*args[2:])
     assert (tmp_path / "quickstart" / "report.html").exists()
     shutil.rmtree(tmp_path / "prepared")

@@ -1,0 +1,54 @@
+"""Makes the notebooks beside this file of their texts: NAME.py in the percent format becomes NAME.ipynb, without outputs.
+
+    python experiments/colab/build.py
+
+The texts are what people edit; a test compares each notebook with what this file makes of its text. Cells begin with `# %%` (code) or
+`# %% [markdown]` (every line behind `# `); lines before the first cell are for readers of the text alone. When the repository moves, change REPOSITORY.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+REPOSITORY = "gptjax/gptjax"  # the public address on GitHub; stands for @REPOSITORY@ in the texts
+FOLDER = Path(__file__).parent
+NAMES = ("pretrain", "finetune", "chat")
+_MARKDOWN, _CODE = "# %% [markdown]", "# %%"
+
+
+def cells(text: str) -> list[tuple[str, str]]:
+    """("markdown" or "code", source) of each cell of a text. Raises ValueError for a line of markdown that is no comment."""
+    found: list[tuple[str, list[str]]] = []
+    for line in text.splitlines():
+        if line in (_MARKDOWN, _CODE):
+            found.append(("markdown" if line == _MARKDOWN else "code", []))
+        elif found and found[-1][0] == "markdown" and line:
+            if line != "#" and not line.startswith("# "):
+                raise ValueError(f"{line!r} stands in a markdown cell and does not begin with '# '")
+            found[-1][1].append(line[2:])
+        elif found:
+            found[-1][1].append(line)
+    return [(kind, "\n".join(lines).strip("\n")) for kind, lines in found]
+
+
+def notebook(name: str) -> str:
+    """The .ipynb (nbformat 4.5) of NAME.py: the same bytes each time, so that a change of the text is what a diff shows."""
+    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8").replace("@REPOSITORY@", REPOSITORY)
+    content = []
+    for number, (kind, source) in enumerate(cells(text), 1):
+        cell = {"cell_type": kind, "id": f"{name}-{number:02d}", "metadata": {}, "source": source.splitlines(keepends=True)}
+        content.append(cell | ({"execution_count": None, "outputs": []} if kind == "code" else {}))
+    metadata = {
+        "colab": {"provenance": []},
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    made = {"cells": content, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(made, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    for each in NAMES:
+        (FOLDER / f"{each}.ipynb").write_text(notebook(each), encoding="utf-8")
+        print(FOLDER / f"{each}.ipynb")

@@ -1,0 +1,216 @@
+# The text of finetune.ipynb; `python experiments/colab/build.py` makes the notebook of it.
+# ruff: noqa: E402 - a cell imports what it is the first to need
+
+# %% [markdown]
+# # Fine-tune a GPT to a task
+#
+# The small GPT of the first notebook learns to tell in which half century a paragraph was said.
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/@REPOSITORY@/blob/main/experiments/colab/finetune.ipynb)
+#
+# Run the cells from top to bottom. No account is needed, and the text comes with the installation.
+
+# %%
+# Nothing happens here where gptjax can be imported already. Else it is fetched and installed, and the jax that this machine
+# has stays as it is: on Colab it is the one that fits the accelerator.
+import importlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+NEEDED, EXTRA = ["gptjax.train"], ""
+
+
+def find_gptjax():
+    """The folder that holds the package and its configs; None where something is missing."""
+    try:
+        for name in NEEDED:
+            importlib.import_module(name)
+    except ImportError:
+        return None
+    folder = Path(sys.modules["gptjax"].__file__).parent.parent
+    return folder if (folder / "configs").is_dir() else None
+
+
+ROOT = find_gptjax()
+if ROOT is None:
+    clone = Path.cwd() / "gptjax-main"  # not "gptjax": Python would take the clone's folder for the package in it
+    around = [Path.cwd(), *Path.cwd().parents, clone]
+    ROOT = next((folder for folder in around if (folder / "configs" / "quickstart.py").is_file()), None)
+    commands = []
+    if ROOT is None:
+        ROOT = clone
+        commands.append(["git", "clone", "--quiet", "--depth=1", "https://github.com/@REPOSITORY@", str(ROOT)])
+    there = {each.name for each in importlib.metadata.distributions() if each.name}
+    held = [f"{name}=={importlib.metadata.version(name)}" for name in sorted(there) if name == "numpy" or name.startswith("jax")]
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "constraints.txt"
+        constraints.write_text("".join(f"{each}\n" for each in held))
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}{EXTRA}", "--constraint", str(constraints)]
+        for command in [*commands, pip]:
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed, where {', '.join(held)} must stay:\n{done.stderr}")
+    sys.path.insert(0, str(ROOT))  # this process began before the installation
+    importlib.invalidate_caches()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "gptjax"]:
+        del sys.modules[name]  # what the failed attempt above left half imported
+    ROOT = find_gptjax()
+    if ROOT is None:
+        raise RuntimeError("gptjax is installed and still cannot be imported: restart the runtime and run this cell again")
+print(f"gptjax is in {ROOT}")
+
+# %%
+import logging
+import signal
+
+FAST = bool(os.environ.get("GPTJAX_FAST"))  # a rehearsal of a minute, whose numbers mean nothing
+RUNS = Path("runs/colab-fast" if FAST else "runs/colab")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # for the commands below
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this notebook and the commands share one GPU
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of a file that it does not need
+
+
+def run(*arguments):
+    """Runs `python ARGUMENTS` and shows what it says as it comes. The stop button reaches it as Ctrl-C."""
+    command = [sys.executable, *map(str, arguments)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # in a session of its own, so that the stop button is passed on once: a second Ctrl-C means "end without saving"
+    with subprocess.Popen(command, start_new_session=True, **streams) as process:
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            print(process.stdout.read(), end="")
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command[1:])} ended with code {process.returncode}: see above")
+
+
+# %% [markdown]
+# ## A model to start from
+#
+# It has read the Presidents' messages and learned to continue them. If the first notebook left it here, it is used; else it is trained now,
+# which takes about two minutes on two CPU cores.
+
+# %%
+BASE = RUNS / "quickstart"
+flags = ["--config.train.eval_every=86"]  # as in the first notebook
+if FAST:
+    flags = ["--config.train.steps=30", "--config.train.log_every=5", "--config.train.eval_every=15", "--config.train.eval_batches=8"]
+if not (BASE / "report.html").exists():  # the last thing that a run writes
+    run("-m", "gptjax.train", f"--config={ROOT / 'configs' / 'quickstart.py'}", f"--workdir={BASE}", *flags)
+
+# %% [markdown]
+# ## The task
+#
+# A paragraph goes in, and one of the half centuries from 1750 to 2049 comes out. The config says which field of the data is the prompt and which the
+# label, and which model to start from.
+
+# %%
+CONFIG = ROOT / "configs" / "finetune_eras.py"
+print(CONFIG.read_text())
+
+# %% [markdown]
+# ## Look at the examples before you train
+#
+# Most mistakes in fine-tuning are mistakes in what is learned, and no loss curve shows them. Here the model reads a whole paragraph, cut
+# where it is longer than its context of 64 tokens, and the last token, on yellow, carries the label: what the model has understood by then
+# goes into a new layer that tells the classes apart.
+
+# %%
+import html
+
+from gptjax import settings, tokenizer
+from gptjax.data import preview
+from gptjax.data.rows import spread
+from gptjax.tasks import load
+
+changes = {"train.init_from": str(BASE)}
+if FAST:
+    changes |= {"train.epochs": "1", "data.train_limit": "640", "data.eval_limit": "120", "optim.warmup_steps": "2", "train.log_every": "10"}
+knobs = settings.load_file(str(CONFIG))
+settings.override(knobs, changes)
+config = settings.build(knobs)
+data = load.load(config, tokenizer.load(BASE / "tokenizer"))
+print(f"{len(data.train):,} examples to learn from, {len(data.eval):,} held out, {len(data.labels)} classes: {', '.join(data.labels)}")
+shown = spread(data.train, 4)
+try:
+    from IPython.display import HTML, display
+except ImportError:
+    for example in shown:
+        print("\n" + preview.to_terminal(data.tokenizer, example, colour=False))
+else:  # in a frame, so that the page's style does not reach the notebook's
+    page = html.escape(preview.to_html(data.tokenizer, shown))
+    display(HTML(f'<div><iframe srcdoc="{page}" style="width:100%;height:420px;border:0;background:white"></iframe></div>'))
+
+# %% [markdown]
+# ## Train
+#
+# The same command as for pretraining, with another config. All parameters are trained, from those of the first model on.
+# It takes about two minutes on two CPU cores.
+
+# %%
+WORKDIR = RUNS / "eras"
+run("-m", "gptjax.train", f"--config={CONFIG}", f"--workdir={WORKDIR}", *(f"--config.{name}={value}" for name, value in changes.items()))
+
+# %% [markdown]
+# ## What it gets right, and what it confuses
+#
+# Accuracy alone says little: compare it with always naming the commonest class. The interval says how far chance in the choice of the held-out
+# paragraphs may have moved it: 95 of 100 sets redrawn from them lie within. In the matrix a row is a true half century and a column a
+# predicted one; a model that has understood something errs beside the diagonal, by one half century.
+
+# %%
+import numpy as np
+
+import gptjax
+from gptjax import evaluate, scores
+
+lm = gptjax.load(WORKDIR)
+answers = evaluate.answer(lm, config.task, data.labels, data.eval)
+predicted, actual = [int(a.value) for a in answers], [int(e.label) for e in data.eval]
+accuracy = scores.classification(predicted, actual, len(data.labels))["accuracy"]
+counts = scores.confusion(predicted, actual, len(data.labels))
+low, high = accuracy.interval()
+labels = [int(e.label) for e in data.train]
+commonest = max(range(len(data.labels)), key=labels.count)
+print(f"accuracy {accuracy.value:.3f} [{low:.3f}, {high:.3f}]; always {data.labels[commonest]}: {actual.count(commonest) / len(actual):.3f}")
+try:
+    import matplotlib.pyplot as plt
+except ImportError:
+    for name, row in zip(data.labels, counts, strict=True):
+        print(f"{name}: {row}")
+else:
+    figure, axes = plt.subplots(figsize=(6, 5))
+    axes.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        axes.text(column, row, str(count), ha="center", va="center")
+    axes.set(xlabel="predicted", ylabel="actual", xticks=range(len(counts)), yticks=range(len(counts)), yticklabels=data.labels)
+    axes.set_xticklabels(data.labels, rotation=45, ha="right")
+    plt.show()
+
+# %% [markdown]
+# ## Sentences of your own
+#
+# Write some. The model has seen 8,000 paragraphs, cut to 64 tokens, so it goes by words more than by facts.
+
+# %%
+texts = [
+    "A treaty with the Indian tribes on our frontier will be laid before the Senate.",
+    "The new canal and the turnpikes bind the western States to the ports of the Atlantic.",
+    "The railroad to the Pacific and the reform of the tariff have the attention of Congress.",
+    "Our soldiers will fight on until the dictators have surrendered.",
+    "We must balance the budget, and the Soviet Union must reduce its missiles.",
+    "We will create jobs, lower the cost of health care and defeat the terrorists.",
+]
+for text, probabilities in zip(texts, lm.classify(texts), strict=True):
+    best = int(probabilities.argmax())
+    print(f"{lm.config.labels[best]} ({probabilities[best]:.0%})  {text}")
+
+# %% [markdown]
+# To teach it a task of your own, write a config like `configs/finetune_eras.py` with `data.source = "jsonl"` (or csv) and the path of your file: one
+# record a line, such as `{"text": ..., "label": ...}`. The other configs named `finetune_` show topics, sentiment and translation.
