@@ -209,7 +209,7 @@ def test_settings_that_contradict_are_refused():
         (dict(lora=dict(rank=2)), "train.init_from"),
         (dict(lora=dict(rank=2, dora=True, base="int8"), train=dict(init_from="x")), "lora.dora needs"),
         (dict(lora=dict(prompt_tokens=2), train=dict(init_from="x")), "set task.name"),
-        (dict(task=dict(name="qa")), "reads rows of fields"),
+        (dict(task=dict(name="qa"), data=dict(source="text", path="x")), "reads rows of fields"),
     ):
         with pytest.raises(UserError, match=message):
             make_config(**adapters)

@@ -137,7 +137,7 @@ def numbers(pattern, text):
     return [float(group) for group in found.groups()]
 
 
-@pytest.mark.slow
+@pytest.mark.notebook
 def test_pretrain_runs(tmp_path):
     said = execute("pretrain", tmp_path)
     first, last, held_out = numbers(r"training loss ([\d.]+) after 5 steps, ([\d.]+) after 30; held out ([\d.]+)", said)
@@ -148,7 +148,7 @@ def test_pretrain_runs(tmp_path):
     assert len(written) > 20
 
 
-@pytest.mark.slow
+@pytest.mark.notebook
 def test_finetune_runs(tmp_path):
     said = execute("finetune", tmp_path)
     train, held_out, classes = numbers(r"([\d,]+) examples to learn from, (\d+) held out, (\d+) classes: 1750-1799, ", said)
@@ -159,8 +159,7 @@ def test_finetune_runs(tmp_path):
     assert len(named) == 6 and all(int(b) - int(a) == 49 and 100 / 6 <= int(share) + 1 <= 101 for a, b, share in named)
 
 
-@pytest.mark.slow
-@pytest.mark.parity  # with the other references: it fetches 93 MB
+@pytest.mark.notebook
 def test_chat_runs(tmp_path):
     said = execute("chat", tmp_path)
     assert "30 layers, width 576, 49,152 tokens" in said

@@ -135,14 +135,14 @@ def test_rewards_rise_and_a_resumed_run_writes_the_same_answers(place):
         "task.max_new_tokens": 1,
         "train.batch_size": 32,
         "task.reward": f"{place}/case.py:case",
-        "optim.lr": 0.003,
+        "optim.lr": 0.01,
         "optim.weight_decay": 0,
     }
-    grpo |= {"train.steps": 80, "train.save_every": 40, "task.answers": 2}
+    grpo |= {"train.steps": 60, "train.save_every": 30, "task.answers": 2}
     command(*flags(place, place / "grpo", "asked.jsonl", **grpo))
     rewards = [r["train/reward"] for r in read_jsonl(place / "grpo" / "metrics.jsonl") if "train/reward" in r]
     assert np.mean(rewards[:3]) < 0.2 and np.mean(rewards[-5:]) > 0.9
-    command(*flags(place, place / "stopped", "asked.jsonl", **grpo, **{"train.stop_at": 40}))
+    command(*flags(place, place / "stopped", "asked.jsonl", **grpo, **{"train.stop_at": 30}))
     command(*flags(place, place / "stopped", "asked.jsonl", **grpo))
     assert [r["train/reward"] for r in read_jsonl(place / "stopped" / "metrics.jsonl") if "train/reward" in r] == rewards
     lm = language_model.load(place / "grpo")

@@ -340,7 +340,7 @@ def test_weights_of_a_checkpoint_can_be_trained_further(tmp_path):
     assert lm.tokenizer.fingerprint == checkpoint.tokenizer.fingerprint
     losses = [json.loads(line)["train/loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if "train/loss" in line]
     ids = checkpoint.tokenizer.encode("the cat in the hat sat. " * 40)[:480]
-    found = gptjax.load(tmp_path / "base")._token_logprobs([ids[i : i + 17] for i in range(0, 460, 16)])
+    found = gptjax.load(tmp_path / "base").token_logprobs([ids[i : i + 17] for i in range(0, 460, 16)])
     assert losses[0] == pytest.approx(-np.mean([lp.mean() for lp, _ in found]), rel=0.2)
     wrong = command("gptjax.train", *[f.replace("/base", "/absent") for f in flags[:-1]], f"--workdir={tmp_path / 'w'}", check=False)
     assert wrong.returncode == 2 and "absent" in wrong.stderr

@@ -102,6 +102,16 @@ def test_overlong_examples_follow_the_policy(tmp_path, policy, capsys):
     assert text.startswith("0123") == (policy == "cut_end") and "1 cut" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("policy", ["cut_start", "cut_end"])
+def test_a_cut_goes_round_characters(tmp_path, policy):
+    """One token a byte, so most cuts would fall inside a character."""
+    for text in ("東京" * 40, "x" + "•é" * 60):
+        found, config = examples(tmp_path, [{"document": text, "summary": "s"}], task=dict(name="summarization", overlong=policy))
+        e = found.train[0]
+        given = found.tokenizer.decode(e.ids[: e.prompt].tolist()).removesuffix("\n\nTL;DR:")
+        assert "\ufffd" not in given and given in text and config.length - 4 <= len(e.ids) - 1 <= config.length
+
+
 def messages(*texts):
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
 

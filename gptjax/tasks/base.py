@@ -154,5 +154,6 @@ def _fitting(config: TaskConfig, kind: Kind, tokenizer: Tokenizer, row: Row, roo
                 f"{row.where} needs {len(ids) + rest} tokens and a row holds {room.length}:\nraise data.length or model.context, "
                 "or set task.overlong to drop, cut_start or cut_end"
             )
-        changed[longest] = tokenizer.decode(parts[over:] if room.policy == "cut_start" else parts[:-over])
+        kept = tokenizer.decode_bytes(parts[over:] if room.policy == "cut_start" else parts[:-over])
+        changed[longest] = kept.decode(errors="ignore").strip()  # a cut through a character drops it: U+FFFD would take as many tokens again
     raise UserError(f"{row.where} could not be cut to {room.length} tokens: raise data.length, or set task.overlong = 'drop'")
