@@ -82,7 +82,7 @@ class LanguageModel:
         return ids
 
     def adapted(self, path: str | Path) -> LanguageModel:
-        """This model with the adapters of a run or a PEFT folder beside its weights, which both share. Raises UserError."""
+        """This model with the adapters of a run or a PEFT folder beside its weights, which both share (DoRA's norms need a copy). Raises UserError."""
         from gptjax import peft
 
         settings, trained = peft.find(Path(path).expanduser(), self.config)
@@ -91,7 +91,10 @@ class LanguageModel:
             other.config = dataclasses.replace(self.config, labels=peft.labels_of(Path(path).expanduser(), len(trained["score"]["kernel"])))
             other._engine = dataclasses.replace(self._engine, labels=other.config.labels)
         other.params = lora.attach(settings, self.params, trained)
-        other._weights = lora.attach(settings, self._weights, trained)
+        if settings.dora:
+            other._weights = _inference_params(other.config, other.params, weights=self.weights)
+        else:
+            other._weights = lora.attach(settings, self._weights, trained)
         other.source = None
         return other
 
