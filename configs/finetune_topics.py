@@ -10,7 +10,7 @@ from configs import base
 
 def get_config():
     c = base.get_config()
-    c.train.update(epochs=6.0, batch_size=16, eval_every=500, save_every=500, log_every=50)
+    c.train.update(epochs=4.0, batch_size=16, eval_every=0, save_every=250, log_every=50)
     c.model.update(layers=2, width=128, heads=4, context=256, dropout=0.2)
     c.data.update(source="jsonl", path="data/reuters8/train.jsonl", eval_fraction=0.1, tokenizer="sentencepiece", tokenizer_vocab=6000)
     c.task.update(name="classification", prompt="{text}", overlong="cut_end", answers=0)
