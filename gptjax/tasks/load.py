@@ -106,7 +106,12 @@ def _texts(config: Config, found: Iterable[Row]) -> Iterator[str]:
         if t.name == "chat":
             yield from (m["content"] for m in dialogue.messages_of(t, row))
         else:
-            yield fill(t.prompt or kind.prompt, row, "task.prompt") + fill(t.completion or kind.completion, row, "task.completion")
+            written = (
+                " " + str(row.fields.get(t.label, ""))
+                if t.name == "classification"
+                else fill(t.completion or kind.completion, row, "task.completion")
+            )
+            yield fill(t.prompt or kind.prompt, row, "task.prompt") + written * (not has_head(config))
 
 
 def render(config: Config, text_tokenizer: Tokenizer, found: Sequence[Row], labels: Sequence[str], what: str) -> list[Example]:
