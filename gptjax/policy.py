@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +33,8 @@ def token_logprobs(config: Config, params: Any, batch: dict[str, Array]) -> Arra
 
 
 def with_reference(run: Run, split: loader.Split, name: str, start: int, params: Any, frozen: Any) -> loader.Split:
-    """The split with the log-probability of each answer under the parameters that training starts from; computed once and kept in the workdir."""
+    """The split with the log-probability of each answer under the parameters that training starts from: computed before the first step, and read
+    from the workdir once they have been trained."""
     c = run.config
     if c.task.name != "preference" or c.task.loss not in WITH_REFERENCE or not split.count:
         return split
@@ -40,29 +42,34 @@ def with_reference(run: Run, split: loader.Split, name: str, start: int, params:
     if jax.process_count() > 1:
         raise UserError(f"task.loss = {c.task.loss!r} keeps a reference, which is computed by one process: start one, or use task.loss = 'orpo'")
     place = run.workdir / f"reference-{name}.npy"
-    count = sum(len(unit.parts) for unit in split.examples)
-    if place.exists() and len(found := np.load(place)) == count:
-        return split.with_reference(found)
-    if start:
+    if not start:  # also where a file lies there: it may be of a run that was given up before its first checkpoint
+        result = _answer_logprobs(run, split, params, frozen)
+        with files.atomic(place) as temporary, open(temporary, "wb") as file:
+            np.save(file, result)
+        return split.with_reference(result)
+    if not place.exists() or len(found := np.load(place)) != sum(len(unit.parts) for unit in split.examples):
         raise UserError(f"{place} is missing or of other examples, and the parameters it came from have been trained since: start in a new --workdir")
-    step = jax.jit(
-        lambda params, frozen, batch: objectives.segment_sums(
-            token_logprobs(c, lora.attach(c.lora, frozen, params), batch) * batch["loss_weights"], batch["segment_ids"]
-        )
-    )
-    sums, size = [], c.train.batch_size
-    for batch in loader.eval_batches(split, batch_size=size, rows=range(size)):
-        found = np.asarray(step(params, frozen, sharding.to_global(run.mesh, batch)))
-        sums += [row[1 : 1 + number] for row, number in zip(found, batch["segment_ids"].max(1), strict=True)]
-    in_rows = np.concatenate([row[: sum(len(split.examples[k].parts) for k in units)] for row, units in zip(sums, split.rows, strict=False)])
-    order = [(k, part) for units in split.rows for k in units for part in range(len(split.examples[k].parts))]
-    result = np.empty(count, np.float32)
-    starts = np.cumsum([0, *(len(unit.parts) for unit in split.examples)])
-    for (k, part), value in zip(order, in_rows, strict=True):
-        result[starts[k] + part] = value
-    with files.atomic(place) as temporary, open(temporary, "wb") as file:
-        np.save(file, result)
-    return split.with_reference(result)
+    return split.with_reference(found)
+
+
+def _answer_logprobs(run: Run, split: loader.Packed, params: Any, frozen: Any) -> np.ndarray:
+    """float32 [parts of all examples, in order]: log-probability of the learned tokens of each."""
+    c, size = run.config, run.config.train.batch_size
+
+    @jax.jit
+    def sums(params: Any, frozen: Any, batch: dict[str, Array]) -> Array:
+        logp = token_logprobs(c, lora.attach(c.lora, frozen, params), batch)
+        return objectives.segment_sums(logp * batch["loss_weights"], batch["segment_ids"])
+
+    batches = loader.eval_batches(split, batch_size=size, rows=range(size))
+    rows = itertools.chain.from_iterable(np.asarray(sums(params, frozen, sharding.to_global(run.mesh, batch))) for batch in batches)
+    of_example: dict[int, np.ndarray] = {}
+    for row, numbers in zip(rows, split.rows, strict=False):  # rows behind the last fill a batch up
+        at = 1
+        for k in numbers:
+            of_example[k] = row[at : at + len(split.examples[k].parts)]
+            at += len(of_example[k])
+    return np.concatenate([of_example[k] for k in range(len(split.examples))])
 
 
 class Reads:

@@ -114,6 +114,8 @@ def test_the_batch_objective_is_the_formula_on_sums(kind, place, tmp_path):
 @pytest.mark.parametrize("kind", ["dpo", "kto"])  # orpo differs in its formula alone, which stands above
 def test_preferences_are_learned_from_the_reference_on(kind, place):
     run = place / f"run-{kind}"
+    run.mkdir()  # with what a run that was given up before its first checkpoint may have left
+    np.save(run / "reference-train.npy", np.full({"dpo": 36, "kto": 54}[kind], -1.0, np.float32))
     command(
         *flags(place, run, "pairs.jsonl", **{"task.name": "preference", "task.loss": kind, "lora.rank": 2 if kind == "dpo" else 0, "train.steps": 30})
     )
