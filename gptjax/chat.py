@@ -99,7 +99,7 @@ def turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[list[
                 "the chat template rewrites earlier turns, so what the assistant said cannot be told from the rest: simplify the template"
             )
         answer = tokenizer.encode_template(after[len(before) :], guard)
-        ends = [k for k, token in enumerate(answer) if token in (tokenizer.stops or (tokenizer.eot,))]
+        ends = [k for k, token in enumerate(answer) if token in tokenizer.ends]
         if not ends:
             raise UserError("the chat template closes no answer with an end token, so a model could not learn to stop: use a template that does")
         if ends[0] == 0:

@@ -150,7 +150,7 @@ def _read_hf(folder: Path, dtype: str) -> Pretrained:
 def _special_ids(raw: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     kept = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(key) is not None}
     if "eos_token_id" not in kept and tokenizer:
-        stops = list(tokenizer.stops or (tokenizer.eot,))
+        stops = list(tokenizer.ends)
         kept |= {"eos_token_id": stops if len(stops) > 1 else stops[0], "bos_token_id": (tokenizer.prefix or (tokenizer.eot,))[0]}
     return kept
 

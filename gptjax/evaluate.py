@@ -26,7 +26,7 @@ from gptjax.data import loader, rows
 from gptjax.language_model import LanguageModel
 from gptjax.scores import Metric
 from gptjax.tasks import classification, load
-from gptjax.tasks.base import Answer, Example, end_of
+from gptjax.tasks.base import Answer, Example
 from gptjax.tokenizer import Tokenizer
 
 _BATCH = 16  # texts that are written at once
@@ -87,7 +87,7 @@ def _by_likelihood(
 ) -> list[Answer]:
     """The label whose text with its end is likeliest after the prompt."""
     assert lm.tokenizer is not None
-    words = [[*lm.tokenizer.encode(" " * (config.template == "plain") + w), end_of(lm.tokenizer)] for w in classification.words_of(config, labels)]
+    words = [[*lm.tokenizer.encode(" " * (config.template == "plain") + w), lm.tokenizer.ends[0]] for w in classification.words_of(config, labels)]
     found = []
     for i in range(0, len(prompts), _BATCH):
         part = prompts[i : i + _BATCH]
@@ -154,30 +154,30 @@ def compare(
     config: Config, checkpoints: Sequence[str], *, path: str = "", limit: int = 0, out: Path | None = None, baselines: bool = True
 ) -> list[Entry]:
     """Scores of each checkpoint on one set of examples, then of the task's baselines. out: where predictions go, a jsonl a checkpoint."""
-    entries: list[Entry] = []
-    held: list[Example] = []
     kind = load.TASKS[config.task.name][0]
-    labels: tuple[str, ...] = ()
+    train_rows, eval_rows, _ = load.read(config)
+    labels = load.labels_of(config, train_rows)
+    test_rows = rows.spread(load.read_file(config, path) if path else eval_rows, limit)
+    if not test_rows:
+        raise UserError("the held-out split is empty: raise data.eval_fraction, or name a file with --path")
+    entries: list[Entry] = []
     for name in checkpoints:
         lm = language_model.load(name)
-        if lm.tokenizer is None:
+        tokenizer = lm.tokenizer
+        if tokenizer is None:
             raise UserError(f"{name} has no tokenizer: put its tokenizer.json beside it")
         context = min(config.length, lm.config.context)
         mine = dataclasses.replace(config, data=dataclasses.replace(config.data, length=context))
-        data = load.load(mine, lm.tokenizer)
-        labels = data.labels
-        held = load.load_file(mine, lm.tokenizer, path, labels, limit=limit) if path else rows.spread(data.eval, limit)
-        if not held:
-            raise UserError("the held-out split is empty: raise data.eval_fraction, or name a file with --path")
+        held = load.render(mine, tokenizer, test_rows, labels, path or "held-out")
         cli.say(f"{name}: {len(held):,} examples")
         found = answer(lm, _method(config.task, lm), labels, held)
         entries.append(Entry(name, kind.judge(config.task, labels, held, found)))
         if out:
-            lines = [json.dumps(record(e, a, lm.tokenizer), ensure_ascii=False) for e, a in zip(held, found, strict=True)]
+            lines = [json.dumps(record(e, a, tokenizer), ensure_ascii=False) for e, a in zip(held, found, strict=True)]
             files.write_text(out / f"{len(entries)}-{Path(name).name}.jsonl", "\n".join(lines) + "\n")
-        train = data.train
-    for name, found in kind.baselines(held, train).items() if baselines else ():
-        entries.append(Entry(name, kind.judge(config.task, labels, held, found)))
+    if baselines:  # they know what the last checkpoint was given
+        train = load.render(mine, tokenizer, train_rows, labels, "training")
+        entries += [Entry(name, kind.judge(config.task, labels, held, found)) for name, found in kind.baselines(held, train).items()]
     return entries
 
 
@@ -226,9 +226,8 @@ def text_scores(lm: LanguageModel, documents: Iterator[str]) -> dict[str, Metric
     return scores.token_loss(np.array(sums), np.array(weights), np.array(sizes))
 
 
-def task_config(args: cli.Args, checkpoint: str) -> Config:
-    if args.settings is not None:
-        return args.config
+def task_config(checkpoint: str) -> Config:
+    """The config of a run that tuned a task. Raises UserError."""
     stored = Path(checkpoint).expanduser() / "config.json"
     if stored.is_file() and "task" in (content := json.loads(stored.read_text(encoding="utf-8"))):
         config = settings.build(content)
@@ -262,7 +261,7 @@ def main(argv: list[str]) -> None:
         _others(args, names[0], out)
         return
     else:
-        config = task_config(args, names[0])
+        config = args.config if args.settings is not None else task_config(names[0])
         if not config.task.name:
             raise UserError("the config has no task.name: use --text for the loss of a text")
         entries = compare(config, names, path=args["path"], limit=args.number("limit", 0), out=out)

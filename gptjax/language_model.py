@@ -55,7 +55,7 @@ class LanguageModel:
 
     @property
     def stops(self) -> tuple[int, ...]:
-        return (self.tokenizer.stops or (self.tokenizer.eot,)) if self.tokenizer else ()
+        return self.tokenizer.ends if self.tokenizer else ()
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt: text behind the vocabulary's prefix, ids as they are; an empty one is a new document."""

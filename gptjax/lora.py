@@ -13,12 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax import model, transfer, tree
+from gptjax import model, quantize, transfer, tree
 from gptjax.config import LoraConfig, ModelConfig, UserError
 
 Array = jax.Array
 Params = dict[str, Any]
-INPUTS = {"out": 2}  # leading input axes of a layer's kernel [*in, *out], by the layer's name; others have one
 
 
 def targets(lora: LoraConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -26,8 +25,7 @@ def targets(lora: LoraConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, t
     kernels = {path.removesuffix("/kernel"): shape for path, shape in shapes.items() if path.startswith("blocks/") and path.endswith("/kernel")}
     if missing := [p for p in lora.targets if p not in LoraConfig().targets and not any(tree.matches([p], path) for path in kernels)]:
         raise UserError(f"lora.targets: {missing[0]!r} matches no layer; there are {', '.join(kernels)}")
-    split = lambda path: INPUTS.get(path.rpartition("/")[2], 1)
-    return {path: (s[: split(path)], s[split(path) :]) for path, s in kernels.items() if tree.matches(lora.targets, path)}
+    return {path: (s[: quantize.inputs_of(path)], s[quantize.inputs_of(path) :]) for path, s in kernels.items() if tree.matches(lora.targets, path)}
 
 
 def init(config: ModelConfig, lora: LoraConfig, key: Array, base: Params) -> Params:
@@ -82,7 +80,7 @@ def _ready(lora: LoraConfig, frozen: Any, trained: Params, dropout: bool) -> Par
             continue
         found[name] = {"lora_a": part["lora_a"], "lora_b": part["lora_b"] * (lora.alpha / lora.rank)}
         if "lora_m" in part:
-            inputs = INPUTS.get(name, 1)
+            inputs = quantize.inputs_of(name)
             length = jax.lax.stop_gradient(_norm(frozen[name]["kernel"].astype(jnp.float32) + update(lora, part), inputs))
             found[name]["lora_gain"] = part["lora_m"] / length
         if dropout and lora.dropout:
@@ -105,7 +103,7 @@ def merge(lora: LoraConfig, base: Params, trained: Params) -> Params:
         layer, _, leaf = path.rpartition("/")
         if leaf == "lora_a":
             part = {n: added[f"{layer}/{n}"] for n in ("lora_a", "lora_b", "lora_m") if f"{layer}/{n}" in added}
-            kernel, inputs = f"{layer}/kernel", INPUTS.get(layer.rpartition("/")[2], 1)
+            kernel, inputs = f"{layer}/kernel", quantize.inputs_of(layer)
             whole = flat[kernel].astype(jnp.float32) + update(lora, part)
             if "lora_m" in part:
                 gain = part["lora_m"] / _norm(whole, inputs)

@@ -217,8 +217,7 @@ def inference_params(config: ModelConfig, params: Params, *, weights: str = "flo
             if isinstance(part, dict) and "rows" in part:
                 new[name] = part  # as it is already
             elif isinstance(part, dict) and "kernel" in part:
-                inputs = 2 if name == "out" else 1
-                matrix = part["kernel"].reshape(math.prod(part["kernel"].shape[:inputs]), -1).T
+                matrix = part["kernel"].reshape(math.prod(part["kernel"].shape[: quantize.inputs_of(name)]), -1).T
                 new[name] = {**{k: v.astype(jnp.float32) for k, v in part.items() if k != "kernel"}, **quantize.rows(matrix, weights)}
             else:
                 new[name] = layer(part) if isinstance(part, dict) else part.astype(jnp.float32)

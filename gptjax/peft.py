@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import files, hf, lora, transfer, tree
+from gptjax import files, hf, quantize, transfer, tree
 from gptjax.config import LoraConfig, ModelConfig, UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -51,7 +51,7 @@ def write(folder: Path, c: ModelConfig, config: LoraConfig, trained: Any, base: 
     for path, row, _ in _layers(c) if config.rank else ():
         if f"{path}/lora_a" not in flat:
             continue
-        inputs = lora.INPUTS.get(path.rpartition("/")[2], 1)
+        inputs = quantize.inputs_of(path)
         for layer in range(c.layers):
             a, b = flat[f"{path}/lora_a"][layer], flat[f"{path}/lora_b"][layer]
             lengths = _parts(c, row, flat[f"{path}/lora_m"][layer][None], inputs) if config.dora else []
@@ -151,7 +151,7 @@ def _read_layer(
     c: ModelConfig, raw: Mapping[str, Any], tensors: Mapping[str, np.ndarray], path: str, row: hf.Row, shape: tuple[int, ...], used: set[str]
 ) -> dict[str, np.ndarray]:
     """lora_a, lora_b (scaled) and lora_m of one of our layers, [L, ...]; nothing where the file has none of its parts."""
-    inputs = lora.INPUTS.get(path.rpartition("/")[2], 1)
+    inputs = quantize.inputs_of(path)
     ins, outs = shape[:inputs], shape[inputs:]
     sizes = [part.shape[0] for part in _parts(c, row, np.zeros((1, *outs), np.float32), inputs)]
     each: list[dict[str, np.ndarray]] = []

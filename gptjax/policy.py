@@ -16,7 +16,6 @@ from gptjax.data.sources import TRAIN
 from gptjax.language_model import LanguageModel
 from gptjax.run import Run
 from gptjax.tasks import load
-from gptjax.tasks.base import end_of
 from gptjax.tasks.preference import WITH_REFERENCE
 from gptjax.tasks.reward import reward_of
 
@@ -126,7 +125,7 @@ class Rollouts:
         gains = np.asarray(preferences.advantages(rewards.reshape(-1, task.samples))).reshape(-1)
         rows = []
         for e, one, gain in zip(asked, found, gains, strict=True):
-            answer = [*one.tokens, *[end_of(tokenizer)] * (one.finish_reason == "stop")]
+            answer = [*one.tokens, *[tokenizer.ends[0]] * (one.finish_reason == "stop")]
             ids = np.array([*e.ids[: e.prompt].tolist(), *answer], np.int32)
             row, n = loader.nothing(c.length), len(ids) - 1
             row["tokens"][:n], row["targets"][:n] = ids[:-1], ids[1:]

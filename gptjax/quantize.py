@@ -12,6 +12,11 @@ from gptjax.attention import fence
 Array = jax.Array
 
 
+def inputs_of(layer: str) -> int:
+    """Leading input axes of a layer's kernel [*in, *out], by its name or path."""
+    return 2 if layer.rpartition("/")[2] == "out" else 1
+
+
 def rows(matrix: Array, dtype: str) -> dict[str, Array]:
     """{"rows": [F, D] in `dtype`}; int8: each row is round(row / scale) with "row_scale" [F] = max |row| / 127, so its error is at most half a scale."""
     if dtype != "int8":

@@ -35,6 +35,7 @@ class Run:
     data: Data
     compiles: Compiles
     stop: cli.Stop
+    meta: dict[str, Any]  # what each of its checkpoints carries: the config and what else must not change
     source: convert.Pretrained | None = None  # what train.init_from names
 
     @property
@@ -137,8 +138,8 @@ def fingerprints(config: Config, data: Data, source: convert.Pretrained | None) 
     return {"data": text, "tokenizer": data.tokenizer.fingerprint, "base": base}
 
 
-def setup(config: Config, workdir: Path, overrides: dict[str, str], stop: cli.Stop, compiles: Compiles) -> tuple[Run, dict[str, Any]]:
-    """(the run, what each of its checkpoints carries). Checks everything, then describes the run in its workdir; nothing is written when a check fails."""
+def setup(config: Config, workdir: Path, overrides: dict[str, str], stop: cli.Stop, compiles: Compiles) -> Run:
+    """Checks everything, then describes the run in its workdir; nothing is written when a check fails."""
     config, source = begin_from(config)
     data = load_data(config, source)
     config = resolve(config, data)
@@ -154,4 +155,4 @@ def setup(config: Config, workdir: Path, overrides: dict[str, str], stop: cli.St
         files.write_text(workdir / "overrides.json", json.dumps(overrides))
         data.tokenizer.save(workdir / "tokenizer")
         report.mark(workdir, status="running", argv=sys.argv, seed=config.train.seed, mesh=dict(mesh.shape), **report.environment(), **prints)
-    return Run(config, workdir, mesh, data, compiles, stop, source), {"config": config_lib.to_dict(config), **prints}
+    return Run(config, workdir, mesh, data, compiles, stop, {"config": config_lib.to_dict(config), **prints}, source)

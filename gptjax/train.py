@@ -52,17 +52,17 @@ def judge(run: Run, step: int, params: Any) -> dict[str, float]:
     return {f"eval/{name}": metric.value for name, metric in scores.items()}
 
 
-def save_best(run: Run, state: Any, meta: dict[str, Any], loss: float) -> None:
+def save_best(run: Run, state: Any, loss: float) -> None:
     """Keeps the state under best/ where its held-out loss is the lowest so far, and only then."""
     folder = run.workdir / "best"
     kept = [read_meta(folder / str(s))["eval_loss"] for s in steps_in(folder) if not fault(folder / str(s), ("meta/",))]
     if loss < min(kept, default=math.inf):
         best = Checkpoints(folder, keep=1)
-        best.save(state, {**meta, "eval_loss": loss}, wait=True)
+        best.save(state, {**run.meta, "eval_loss": loss}, wait=True)
         best.close()
 
 
-def train(run: Run, meta: dict[str, Any]) -> dict[str, Any]:
+def train(run: Run) -> dict[str, Any]:
     """The loop. Returns the summary that the command prints."""
     c, t = run.config, run.config.train
     shapes, _, _ = steps.state_shapes(c)
@@ -92,7 +92,7 @@ def train(run: Run, meta: dict[str, Any]) -> dict[str, Any]:
     tracker = Tracker(run.workdir, start=start) if jax.process_index() == 0 else None
     progress = Progress(start=start, steps=t.steps)
     try:
-        outcome = loop(run, meta, state, frozen, batches, first, last, train_step, eval_step, checkpoints, tracker, progress, compile_seconds)
+        outcome = loop(run, state, frozen, batches, first, last, train_step, eval_step, checkpoints, tracker, progress, compile_seconds)
     except UserError:
         if jax.process_index() == 0:
             report.mark(run.workdir, status="failed")
@@ -111,7 +111,7 @@ def train(run: Run, meta: dict[str, Any]) -> dict[str, Any]:
     return finish(run, step, status=status)
 
 
-def loop(run: Run, meta: dict[str, Any], state: Any, frozen: Any, batches: policy.Reads | policy.Rollouts, first: Any, last: int, train_step: Any, eval_step: Any, checkpoints: Checkpoints, tracker: Tracker | None, progress: Progress, compile_seconds: float) -> tuple[Any, int, str]:  # fmt: skip
+def loop(run: Run, state: Any, frozen: Any, batches: policy.Reads | policy.Rollouts, first: Any, last: int, train_step: Any, eval_step: Any, checkpoints: Checkpoints, tracker: Tracker | None, progress: Progress, compile_seconds: float) -> tuple[Any, int, str]:  # fmt: skip
     """Steps until `last` or until stopped. Returns (state, step, status)."""
     c, t = run.config, run.config.train
     recent, step, waited, (batch, extra) = metrics.StepMetrics(t.batch_size * c.length), int(state.step), 0.0, first
@@ -136,9 +136,9 @@ def loop(run: Run, meta: dict[str, Any], state: Any, frozen: Any, batches: polic
             raise UserError(
                 f"step {step}: a parameter is not finite; the run stops and keeps the last checkpoint.\nLower optim.lr or raise optim.eps, in a new --workdir."
             )
-        if checkpoints.save(state, meta, wait=wait) or not wait:
+        if checkpoints.save(state, run.meta, wait=wait) or not wait:
             return True
-        return jax.process_count() == 1 and checkpoints.save(state, meta, wait=True)  # once more: a failure may pass
+        return jax.process_count() == 1 and checkpoints.save(state, run.meta, wait=True)  # once more: a failure may pass
 
     held_out = policy.with_reference(run, run.split(EVAL), EVAL, step, state.params, frozen)
     judged = isinstance(run.data, load.Examples) and bool(c.task.answers) and jax.process_count() == 1
@@ -175,7 +175,7 @@ def loop(run: Run, meta: dict[str, Any], state: Any, frozen: Any, batches: polic
             if tracker:
                 tracker.log(step, values)
             if t.keep_best:
-                save_best(run, state, meta, values.get("eval/loss", -values.get("eval/reward", 0.0)))
+                save_best(run, state, values.get("eval/loss", -values.get("eval/reward", 0.0)))
         if due(t.sample_every) and t.sample_tokens and jax.process_count() == 1 and not c.task.name:
             progress.note(step, sample(run, step, lora.attach(c.lora, frozen, state.params)))
         if step < last:
@@ -233,9 +233,9 @@ def main(argv: list[str]) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file: name a folder")
     with files.lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        run, meta = setup(config, workdir, args.overrides, stop, compiles)
+        run = setup(config, workdir, args.overrides, stop, compiles)
         with jax.set_mesh(run.mesh):
-            summary = train(run, meta)
+            summary = train(run)
     if jax.process_index() == 0:
         cli.result(summary, args)
     if summary["status"] == "interrupted":

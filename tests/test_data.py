@@ -186,7 +186,7 @@ def test_an_epoch_covers_the_text(windows):
     starts = set()
     for batch in take(w, 40):
         starts.update(int(np.flatnonzero((w.read(0, w.total)[:-32, None] == row[0]).any(1))[0]) for row in batch["tokens"])
-    order = loader._Steps(w, 3, 8, range(8), count)._order
+    order = loader._Steps(w, 3, 8, range(8))._order
     assert sorted(order[i] for i in range(count)) == list(range(count))
     assert len(starts) > 5
 

@@ -58,7 +58,7 @@ def test_a_classifier_is_tuned_judged_and_compared(place, tuned):
     assert found[str(tuned)]["accuracy"]["value"] == 1.0 and found["majority"]["accuracy"]["value"] == 0.5
     lines = [json.loads(line) for line in (place / "out" / "1-run.jsonl").read_text().splitlines()]
     assert len(lines) == 32 and lines[0]["prediction"] in ("the", "in") and abs(sum(lines[0]["probabilities"]) - 1) < 1e-3
-    config = evaluate.task_config(type("Args", (), {"settings": None})(), str(tuned))
+    config = evaluate.task_config(str(tuned))
     table = evaluate.table(evaluate.compare(config, [str(tuned)], path=f"{place}/test.jsonl"), "accuracy")
     assert "accuracy" in table.splitlines()[0] and "majority" in table and "+0.5 [" in table
 
@@ -80,7 +80,7 @@ def test_text_and_labels_as_text_are_judged(place):
     changes = {"task.method": "text", "lora.rank": 0, "train.steps": 30, "optim.lr": 0.01}
     done = command(*flags(place, place / "text", **changes), "--json")
     assert json.loads(done.stdout)["eval/accuracy"] == 1.0
-    config = evaluate.task_config(type("Args", (), {"settings": None})(), str(place / "text"))
+    config = evaluate.task_config(str(place / "text"))
     (entry,) = evaluate.compare(config, [str(place / "text")], path=str(place / "test.jsonl"), baselines=False)
     assert entry.scores["accuracy"].value == 1.0
 

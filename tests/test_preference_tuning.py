@@ -126,7 +126,7 @@ def test_preferences_are_learned_from_the_reference_on(kind, place):
     assert found[-1] < 0.8 * found[0] and [r for r in records if "eval/accuracy" in r][-1]["eval/accuracy"] == 1.0
     assert (run / "reference-train.npy").exists()
     if kind == "dpo":
-        config = evaluate.task_config(type("Args", (), {"settings": None})(), str(run))
+        config = evaluate.task_config(str(run))
         assert evaluate.compare(config, [str(run)])[0].scores["accuracy"].value == 1.0
 
 

@@ -21,13 +21,16 @@ Batch = dict[str, np.ndarray]
 
 
 class Split(Protocol):
-    """What batches are made of: `count` rows of `length` positions; `shift` in [0, length) moves a row where the split allows it."""
+    """What batches are made of: `count` rows of `length` positions, of which an epoch of training takes the `full` ones; `shift` in [0, length) moves a row where the split allows it."""
 
     @property
     def length(self) -> int: ...
 
     @property
     def count(self) -> int: ...
+
+    @property
+    def full(self) -> int: ...
 
     def row(self, i: int, shift: int = 0) -> Batch: ...
 
@@ -56,6 +59,15 @@ class Windows:
     @property
     def count(self) -> int:
         return max(0, -(-(self.total - 1) // self.length))
+
+    @property
+    def full(self) -> int:
+        """The rest at the end comes into windows by their shift."""
+        if self.total < self.length + 1:
+            raise UserError(
+                f"the training split has {self.total} tokens and a row of {self.length} needs {self.length + 1}: shorten data.length or model.context, or add text"
+            )
+        return (self.total - 1) // self.length
 
     def row(self, i: int, shift: int = 0) -> Batch:
         """A shifted window ends with the split at the latest; an unshifted last one is filled up."""
@@ -123,6 +135,10 @@ class Packed:
     def count(self) -> int:
         return len(self.rows)
 
+    @property
+    def full(self) -> int:
+        return self.count
+
     def with_reference(self, values: np.ndarray) -> Packed:
         """The same rows, with `values` for the parts of all examples in order."""
         starts = np.cumsum([0, *(len(unit.parts) for unit in self.examples)])
@@ -172,9 +188,9 @@ def stack(rows: Sequence[Batch]) -> Batch:
 class _Steps:
     """Random access by step: the rows of that step's global batch that this process holds."""
 
-    def __init__(self, split: Split, seed: int, batch_size: int, rows: Sequence[int], whole: int):
+    def __init__(self, split: Split, seed: int, batch_size: int, rows: Sequence[int]):
         self._split, self._batch_size, self._rows, self._seed = split, batch_size, rows, seed
-        self._order = grain.MapDataset.range(whole).shuffle(seed=seed % (1 << 32)).repeat()
+        self._order = grain.MapDataset.range(split.full).shuffle(seed=seed % (1 << 32)).repeat()
 
     def __len__(self) -> int:
         return 1 << 40
@@ -190,14 +206,7 @@ class _Steps:
 
 def train_batches(split: Split, *, seed: int, batch_size: int, rows: Sequence[int], start: int) -> grain.DatasetIterator[Batch]:
     """Endless batches from step `start` (0 is the first), read ahead by one thread. Close the iterator when done."""
-    whole = split.count
-    if isinstance(split, Windows):
-        if split.total < split.length + 1:
-            raise UserError(
-                f"the training split has {split.total} tokens and a row of {split.length} needs {split.length + 1}: shorten data.length or model.context, or add text"
-            )
-        whole = max(1, (split.total - 1) // split.length)  # the rest at the end comes into windows by their shift
-    steps = grain.MapDataset.source(_Steps(split, seed, batch_size, rows, whole))
+    steps = grain.MapDataset.source(_Steps(split, seed, batch_size, rows))
     return iter(steps[start:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 

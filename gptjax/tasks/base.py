@@ -6,6 +6,7 @@ that elsewhere fills up. Prompt and answer are encoded apart, as they are when t
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +60,21 @@ class Kind:
     baselines: Callable[[Sequence[Example], Sequence[Example]], dict[str, list[Answer]]]
 
 
+def no_baseline(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
+    return {}
+
+
+def most_frequent(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
+    """The answer that is right most often in the training split."""
+    text, _ = collections.Counter(e.references[0] for e in train).most_common(1)[0]
+    return {"most frequent answer": [Answer(text)] * len(examples)}
+
+
+def copied(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
+    """The prompt's first field back."""
+    return {"copy": [Answer(e.source) for e in examples]}
+
+
 @dataclasses.dataclass(frozen=True)
 class Room:
     """How much fits: `length` positions of a row, of which an example's ids take one less where the last is only a target."""
@@ -88,11 +104,6 @@ def fill(template: str, row: Row, knob: str, changed: Mapping[str, str] = {}) ->
     return template.format_map(values)
 
 
-def end_of(tokenizer: Tokenizer) -> int:
-    """The id that ends an answer."""
-    return (tokenizer.stops or (tokenizer.eot,))[0]
-
-
 def given(config: TaskConfig, tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a prompt as the model sees it: plain behind the vocabulary's prefix (or the start of a document), or through the chat template."""
     if config.template == "chat":
@@ -109,7 +120,7 @@ def completion(
     if not text.strip():
         raise UserError(f"{row.where}: the completion is empty, so there is nothing to learn from: fill the field or drop the row")
     text = text.strip() if config.template == "chat" else text
-    tail = [*tokenizer.encode(text), end_of(tokenizer)]
+    tail = [*tokenizer.encode(text), tokenizer.ends[0]]
     head, cut = _fitting(config, kind, tokenizer, row, room, len(tail) - 1)
     if not head:
         return None

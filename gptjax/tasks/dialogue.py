@@ -5,17 +5,16 @@ A model is judged on the last answer, given all turns before it.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from gptjax import chat, scores
+from gptjax import chat
 from gptjax.config import TaskConfig, UserError
 from gptjax.data.rows import Row
 from gptjax.scores import Metric
-from gptjax.tasks.base import Answer, Example, Kind, Room
+from gptjax.tasks import summarization, translation
+from gptjax.tasks.base import Answer, Example, Kind, Room, copied, most_frequent
 from gptjax.tokenizer import Tokenizer
 
 
@@ -74,17 +73,13 @@ def _join(turns: Sequence[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarr
 
 
 def judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
-    """chrF, BLEU and ROUGE-L against the reference, and how varied the answers are."""
-    texts, references = [a.text for a in answers], [list(e.references) for e in examples]
-    chinese = config.language == "zh"
-    found: dict[str, Metric] = scores.translation(texts, references, tokenize="zh" if chinese else "13a")
-    return {**found, "rougeL": scores.rouge(texts, references, characters=chinese)["rougeL"]}
+    """BLEU, chrF and ROUGE-L against the reference."""
+    rouge = summarization.judge(config, labels, examples, answers)["rougeL"]
+    return {**translation.judge(config, labels, examples, answers), "rougeL": rouge}
 
 
-def _frequent(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
-    """The answer that the training split holds most often, and the user's words back."""
-    text: Any = collections.Counter(e.references[0] for e in train).most_common(1)[0][0]
-    return {"most frequent answer": [Answer(text)] * len(examples), "copy": [Answer(e.source) for e in examples]}
+def _baselines(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
+    return {**most_frequent(examples, train), **copied(examples, train)}
 
 
-CHAT = Kind("", "", "chrf", judge, _frequent)
+CHAT = Kind("", "", "chrf", judge, _baselines)

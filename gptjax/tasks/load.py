@@ -46,22 +46,25 @@ class Examples:
 
 def load(config: Config, text_tokenizer: Tokenizer | None = None) -> Examples:
     """The examples that the config names; without a tokenizer, the one of data.tokenizer is made of the training split. Raises UserError."""
-    train_rows, eval_rows, fingerprint = _splits(config)
-    if not train_rows:
-        raise UserError(f"data.path = {config.data.path!r}: the training split is empty; lower data.eval_fraction = {config.data.eval_fraction}")
+    train_rows, eval_rows, fingerprint = read(config)
     text_tokenizer = text_tokenizer or tokenizer.create(config.data, _texts(config, train_rows), _texts(config, [*train_rows, *eval_rows]))
-    labels = classification.labels_of(config.task, train_rows) if config.task.name in ("classification", "regression") else ()
+    labels = labels_of(config, train_rows)
     made = [render(config, text_tokenizer, part, labels, split) for part, split in ((train_rows, "training"), (eval_rows, "held-out"))]
     return Examples(made[0], made[1], labels, text_tokenizer, fingerprint)
 
 
-def load_file(config: Config, text_tokenizer: Tokenizer, path: str, labels: Sequence[str], *, limit: int = 0) -> list[Example]:
-    """All examples of one more file, such as a test split."""
-    found = rows.READERS[config.data.source](config.data, path, config.data.eval_split)
-    return render(config, text_tokenizer, rows.spread(list(_unique(found.read())), limit), labels, path)
+def labels_of(config: Config, train_rows: Sequence[Row]) -> tuple[str, ...]:
+    """What the task tells apart; nothing where it writes text."""
+    return classification.labels_of(config.task, train_rows) if config.task.name in ("classification", "regression") else ()
 
 
-def _splits(config: Config) -> tuple[list[Row], list[Row], str]:
+def read_file(config: Config, path: str) -> list[Row]:
+    """The rows of one more file, such as a test split."""
+    return list(_unique(rows.READERS[config.data.source](config.data, path, config.data.eval_split).read()))
+
+
+def read(config: Config) -> tuple[list[Row], list[Row], str]:
+    """(training rows, held-out rows, their fingerprint). Raises UserError where there is nothing to train on."""
     d = config.data
     read = rows.READERS[d.source]
     main = read(d, d.path, d.train_split)
@@ -86,6 +89,8 @@ def _splits(config: Config) -> tuple[list[Row], list[Row], str]:
         parts += [more.fingerprint, weight]
         extra = list(_unique(more.read()))
         train += extra * int(share) + (rows.spread(extra, rest) if (rest := math.floor((share - int(share)) * len(extra))) else [])
+    if not train:
+        raise UserError(f"data.path = {d.path!r}: the training split is empty; lower data.eval_fraction = {d.eval_fraction}")
     return train, held_out, files.digest(*parts)
 
 

@@ -13,7 +13,7 @@ from gptjax import scores
 from gptjax.config import TaskConfig
 from gptjax.data.rows import Row
 from gptjax.scores import Metric
-from gptjax.tasks.base import Answer, Example, Kind, Room, completion
+from gptjax.tasks.base import Answer, Example, Kind, Room, completion, most_frequent
 from gptjax.tokenizer import Tokenizer
 
 _WORDS = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")  # Chinese characters one by one
@@ -47,10 +47,4 @@ def _judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example
     return scores.squad(texts, [list(e.references) for e in examples], language="zh" if config.language == "zh" else "en")
 
 
-def _frequent(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
-    """The answer that is right most often in the training split."""
-    text, _ = collections.Counter(e.references[0] for e in train).most_common(1)[0]
-    return {"most frequent answer": [Answer(text)] * len(examples)}
-
-
-QA = Kind("{context}\n\nQuestion: {question}\nAnswer:", " {answer}", "f1", _judge, _frequent)
+QA = Kind("{context}\n\nQuestion: {question}\nAnswer:", " {answer}", "f1", _judge, most_frequent)

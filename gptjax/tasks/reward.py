@@ -15,7 +15,7 @@ from gptjax import scores
 from gptjax.config import TaskConfig, UserError, unknown_name
 from gptjax.data.rows import Row
 from gptjax.scores import Metric
-from gptjax.tasks.base import Answer, Example, Kind, Room, completion, fill
+from gptjax.tasks.base import Answer, Example, Kind, Room, completion, fill, no_baseline
 from gptjax.tokenizer import Tokenizer
 
 Reward = Callable[[str, Sequence[str]], float]
@@ -53,8 +53,4 @@ def _judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example
     return {"reward": scores.mean(np.array([reward(a.text, e.references) for e, a in zip(examples, answers, strict=True)]))}
 
 
-def _none(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
-    return {}
-
-
-REWARD = Kind("{prompt}", "{answer}", "reward", _judge, _none)
+REWARD = Kind("{prompt}", "{answer}", "reward", _judge, no_baseline)

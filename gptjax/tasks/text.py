@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from gptjax.config import TaskConfig
 from gptjax.data.rows import Row
-from gptjax.scores import Metric
 from gptjax.tasks import dialogue
-from gptjax.tasks.base import Answer, Example, Kind, Room, completion, fill
+from gptjax.tasks.base import Example, Kind, Room, completion, fill, no_baseline
 from gptjax.tokenizer import Tokenizer
 
 
@@ -17,12 +16,4 @@ def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labe
     return completion(config, TEXT, tokenizer, row, room, references=[reference])
 
 
-def _judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
-    return dialogue.judge(config, labels, examples, answers)
-
-
-def _none(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
-    return {}
-
-
-TEXT = Kind("", "{text}", "chrf", _judge, _none)
+TEXT = Kind("", "{text}", "chrf", dialogue.judge, no_baseline)

@@ -8,7 +8,7 @@ from gptjax import scores
 from gptjax.config import TaskConfig
 from gptjax.data.rows import Row
 from gptjax.scores import Metric
-from gptjax.tasks.base import Answer, Example, Kind, Room, completion, names_in
+from gptjax.tasks.base import Answer, Example, Kind, Room, completion, copied, names_in
 from gptjax.tokenizer import Tokenizer
 
 
@@ -17,13 +17,9 @@ def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labe
     return completion(config, TRANSLATION, tokenizer, row, room, references=[row.text(name, knob="task.completion") for name in names[:1]])
 
 
-def _judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
+def judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
     words = "zh" if config.language == "zh" else "13a"
     return scores.translation([a.text for a in answers], [list(e.references) for e in examples], tokenize=words)
 
 
-def _copy(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
-    return {"copy": [Answer(e.source) for e in examples]}
-
-
-TRANSLATION = Kind("{source} =", " {target}", "chrf", _judge, _copy)
+TRANSLATION = Kind("{source} =", " {target}", "chrf", judge, copied)

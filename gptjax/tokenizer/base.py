@@ -38,6 +38,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self.token_bytes)
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Ids that end a generated text; the first is the one to write."""
+        return self.stops or (self.eot,)
+
     def files(self) -> dict[str, bytes]:
         """All that defines the vocabulary, by file name."""
         raise NotImplementedError
