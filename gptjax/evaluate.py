@@ -86,8 +86,8 @@ def _by_likelihood(
     lm: LanguageModel, config: TaskConfig, labels: Sequence[str], prompts: list[list[int]], advance: Callable[[int], None]
 ) -> list[Answer]:
     """The label whose text with its end is likeliest after the prompt."""
-    assert lm.tokenizer is not None
-    words = [[*lm.tokenizer.encode(" " * (config.template == "plain") + w), lm.tokenizer.ends[0]] for w in classification.words_of(config, labels)]
+    tokenizer, lead = lm.text_tokenizer, " " * (config.template == "plain")
+    words = [[*tokenizer.encode(lead + w), tokenizer.ends[0]] for w in classification.words_of(config, labels)]
     found = []
     for i in range(0, len(prompts), _BATCH):
         part = prompts[i : i + _BATCH]
@@ -163,9 +163,7 @@ def compare(
     entries: list[Entry] = []
     for name in checkpoints:
         lm = language_model.load(name)
-        tokenizer = lm.tokenizer
-        if tokenizer is None:
-            raise UserError(f"{name} has no tokenizer: put its tokenizer.json beside it")
+        tokenizer = lm.text_tokenizer
         context = min(config.length, lm.config.context)
         mine = dataclasses.replace(config, data=dataclasses.replace(config.data, length=context))
         held = load.render(mine, tokenizer, test_rows, labels, path or "held-out")
@@ -209,12 +207,11 @@ def table(entries: Sequence[Entry], headline: str) -> str:
 
 def text_scores(lm: LanguageModel, documents: Iterator[str]) -> dict[str, Metric]:
     """loss, perplexity and bits per byte of documents, each token once, given up to a whole context and (past the first window) at least half of one."""
-    if lm.tokenizer is None:
-        raise UserError("this checkpoint has no tokenizer, so it reads no text: put its tokenizer.json beside it")
+    tokenizer = lm.text_tokenizer
     sums, weights, sizes = [], [], []
     with cli.progress("documents scored") as advance:
         for document in documents:
-            ids, half = [*(lm.tokenizer.prefix or (lm.tokenizer.eot,)), *lm.tokenizer.encode(document)], max(lm.config.context // 2, 1)
+            ids, half = [*(tokenizer.prefix or (tokenizer.eot,)), *tokenizer.encode(document)], max(lm.config.context // 2, 1)
             starts = [0, *range(half, max(len(ids) - 1 - half, half), half)] if len(ids) > lm.config.context + 1 else [0]
             windows = [ids[s : s + lm.config.context + 1] for s in starts]
             found = lm.token_logprobs(windows)

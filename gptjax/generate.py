@@ -100,9 +100,7 @@ _HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /
 
 def converse(lm: LanguageModel, args: cli.Args) -> None:
     """A conversation: lines from stdin, answers to stdout."""
-    if lm.tokenizer is None:
-        raise UserError("this checkpoint has no tokenizer: put its tokenizer.json beside it")
-    chat.encode(lm.tokenizer, [{"role": "user", "content": "hello"}])  # whether it can chat at all
+    chat.encode(lm.text_tokenizer, [{"role": "user", "content": "hello"}])  # whether it can chat at all
     settings, limit = options(args), args.number("max_new_tokens", 512)
     if settings.pop("num_beams", 1) > 1 or settings.get("overflow") == "slide":
         raise UserError("--chat streams and drops old turns by itself: leave out --num_beams and --rolling")
@@ -150,10 +148,9 @@ def _messages(system: str, history: list[dict[str, str]]) -> list[dict[str, str]
 
 def _fitting(lm: LanguageModel, system: str, history: list[dict[str, str]], limit: int) -> list[int]:
     """Ids of the conversation; its oldest turns are dropped, and that is said, where it no longer fits beside the answer."""
-    assert lm.tokenizer is not None
     dropped = 0
     while True:
-        ids = chat.encode(lm.tokenizer, _messages(system, history))
+        ids = chat.encode(lm.text_tokenizer, _messages(system, history))
         if len(ids) + limit <= lm.config.context + 1:
             break
         if len(history) < 3:

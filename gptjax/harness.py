@@ -52,9 +52,7 @@ class GptjaxLM(TemplateLM):
     ) -> None:  # fmt: skip
         super().__init__()
         self.lm = pretrained if isinstance(pretrained, LanguageModel) else load(pretrained, **options)
-        if self.lm.tokenizer is None:
-            raise UserError("tasks are texts and this checkpoint has no tokenizer: put its tokenizer.json beside it")
-        self.tokenizer = self.lm.tokenizer
+        self.tokenizer = self.lm.text_tokenizer
         self.max_length = self.lm.config.context if max_length is None else int(max_length)
         if not 1 <= self.max_length <= self.lm.config.context:
             raise UserError(f"max_length = {max_length}: must be from 1 to the model's context, {self.lm.config.context}")

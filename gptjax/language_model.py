@@ -57,6 +57,13 @@ class LanguageModel:
     def stops(self) -> tuple[int, ...]:
         return self.tokenizer.ends if self.tokenizer else ()
 
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises UserError where the checkpoint brought none."""
+        if self.tokenizer is None:
+            raise UserError("this checkpoint has no tokenizer, so it knows token ids only: put its tokenizer.json beside it, or give ids as lists")
+        return self.tokenizer
+
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt: text behind the vocabulary's prefix, ids as they are; an empty one is a new document."""
         ids = self._ids(prompt)
@@ -73,9 +80,7 @@ class LanguageModel:
 
     def _ids(self, text: str | Sequence[int]) -> list[int]:
         if isinstance(text, str):
-            if self.tokenizer is None:
-                raise UserError("this checkpoint has no tokenizer: give prompts as lists of token ids, or put its tokenizer.json beside it")
-            return [int(i) for i in self.tokenizer.encode(text)]
+            return [int(i) for i in self.text_tokenizer.encode(text)]
         ids = [int(i) for i in text]
         if bad := [i for i in ids if not 0 <= i < self.config.vocab_size]:
             raise UserError(f"token {bad[0]} is outside the vocabulary of {self.config.vocab_size:,}")
@@ -207,8 +212,7 @@ class LanguageModel:
         **sampling: Any,
     ) -> Iterator[str]:  # fmt: skip
         """Pieces of the text of one completion as they come: whole characters, and never a part of a stop text. Options as in `generate`."""
-        if self.tokenizer is None:
-            raise UserError("this checkpoint has no tokenizer, so there is no text to stream: use generate")
+        _ = self.text_tokenizer  # without one there is no text to stream
         request = self._request([prompt], max_new_tokens, 1, stop, stop_tokens, banned, overflow, ignore_end, sampling)
         guess = self._speculation(request, speculate_tokens, draft)
         row, shown = request.rows[0], 0

@@ -137,3 +137,35 @@ def test_what_must_not_change_under_adapters_is_refused(place, tuned):
         moved.rename(place / "base")
     done = command(*flags(place, tuned, **{"task.prompt": "{text}?"}), check=False)
     assert done.returncode == 2 and "task.prompt" in done.stderr
+
+
+def test_published_sets_become_files_whose_splits_share_nothing(tmp_path, capsys):
+    """Made-up sets in their authors' forms: sentences with several translations, articles with several questions, dialogues."""
+    from experiments.finetune import data
+
+    for name in ("tatoeba_en_zh", "xquad", "kdconv"):
+        (tmp_path / name).mkdir()
+    lines = [f"Sentence {i}.\t句子{i}{k}。" for i in range(1200) for k in range(1 + i % 2)]
+    (tmp_path / "tatoeba_en_zh" / "cmn.txt").write_text("\n".join(["no tab", *lines]))
+    articles = [
+        {"paragraphs": [{"context": f"c{i}", "qas": [{"id": f"{i}-{k}", "question": "q", "answers": [{"text": "c"}]} for k in range(3)]}]}
+        for i in range(12)
+    ]
+    (tmp_path / "xquad" / "xquad.en.json").write_text(json.dumps({"data": articles}))
+    dialogues = [{"messages": [{"message": f"{d}-{i}"} for i in range(11)]} for d in range(4)]
+    for split in ("dev", "test"):
+        (tmp_path / "kdconv" / f"film.{split}.json").write_text(json.dumps(dialogues))
+    data.main([f"--from={tmp_path}", f"--to={tmp_path}/out", "--only=tatoeba_en_zh,xquad,kdconv"])
+
+    def read(name):
+        return [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+
+    test, dev, train = ({row["en"] for row in read(f"tatoeba_en_zh/{split}")} for split in ("test", "dev", "train"))
+    assert (len(test), len(dev), len(train)) == (500, 500, 200) and not (test & dev or test & train or dev & train)
+    test, train = read("xquad/test"), read("xquad/train")
+    assert (len(test), len(train)) == (24, 12) and not {r["context"] for r in test} & {r["context"] for r in train}
+    assert train[0]["answers"] == ["c"] and train[0]["answer"] == "c"
+    test, train = read("kdconv/test"), read("kdconv/train")
+    assert [len(row["messages"]) for row in train] == [10] * 4  # the last question has no answer
+    assert len(test) == 8 and all(row["messages"][-1]["role"] == "assistant" and 4 <= len(row["messages"]) < 10 for row in test)
+    assert all(len(a["messages"]) != len(b["messages"]) for a, b in zip(test[::2], test[1::2], strict=True))  # two turns of each dialogue

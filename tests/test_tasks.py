@@ -17,6 +17,7 @@ from gptjax.data import loader, preview, rows
 from gptjax.data.sources import TRAIN
 from gptjax.run import split_of
 from gptjax.tasks import load
+from gptjax.tasks.base import Example
 from gptjax.tasks.qa import extract
 from gptjax.tasks.summarization import first_sentence
 from gptjax.tokenizer import ByteTokenizer
@@ -232,6 +233,13 @@ def test_the_preview_marks_what_is_learned(tmp_path):
     assert "a<b =[ cd<end>]" in preview.to_terminal(found.tokenizer, found.train[0], colour=False)
     page = preview.to_html(found.tokenizer, found.train)
     assert '<span class="learned">c</span>' in page and "&lt;" in page and "<b" not in page.replace("<body", "")
+
+
+def test_the_preview_shows_characters_of_several_tokens(tmp_path):
+    found, _ = examples(tmp_path, [{"source": "一", "target": "二"}], task=dict(name="translation"))
+    assert "一 =[ 二<end>]" in preview.to_terminal(found.tokenizer, found.train[0], colour=False)
+    half = Example("here", np.array([0xE4, 0xB8, 0x41, 0xE4]), np.array([False, False, False, True]), 3)
+    assert preview.pieces(ByteTokenizer(), half) == [("<E4><B8><41>", "seen"), ("<E4>", "learned")]
 
 
 def test_small_rules():

