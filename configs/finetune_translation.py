@@ -12,7 +12,7 @@ def get_config():
     c = base.get_config()
     c.train.update(init_from="runs/smollm2.gguf", epochs=1.0, batch_size=4, eval_every=0, save_every=50, log_every=10)
     c.model.update(context=8192, scan=True, dtype="bfloat16")
-    c.data.update(source="lines", columns=("en", "de"), length=256, train_limit=3000, eval_limit=100)
+    c.data.update(source="lines", columns=("en", "de"), length=256, train_limit=2000, eval_limit=100)
     c.data.update(path="data/multi30k/train.en.gz,data/multi30k/train.de.gz", eval_path="data/multi30k/val.en.gz,data/multi30k/val.de.gz")
     c.task.update(name="translation", template="chat", system="Translate English to German.", prompt="{en}", completion="{de}", language="de")
     c.task.update(overlong="drop", answers=0)

@@ -235,6 +235,12 @@ def load_run(path: Path) -> tuple[Config, Any, tokenizer.Tokenizer]:
     return build(read_meta(step)["config"]), load_params(step), tokenizer.load(workdir / "tokenizer")
 
 
+def base_of(path: Path) -> str:
+    """`convert.digest` of the checkpoint that a run's adapters stand on, as its step (or a workdir's newest one) has it."""
+    path = path.expanduser().resolve()
+    return read_meta(path if path.name.isdigit() and (path / "meta").is_dir() else newest(path / "checkpoints"))["base"]
+
+
 def _stored(item: Path) -> Any:
     """Shapes and dtypes of an item on disk, as a nested dict."""
     return ocp.StandardCheckpointer().metadata(item).item_metadata.tree

@@ -159,6 +159,7 @@ class TaskConfig:
     pack: bool = knob(True, "several examples in a row, which cannot see one another")
     language: str = knob("en", "scores: zh counts characters where others count words", choices=("en", "zh", "de", "fr", "other"), shapes=False)
     extract: bool = knob(False, "qa: answers become the span of the context that resembles them most", shapes=False)
+    stop: tuple[str, ...] = knob((), "answers end before any of these texts", shapes=False)
     max_new_tokens: int = knob(64, "answers end after this many tokens", low=1, high=1 << 20, shapes=False)
     num_beams: int = knob(1, "answers by beam search; 1 = greedy", low=1, high=64, shapes=False)
     answers: int = knob(100, "held-out examples answered and judged at the end of training; 0 = none", low=0, shapes=False)

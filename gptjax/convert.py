@@ -9,6 +9,7 @@ by one, so memory holds the model once. --dtype defaults to the one that the che
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import stat
@@ -58,7 +59,7 @@ def read(path: str | Path, *, dtype: str = "float32") -> Pretrained:
 
         config, params, tokenizer = checkpoint.load_run(place)
         if config.lora.on:
-            return _adapted(config, params, dtype or "float32")
+            return _adapted(config, params, dtype or "float32", base=checkpoint.base_of(place))
     except UserError as error:
         raise UserError(str(error) if str(place) in str(error) else f"{place}: {error}") from None
     except RecursionError:
@@ -69,9 +70,24 @@ def read(path: str | Path, *, dtype: str = "float32") -> Pretrained:
     )
 
 
-def _adapted(config: Config, trained: Any, dtype: str) -> Pretrained:
-    """A run's adapters merged into the checkpoint that they were trained on."""
+_HEADS = ("score", "head", "embed/positions", "embed/prompt")  # what a run may cut, replace or train on beside its adapters
+
+
+def digest(params: Any) -> str:
+    """A hash of every matrix that adapters may stand on: its path, its shape and up to 65,536 of its numbers, evenly spread."""
+    result = hashlib.sha256()
+    for path, leaf in sorted(tree.flatten(params).items()):
+        if not path.startswith(_HEADS):
+            sample = np.asarray(leaf).reshape(-1)[:: max(1, leaf.size // 65536)]
+            result.update(f"{path} {leaf.shape}".encode() + np.ascontiguousarray(sample, np.float32).tobytes())
+    return result.hexdigest()
+
+
+def _adapted(config: Config, trained: Any, dtype: str, *, base: str) -> Pretrained:
+    """A run's adapters merged into the checkpoint that they were trained on, whose digest was `base`."""
     found = read(config.train.init_from, dtype=dtype)
+    if dtype == "float32" and digest(found.params) != base:
+        raise UserError(f"the adapters were trained on other weights than {config.train.init_from} holds now: restore the checkpoint that was there")
     found.params.pop("score", None)
     if config.model.labels:
         found.params.pop("head", None)

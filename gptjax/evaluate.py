@@ -1,15 +1,17 @@
 """What a checkpoint is worth: held-out loss, a task's own scores with their intervals, any text's bits per byte, probes, lm-evaluation-harness.
 
-    python -m gptjax.evaluate --checkpoint=runs/sst2[,OTHER,...] [--config=configs/finetune_sst2.py] [--path=test.jsonl] [--out=FOLDER]
+    python -m gptjax.evaluate --checkpoint=runs/sst[,OTHER,...] [--config=configs/finetune_sentiment.py] [--path=test.jsonl] [--out=FOLDER]
     python -m gptjax.evaluate --checkpoint=PATH --text=FILES | --probes[=FILE.json] | --harness=TASK,TASK
 
-A task's config comes from --config or from the first checkpoint's workdir; --path is a file in the form of its data, such as a test split
-(default: the held-out split). Several checkpoints, and the baselines that the task knows, are compared with the first on the same examples.
+A task's config comes from --config, or from the first checkpoint's workdir, and then a run of the same task is asked with its own prompt. --path
+is a file in the form of its data, such as a test split, or the split's name in a data set that has several (default: the held-out split). Several
+checkpoints, and the baselines that the task knows, are compared with the first on the examples that fit all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -25,7 +27,7 @@ from gptjax.config import Config, TaskConfig, UserError
 from gptjax.data import loader, rows
 from gptjax.language_model import LanguageModel
 from gptjax.scores import Metric
-from gptjax.tasks import classification, load
+from gptjax.tasks import classification, load, qa
 from gptjax.tasks.base import Answer, Example
 from gptjax.tokenizer import Tokenizer
 
@@ -54,7 +56,9 @@ def line(values: dict[str, float]) -> str:
     """An evaluation in words: the loss first."""
     names = {"eval/bits_per_byte": "bits per byte"}
     parts = [
-        f"{value:.4f} {names.get(name, name.removeprefix('eval/'))}" for name, value in values.items() if name not in ("eval/loss", "eval/perplexity")
+        f"{value:.4f} {names.get(name, name.removeprefix('eval/').replace('answers/', 'answers: '))}"
+        for name, value in values.items()
+        if name not in ("eval/loss", "eval/perplexity")
     ]
     return ", ".join(([f"eval loss {values['eval/loss']:.4f}"] if "eval/loss" in values else []) + parts)
 
@@ -69,16 +73,23 @@ def answer(lm: LanguageModel, config: TaskConfig, labels: Sequence[str], example
             return _by_head(lm, labels, prompts, advance)
         if labels:
             return _by_likelihood(lm, config, labels, prompts, advance)
-        return _by_writing(lm, config, prompts, advance)
+        found = _by_writing(lm, config, prompts, advance)
+    return qa.extracted(examples, found) if config.name == "qa" and config.extract else found
 
 
 def _by_head(lm: LanguageModel, labels: Sequence[str], prompts: list[list[int]], advance: Callable[[int], None]) -> list[Answer]:
-    if len(lm.config.labels) != len(labels):
-        raise UserError(f"the checkpoint has no head for {len(labels)} labels: fine-tune it, or ask a language model with task.method = 'text'")
+    names = lm.config.labels
+    if not names or (len(names) == 1) != (len(labels) == 1):
+        raise UserError(f"the checkpoint has no head for {', '.join(labels)}: fine-tune it first")
+    if len(labels) > 1 and set(names) != set(labels) and names != tuple(f"LABEL_{i}" for i in range(len(labels))):  # Hugging Face's for unnamed ones
+        raise UserError(
+            f"the checkpoint tells {', '.join(names)} apart and the task {', '.join(labels)}: set task.labels and the data to one of them"
+        )
     found = lm.classify(prompts)
     advance(len(prompts))
     if len(labels) == 1:
         return [Answer(value=float(row[0])) for row in found]
+    found = found[:, [names.index(name) for name in labels]] if set(names) == set(labels) else found
     return [Answer(labels[int(row.argmax())], float(row.argmax()), tuple(map(float, row))) for row in found]
 
 
@@ -86,9 +97,7 @@ def _by_likelihood(
     lm: LanguageModel, config: TaskConfig, labels: Sequence[str], prompts: list[list[int]], advance: Callable[[int], None]
 ) -> list[Answer]:
     """The label whose text with its end is likeliest after the prompt."""
-    tokenizer, lead = lm.text_tokenizer, " " * (config.template == "plain")
-    words = [[*tokenizer.encode(lead + w), tokenizer.ends[0]] for w in classification.words_of(config, labels)]
-    found = []
+    words, found = _label_ids(lm, config, labels), []
     for i in range(0, len(prompts), _BATCH):
         part = prompts[i : i + _BATCH]
         scored = lm.score([p for p in part for _ in words], [w for _ in part for w in words])
@@ -98,6 +107,12 @@ def _by_likelihood(
             found.append(Answer(labels[int(row.argmax())], float(row.argmax()), tuple(map(float, row))))
         advance(len(part))
     return found
+
+
+def _label_ids(lm: LanguageModel, config: TaskConfig, labels: Sequence[str]) -> list[list[int]]:
+    """Each label as a model writes it, with its end."""
+    tokenizer, lead = lm.text_tokenizer, " " * (config.template == "plain")
+    return [[*tokenizer.encode(lead + word), tokenizer.ends[0]] for word in classification.words_of(config, labels)]
 
 
 def _by_preference(lm: LanguageModel, examples: Sequence[Example]) -> list[Answer]:
@@ -110,15 +125,18 @@ def _by_preference(lm: LanguageModel, examples: Sequence[Example]) -> list[Answe
 
 
 def _by_writing(lm: LanguageModel, config: TaskConfig, prompts: list[list[int]], advance: Callable[[int], None]) -> list[Answer]:
+    """Batches of prompts of similar length. What an answer may have depends on its own prompt, not on what is beside it."""
     result: list[Any] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for first in range(0, len(order), _BATCH):
-        group = order[first : first + _BATCH]
-        room = lm.config.context + 1 - len(prompts[group[-1]])
-        found = lm.generate([prompts[i] for i in group], max_new_tokens=max(min(config.max_new_tokens, room), 1), num_beams=config.num_beams)
-        for i, one in zip(group, found, strict=True):
-            result[i] = Answer(one.text.strip(), ids=tuple(one.tokens))
-        advance(len(group))
+    rooms = [max(min(config.max_new_tokens, lm.config.context + 1 - len(p)), 1) for p in prompts]
+    if short := sum(room < config.max_new_tokens for room in rooms):
+        cli.say(f"{short:,} prompts leave room for less than task.max_new_tokens = {config.max_new_tokens}, so their answers may be cut")
+    for room, members in itertools.groupby(sorted(range(len(prompts)), key=lambda i: len(prompts[i])), key=lambda i: rooms[i]):
+        same = list(members)
+        for group in (same[first : first + _BATCH] for first in range(0, len(same), _BATCH)):
+            found = lm.generate([prompts[i] for i in group], max_new_tokens=room, num_beams=config.num_beams, stop=config.stop)
+            for i, one in zip(group, found, strict=True):
+                result[i] = Answer(one.text.strip(), ids=tuple(one.tokens))
+            advance(len(group))
     return result
 
 
@@ -137,7 +155,7 @@ def record(example: Example, found: Answer, tokenizer: Tokenizer) -> dict[str, A
         "references": example.references,
     }
     row |= {"prediction": found.text} if found.text or not found.probabilities else {}
-    if example.label is not None:
+    if example.label is not None or not (found.text or found.ids):
         row |= {"value": found.value, "label": example.label, "probabilities": [round(p, 6) for p in found.probabilities]}
     return row
 
@@ -151,91 +169,148 @@ class Entry:
 
 
 def compare(
-    config: Config, checkpoints: Sequence[str], *, path: str = "", limit: int = 0, out: Path | None = None, baselines: bool = True
+    config: Config, checkpoints: Sequence[str], *, path: str = "", limit: int = 0, out: Path | None = None, baselines: bool = True, own: bool = False
 ) -> list[Entry]:
-    """Scores of each checkpoint on one set of examples, then of the task's baselines. out: where predictions go, a jsonl a checkpoint."""
+    """Scores of each checkpoint, then of the task's baselines, on the examples that fit all of them. out: where predictions go, a jsonl a
+    checkpoint; own: runs of the same task are asked with their own prompt. Raises UserError."""
     kind = load.TASKS[config.task.name][0]
+    kind.check_package()
     train_rows, eval_rows, _ = load.read(config)
     labels = load.labels_of(config, train_rows)
-    test_rows = rows.spread(load.read_file(config, path) if path else eval_rows, limit)
+    test_rows = rows.spread(load.read_more(config, path) if path else eval_rows, limit)
     if not test_rows:
         raise UserError("the held-out split is empty: raise data.eval_fraction, or name a file with --path")
-    entries: list[Entry] = []
+    judged: list[tuple[str, list[Example], list[Answer]]] = []
     for name in checkpoints:
         lm = language_model.load(name)
-        tokenizer = lm.text_tokenizer
-        context = min(config.length, lm.config.context)
-        mine = dataclasses.replace(config, data=dataclasses.replace(config.data, length=context))
-        held = load.render(mine, tokenizer, test_rows, labels, path or "held-out")
+        mine = _asked(config, run_config(name) if own else None, lm)
+        held = load.render(_row(mine, lm, labels), lm.text_tokenizer, test_rows, labels, path or "held-out", answer=_answer_room(mine, lm, labels))
         cli.say(f"{name}: {len(held):,} examples")
-        found = answer(lm, _method(config.task, lm), labels, held)
-        entries.append(Entry(name, kind.judge(config.task, labels, held, found)))
-        if out:
-            lines = [json.dumps(record(e, a, tokenizer), ensure_ascii=False) for e, a in zip(held, found, strict=True)]
-            files.write_text(out / f"{len(entries)}-{Path(name).name}.jsonl", "\n".join(lines) + "\n")
-    if baselines:  # they know what the last checkpoint was given
-        train = load.render(mine, tokenizer, train_rows, labels, "training")
-        entries += [Entry(name, kind.judge(config.task, labels, held, found)) for name, found in kind.baselines(held, train).items()]
+        judged.append((name, held, answer(lm, mine.task, labels, held)))
+        if out:  # before anything else may fail
+            lines = [json.dumps(record(e, a, lm.text_tokenizer), ensure_ascii=False) for e, a in zip(*judged[-1][1:], strict=True)]
+            files.write_text(out / f"{len(judged)}-{Path(name).name}.jsonl", "\n".join(lines) + "\n")
+        if len(judged) == 1 and baselines:
+            shortened = dataclasses.replace(mine, task=dataclasses.replace(mine.task, overlong="drop"))
+            train = load.render(shortened, lm.text_tokenizer, train_rows, labels, "training")
+            rivals = [(rival, held, found) for rival, found in kind.baselines(held, train).items()]
+    judged += rivals if baselines else []
+    fit = set.intersection(*({e.where for e in held} for _, held, _ in judged))
+    if not fit:
+        raise UserError("no example fits all checkpoints: set task.overlong to cut_start or cut_end")
+    if dropped := max(len(held) for _, held, _ in judged) - len(fit):
+        cli.say(f"compared on the {len(fit):,} examples that fit all; {dropped:,} others are left out")
+    entries = []
+    for name, held, found in judged:
+        kept = [(e, a) for e, a in zip(held, found, strict=True) if e.where in fit]
+        entries.append(Entry(name, kind.judge(config.task, labels, [e for e, _ in kept], [a for _, a in kept])))
     return entries
 
 
-def _method(config: TaskConfig, lm: LanguageModel) -> TaskConfig:
-    """A language model is asked for the label's text where the task has a head: what a checkpoint knows before it is tuned."""
-    return config if lm.config.labels or config.name != "classification" else dataclasses.replace(config, method="text")
+def _asked(config: Config, stored: Config | None, lm: LanguageModel) -> Config:
+    """The config as a checkpoint is asked by it: by its head or, where it has none, for the label as text; behind learned prompt tokens of its own."""
+    task = config.task
+    if stored and stored.task.name == task.name:
+        task = dataclasses.replace(task, prompt=stored.task.prompt, template=stored.task.template, system=stored.task.system)
+    if task.name == "classification":
+        task = dataclasses.replace(task, method="head" if lm.config.labels else "text")
+    return dataclasses.replace(config, task=task, lora=dataclasses.replace(config.lora, prompt_tokens=lm.prompt_places))
+
+
+def _answer_room(config: Config, lm: LanguageModel, labels: Sequence[str]) -> int:
+    """Places for an answer, whatever the right one is: at most half of a row."""
+    if load.has_head(config) or config.task.name == "preference":
+        return 0
+    needed = max(map(len, _label_ids(lm, config.task, labels))) if labels else config.task.max_new_tokens
+    return min(needed, max(min(config.length, lm.config.context) // 2, 1))
+
+
+def _row(config: Config, lm: LanguageModel, labels: Sequence[str]) -> Config:
+    """The config with rows of prompts as long as in training, and room for an answer, where the context has as much."""
+    length = min(config.length + _answer_room(config, lm, labels), lm.config.context)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, length=length))
+
+
+def interval(metric: Metric) -> tuple[float, ...]:
+    """(low, high), or nothing where there is but one row to draw from."""
+    return metric.interval() if len(metric.stats) > 1 else ()
+
+
+def ahead(first: Entry, other: Entry, headline: str) -> tuple[float, ...]:
+    """How far the first is ahead on the headline, with its interval where it has one; nothing for itself or where the other lacks that score."""
+    if other is first or headline not in other.scores:
+        return ()
+    ours, theirs = first.scores[headline], other.scores[headline]
+    return ours.difference(theirs) if len(theirs.stats) > 1 else (ours.value - theirs.value,)
 
 
 def table(entries: Sequence[Entry], headline: str) -> str:
     """The comparison as text: a value and its 95 % interval each, and how far the first is ahead on the headline."""
-    names = list(entries[0].scores)
-    names.sort(key=lambda name: name != headline)
-    head = ["", *names, f"first - this ({headline})"]
-    lines = [head]
+
+    def cell(values: Sequence[float], form: str) -> str:
+        value, *spread = (format(v, form) for v in values)
+        return value + f" [{', '.join(spread)}]" * bool(spread)
+
+    names = sorted(entries[0].scores, key=lambda name: name != headline)
+    lines = [["", *names, f"first - this ({headline})"]]
     for entry in entries:
-        cells = [entry.name]
-        for name in names:
-            metric = entry.scores.get(name)
-            low, high = metric.interval() if metric else (0.0, 0.0)
-            cells.append(f"{metric.value:.4g} [{low:.4g}, {high:.4g}]" if metric else "-")
-        if entry is entries[0] or headline not in entry.scores:
-            lines.append([*cells, ""])
-            continue
-        gap, low, high = entries[0].scores[headline].difference(entry.scores[headline])
-        lines.append([*cells, f"{gap:+.4g} [{low:+.4g}, {high:+.4g}]"])
-    widths = [max(len(row[i]) for row in lines) for i in range(len(head))]
+        shown = [cell((m.value, *interval(m)), ".4g") if (m := entry.scores.get(name)) else "-" for name in names]
+        gap = ahead(entries[0], entry, headline)
+        lines.append([entry.name, *shown, cell(gap, "+.4g") if gap else ""])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines)
+
+
+def to_json(entries: Sequence[Entry], headline: str) -> str:
+    """{checkpoint: {score: {value, interval}}}; of the headline also how far the first is ahead: [gap, low, high]."""
+    found = {e.name: {name: {"value": m.value, "interval": interval(m)} for name, m in e.scores.items()} for e in entries}
+    for entry in entries:
+        if gap := ahead(entries[0], entry, headline):
+            found[entry.name][headline]["ahead"] = gap
+    return json.dumps(found)
 
 
 def text_scores(lm: LanguageModel, documents: Iterator[str]) -> dict[str, Metric]:
     """loss, perplexity and bits per byte of documents, each token once, given up to a whole context and (past the first window) at least half of one."""
-    tokenizer = lm.text_tokenizer
-    sums, weights, sizes = [], [], []
+    tokenizer, lead = lm.text_tokenizer, [lm.text_tokenizer.eot] * lm.prompt_places
+    size = lm.config.context - len(lead)
+    half = max(size // 2, 1)
+    stats = []
     with cli.progress("documents scored") as advance:
         for document in documents:
-            ids, half = [*(tokenizer.prefix or (tokenizer.eot,)), *tokenizer.encode(document)], max(lm.config.context // 2, 1)
-            starts = [0, *range(half, max(len(ids) - 1 - half, half), half)] if len(ids) > lm.config.context + 1 else [0]
-            windows = [ids[s : s + lm.config.context + 1] for s in starts]
-            found = lm.token_logprobs(windows)
-            new = [lp if s == 0 else lp[lm.config.context - half :] for s, (lp, _) in zip(starts, found, strict=True)]
-            sums.append(-sum(float(part.sum()) for part in new))
-            weights.append(float(sum(len(part) for part in new)))
-            sizes.append(float(len(document.encode())))
+            ids = [*(tokenizer.prefix or (tokenizer.eot,)), *tokenizer.encode(document)]
+            starts = [0, *range(half, max(len(ids) - 1 - half, half), half)] if len(ids) > size + 1 else [0]
+            found = lm.token_logprobs([[*lead, *ids[s : s + size + 1]] for s in starts])
+            new = np.concatenate([lp[len(lead) + (size - half) * bool(s) :] for s, (lp, _) in zip(starts, found, strict=True)])
+            stats.append((-float(new.sum()), float(len(new)), float(len(document.encode()))))
             advance(1)
-    return scores.token_loss(np.array(sums), np.array(weights), np.array(sizes))
+    return scores.token_loss(*np.array(stats).T)
+
+
+def run_config(checkpoint: str) -> Config | None:
+    """The config of a run, given its workdir or the folder of one of its steps; None of other checkpoints. Raises UserError."""
+    place = Path(checkpoint).expanduser()
+    stored = (place.parent.parent if place.name.isdigit() else place) / "config.json"
+    if not stored.is_file():
+        return None
+    try:
+        content = json.loads(stored.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{stored} is damaged ({error}): give --config=configs/...") from None
+    return settings.build(content) if "task" in content else None
 
 
 def task_config(checkpoint: str) -> Config:
     """The config of a run that tuned a task. Raises UserError."""
-    stored = Path(checkpoint).expanduser() / "config.json"
-    if stored.is_file() and "task" in (content := json.loads(stored.read_text(encoding="utf-8"))):
-        config = settings.build(content)
-        if config.task.name:
-            return config
-    raise UserError(f"{checkpoint} names no task: give --config=configs/..., or --text, --probes or --harness")
+    config = run_config(checkpoint)
+    if config is None or not config.task.name:
+        raise UserError(f"{checkpoint} names no task: give --config=configs/..., or --text, --probes or --harness")
+    return config
 
 
 FLAGS = {
     "checkpoint": "workdir, Hugging Face folder, .gguf file; several with a comma between",
-    "path": "a file of examples in the task's form, such as a test split",
+    "path": "a file of examples in the task's form, such as a test split, or a split's name",
     "limit": "examples taken, spread over the file (all)",
     "out": "folder for predictions, a jsonl a checkpoint",
     "text": "file, folder or glob of text: perplexity and bits per byte",
@@ -247,34 +322,38 @@ FLAGS = {
 def main(argv: list[str]) -> None:
     args = cli.parse(argv, __doc__, FLAGS, required=("checkpoint",), config=True)
     metrics.enable_compile_cache()
-    names = args["checkpoint"].split(",")
+    names, limit = args["checkpoint"].split(","), args.number("limit", 0)
+    if len(set(names)) < len(names):
+        raise UserError("--checkpoint names one twice")
     out = Path(args["out"]) if args["out"] else None
     if args["text"]:
-        documents = [p.read_bytes() for p in rows.paths_of(args["text"], (".txt", ".md", ".text"))]
+        if out:
+            raise UserError("--out is for predictions and probes, and --text makes none: leave it out")
+        documents = rows.spread([p.read_bytes() for p in rows.paths_of(args["text"], (".txt", ".md", ".text"))], limit)
         texts = [rows.decode(data, args["text"]) for data in documents]
         entries = [Entry(name, text_scores(language_model.load(name), iter(texts))) for name in names]
         headline = "bits_per_byte"
     elif "probes" in args or "harness" in args:
-        _others(args, names[0], out)
+        if len(names) > 1:
+            raise UserError(f"--probes and --harness look at one checkpoint, not at {len(names)}: run them for each")
+        _others(args, names[0], limit, out)
         return
     else:
-        config = args.config if args.settings is not None else task_config(names[0])
+        own = args.settings is None
+        config = task_config(names[0]) if own else args.config
         if not config.task.name:
             raise UserError("the config has no task.name: use --text for the loss of a text")
-        entries = compare(config, names, path=args["path"], limit=args.number("limit", 0), out=out)
+        entries = compare(config, names, path=args["path"], limit=limit, out=out, own=own)
         headline = load.TASKS[config.task.name][0].headline
-    if "json" in args:
-        print(json.dumps({e.name: {n: {"value": m.value, "interval": m.interval()} for n, m in e.scores.items()} for e in entries}))
-    else:
-        print(table(entries, headline))
+    print((to_json if "json" in args else table)(entries, headline))
 
 
-def _others(args: cli.Args, name: str, out: Path | None) -> None:
+def _others(args: cli.Args, name: str, limit: int, out: Path | None) -> None:
     lm = language_model.load(name)
     if "harness" in args:
         from gptjax import harness  # lm_eval is an extra
 
-        found = harness.evaluate_tasks(lm, args["harness"].split(","), limit=args.number("limit", 0) or None)
+        found = harness.evaluate_tasks(lm, args["harness"].split(","), limit=limit or None)
         print(json.dumps(found, indent=1, default=str))
         return
     from gptjax import probes
@@ -283,7 +362,7 @@ def _others(args: cli.Args, name: str, out: Path | None) -> None:
     if out:
         files.write_text(out / "probes.html", probes.to_html(report))
         cli.say(f"wrote {out / 'probes.html'}")
-    print(probes.to_text(report))
+    print(json.dumps(report.rows()) if "json" in args else probes.to_text(report))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def _fitting(lm: LanguageModel, system: str, history: list[dict[str, str]], limi
     """Ids of the conversation; its oldest turns are dropped, and that is said, where it no longer fits beside the answer."""
     dropped = 0
     while True:
-        ids = chat.encode(lm.text_tokenizer, _messages(system, history))
+        ids = [lm.text_tokenizer.eot] * lm.prompt_places + chat.encode(lm.text_tokenizer, _messages(system, history))
         if len(ids) + limit <= lm.config.context + 1:
             break
         if len(history) < 3:

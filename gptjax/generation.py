@@ -18,7 +18,8 @@ from gptjax.tokenizer import StreamDecoder, Tokenizer
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """What was generated. tokens: new ids, without the end token; logprobs: the model's own, of each; score: beam search's. finish_reason:
-    "stop" (end token or stop text) or "length"; prompt_logprobs: where asked, of each prompt token but the first."""
+    "stop" (end token or stop text) or "length"; prompt_logprobs: where asked, of each prompt token but the first; end: the end token, where
+    one came."""
 
     tokens: list[int]
     text: str
@@ -26,6 +27,7 @@ class Completion:
     finish_reason: str
     score: float | None = None
     prompt_logprobs: list[float] | None = None
+    end: int | None = None
 
 
 class Row:
@@ -36,6 +38,7 @@ class Row:
         self.logprobs: list[float] = []
         self.text = ""
         self.reason = ""
+        self.end: int | None = None
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         self._size = tokenizer.vocab_size if tokenizer else 0
         self._stop, self._stops = stop, set(stops)
@@ -44,6 +47,7 @@ class Row:
         if self.reason:
             return
         if token in self._stops:
+            self.end = token
             self.finish("stop")
             return
         self.tokens.append(token)
@@ -72,7 +76,7 @@ class Row:
         return len(self.text) - max((k for s in self._stop for k in range(1, len(s)) if self.text.endswith(s[:k])), default=0)
 
     def completion(self) -> Completion:
-        return Completion(self.tokens, self.text, self.logprobs, self.reason)
+        return Completion(self.tokens, self.text, self.logprobs, self.reason, end=self.end)
 
 
 @dataclasses.dataclass

@@ -53,6 +53,8 @@ class GptjaxLM(TemplateLM):
         super().__init__()
         self.lm = pretrained if isinstance(pretrained, LanguageModel) else load(pretrained, **options)
         self.tokenizer = self.lm.text_tokenizer
+        if self.lm.prompt_places:
+            raise UserError("the harness leaves no places for the learned prompt tokens of this checkpoint: tune it with lora.rank instead")
         self.max_length = self.lm.config.context if max_length is None else int(max_length)
         if not 1 <= self.max_length <= self.lm.config.context:
             raise UserError(f"max_length = {max_length}: must be from 1 to the model's context, {self.lm.config.context}")

@@ -64,12 +64,16 @@ class LanguageModel:
             raise UserError("this checkpoint has no tokenizer, so it knows token ids only: put its tokenizer.json beside it, or give ids as lists")
         return self.tokenizer
 
+    @property
+    def prompt_places(self) -> int:
+        """Places before every text where the learned vectors of prompt tuning stand, whatever ids are there."""
+        return len(self.params["embed"].get("prompt", ()))
+
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt: text behind the vocabulary's prefix, ids as they are; an empty one is a new document."""
         ids = self._ids(prompt)
         if isinstance(prompt, str) and self.tokenizer:
-            places = len(self.params["embed"].get("prompt", ()))  # learned vectors of prompt tuning stand there
-            ids = [*[self.tokenizer.eot] * places, *self.tokenizer.prefix, *ids]
+            ids = [*[self.tokenizer.eot] * self.prompt_places, *self.tokenizer.prefix, *ids]
         if not ids and self.tokenizer is None:
             raise UserError("an empty prompt needs a tokenizer, whose end-of-text token begins a new document")
         return ids or [self.tokenizer.eot]  # type: ignore[union-attr]

@@ -66,10 +66,10 @@ def attach(lora: LoraConfig, frozen: Params, trained: Params, *, dropout: bool =
     rest = {name: part for name, part in trained.items() if name != "blocks"}
     if isinstance(frozen["blocks"], tuple):
         added = model.unstack(blocks) if blocks else ({},) * len(frozen["blocks"])
-        joined: Any = tuple(_over(block, more) for block, more in zip(frozen["blocks"], added, strict=True))
+        joined: Any = tuple(over(block, more) for block, more in zip(frozen["blocks"], added, strict=True))
     else:
-        joined = _over(frozen["blocks"], blocks)
-    return {**_over({k: v for k, v in frozen.items() if k != "blocks"}, rest), "blocks": joined}
+        joined = over(frozen["blocks"], blocks)
+    return {**over({k: v for k, v in frozen.items() if k != "blocks"}, rest), "blocks": joined}
 
 
 def _ready(lora: LoraConfig, frozen: Any, trained: Params, dropout: bool) -> Params:
@@ -88,11 +88,11 @@ def _ready(lora: LoraConfig, frozen: Any, trained: Params, dropout: bool) -> Par
     return found
 
 
-def _over(below: Any, above: Any) -> Any:
+def over(below: Any, above: Any) -> Any:
     """Nested dicts joined; `above` wins."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
-    return {**below, **{name: _over(below[name], part) if name in below else part for name, part in above.items()}}
+    return {**below, **{name: over(below[name], part) if name in below else part for name, part in above.items()}}
 
 
 def merge(lora: LoraConfig, base: Params, trained: Params) -> Params:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from gptjax.config import LoraConfig, ModelConfig, UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _HEAD = "base_model."
+_SCORE = f"{_HEAD}model.score.weight"
+_PARTS_OF_DORA = "DoRA on some layers or parts of a layer only is not supported: our layers hold q, k, v (and gate, up) together"
 
 
 def _layers(c: ModelConfig) -> Iterator[tuple[str, hf.Row, tuple[int, ...]]]:
@@ -71,7 +74,7 @@ def write(folder: Path, c: ModelConfig, config: LoraConfig, trained: Any, base: 
         task |= {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": config.prompt_tokens, "token_dim": c.width, "num_layers": c.layers}
         task |= {"num_attention_heads": c.heads, "num_transformer_submodules": 1}
     if "score/kernel" in flat:
-        tensors[f"{_HEAD}model.score.weight"] = flat["score/kernel"]
+        tensors[_SCORE] = flat["score/kernel"]
     folder.mkdir(parents=True, exist_ok=True)
     transfer.write_safetensors(folder / WEIGHTS, [(name, array.shape, tensors[name].copy) for name, array in tensors.items()], "float32")
     files.write_text(folder / CONFIG, json.dumps(task, indent=1))
@@ -92,7 +95,8 @@ def read(folder: Path, c: ModelConfig) -> tuple[LoraConfig, Any]:
         prompt = tensors.get("prompt_embeddings", np.zeros((0, 0), np.float32))
         if prompt.shape != (raw.get("num_virtual_tokens"), c.width):
             raise UserError(f"{folder}: prompt_embeddings are {prompt.shape} and the model's width is {c.width}")
-        return LoraConfig(prompt_tokens=len(prompt)), {"embed": {"prompt": prompt.astype(np.float32)}}
+        head = {"score": {"kernel": tensors[_SCORE].astype(np.float32)}} if _SCORE in tensors else {}
+        return LoraConfig(prompt_tokens=len(prompt)), {"embed": {"prompt": prompt.astype(np.float32)}, **head}
     if kind != "LORA" or raw.get("bias", "none") != "none":
         raise UserError(f"{folder}: peft_type = {kind!r}, bias = {raw.get('bias')!r} is not supported; LORA without biases and PROMPT_TUNING are")
     flat: dict[str, np.ndarray] = {}
@@ -100,9 +104,9 @@ def read(folder: Path, c: ModelConfig) -> tuple[LoraConfig, Any]:
     for path, row, shape in _layers(c):
         found = _read_layer(c, raw, tensors, path, row, shape, used)
         flat |= {f"{path}/{leaf}": array for leaf, array in found.items()}
-    if (name := f"{_HEAD}model.score.weight") in tensors:
-        flat["score/kernel"] = tensors[name].astype(np.float32)
-        used.add(name)
+    if _SCORE in tensors:
+        flat["score/kernel"] = tensors[_SCORE].astype(np.float32)
+        used.add(_SCORE)
     if rest := sorted(set(tensors) - used):
         raise UserError(
             f"{folder}: {len(rest)} tensors fit no layer of this {hf.family_of(c)} model, such as {rest[0]} {list(tensors[rest[0]].shape)}"
@@ -143,7 +147,11 @@ def labels_of(path: Path, count: int) -> tuple[str, ...]:
 
 def _scale(raw: Mapping[str, Any], name: str, rank: int) -> float:
     """What a module's B A is multiplied by: alpha / r, or alpha / sqrt(r), with its own alpha where a pattern names one."""
-    alpha = next((v for key, v in (raw.get("alpha_pattern") or {}).items() if name.endswith(key)), raw.get("lora_alpha", 8))
+    module = name.removeprefix(f"{_HEAD}model.")
+    try:
+        alpha = next((v for key, v in (raw.get("alpha_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?({key})", module)), raw.get("lora_alpha", 8))
+    except re.error as error:
+        raise UserError(f"{CONFIG}: alpha_pattern is no table of regular expressions: {error}") from None
     return alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
 
 
@@ -175,7 +183,7 @@ def _read_layer(
     rank = max(one["lora_a"].shape[-1] for one in each if one)
     empty = {"lora_a": np.zeros((*ins, rank), np.float32), "lora_b": np.zeros((rank, *outs), np.float32)}
     if any("lora_m" in one for one in each) and not all("lora_m" in one for one in each):
-        raise UserError("DoRA on some layers or parts of a layer only is not supported: our layers hold q, k, v (and gate, up) together")
+        raise UserError(_PARTS_OF_DORA)
     filled = [one or empty for one in each]
     return {leaf: np.stack([_grown(one[leaf], leaf, rank) for one in filled]) for leaf in filled[0]}
 
@@ -208,6 +216,8 @@ def _join(
         a_all = np.concatenate([a for _, a, _ in pairs])
         b_all = np.concatenate([ours({k: b}, len(a)) for k, a, b in pairs])
     found = {"lora_a": np.ascontiguousarray(a_all.T).reshape(*ins, -1), "lora_b": b_all}
-    if lengths and len(lengths) == len(sizes):
+    if lengths:
+        if len(lengths) < len(sizes):
+            raise UserError(_PARTS_OF_DORA)
         found["lora_m"] = ours(dict(enumerate(lengths)), 1)[0]
     return found

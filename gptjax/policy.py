@@ -112,20 +112,18 @@ class Rollouts:
             yield int(random.permutation(count)[at % count])
 
     def next(self, step: int, params: Any) -> tuple[dict[str, Array], dict[str, float]]:
-        c, task, tokenizer = self._config, self._config.task, self._run.tokenizer
+        c, task = self._config, self._config.task
         chosen = [self._examples[i] for i in self._prompts(step)]
-        lm = LanguageModel(c.model, lora.attach(c.lora, self._frozen, params), tokenizer)
+        lm = LanguageModel(c.model, lora.attach(c.lora, self._frozen, params), self._run.tokenizer)
         seed = int(np.random.Generator(np.random.Philox(key=(c.train.seed, step))).integers(1 << 31))
         prompts = [e.ids[: e.prompt].tolist() for e in chosen]
         found = lm.generate(prompts, max_new_tokens=task.max_new_tokens, n=task.samples, temperature=1.0, seed=seed)
         asked = [e for e in chosen for _ in range(task.samples)]
         rewards = np.array([self._reward(one.text, e.references) for e, one in zip(asked, found, strict=True)], np.float32)
-        if not np.isfinite(rewards).all():
-            raise UserError(f"task.reward = {task.reward!r} gave {rewards[~np.isfinite(rewards)][0]}: rewards must be finite numbers")
         gains = np.asarray(preferences.advantages(rewards.reshape(-1, task.samples))).reshape(-1)
         rows = []
         for e, one, gain in zip(asked, found, gains, strict=True):
-            answer = [*one.tokens, *[tokenizer.ends[0]] * (one.finish_reason == "stop")]
+            answer = one.tokens if one.end is None else [*one.tokens, one.end]
             ids = np.array([*e.ids[: e.prompt].tolist(), *answer], np.int32)
             row, n = loader.nothing(c.length), len(ids) - 1
             row["tokens"][:n], row["targets"][:n] = ids[:-1], ids[1:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gptjax import cli, convert, files, report, settings, sharding, tree
+from gptjax import cli, convert, files, report, settings, sharding
 from gptjax import config as config_lib
 from gptjax.checkpoint import check_same_run
 from gptjax.config import Config, ModelConfig, UserError
@@ -74,6 +73,11 @@ def begin_from(config: Config) -> tuple[Config, convert.Pretrained | None]:
     changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape, context=context), train=train)
     if faults := settings.cross_checks(changed):
         raise UserError("; ".join(faults))
+    if (places := len(found.params["embed"].get("prompt", ()))) and config.lora.prompt_tokens != places:
+        raise UserError(
+            f"train.init_from = {config.train.init_from!r} has {places} learned prompt tokens: set lora.prompt_tokens = {places} to tune them on, "
+            "or start from the checkpoint below them"
+        )
     if "positions" in found.params["embed"]:
         found.params["embed"]["positions"] = found.params["embed"]["positions"][:context]
     return changed, found
@@ -98,13 +102,21 @@ def resolve(config: Config, data: Data) -> Config:
         raise UserError(f"model.vocab_size = {m.vocab_size} is smaller than the tokenizer's {vocab_size}: set 0 to take the tokenizer's")
     labels = data.labels if isinstance(data, load.Examples) and load.has_head(config) else ()
     config = dataclasses.replace(config, model=dataclasses.replace(m, vocab_size=m.vocab_size or vocab_size, labels=labels))
-    if config.train.epochs:
-        count = split_of(config, data, TRAIN).count
-        steps = max(1, math.ceil(config.train.epochs * count / config.train.batch_size))
+    if epochs := config.train.epochs:
+        steps = max(1, math.ceil(epochs * rows_of_epoch(config, data) / config.train.batch_size))
+        if config.optim.warmup_steps > steps:
+            raise UserError(
+                f"optim.warmup_steps = {config.optim.warmup_steps} exceeds the {steps} steps of train.epochs = {epochs:g}: warm up for fewer"
+            )
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
-        if faults := settings.cross_checks(config):
-            raise UserError("; ".join(faults))
     return config
+
+
+def rows_of_epoch(config: Config, data: Data) -> int:
+    """Rows of batches in one pass over the training split."""
+    if config.task.name == "grpo" and isinstance(data, load.Examples):
+        return len(data.train) * config.task.samples
+    return split_of(config, data, TRAIN).count
 
 
 def fit_head(config: Config, source: convert.Pretrained) -> None:
@@ -122,19 +134,10 @@ def fit_head(config: Config, source: convert.Pretrained) -> None:
         params["score"] = {"kernel": kernel.astype(np.float32)}
 
 
-def digest(params: Any) -> str:
-    """A hash of every parameter's path and bytes."""
-    result = hashlib.sha256()
-    for path, leaf in sorted(tree.flatten(params).items()):
-        result.update(path.encode())
-        result.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-    return result.hexdigest()
-
-
 def fingerprints(config: Config, data: Data, source: convert.Pretrained | None) -> dict[str, str]:
     """What a resumed run must find unchanged: data, tokenizer and, where adapters stand on one, the checkpoint."""
     text = data.source if isinstance(data, prepare.Prepared) else data.fingerprint
-    base = digest(source.params) if source and config.lora.on else ""
+    base = convert.digest(source.params) if source and config.lora.on else ""
     return {"data": text, "tokenizer": data.tokenizer.fingerprint, "base": base}
 
 

@@ -78,6 +78,11 @@ def mean(values: Sequence[float] | np.ndarray) -> Metric:
     return Metric(np.stack(np.broadcast_arrays(*_columns(values=values), 1.0), 1), lambda s: _ratio(s[..., 0], s[..., 1]))
 
 
+def whole(value: float) -> Metric:
+    """A number about all texts at once, which is no sum over examples: one row, and so no interval."""
+    return Metric(np.array([[value]], np.float64), lambda s: s[..., 0])
+
+
 def _ratio(a: Any, b: Any) -> np.ndarray:
     """a / b, and 0 where b is not positive."""
     return np.divide(a, b, out=np.zeros(np.broadcast_shapes(np.shape(a), np.shape(b))), where=np.asarray(b) > 0)

@@ -124,7 +124,7 @@ def cross_checks(c: Config) -> list[str]:
         faults.append(f"model.dropout = {m.dropout} needs model.attention = 'xla': blockwise attention has no dropout on its weights")
     if t.batch_size % t.accumulate:
         faults.append(f"train.accumulate = {t.accumulate} does not divide train.batch_size = {t.batch_size}: pick a divisor")
-    if o.warmup_steps > t.steps:
+    if o.warmup_steps > t.steps and not (t.epochs and c.task.name):  # then asked again, when the data have said how many
         faults.append(f"optim.warmup_steps = {o.warmup_steps} exceeds train.steps = {t.steps}: warm up for fewer steps")
     if t.loss_chunk and c.length % t.loss_chunk:
         faults.append(f"train.loss_chunk = {t.loss_chunk} does not divide the row of {c.length} tokens: pick a divisor or 0")
@@ -165,6 +165,16 @@ def _task_checks(c: Config) -> list[str]:
                 faults.append(f"{name} = {given!r} is for tasks: set task.name, or leave it out")
     if task.words and len(task.words) != len(task.labels):
         faults.append(f"task.words = {list(task.words)} must give one text for each of task.labels = {list(task.labels)}")
+    if len(set(task.labels)) < len(task.labels):
+        faults.append(f"task.labels = {list(task.labels)} names one twice")
+    if c.lora.rank and not c.lora.targets:
+        faults.append("lora.targets is empty, so no kernel gets an adapter: name patterns such as '.*/attn/.*', or set lora.rank = 0")
+    if task.name == "preference" and task.loss == "kto" and c.train.accumulate > 1:
+        faults.append(f"train.accumulate = {c.train.accumulate} changes KTO's loss, which compares the answers of a batch with one another: set 1")
+    if task.name == "regression" and task.method != "head":
+        faults.append("task.method = 'text' is for classification: a number needs the head")
+    if task.stop and task.num_beams > 1:
+        faults.append(f"task.stop = {list(task.stop)} does not go with task.num_beams = {task.num_beams}: leave one out")
     if task.name in ("preference", "grpo") and not c.train.init_from:
         faults.append(f"task.name = {task.name!r} tunes a model that can answer: name its checkpoint in train.init_from")
     if task.name == "grpo" and task.kl and not c.lora.on:

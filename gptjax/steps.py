@@ -34,39 +34,46 @@ class TrainState:
     rng: Array
 
 
-def init_trained(config: Config, key: Array, frozen: Any, *, rows_sharding: jax.sharding.Sharding | None = None) -> Any:
-    """The parameters that training changes, before the first step: the whole model, or adapters (and a new head) on `frozen` ones."""
+def init_trained(config: Config, key: Array, frozen: Any, given: Any, *, rows_sharding: jax.sharding.Sharding | None = None) -> Any:
+    """The parameters that training changes, before the first step: the whole model, or adapters on `frozen` ones beside what is `given`."""
     if not config.lora.on:
         return model.init_params(config.model, key, rows_sharding=rows_sharding)
-    new = lora.init(config.model, config.lora, key, frozen)
-    if config.model.labels:
-        shape = (len(config.model.labels), config.model.width)
-        new["score"] = {"kernel": config.model.init_std * jax.random.normal(jax.random.fold_in(key, 1 << 21), shape)}
-    return new
+    return lora.over(lora.init(config.model, config.lora, key, frozen), given)
 
 
-def freeze(config: Config, params: Any) -> Any:
-    """The base of adapters as the step reads it: as it is, or with its matrices in int8. Nothing where the whole model is trained."""
+def divide(config: Config, params: Any) -> tuple[Any, Any]:
+    """(what adapters stand on, what is trained on beside them: a head for classes, prompt vectors) of a checkpoint; nothing where all is trained."""
     if not config.lora.on:
-        return {}
-    params = {name: part for name, part in params.items() if name != "score"}
-    return model.inference_params(config.model, params, weights="int8") if config.lora.base == "int8" else params
+        return {}, {}
+    given = {"score": params["score"]} if config.model.labels else {}
+    if "prompt" in params["embed"]:
+        given["embed"] = {"prompt": params["embed"]["prompt"]}
+    base = {name: part for name, part in params.items() if name != "score"}
+    return base | {"embed": {name: part for name, part in params["embed"].items() if name != "prompt"}}, given
 
 
-def new_state(config: Config, tx: optax.GradientTransformation, frozen: Any, *, rows_sharding: jax.sharding.Sharding | None = None) -> TrainState:
-    """The state before the first step, a function of `train.seed` and the frozen parameters alone."""
+def freeze(config: Config, base: Any) -> Any:
+    """The base of adapters as the step reads it: as it is, or with its matrices in int8."""
+    return model.inference_params(config.model, base, weights="int8") if config.lora.base == "int8" and base else base
+
+
+def new_state(
+    config: Config, tx: optax.GradientTransformation, frozen: Any, given: Any, *, rows_sharding: jax.sharding.Sharding | None = None
+) -> TrainState:
+    """The state before the first step, a function of `train.seed` and the checkpoint's parameters alone."""
     params_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
-    params = init_trained(config, params_key, frozen, rows_sharding=rows_sharding)
+    params = init_trained(config, params_key, frozen, given, rows_sharding=rows_sharding)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jax.random.key_data(dropout_key))
 
 
 def state_shapes(config: Config) -> tuple[TrainState, optax.GradientTransformation, Any]:
     """(shapes and dtypes of the state, optimizer, those of the frozen parameters); nothing is materialised."""
     whole = jax.eval_shape(functools.partial(model.init_params, config.model), jax.random.key(0))
-    frozen = jax.eval_shape(functools.partial(freeze, config), whole)
-    params = jax.eval_shape(functools.partial(init_trained, config), jax.random.key(0), frozen)
+    base, given = divide(config, whole)
+    frozen = jax.eval_shape(functools.partial(freeze, config), base)
+    params = jax.eval_shape(functools.partial(init_trained, config), jax.random.key(0), frozen, given)
     tx = optim.optimizer(config, params)
-    return jax.eval_shape(functools.partial(new_state, config, tx), frozen), tx, frozen
+    return jax.eval_shape(functools.partial(new_state, config, tx), frozen, given), tx, frozen
 
 
 def init_state(config: Config, mesh: Mesh, params: Any = None) -> tuple[TrainState, Any]:
@@ -77,9 +84,9 @@ def init_state(config: Config, mesh: Mesh, params: Any = None) -> tuple[TrainSta
     make = functools.partial(new_state, config, tx, rows_sharding=rows_sharding)
     if config.lora.on:
         frozen = place_frozen(config, mesh, params)
-        return jax.jit(make, out_shardings=places)(frozen), frozen
+        return jax.jit(make, out_shardings=places)(frozen, divide(config, params)[1]), frozen
     if params is None:
-        return jax.jit(make, out_shardings=places)({}), {}
+        return jax.jit(make, out_shardings=places)({}, {}), {}
     rng = jax.random.key_data(jax.random.split(jax.random.key(config.train.seed))[1])
     fill = lambda params, rng: TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), rng)
     return jax.jit(fill, out_shardings=places, donate_argnums=0)(sharding.place(params, places.params), rng), {}
@@ -90,7 +97,7 @@ def place_frozen(config: Config, mesh: Mesh, params: Any) -> Any:
     if not config.lora.on:
         return {}
     places = sharding.shardings(mesh, state_shapes(config)[2])
-    host = {name: part for name, part in params.items() if name != "score"}
+    host, _ = divide(config, params)
     if config.lora.base == "int8":
         return jax.jit(functools.partial(freeze, config), out_shardings=places)(host)
     return sharding.place(host, places)

@@ -26,7 +26,7 @@ from gptjax.data.rows import spread
 from gptjax.data.sources import EVAL, TRAIN
 from gptjax.language_model import LanguageModel
 from gptjax.metrics import Compiles, Progress, Tracker
-from gptjax.run import Run, begin_from, load_data, resolve, setup, split_of
+from gptjax.run import Run, begin_from, load_data, resolve, rows_of_epoch, setup
 from gptjax.tasks import load
 
 
@@ -41,7 +41,7 @@ def sample(run: Run, step: int, params: Any) -> str:
 
 
 def judge(run: Run, step: int, params: Any) -> dict[str, float]:
-    """A task's own scores on the first held-out examples; what was answered is in samples/<step>.txt."""
+    """A task's own scores on task.answers of the held-out examples; what was answered is in samples/<step>.txt."""
     assert isinstance(run.data, load.Examples)
     c, examples = run.config, spread(run.data.eval, run.config.task.answers)
     lm = LanguageModel(c.model, params, run.tokenizer)
@@ -49,7 +49,7 @@ def judge(run: Run, step: int, params: Any) -> dict[str, float]:
     shown = "\n\n".join(evaluate.shown(run.tokenizer, run.data.labels, e, a) for e, a in zip(examples[:20], found, strict=False))
     files.write_text(run.workdir / "samples" / f"{step}.txt", shown + "\n")
     scores = load.TASKS[c.task.name][0].judge(c.task, run.data.labels, examples, found)
-    return {f"eval/{name}": metric.value for name, metric in scores.items()}
+    return {f"answers/{name}": metric.value for name, metric in scores.items()}
 
 
 def save_best(run: Run, state: Any, loss: float) -> None:
@@ -175,7 +175,7 @@ def loop(run: Run, state: Any, frozen: Any, batches: policy.Reads | policy.Rollo
             if tracker:
                 tracker.log(step, values)
             if t.keep_best:
-                save_best(run, state, values.get("eval/loss", -values.get("eval/reward", 0.0)))
+                save_best(run, state, values.get("eval/loss", -values.get("answers/reward", 0.0)))
         if due(t.sample_every) and t.sample_tokens and jax.process_count() == 1 and not c.task.name:
             progress.note(step, sample(run, step, lora.attach(c.lora, frozen, state.params)))
         if step < last:
@@ -193,7 +193,7 @@ def finish(run: Run, step: int, *, status: str) -> dict[str, Any]:
     if jax.process_index() == 0:
         records = metrics.read_jsonl(run.workdir / "metrics.jsonl") if (run.workdir / "metrics.jsonl").exists() else []
         latest = {name: value for record in records for name, value in record.items()}
-        summary |= {name: value for name, value in latest.items() if name == "train/loss" or name.startswith("eval/")}
+        summary |= {name: value for name, value in latest.items() if name == "train/loss" or name.startswith(("eval/", "answers/"))}
         report.mark(run.workdir, status=status, step=step)
         if status != "interrupted":  # a scheduler's grace period is short
             report.write(run.workdir, run.data if isinstance(run.data, prepare.Prepared) else None)
@@ -220,9 +220,8 @@ def main(argv: list[str]) -> None:
         config, source = begin_from(config)
         data = load_data(config, source)
         config = resolve(config, data)
-        print(
-            report.explain(config, data.tokens(TRAIN) if isinstance(data, prepare.Prepared) else split_of(config, data, TRAIN).count * config.length)
-        )
+        tokens = data.tokens(TRAIN) if isinstance(data, prepare.Prepared) else rows_of_epoch(config, data) * config.length
+        print(report.explain(config, tokens))
         return
     if not args["workdir"]:
         raise UserError("missing --workdir: the folder for checkpoints, metrics and the report")

@@ -51,7 +51,7 @@ def tuned(place):
 
 def test_a_classifier_is_tuned_judged_and_compared(place, tuned):
     last = [r for r in read_jsonl(tuned / "metrics.jsonl") if "eval/accuracy" in r][-1]
-    assert last["eval/accuracy"] == 1.0 and last["eval/f1_macro"] == 1.0 and "->" in (tuned / "samples" / "40.txt").read_text()
+    assert last["eval/accuracy"] == 1.0 and last["answers/f1_macro"] == 1.0 and "->" in (tuned / "samples" / "40.txt").read_text()
     done = command("gptjax.evaluate", f"--checkpoint={tuned},{place}/base", f"--path={place}/test.jsonl", f"--out={place}/out", "--json")
     found = json.loads(done.stdout)
     assert list(found) == [str(tuned), f"{place}/base", "majority"]
@@ -79,7 +79,7 @@ def test_adapters_leave_and_the_merged_model_answers_alike(place, tuned):
 def test_text_and_labels_as_text_are_judged(place):
     changes = {"task.method": "text", "lora.rank": 0, "train.steps": 30, "optim.lr": 0.01}
     done = command(*flags(place, place / "text", **changes), "--json")
-    assert json.loads(done.stdout)["eval/accuracy"] == 1.0
+    assert json.loads(done.stdout)["answers/accuracy"] == 1.0
     config = evaluate.task_config(str(place / "text"))
     (entry,) = evaluate.compare(config, [str(place / "text")], path=str(place / "test.jsonl"), baselines=False)
     assert entry.scores["accuracy"].value == 1.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from conftest import FAMILIES, byte_level_tokenizer, make_config, random_params, tiny_checkpoint
 from test_steps import batch_for
 
-from gptjax import convert, language_model, lora, model, peft, sharding, steps, tree
+from gptjax import convert, language_model, lora, model, peft, run, sharding, steps, tree
 from gptjax.config import LoraConfig, UserError
 from gptjax.language_model import LanguageModel
 
@@ -181,6 +182,77 @@ def test_wrong_adapters_are_refused(tmp_path):
     (tmp_path / "a" / peft.WEIGHTS).write_bytes(b"no")
     with pytest.raises(UserError, match="is no PEFT adapter"):
         peft.read(tmp_path / "a", config.model)
+
+
+def test_peft_files_of_other_makers(tmp_path):
+    """alpha by patterns, DoRA on some parts of a layer, a head beside prompt vectors."""
+    from safetensors.numpy import load_file, save_file
+
+    config = config_for("llama", rank=2, alpha=8.0)
+    base = random_params(config.model)
+    peft.write(tmp_path / "a", config.model, config.lora, adapters_for(config, base), "x")
+    _, plain = peft.read(tmp_path / "a", config.model)
+    raw = json.loads((tmp_path / "a" / peft.CONFIG).read_text())
+    (tmp_path / "a" / peft.CONFIG).write_text(json.dumps({**raw, "alpha_pattern": {r"layers\.0\..*down_proj": 32, "up_proj": 16}}))
+    _, found = peft.read(tmp_path / "a", config.model)
+    ratio = {path: array / tree.flatten(plain)[path] for path, array in tree.flatten(found).items() if path.endswith("lora_b")}
+    np.testing.assert_allclose(ratio["blocks/mlp/down/lora_b"][0], 4.0, rtol=1e-5)
+    np.testing.assert_allclose(ratio["blocks/mlp/down/lora_b"][1], 1.0, rtol=1e-5)
+    (tmp_path / "a" / peft.CONFIG).write_text(json.dumps({**raw, "use_dora": True}))
+    tensors = load_file(tmp_path / "a" / peft.WEIGHTS)
+    tensors |= {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): np.ones(len(array), np.float32)
+        for name, array in tensors.items()
+        if "q_proj.lora_B" in name
+    }
+    save_file(tensors, tmp_path / "a" / peft.WEIGHTS)
+    with pytest.raises(UserError, match="DoRA on some layers or parts"):
+        peft.read(tmp_path / "a", config.model)
+    prompts = dataclasses.replace(config.lora, rank=0, prompt_tokens=3)
+    classifier = dataclasses.replace(config.model, labels=("a", "b"))
+    given = {"embed": {"prompt": np.ones((3, 32), np.float32)}, "score": {"kernel": np.full((2, 32), 2.0, np.float32)}}
+    peft.write(tmp_path / "p", classifier, prompts, given, "x")
+    settings, found = peft.read(tmp_path / "p", classifier)
+    assert settings.prompt_tokens == 3 and (found["score"]["kernel"] == 2).all()
+
+
+def test_tuning_goes_on_from_a_tuned_checkpoint(tmp_path, one_device):
+    """A head whose labels agree and prompt vectors are where training starts; a base that has changed is no base any more."""
+    task = dict(task=dict(name="classification"), data=dict(source="jsonl", path="x"))
+    config = make_config(lora=dict(rank=2), train=dict(init_from="base"), model=dict(labels=["a", "b"]), **task)
+    params = jax.tree.map(np.asarray, random_params(config.model))
+    mesh = sharding.make_mesh(config, one_device)
+    with jax.set_mesh(mesh):
+        state, frozen = steps.init_state(config, mesh, params)
+        assert np.array_equal(state.params["score"]["kernel"], params["score"]["kernel"]) and "score" not in frozen
+        config = make_config(lora=dict(prompt_tokens=3), train=dict(init_from="base"), **task)
+        params = jax.tree.map(np.asarray, random_params(config.model))
+        params["embed"]["prompt"] = np.full((3, config.model.width), 0.25, np.float32)
+        state, frozen = steps.init_state(config, mesh, params)
+        assert (np.asarray(state.params["embed"]["prompt"]) == 0.25).all() and "prompt" not in frozen["embed"]
+    made = tiny_checkpoint("llama", tokenizer=byte_level_tokenizer())
+    made.params["embed"]["prompt"] = np.ones((3, 32), np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "read", lambda path: made)
+        for adapters in ({}, {"rank": 2}, {"prompt_tokens": 4}):
+            wanted = make_config(lora=adapters, train=dict(init_from="x"), model=dict(context=64), **task)
+            with pytest.raises(UserError, match=r"has 3 learned prompt tokens: set lora.prompt_tokens = 3"):
+                run.begin_from(wanted)
+
+
+def test_adapters_know_the_weights_they_were_trained_on(tmp_path):
+    made = tiny_checkpoint("llama", tokenizer=byte_level_tokenizer())
+    convert.write(tmp_path / "base", made)
+    config = make_config(model=dict(vocab_size=264, context=64, **FAMILIES["llama"]), lora=dict(rank=2), train=dict(init_from=str(tmp_path / "base")))
+    source = convert.read(tmp_path / "base")
+    trained = adapters_for(config, source.params)
+    before = convert.digest(source.params)
+    assert convert._adapted(config, trained, "float32", base=before).params.keys() == source.params.keys()
+    shutil.rmtree(tmp_path / "base")
+    changed = jax.tree.map(lambda p: p * 1.01, made.params)
+    convert.write(tmp_path / "base", dataclasses.replace(made, params=changed))
+    with pytest.raises(UserError, match="trained on other weights than"):
+        convert._adapted(config, trained, "float32", base=before)
 
 
 def test_a_classifier_goes_out_and_in(tmp_path):

@@ -1,16 +1,19 @@
 """Preference and policy-gradient tuning through the ordinary training loop."""
 
+import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 from conftest import byte_level_tokenizer, command, make_config, random_params, tiny_checkpoint
 
-from gptjax import convert, evaluate, language_model, losses, model, objectives, preferences
+from gptjax import convert, evaluate, language_model, losses, model, objectives, policy, preferences, sharding
 from gptjax.config import UserError
 from gptjax.data import loader
 from gptjax.metrics import read_jsonl
+from gptjax.run import resolve
 from gptjax.tasks import load
 from gptjax.tasks.preference import SEGMENTS
 from gptjax.tasks.reward import reward_of
@@ -151,6 +154,41 @@ def test_rewards_rise_and_a_resumed_run_writes_the_same_answers(place):
     assert lm.generate("a", max_new_tokens=1).text.isupper() and lm.generate("b", max_new_tokens=1).text.islower()
 
 
+def test_the_end_that_was_sampled_is_the_one_credited(place):
+    """Every token of this vocabulary but two ends an answer."""
+    from gptjax.tokenizer import PretrainedTokenizer
+
+    one = byte_level_tokenizer()
+    tokenizer = PretrainedTokenizer(one.files(), [263, *range(2, 262)])
+    task = dict(name="grpo", samples=8, max_new_tokens=4, reward="contains")
+    config = make_config(
+        task=task,
+        train=dict(init_from="x", batch_size=16),
+        model=dict(context=32, vocab_size=264),
+        data=dict(source="jsonl", path=str(place / "asked.jsonl")),
+    )
+    run = types.SimpleNamespace(
+        config=config, data=load.load(config, tokenizer), tokenizer=tokenizer, mesh=sharding.make_mesh(config, jax.devices()[:1])
+    )
+    with jax.set_mesh(run.mesh):
+        batch, _ = policy.Rollouts(run, {}).next(0, random_params(config.model))
+    targets, weights = np.asarray(batch["targets"]), np.asarray(batch["loss_weights"])
+    last = {int(row[np.flatnonzero(weight)[-1]]) for row, weight in zip(targets, weights, strict=True)}
+    assert len(last) > 4
+
+
+def test_an_epoch_of_rewards_asks_every_prompt_once(place):
+    config = make_config(
+        task=dict(name="grpo", samples=8, max_new_tokens=1), train=dict(init_from="x", batch_size=16, epochs=3.0), optim=dict(warmup_steps=2),
+        model=dict(context=64, vocab_size=264), data=dict(source="jsonl", path=str(place / "asked.jsonl"), eval_fraction=0.0),
+    )  # fmt: skip
+    data = load.load(config, byte_level_tokenizer())
+    assert len(data.train) == 8 and resolve(config, data).train.steps == 3 * 8 * 8 // 16
+    short = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=50))
+    with pytest.raises(UserError, match=r"exceeds the 12 steps of train.epochs = 3"):
+        resolve(short, data)
+
+
 def test_what_cannot_be_tuned_is_said(place, tmp_path):
     (tmp_path / "mine.py").write_text("def good(answer, references):\n    return len(answer)\n")
     config = make_config(task=dict(reward=f"{tmp_path}/mine.py:good"))
@@ -166,9 +204,22 @@ def test_what_cannot_be_tuned_is_said(place, tmp_path):
         (dict(task=dict(name="preference")), "name its checkpoint in train.init_from"),
         (dict(task=dict(name="grpo", samples=3), train=dict(init_from="x")), "task.samples = 3 does not divide"),
         (dict(task=dict(name="grpo", kl=0.1), train=dict(init_from="x")), "set lora.rank, or task.kl = 0"),
+        (dict(task=dict(name="preference", loss="kto"), train=dict(init_from="x", accumulate=2)), "changes KTO's loss"),
+        (dict(task=dict(name="regression", method="text")), "a number needs the head"),
+        (dict(lora=dict(rank=2, targets=[]), train=dict(init_from="x")), "lora.targets is empty"),
     ):
         with pytest.raises(UserError, match=message):
             make_config(data=dict(source="jsonl", path="x"), **changes)
+    (tmp_path / "wrong.py").write_text(
+        "def raises(answer, references):\n    return references[0]\ndef nan(answer, references):\n    return float('nan')\n"
+    )
+    with pytest.raises(UserError, match=r"failed on the answer 'ab': IndexError"):
+        reward_of(make_config(task=dict(reward=f"{tmp_path}/wrong.py:raises")).task)("ab", [])
+    with pytest.raises(UserError, match=r"gave nan for the answer 'ab'"):
+        reward_of(make_config(task=dict(reward=f"{tmp_path}/wrong.py:nan")).task)("ab", [])
+    (tmp_path / "broken.py").write_text("def (:\n")
+    with pytest.raises(UserError, match=r"broken.py cannot be run: SyntaxError"):
+        reward_of(make_config(task=dict(reward=f"{tmp_path}/broken.py:f")).task)
     rows = [{"prompt": "a", "chosen": "same", "rejected": "same"}]
     (tmp_path / "same.jsonl").write_text(json.dumps(rows[0]) + "\n")
     same = make_config(task=dict(name="preference"), data=dict(source="jsonl", path=str(tmp_path / "same.jsonl"), eval_fraction=0.0), train=dict(init_from="x"), model=dict(context=64, vocab_size=264))  # fmt: skip

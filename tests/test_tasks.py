@@ -29,7 +29,7 @@ TEMPLATE = (
 
 
 def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    path.write_text("".join(json.dumps(r, ensure_ascii="\ud83d" in r.get("text", "")) + "\n" for r in records), encoding="utf-8")
     return path
 
 
@@ -101,6 +101,52 @@ def test_overlong_examples_follow_the_policy(tmp_path, policy, capsys):
     text = found.tokenizer.decode(e.ids[: e.prompt].tolist())
     assert e.cut and len(e.ids) - 1 == config.length and text.endswith("\n\nTL;DR:")
     assert text.startswith("0123") == (policy == "cut_end") and "1 cut" in capsys.readouterr().err
+
+
+def test_questions_in_every_usual_form(tmp_path):
+    nested = {"context": "c", "question": "q", "answers": {"text": ["Ada", "Ada L."], "answer_start": [0, 0]}}
+    records = [nested, {**nested, "answers": ["Ada", "Ada L."]}, {**nested, "answers": [], "answer": ""}, {**nested, "answers": None, "answer": 4}]
+    found, _ = examples(tmp_path, records, task=dict(name="qa"))
+    answers = [found.tokenizer.decode(e.ids[e.prompt : -1].tolist()) for e in found.train]
+    assert answers == [" Ada", " Ada", "", " 4"] and [e.references for e in found.train] == [("Ada", "Ada L."), ("Ada", "Ada L."), (), ("4",)]
+    assert [int(e.learned.sum()) for e in found.train] == [5, 5, 1, 3]  # no answer: the end is what is learned
+    found, _ = examples(tmp_path, [{"context": "c", "question": "q", "reply": "yes"}], task=dict(name="qa", completion=" {reply}"))
+    assert found.train[0].references == ("yes",)
+
+
+def test_preferred_and_rejected_answers_follow_the_same_prompt(tmp_path):
+    records = [{"prompt": "0123456789abcdefghijklmno", "chosen": "x", "rejected": "y" * 15}]
+    for policy in ("cut_start", "cut_end"):
+        found, _ = examples(tmp_path, records, task=dict(name="preference", overlong=policy), train=dict(init_from="x"))
+        (e,) = found.train
+        first, second = (e.ids[at : at + size].tolist() for at, size in ((0, e.parts[0]), (e.parts[0], e.parts[1])))
+        assert first[: e.prompt] == second[: e.prompt] and len(first) == e.prompt + 2 and len(second) == e.prompt + 16 == 33
+
+
+def test_whole_turns_are_cut_with_their_tools(tmp_path):
+    used = [{"role": r, "content": c} for r, c in (("user", "one"), ("assistant", "call"), ("tool", "result"), ("assistant", "two"))]
+    later = [{"role": "user", "content": "three"}, {"role": "assistant", "content": "four"}]
+    tokenizer = byte_level_tokenizer(TEMPLATE)
+    for policy, kept in (("cut_start", ("three", "four")), ("cut_end", ("one", "call", "result", "two"))):
+        found, _ = examples(
+            tmp_path, [{"messages": used + later}], tokenizer, task=dict(name="chat", overlong=policy), data=dict(length=70), model=dict(context=128)
+        )
+        text = tokenizer.decode(found.train[0].ids.tolist())
+        assert [word for word in ("one", "call", "result", "two", "three", "four") if word in text] == list(kept)
+
+
+def test_named_splits_of_a_data_set_are_read(monkeypatch):
+    class Table(list):
+        _fingerprint = "f"
+
+    splits = {name: Table({"text": f"{name}{i}", "label": "ab"[i % 2]} for i in range(4)) for name in ("train", "validation", "test")}
+    monkeypatch.setattr(rows, "_open_dataset", lambda config, path: splits)
+    config = settings.build({"data": {"source": "datasets", "name": "x"}, "task": {"name": "classification"}})
+    train, held, _ = load.read(config)
+    assert [r.fields["text"] for r in held] == [f"validation{i}" for i in range(4)] and len(train) == 4
+    assert [r.fields["text"] for r in load.read_more(config, "test")] == [f"test{i}" for i in range(4)]
+    with pytest.raises(UserError, match="x has no split 'tset': it has train, validation, test"):
+        load.read_more(config, "tset")
 
 
 @pytest.mark.parametrize("policy", ["cut_start", "cut_end"])
@@ -226,6 +272,8 @@ def test_mixtures_repeat_by_weight(tmp_path):
     found, _ = examples(tmp_path, records, task=dict(name="classification"), data=dict(mixture=[f"{extra}=2.5"]))
     texts = [e.fields["text"] for e in found.train]
     assert len(texts) == 4 + 25 and texts.count("m0") == 3 and texts.count("m1") == 2
+    found, _ = examples(tmp_path, records, task=dict(name="classification"), data=dict(mixture=[f"{extra}=2.3"]))
+    assert len(found.train) == 4 + 23
 
 
 def test_the_preview_marks_what_is_learned(tmp_path):
@@ -261,6 +309,9 @@ WRONG = {
     "answer alone too long": ([{"source": "x", "target": "y" * 99}], dict(name="translation", overlong="cut_end"), r"rows.jsonl:1 needs"),
     "nothing to learn": ([{"source": "x", "target": " "}], dict(name="translation"), r"rows.jsonl:1: the completion is empty"),
     "duplicate ids": ([{**RECORD, "id": 7}, {**RECORD, "id": 7}], dict(name="classification"), r"rows.jsonl:2 has the id 7, which .*rows.jsonl:1"),
+    "half a pair": ([RECORD, {"text": "a\ud83d", "label": "b"}], dict(name="classification"), r"rows.jsonl:2: task.prompt = 'text' holds half of a UTF-16 pair"),
+    "one class of two": ([RECORD, RECORD], dict(name="classification", labels=["a", "b"]), r"one class only, 'a'"),
+    "a label twice": ([RECORD], dict(name="classification", labels=["a", "a"]), r"names one twice"),
     "no number": ([{"text": "x", "label": "high"}], dict(name="regression"), r"rows.jsonl:1: task.label = 'label' is 'high'"),
     "braces": ([RECORD], dict(name="text", prompt="{text!r}", completion="{text}"), r"task.prompt = .* is no name of a field"),
     "roles": ([{"messages": [{"role": "user", "content": "a"}] * 2}], dict(name="chat"), r"rows.jsonl:1: message 1 has role 'user' after 'user'"),
@@ -287,6 +338,9 @@ def test_wrong_files_are_named(tmp_path):
     (tmp_path / "short.csv").write_text("a,b\n1,2\n3\n")
     with pytest.raises(UserError, match=r"short.csv:3 has 1 fields and there are 2 columns"):
         read("csv", tmp_path / "short.csv")
+    (tmp_path / "long.csv").write_text("text,label\nI liked it, really,pos\n")
+    with pytest.raises(UserError, match=r"long.csv:2 has 3 fields and there are 2 columns: text, label; text with commas stands in quotes"):
+        read("csv", tmp_path / "long.csv")
     (tmp_path / "a.txt").write_text("1\n2\n")
     (tmp_path / "b.txt").write_text("1\n")
     with pytest.raises(UserError, match=r"b.txt ends before line 2"):

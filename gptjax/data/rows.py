@@ -115,7 +115,8 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _csv(config: DataConfig, path: str, split: str) -> Rows:
-    """Commas and quotes, or in .tsv, .tab and .txt tabs without quotes."""
+    """Commas and quotes, or in .tsv, .tab and .txt tabs without quotes. Fields behind those that data.columns names are left out."""
+    csv.field_size_limit(1 << 30)  # its default refuses a text of 131,073 characters
     found = paths_of(path, (".csv", ".tsv", ".tab", ".csv.gz", ".tsv.gz"))
 
     def read() -> Iterator[Row]:
@@ -131,8 +132,11 @@ def _csv(config: DataConfig, path: str, split: str) -> Rows:
                     if not names:
                         names = values
                         continue
-                    if len(values) < len(names):
-                        raise UserError(f"{p}:{reader.line_num} has {len(values)} fields and there are {len(names)} columns: {', '.join(names)}")
+                    if len(values) < len(names) or (len(values) > len(names) and not config.columns):
+                        hint = "" if tabs or len(values) < len(names) else "; text with commas stands in quotes"
+                        raise UserError(
+                            f"{p}:{reader.line_num} has {len(values)} fields and there are {len(names)} columns: {', '.join(names)}{hint}"
+                        )
                     yield Row(f"{p}:{reader.line_num}", dict(zip(names, values, strict=False)))
             except csv.Error as error:
                 raise UserError(f"{p}:{reader.line_num} is no csv: {error}") from None
@@ -243,18 +247,26 @@ def _plain(value: Any, where: str) -> Any:
     return [_plain(part, where) for part in value] if isinstance(value, list) else value
 
 
-def _datasets(config: DataConfig, path: str, split: str) -> Rows:
+def _open_dataset(config: DataConfig, path: str) -> Any:
+    """A Dataset, or a dict of them by split."""
     try:
         import datasets
     except ImportError:
         raise UserError("data.source = 'datasets' needs Hugging Face's datasets: pip install 'gptjax[datasets]'") from None
     try:
-        loaded = datasets.load_from_disk(str(Path(path).expanduser())) if path else datasets.load_dataset(*config.name.split(":"))
-        rows = loaded[split] if isinstance(loaded, dict) else loaded
+        return datasets.load_from_disk(str(Path(path).expanduser())) if path else datasets.load_dataset(*config.name.split(":"))
     except Exception as error:  # network, name, folder: whatever the package raises
         raise UserError(
             f"data.source = 'datasets', name {config.name!r}, path {path!r}: {(str(error) or repr(error)).splitlines()[0][:200]}"
         ) from None
+
+
+def _datasets(config: DataConfig, path: str, split: str) -> Rows:
+    rows = _open_dataset(config, path)
+    if isinstance(rows, dict):
+        if split not in rows:
+            raise UserError(f"{config.name or path} has no split {split!r}: it has {', '.join(rows)}; see data.train_split and data.eval_split")
+        rows = rows[split]
 
     def read() -> Iterator[Row]:
         for i, fields in enumerate(rows):
@@ -296,7 +308,9 @@ READERS: dict[str, Callable[[DataConfig, str, str], Rows]] = {
 
 
 def has_eval_split(config: DataConfig) -> bool:
-    """Whether a tfds data set brings a held-out split of its own."""
+    """Whether a data set of named splits brings a held-out one of its own."""
+    if config.source == "datasets":
+        return isinstance(found := _open_dataset(config, config.path), dict) and config.eval_split in found
     return config.source == "tfds" and config.eval_split in tfds_builder(config, config.path).info.splits
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import importlib.util
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -58,6 +59,12 @@ class Kind:
     headline: str
     judge: Callable[[TaskConfig, Sequence[str], Sequence[Example], Sequence[Answer]], dict[str, Metric]]
     baselines: Callable[[Sequence[Example], Sequence[Example]], dict[str, list[Answer]]]
+    package: str = ""  # that judging needs
+
+    def check_package(self) -> None:
+        """Raises UserError where judging would fail in the end."""
+        if self.package and importlib.util.find_spec(self.package) is None:
+            raise UserError(f"answers are judged with the package {self.package}: pip install 'gptjax[eval]' (or train with task.answers = 0)")
 
 
 def no_baseline(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
@@ -66,7 +73,7 @@ def no_baseline(examples: Sequence[Example], train: Sequence[Example]) -> dict[s
 
 def most_frequent(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
     """The answer that is right most often in the training split."""
-    text, _ = collections.Counter(e.references[0] for e in train).most_common(1)[0]
+    text, _ = collections.Counter(e.references[0] if e.references else "" for e in train).most_common(1)[0]
     return {"most frequent answer": [Answer(text)] * len(examples)}
 
 
@@ -82,6 +89,7 @@ class Room:
     length: int
     policy: str  # task.overlong
     lead: int = 0  # lora.prompt_tokens: places before every example
+    answer: int = 0  # where a model is asked: places left for what it writes, however long the right answer is
 
 
 def names_in(template: str, knob: str) -> list[str]:
@@ -100,7 +108,7 @@ def fill(template: str, row: Row, knob: str, changed: Mapping[str, str] = {}) ->
     values = {}
     for name in names_in(template, knob):
         value = changed.get(name, row.fields.get(name))
-        values[name] = str(value) if isinstance(value, int | float) else value if isinstance(value, str) else row.text(name, knob=knob)
+        values[name] = str(value) if isinstance(value, int | float) else changed[name] if name in changed else row.text(name, knob=knob)
     return template.format_map(values)
 
 
@@ -113,15 +121,19 @@ def given(config: TaskConfig, tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def completion(
-    config: TaskConfig, kind: Kind, tokenizer: Tokenizer, row: Row, room: Room, *, references: Sequence[str], answer: str = ""
-) -> Example | None:
-    """Prompt, then the answer (default: the completion's template), learned with its end. None where it is too long and the policy is to drop it. Raises UserError."""
+    config: TaskConfig, kind: Kind, tokenizer: Tokenizer, row: Row, room: Room, *, references: Sequence[str], answer: str = "", empty: bool = False,
+    room_for: int = 0,
+) -> Example | None:  # fmt: skip
+    """Prompt, then the answer (default: the completion's template), learned with its end; an answer may be `empty` where that says something.
+    room_for: tokens of the longest answer that the same prompt gets. None where it is too long and the policy is to drop it. Raises UserError."""
     text = answer or fill(config.completion or kind.completion, row, "task.completion")
-    if not text.strip():
+    if empty and not text.strip():
+        text = ""
+    elif not text.strip():
         raise UserError(f"{row.where}: the completion is empty, so there is nothing to learn from: fill the field or drop the row")
     text = text.strip() if config.template == "chat" else text
     tail = [*tokenizer.encode(text), tokenizer.ends[0]]
-    head, cut = _fitting(config, kind, tokenizer, row, room, len(tail) - 1)
+    head, cut = _fitting(config, kind, tokenizer, row, room, room.answer or max(len(tail), room_for) - 1)
     if not head:
         return None
     ids = np.asarray([*head, *tail], np.int32)
@@ -161,9 +173,10 @@ def _fitting(config: TaskConfig, kind: Kind, tokenizer: Tokenizer, row: Row, roo
         longest = max(texts, key=lambda name: len(texts[name]), default="")
         parts = tokenizer.encode(texts[longest]) if longest else []
         if room.policy == "refuse" or len(parts) <= over:
+            cure = "to drop, cut_start or cut_end" if room.policy == "refuse" else "= 'drop': there is not enough of a prompt to cut"
             raise UserError(
                 f"{row.where} needs {len(ids) + rest} tokens and a row holds {room.length}:\nraise data.length or model.context, "
-                "or set task.overlong to drop, cut_start or cut_end"
+                f"or set task.overlong {cure}"
             )
         kept = tokenizer.decode_bytes(parts[over:] if room.policy == "cut_start" else parts[:-over])
         changed[longest] = kept.decode(errors="ignore").strip()  # a cut through a character drops it: U+FFFD would take as many tokens again

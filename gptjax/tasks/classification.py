@@ -21,6 +21,8 @@ from gptjax.tokenizer import Tokenizer
 
 def label_of(config: TaskConfig, row: Row) -> str:
     value = row.fields.get(config.label)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, str | int | bool) or value == "":
         raise UserError(f"{row.where} has no label under task.label = {config.label!r}; fields are {', '.join(map(str, row.fields))}")
     return str(value)
@@ -30,10 +32,10 @@ def labels_of(config: TaskConfig, rows: Iterable[Row]) -> tuple[str, ...]:
     """task.labels, or the classes of the training rows, sorted. Raises UserError where there is one class only."""
     if config.name == "regression":
         return (config.label,)
-    found = config.labels or tuple(sorted({label_of(config, row) for row in rows}, key=lambda s: (len(s), s) if s.isdigit() else (1 << 30, s)))
+    found = sorted({label_of(config, row) for row in rows}, key=lambda s: (len(s), s) if s.isdigit() else (1 << 30, s))
     if len(found) < 2:
         raise UserError(f"task.label = {config.label!r}: the training split has one class only, {found[0]!r}: there is nothing to tell apart")
-    return found
+    return config.labels or tuple(found)
 
 
 def words_of(config: TaskConfig, labels: Sequence[str]) -> Sequence[str]:

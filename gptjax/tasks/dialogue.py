@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gptjax import chat
+from gptjax import chat, scores
 from gptjax.config import TaskConfig, UserError
 from gptjax.data.rows import Row
 from gptjax.scores import Metric
@@ -43,15 +43,17 @@ def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labe
     messages = whole = messages_of(config, row)
     while True:
         ids, learned, last = _join(chat.turns(tokenizer, messages))
-        if len(ids) - 1 + room.lead <= room.length:
+        needed = room.lead + (last + room.answer if room.answer else len(ids) - 1)
+        if needed <= room.length:
             break
         if room.policy == "drop":
             return None
-        first = 1 if messages[0]["role"] == "system" else 0
-        cut = messages[:-2] if room.policy == "cut_end" else [*messages[:first], *messages[first + 2 :]]
-        if room.policy == "refuse" or len(cut) < first + 2:
+        asks = [i for i, message in enumerate(messages) if message["role"] == "user"]  # a turn begins with each of them
+        from_end = room.policy == "cut_end" and not room.answer  # the last answer is what a model is asked for
+        cut = messages[: asks[-1]] if from_end else [*messages[: asks[0]], *messages[asks[1] if len(asks) > 1 else len(messages) :]]
+        if room.policy == "refuse" or len(asks) < 2:
             raise UserError(
-                f"{row.where} needs {len(ids) - 1 + room.lead} tokens and a row holds {room.length}:\nraise data.length or model.context, "
+                f"{row.where} needs {needed} tokens and a row holds {room.length}:\nraise data.length or model.context, "
                 "or set task.overlong to drop, or to cut_start or cut_end, which leave out whole turns"
             )
         messages = cut
@@ -73,13 +75,14 @@ def _join(turns: Sequence[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarr
 
 
 def judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
-    """BLEU, chrF and ROUGE-L against the reference."""
-    rouge = summarization.judge(config, labels, examples, answers)["rougeL"]
-    return {**translation.judge(config, labels, examples, answers), "rougeL": rouge}
+    """BLEU, chrF and ROUGE-L against the reference; distinct n-grams and repetition of what was written."""
+    rouge, texts = summarization.judge(config, labels, examples, answers)["rougeL"], [a.text for a in answers]
+    alone = {name: scores.whole(value) for name, value in scores.distinct(texts).items()}
+    return {**translation.judge(config, labels, examples, answers), "rougeL": rouge, **alone, **scores.diversity(texts)}
 
 
 def _baselines(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
     return {**most_frequent(examples, train), **copied(examples, train)}
 
 
-CHAT = Kind("", "", "chrf", judge, _baselines)
+CHAT = Kind("", "", "chrf", judge, _baselines, "sacrebleu")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -46,6 +46,8 @@ class Examples:
 
 def load(config: Config, text_tokenizer: Tokenizer | None = None) -> Examples:
     """The examples that the config names; without a tokenizer, the one of data.tokenizer is made of the training split. Raises UserError."""
+    if config.task.answers:
+        TASKS[config.task.name][0].check_package()
     train_rows, eval_rows, fingerprint = read(config)
     text_tokenizer = text_tokenizer or tokenizer.create(config.data, _texts(config, train_rows), _texts(config, [*train_rows, *eval_rows]))
     labels = labels_of(config, train_rows)
@@ -58,9 +60,13 @@ def labels_of(config: Config, train_rows: Sequence[Row]) -> tuple[str, ...]:
     return classification.labels_of(config.task, train_rows) if config.task.name in ("classification", "regression") else ()
 
 
-def read_file(config: Config, path: str) -> list[Row]:
-    """The rows of one more file, such as a test split."""
-    return list(_unique(rows.READERS[config.data.source](config.data, path, config.data.eval_split).read()))
+def read_more(config: Config, path: str) -> list[Row]:
+    """The rows of one more file, or split where the source has named ones, such as a test split. Raises UserError."""
+    d = config.data
+    if d.source == "sotu":
+        raise UserError(f"--path={path}: data.source = 'sotu' is one corpus without files; leave --path out to take its held-out paragraphs")
+    of_splits = d.source in ("tfds", "datasets") and not Path(path).exists()
+    return list(_unique(rows.READERS[d.source](d, d.path if of_splits else path, path if of_splits else d.eval_split).read()))
 
 
 def read(config: Config) -> tuple[list[Row], list[Row], str]:
@@ -88,7 +94,7 @@ def read(config: Config) -> tuple[list[Row], list[Row], str]:
         more = read(d, path, d.train_split)
         parts += [more.fingerprint, weight]
         extra = list(_unique(more.read()))
-        train += extra * int(share) + (rows.spread(extra, rest) if (rest := math.floor((share - int(share)) * len(extra))) else [])
+        train += extra * int(share) + (rows.spread(extra, rest) if (rest := round((share - int(share)) * len(extra))) else [])
     if not train:
         raise UserError(f"data.path = {d.path!r}: the training split is empty; lower data.eval_fraction = {d.eval_fraction}")
     return train, held_out, files.digest(*parts)
@@ -119,10 +125,10 @@ def _texts(config: Config, found: Iterable[Row]) -> Iterator[str]:
             yield fill(t.prompt or kind.prompt, row, "task.prompt") + written * (not has_head(config))
 
 
-def render(config: Config, text_tokenizer: Tokenizer, found: Sequence[Row], labels: Sequence[str], what: str) -> list[Example]:
-    """Rows to examples; how many were dropped or cut is said. Raises UserError where none is left."""
+def render(config: Config, text_tokenizer: Tokenizer, found: Sequence[Row], labels: Sequence[str], what: str, *, answer: int = 0) -> list[Example]:
+    """Rows to examples; how many were dropped or cut is said. answer: see `Room`. Raises UserError where none is left."""
     _, make = TASKS[config.task.name]
-    room = Room(config.length, config.task.overlong, config.lora.prompt_tokens)
+    room = Room(config.length, config.task.overlong, config.lora.prompt_tokens, answer)
     made: list[Example] = []
     with cli.progress(f"{what} examples rendered", len(found)) as advance:
         for row in found:

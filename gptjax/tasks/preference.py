@@ -27,8 +27,11 @@ def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labe
     chosen = fill(config.completion or PREFERENCE.completion, row, "task.completion")
     if chosen == rejected:
         raise UserError(f"{row.where}: the chosen and the rejected answer are the same, so there is nothing to prefer: drop the row")
-    pair = [completion(config, PREFERENCE, tokenizer, row, part, references=[chosen], answer=text) for text in (chosen, rejected)]
-    first, second = pair
+    texts = [text.strip() if config.template == "chat" else text for text in (chosen, rejected)]
+    longest = max(len(tokenizer.encode(text)) + 1 for text in texts)  # one cut for both, or they would answer different prompts
+    first, second = (
+        completion(config, PREFERENCE, tokenizer, row, part, references=[chosen], answer=text, room_for=longest) for text in (chosen, rejected)
+    )
     if first is None or second is None:
         return None
     ids, learned = np.concatenate([first.ids, second.ids]), np.concatenate([first.learned, second.learned])

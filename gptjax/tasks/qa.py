@@ -6,23 +6,30 @@ The answer is written. With task.extract, the words of the text that resemble it
 from __future__ import annotations
 
 import collections
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gptjax import scores
 from gptjax.config import TaskConfig
 from gptjax.data.rows import Row
 from gptjax.scores import Metric
-from gptjax.tasks.base import Answer, Example, Kind, Room, completion, most_frequent
+from gptjax.tasks.base import Answer, Example, Kind, Room, completion, fill, most_frequent, names_in
 from gptjax.tokenizer import Tokenizer
 
 _WORDS = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")  # Chinese characters one by one
 
 
 def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labels: Sequence[str]) -> Example | None:
+    """SQuAD's `answers`, nested as in its files or flat, are references of equal right, and the first is learned; none: the text does not say."""
+    name = [*names_in(config.completion or QA.completion, "task.completion"), "answer"][0]
     answers = row.fields.get("answers")
-    references = [a for a in answers if isinstance(a, str)] if isinstance(answers, list) else []
-    return completion(config, QA, tokenizer, row, room, references=references or [row.text("answer", knob="task.completion")])
+    answers = answers.get("text") if isinstance(answers, Mapping) else answers
+    if isinstance(answers, list) and all(isinstance(a, str) for a in answers):
+        if not isinstance(row.fields.get(name), str | int | float):
+            row = Row(row.where, {**row.fields, name: answers[0] if answers else ""})
+        return completion(config, QA, tokenizer, row, room, references=answers, empty=not answers)
+    return completion(config, QA, tokenizer, row, room, references=[fill(f"{{{name}}}", row, "task.completion")])
 
 
 def extract(context: str, answer: str) -> str:
@@ -42,9 +49,14 @@ def extract(context: str, answer: str) -> str:
     return found
 
 
+def extracted(examples: Sequence[Example], answers: Sequence[Answer]) -> list[Answer]:
+    """The answers in words of their texts: of the field `context`, or of the prompt's first field. No answer stays none."""
+    contexts = [str(e.fields.get("context") or e.source) for e in examples]
+    return [dataclasses.replace(a, text=extract(context, a.text)) if a.text else a for context, a in zip(contexts, answers, strict=True)]
+
+
 def _judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
-    texts = [extract(str(e.fields.get("context", "")), a.text) if config.extract else a.text for e, a in zip(examples, answers, strict=True)]
-    return scores.squad(texts, [list(e.references) for e in examples], language="zh" if config.language == "zh" else "en")
+    return scores.squad([a.text for a in answers], [list(e.references) for e in examples], language="zh" if config.language == "zh" else "en")
 
 
 QA = Kind("{context}\n\nQuestion: {question}\nAnswer:", " {answer}", "f1", _judge, most_frequent)

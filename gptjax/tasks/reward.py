@@ -6,6 +6,7 @@ A reward is a function (answer, references) -> number. To add one, add it to `RE
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,10 +38,26 @@ def reward_of(config: TaskConfig) -> Reward:
     if not Path(path).is_file() or spec is None or spec.loader is None:
         raise UserError(f"task.reward = {config.reward!r}: no Python file {path}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        raise UserError(f"task.reward = {config.reward!r}: {path} cannot be run: {type(error).__name__}: {error}") from error
     if not callable(found := getattr(module, name, None)):
         raise UserError(f"task.reward = {config.reward!r}: {path} defines no function {name!r}")
-    return found
+    return _checked(found, config.reward)
+
+
+def _checked(reward: Reward, name: str) -> Reward:
+    def call(answer: str, references: Sequence[str]) -> float:
+        try:
+            value = float(reward(answer, references))
+        except Exception as error:  # whatever the user's function raises
+            raise UserError(f"task.reward = {name!r} failed on the answer {answer[:80]!r}: {type(error).__name__}: {error}") from error
+        if not math.isfinite(value):
+            raise UserError(f"task.reward = {name!r} gave {value} for the answer {answer[:80]!r}: rewards must be finite numbers")
+        return value
+
+    return call
 
 
 def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labels: Sequence[str]) -> Example | None:

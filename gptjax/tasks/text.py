@@ -16,4 +16,4 @@ def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labe
     return completion(config, TEXT, tokenizer, row, room, references=[reference])
 
 
-TEXT = Kind("", "{text}", "chrf", dialogue.judge, no_baseline)
+TEXT = Kind("", "{text}", "chrf", dialogue.judge, no_baseline, "sacrebleu")

@@ -22,4 +22,4 @@ def judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example]
     return scores.translation([a.text for a in answers], [list(e.references) for e in examples], tokenize=words)
 
 
-TRANSLATION = Kind("{source} =", " {target}", "chrf", judge, copied)
+TRANSLATION = Kind("{source} =", " {target}", "chrf", judge, copied, "sacrebleu")

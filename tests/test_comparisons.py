@@ -1,0 +1,183 @@
+"""Checkpoints compared on the same examples: each asked as it must be asked, judged by names, and no answer cut by its neighbours."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from conftest import byte_level_tokenizer, random_params, tiny_checkpoint
+from test_tasks import TEMPLATE, config_for, write_jsonl
+
+from gptjax import evaluate, language_model
+from gptjax.config import UserError
+from gptjax.language_model import LanguageModel
+from gptjax.tasks import load
+from gptjax.tasks.base import Answer, Example
+from gptjax.tokenizer import ByteTokenizer
+
+
+def handle(*, labels=(), context=64, tokenizer=None, prompt=0, vocab=264):
+    made = tiny_checkpoint("llama", vocab=vocab, context=context)
+    config = dataclasses.replace(made.config, labels=labels)
+    params = random_params(config) if labels else made.params
+    if prompt:
+        params = {**params, "embed": {**params["embed"], "prompt": np.full((prompt, config.width), 0.1, np.float32)}}
+    return LanguageModel(config, params, tokenizer or byte_level_tokenizer())
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """{name: handle} in place of checkpoints on disk."""
+    table = {}
+    monkeypatch.setattr(language_model, "load", lambda name, **options: table[name])
+    return table
+
+
+def classify(tmp_path, **task):
+    rows = [{"text": text, "label": label} for label in ("bad", "good") for text in ("the", "in", "a", "b")]
+    return config_for(write_jsonl(tmp_path / "rows.jsonl", rows), task=dict(name="classification", **task), data=dict(eval_fraction=0.5))
+
+
+def test_heads_are_judged_by_name(tmp_path, known):
+    known["as sorted"] = handle(labels=("bad", "good"))
+    kernel = known["as sorted"].params["score"]["kernel"]
+    swapped = handle(labels=("good", "bad"))
+    known["swapped"] = LanguageModel(swapped.config, {**swapped.params, "score": {"kernel": kernel[::-1]}}, swapped.tokenizer)
+    a, b = evaluate.compare(classify(tmp_path), list(known), baselines=False)
+    for name, metric in a.scores.items():
+        np.testing.assert_allclose(b.scores[name].stats, metric.stats, atol=1e-6, err_msg=name)
+    known["unnamed"] = LanguageModel(dataclasses.replace(swapped.config, labels=("LABEL_0", "LABEL_1")), known["as sorted"].params, swapped.tokenizer)
+    (c,) = evaluate.compare(classify(tmp_path), ["unnamed"], baselines=False)
+    assert c.scores["accuracy"].value == a.scores["accuracy"].value
+    known["others"] = handle(labels=("bad", "fine"))
+    with pytest.raises(UserError, match="tells bad, fine apart and the task bad, good"):
+        evaluate.compare(classify(tmp_path), ["others"])
+
+
+def test_a_head_and_a_language_model_answer_side_by_side(tmp_path, known):
+    known["head"], known["text"] = handle(labels=("bad", "good")), handle()
+    for names in (["head", "text"], ["text", "head"]):
+        found = evaluate.compare(classify(tmp_path, overlong="cut_end"), names)
+        assert [e.name for e in found] == [*names, "majority"] and len({len(e.scores["accuracy"].stats) for e in found}) == 1
+    long = [{"text": "the " * 40, "label": label} for label in ("bad", "good")]  # cut so that a label still fits behind it
+    config = classify(tmp_path, overlong="cut_end")
+    evaluate.compare(config, ["head", "text"], path=str(write_jsonl(tmp_path / "long.jsonl", long)))
+    numbers = config_for(
+        write_jsonl(tmp_path / "n.jsonl", [{"text": "x", "label": i} for i in range(4)]), task=dict(name="regression"), data=dict(eval_fraction=0.5)
+    )
+    with pytest.raises(UserError, match="no head for label: fine-tune it"):
+        evaluate.compare(numbers, ["text"])
+
+
+def translate(tmp_path, sources, **task):
+    rows = [{"source": text, "target": "the"} for text in sources]
+    return config_for(
+        write_jsonl(tmp_path / "rows.jsonl", rows), task=dict(name="translation", max_new_tokens=8, **task), data=dict(eval_fraction=0.5)
+    )
+
+
+def test_checkpoints_are_compared_on_what_fits_all(tmp_path, known, capsys):
+    """'the ' is one token of one vocabulary and four bytes of the other."""
+    config = translate(tmp_path, ["a", "a", "in", " the" * 14, "b", "the"], overlong="drop")
+    known["pieces"], known["bytes"] = handle(), handle(tokenizer=ByteTokenizer())
+    found = evaluate.compare(config, ["pieces", "bytes"], out=tmp_path)
+    assert {len(e.scores["chrf"].stats) for e in found} == {2} and "2 examples that fit all; 1 others" in capsys.readouterr().err
+    assert [len((tmp_path / name).read_text().splitlines()) for name in ("1-pieces.jsonl", "2-bytes.jsonl")] == [3, 2]
+    assert "first - this (chrf)" in evaluate.table(found, "chrf") and len(json.loads(evaluate.to_json(found, "chrf"))["bytes"]["chrf"]["ahead"]) == 3
+
+
+def test_learned_prompt_places_stand_only_before_texts_of_their_own_checkpoint(tmp_path, known, monkeypatch):
+    asked = {}
+    known["plain"], known["tuned"] = handle(), handle(prompt=5)
+    answer = evaluate.answer
+    monkeypatch.setattr(evaluate, "answer", lambda lm, *rest: asked.setdefault(id(lm), rest[-1]) and answer(lm, *rest))
+    for names in (["plain", "tuned"], ["tuned", "plain"]):
+        evaluate.compare(translate(tmp_path, ["a", "in"]), names)
+    (plain,), (tuned,) = asked[id(known["plain"])], asked[id(known["tuned"])]
+    assert tuned.prompt == plain.prompt + 5 and tuned.ids[5:].tolist() == plain.ids.tolist()
+    short, long = "the in", "the in a " * 40  # a window and several
+    for text in (short, long):
+        found = evaluate.text_scores(known["tuned"], iter([text]))
+        assert found["loss"].stats[0, 1] == len(known["tuned"].tokenizer.encode(text))
+    ids = [263] * 5 + [263, *known["tuned"].tokenizer.encode(short)]
+    expected = -known["tuned"].token_logprobs([ids])[0][0][5:].mean()
+    assert evaluate.text_scores(known["tuned"], iter([short]))["loss"].value == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_answer_does_not_depend_on_what_is_answered_beside_it(tmp_path, capsys):
+    lm = handle()
+    config = translate(tmp_path, ["a"]).task
+    config = dataclasses.replace(config, max_new_tokens=40)
+    prompts = [[5] * 10, [7] * 60, [9] * 30]
+    made = [Example(str(i), np.array(ids), np.zeros(len(ids), bool), len(ids), ("x",)) for i, ids in enumerate(prompts)]
+    together = evaluate.answer(lm, config, (), made)
+    assert [len(a.ids) for a in together] == [40, 5, 35] and "2 prompts leave room for less than" in capsys.readouterr().err
+    assert [evaluate.answer(lm, config, (), [e])[0] for e in made] == together
+
+
+def test_a_prompt_is_cut_alike_whatever_the_right_answer(tmp_path):
+    rows = [{"document": "0123456789" * 10, "summary": "s" * n} for n in (1, 20)]
+    config = config_for(write_jsonl(tmp_path / "rows.jsonl", rows), task=dict(name="summarization", overlong="cut_end"))
+    train, _, _ = load.read(config)
+    made = load.render(config, ByteTokenizer(), train, (), "x", answer=16)
+    assert [e.prompt for e in made] == [48, 48]
+    assert len({e.prompt for e in load.render(config, ByteTokenizer(), train, (), "x")}) == 2  # in training the answer is learned whole
+
+
+def test_answers_end_at_stop_texts_and_are_taken_from_the_text(tmp_path, monkeypatch):
+    lm = handle()
+    free = lm.generate([[5] * 10], max_new_tokens=8)[0].text
+    made = [Example("0", np.array([5] * 10), np.zeros(10, bool), 10, ("x",), fields={"context": "born in Paris"})]
+    config = dataclasses.replace(translate(tmp_path, ["a"]).task, stop=(free[3],))
+    assert evaluate.answer(lm, config, (), made)[0].text == free[: free.index(free[3])].strip()
+    monkeypatch.setattr(evaluate, "_by_writing", lambda *rest: [Answer("in paris, France")])
+    asked = dataclasses.replace(config, name="qa", extract=True)
+    found = evaluate.answer(lm, asked, (), made)
+    assert found[0].text == "in Paris" and evaluate.record(made[0], found[0], lm.tokenizer)["prediction"] == "in Paris"
+
+
+def test_open_text_has_distinct_and_repetition_without_intervals(tmp_path, known):
+    known["a"] = handle(tokenizer=byte_level_tokenizer(TEMPLATE))
+    rows = [{"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "in"}]}] * 4
+    config = config_for(write_jsonl(tmp_path / "rows.jsonl", rows), task=dict(name="chat", max_new_tokens=4), data=dict(eval_fraction=0.5))
+    (entry,) = evaluate.compare(config, ["a"], baselines=False)
+    assert {"distinct_1", "distinct_2", "repetition", "chrf"} <= set(entry.scores)
+    content = json.loads(evaluate.to_json([entry], "chrf"))["a"]
+    assert content["distinct_1"]["interval"] == [] and len(content["chrf"]["interval"]) == 2
+    assert "[" not in evaluate.table([dataclasses.replace(entry, scores={"distinct_1": entry.scores["distinct_1"]})], "distinct_1")
+
+
+def test_what_cannot_be_compared_is_said_before_any_work(tmp_path, known, monkeypatch):
+    config = config_for("", data=dict(source="sotu", path=""), task=dict(name="classification", label="era"))
+    with pytest.raises(UserError, match="'sotu' is one corpus without files"):
+        evaluate.compare(config, ["none"], path="test.jsonl")
+    from gptjax.tasks import base
+
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="with the package sacrebleu: pip install"):
+        evaluate.compare(translate(tmp_path, ["a", "b"]), ["none"])
+    with pytest.raises(UserError, match="with the package sacrebleu"):
+        load.load(translate(tmp_path, ["a", "b"]), ByteTokenizer())
+    for flags, message in (
+        (["--checkpoint=a,a"], "names one twice"),
+        (["--checkpoint=a,b", "--probes"], "look at one checkpoint, not at 2"),
+        (["--checkpoint=a", "--text=x.txt", "--out=y"], "--out is for predictions and probes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate.main(flags)
+
+
+def test_the_config_of_a_run_is_found_from_its_steps_too(tmp_path):
+    from gptjax.config import to_json
+
+    config = translate(tmp_path, ["a"])
+    step = tmp_path / "run" / "checkpoints" / "500"
+    step.mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(to_json(config))
+    assert evaluate.task_config(str(step)) == evaluate.task_config(str(tmp_path / "run")) == config
+    (tmp_path / "run" / "config.json").write_text('{"task": ')
+    with pytest.raises(UserError, match=r"config.json is damaged.*give --config"):
+        evaluate.task_config(str(step))
+    (tmp_path / "run" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="names no task"):
+        evaluate.task_config(str(tmp_path / "run"))
