@@ -1,5 +1,7 @@
 """Abstracts of papers to one sentence (SciTLDR): LoRA on SmolLM2-135M through its chat template.
 
+data/scitldr_a holds train.jsonl, dev.jsonl and test.jsonl as the set's authors publish them (SciTLDR-A).
+
 python experiments/smollm2/fetch.py
 python -m gptjax.train --config=configs/finetune_summarization.py --workdir=runs/summarization
 python -m gptjax.evaluate --checkpoint=runs/summarization,runs/smollm2.gguf --path=data/scitldr_a/test.jsonl --limit=200

@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from gptjax.data import loader, rows
 from gptjax.language_model import LanguageModel
 from gptjax.scores import Metric
 from gptjax.tasks import classification, load, qa
-from gptjax.tasks.base import Answer, Example
+from gptjax.tasks.base import Answer, Example, names_in
 from gptjax.tokenizer import Tokenizer
 
 _BATCH = 16  # texts that are written at once
@@ -183,7 +183,7 @@ def compare(
     judged: list[tuple[str, list[Example], list[Answer]]] = []
     for name in checkpoints:
         lm = language_model.load(name)
-        mine = _asked(config, run_config(name) if own else None, lm)
+        mine = _asked(config, name, lm, test_rows[0].fields, own=own)
         held = load.render(_row(mine, lm, labels), lm.text_tokenizer, test_rows, labels, path or "held-out", answer=_answer_room(mine, lm, labels))
         cli.say(f"{name}: {len(held):,} examples")
         judged.append((name, held, answer(lm, mine.task, labels, held)))
@@ -191,15 +191,15 @@ def compare(
             lines = [json.dumps(record(e, a, lm.text_tokenizer), ensure_ascii=False) for e, a in zip(*judged[-1][1:], strict=True)]
             files.write_text(out / f"{len(judged)}-{Path(name).name}.jsonl", "\n".join(lines) + "\n")
         if len(judged) == 1 and baselines:
-            shortened = dataclasses.replace(mine, task=dataclasses.replace(mine.task, overlong="drop"))
-            train = load.render(shortened, lm.text_tokenizer, train_rows, labels, "training")
+            endless = dataclasses.replace(mine, data=dataclasses.replace(mine.data, length=1 << 30))  # all of it, however long
+            train = load.render(endless, lm.text_tokenizer, train_rows, labels, "training")
             rivals = [(rival, held, found) for rival, found in kind.baselines(held, train).items()]
     judged += rivals if baselines else []
     fit = set.intersection(*({e.where for e in held} for _, held, _ in judged))
     if not fit:
         raise UserError("no example fits all checkpoints: set task.overlong to cut_start or cut_end")
-    if dropped := max(len(held) for _, held, _ in judged) - len(fit):
-        cli.say(f"compared on the {len(fit):,} examples that fit all; {dropped:,} others are left out")
+    if len(fit) < len(test_rows):
+        cli.say(f"compared on the {len(fit):,} examples that fit all; {len(test_rows) - len(fit):,} others are left out")
     entries = []
     for name, held, found in judged:
         kept = [(e, a) for e, a in zip(held, found, strict=True) if e.where in fit]
@@ -207,22 +207,32 @@ def compare(
     return entries
 
 
-def _asked(config: Config, stored: Config | None, lm: LanguageModel) -> Config:
-    """The config as a checkpoint is asked by it: by its head or, where it has none, for the label as text; behind learned prompt tokens of its own."""
-    task = config.task
+def _asked(config: Config, name: str, lm: LanguageModel, fields: Mapping[str, Any], *, own: bool) -> Config:
+    """The config as a checkpoint is asked by it: by its head or, where it has none, for the label as text; behind learned prompt tokens of its own.
+    own: with the prompt of its run, where that asks for the same answer from fields that are there."""
+    task, stored = config.task, run_config(name) if own else None
     if stored and stored.task.name == task.name:
-        task = dataclasses.replace(task, prompt=stored.task.prompt, template=stored.task.template, system=stored.task.system)
+        theirs = stored.task
+        needed = names_in(theirs.prompt or load.TASKS[task.name][0].prompt, "task.prompt")
+        if (theirs.completion, theirs.label) == (task.completion, task.label) and all(field in fields for field in needed):
+            task = dataclasses.replace(task, prompt=theirs.prompt, template=theirs.template, system=theirs.system)
+            task = dataclasses.replace(task, words=theirs.words) if theirs.labels == task.labels else task
+        else:
+            cli.say(f"{name} was tuned on other fields: it is asked with the first checkpoint's prompt")
     if task.name == "classification":
         task = dataclasses.replace(task, method="head" if lm.config.labels else "text")
     return dataclasses.replace(config, task=task, lora=dataclasses.replace(config.lora, prompt_tokens=lm.prompt_places))
 
 
 def _answer_room(config: Config, lm: LanguageModel, labels: Sequence[str]) -> int:
-    """Places for an answer, whatever the right one is: at most half of a row."""
+    """Places for an answer, whatever the right one is; 0 where there is no choice."""
     if load.has_head(config) or config.task.name == "preference":
         return 0
-    needed = max(map(len, _label_ids(lm, config.task, labels))) if labels else config.task.max_new_tokens
-    return min(needed, max(min(config.length, lm.config.context) // 2, 1))
+    if labels:
+        return max(map(len, _label_ids(lm, config.task, labels)))
+    if config.task.overlong == "refuse":  # what was accepted in training is accepted here; `_by_writing` says where room is short
+        return 0
+    return min(config.task.max_new_tokens, max(min(config.length, lm.config.context) // 2, 1))
 
 
 def _row(config: Config, lm: LanguageModel, labels: Sequence[str]) -> Config:
@@ -290,14 +300,14 @@ def text_scores(lm: LanguageModel, documents: Iterator[str]) -> dict[str, Metric
 def run_config(checkpoint: str) -> Config | None:
     """The config of a run, given its workdir or the folder of one of its steps; None of other checkpoints. Raises UserError."""
     place = Path(checkpoint).expanduser()
-    stored = (place.parent.parent if place.name.isdigit() else place) / "config.json"
+    stored = (place.parent.parent if place.name.isdigit() and (place / "meta").is_dir() else place) / "config.json"
     if not stored.is_file():
         return None
     try:
         content = json.loads(stored.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{stored} is damaged ({error}): give --config=configs/...") from None
-    return settings.build(content) if "task" in content else None
+    return settings.build(content) if "task" in content and "model_type" not in content else None
 
 
 def task_config(checkpoint: str) -> Config:

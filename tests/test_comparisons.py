@@ -92,9 +92,10 @@ def test_learned_prompt_places_stand_only_before_texts_of_their_own_checkpoint(t
     answer = evaluate.answer
     monkeypatch.setattr(evaluate, "answer", lambda lm, *rest: asked.setdefault(id(lm), rest[-1]) and answer(lm, *rest))
     for names in (["plain", "tuned"], ["tuned", "plain"]):
+        asked.clear()
         evaluate.compare(translate(tmp_path, ["a", "in"]), names)
-    (plain,), (tuned,) = asked[id(known["plain"])], asked[id(known["tuned"])]
-    assert tuned.prompt == plain.prompt + 5 and tuned.ids[5:].tolist() == plain.ids.tolist()
+        (plain,), (tuned,) = asked[id(known["plain"])], asked[id(known["tuned"])]
+        assert tuned.prompt == plain.prompt + 5 and tuned.ids[5:].tolist() == plain.ids.tolist()
     short, long = "the in", "the in a " * 40  # a window and several
     for text in (short, long):
         found = evaluate.text_scores(known["tuned"], iter([text]))
@@ -102,6 +103,45 @@ def test_learned_prompt_places_stand_only_before_texts_of_their_own_checkpoint(t
     ids = [263] * 5 + [263, *known["tuned"].tokenizer.encode(short)]
     expected = -known["tuned"].token_logprobs([ids])[0][0][5:].mean()
     assert evaluate.text_scores(known["tuned"], iter([short]))["loss"].value == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_training_accepts_is_accepted_and_baselines_see_all_of_it(tmp_path, known):
+    known["a"], known["head"] = handle(tokenizer=ByteTokenizer()), handle(tokenizer=ByteTokenizer(), labels=("bad", "good"))
+    config = translate(tmp_path, ["x" * 50, "y" * 55], overlong="refuse")
+    config = dataclasses.replace(config, task=dataclasses.replace(config.task, max_new_tokens=64))
+    load.load(config, ByteTokenizer())
+    assert len(evaluate.compare(config, ["a"])[0].scores["chrf"].stats) == 1
+    text = classify(tmp_path, method="text")
+    tight = write_jsonl(tmp_path / "tight.jsonl", [{"text": "x" * 59, "label": label} for label in ("good", "bad")])
+    evaluate.compare(text, ["a"], path=str(tight))  # 59 bytes, a space, four letters and the end, which is only a target
+    rows = [{"text": "x" * 90 if label == "good" else "y", "label": label} for label in ("good",) * 12 + ("bad",) * 4]
+    config = config_for(
+        write_jsonl(tmp_path / "long.jsonl", rows), task=dict(name="classification", overlong="cut_end"), data=dict(eval_fraction=0.25)
+    )
+    assert evaluate.compare(config, ["head"])[1].scores["accuracy"].value == 0.75
+
+
+def test_a_run_is_asked_with_its_own_prompt_where_that_asks_for_the_same(tmp_path, known, monkeypatch, capsys):
+    known["a"], known["b"] = handle(), handle()
+    config = translate(tmp_path, ["one", "two"])
+    asked = []
+    monkeypatch.setattr(
+        evaluate,
+        "answer",
+        lambda lm, task, labels, held: asked.append(lm.tokenizer.decode(held[0].ids[: held[0].prompt].tolist())) or [Answer("")] * len(held),
+    )
+    for theirs, expected in (
+        (dict(prompt="In: {source}\nOut:"), "In: two\nOut:"),
+        (dict(prompt="{target} =", completion=" {source}"), "two ="),
+        (dict(prompt="{english} ="), "two ="),
+    ):
+        stored = dataclasses.replace(config, task=dataclasses.replace(config.task, **theirs))
+        monkeypatch.setattr(evaluate, "run_config", lambda name, stored=stored: stored if name == "b" else config)
+        evaluate.compare(config, ["a", "b"], own=True)
+        assert asked[-2:] == ["two =", expected]
+        assert ("b was tuned on other fields" in capsys.readouterr().err) == (expected == "two =")
+    evaluate.compare(config, ["b"])
+    assert asked[-1] == "two ="
 
 
 def test_an_answer_does_not_depend_on_what_is_answered_beside_it(tmp_path, capsys):
@@ -120,7 +160,7 @@ def test_a_prompt_is_cut_alike_whatever_the_right_answer(tmp_path):
     config = config_for(write_jsonl(tmp_path / "rows.jsonl", rows), task=dict(name="summarization", overlong="cut_end"))
     train, _, _ = load.read(config)
     made = load.render(config, ByteTokenizer(), train, (), "x", answer=16)
-    assert [e.prompt for e in made] == [48, 48]
+    assert [e.prompt for e in made] == [49, 49]  # the last of 16 is only a target
     assert len({e.prompt for e in load.render(config, ByteTokenizer(), train, (), "x")}) == 2  # in training the answer is learned whole
 
 
@@ -172,12 +212,15 @@ def test_the_config_of_a_run_is_found_from_its_steps_too(tmp_path):
 
     config = translate(tmp_path, ["a"])
     step = tmp_path / "run" / "checkpoints" / "500"
-    step.mkdir(parents=True)
+    (step / "meta").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text(to_json(config))
     assert evaluate.task_config(str(step)) == evaluate.task_config(str(tmp_path / "run")) == config
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "2024" / "config.json").write_text(to_json(config))
+    assert evaluate.task_config(str(tmp_path / "2024")) == config  # a workdir may be named by a number
     (tmp_path / "run" / "config.json").write_text('{"task": ')
     with pytest.raises(UserError, match=r"config.json is damaged.*give --config"):
         evaluate.task_config(str(step))
-    (tmp_path / "run" / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "run" / "config.json").write_text('{"model_type": "gpt2", "task": "text-generation"}')
     with pytest.raises(UserError, match="names no task"):
         evaluate.task_config(str(tmp_path / "run"))

@@ -112,6 +112,11 @@ def test_questions_in_every_usual_form(tmp_path):
     assert [int(e.learned.sum()) for e in found.train] == [5, 5, 1, 3]  # no answer: the end is what is learned
     found, _ = examples(tmp_path, [{"context": "c", "question": "q", "reply": "yes"}], task=dict(name="qa", completion=" {reply}"))
     assert found.train[0].references == ("yes",)
+    thought = {"context": "c", "question": "q", "why": "because", "answer": "42", "answers": []}
+    found, _ = examples(tmp_path, [thought], task=dict(name="qa", completion=" {why} So: {answer}"))
+    assert found.train[0].references == ("42",)
+    config = config_for(write_jsonl(tmp_path / "rows.jsonl", [nested] * 40), task=dict(name="qa"), data=dict(tokenizer="chars"))
+    assert load.load(config).train[0].references == ("Ada", "Ada L.")  # also where a tokenizer is made of them
 
 
 def test_preferred_and_rejected_answers_follow_the_same_prompt(tmp_path):

@@ -1,6 +1,6 @@
 """Shows which tokens of the examples are seen and which are learned, before any training.
 
-    python -m gptjax.data.preview --config=configs/finetune_sst2.py [--count=5] [--split=train] [--html=FILE]
+    python -m gptjax.data.preview --config=configs/finetune_eras.py [--count=5] [--split=train] [--html=FILE]
 
 In the terminal learned tokens stand on green, a token that carries a label on yellow; --html writes the same as a page.
 """

@@ -133,7 +133,7 @@ def completion(
         raise UserError(f"{row.where}: the completion is empty, so there is nothing to learn from: fill the field or drop the row")
     text = text.strip() if config.template == "chat" else text
     tail = [*tokenizer.encode(text), tokenizer.ends[0]]
-    head, cut = _fitting(config, kind, tokenizer, row, room, room.answer or max(len(tail), room_for) - 1)
+    head, cut = _fitting(config, kind, tokenizer, row, room, (room.answer or max(len(tail), room_for)) - 1)
     if not head:
         return None
     ids = np.asarray([*head, *tail], np.int32)

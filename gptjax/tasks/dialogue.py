@@ -43,7 +43,7 @@ def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labe
     messages = whole = messages_of(config, row)
     while True:
         ids, learned, last = _join(chat.turns(tokenizer, messages))
-        needed = room.lead + (last + room.answer if room.answer else len(ids) - 1)
+        needed = room.lead + (last + room.answer if room.answer else len(ids)) - 1
         if needed <= room.length:
             break
         if room.policy == "drop":

@@ -117,6 +117,7 @@ def _texts(config: Config, found: Iterable[Row]) -> Iterator[str]:
         if t.name == "chat":
             yield from (m["content"] for m in dialogue.messages_of(t, row))
         else:
+            row = qa.answered(t, row)[0] if t.name == "qa" else row
             written = (
                 " " + str(row.fields.get(t.label, ""))
                 if t.name == "classification"

@@ -22,14 +22,21 @@ _WORDS = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")  # Chinese character
 
 def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labels: Sequence[str]) -> Example | None:
     """SQuAD's `answers`, nested as in its files or flat, are references of equal right, and the first is learned; none: the text does not say."""
-    name = [*names_in(config.completion or QA.completion, "task.completion"), "answer"][0]
-    answers = row.fields.get("answers")
+    row, references = answered(config, row)
+    return completion(config, QA, tokenizer, row, room, references=references, empty=not references)
+
+
+def answered(config: TaskConfig, row: Row) -> tuple[Row, list[str]]:
+    """(the row with the text that is learned in the completion's field, the references). Raises UserError where it says nothing of an answer."""
+    names = names_in(config.completion or QA.completion, "task.completion")
+    name = names[-1] if names and "answer" not in names else "answer"
+    answers, given = row.fields.get("answers"), row.fields.get(name)
     answers = answers.get("text") if isinstance(answers, Mapping) else answers
-    if isinstance(answers, list) and all(isinstance(a, str) for a in answers):
-        if not isinstance(row.fields.get(name), str | int | float):
-            row = Row(row.where, {**row.fields, name: answers[0] if answers else ""})
-        return completion(config, QA, tokenizer, row, room, references=answers, empty=not answers)
-    return completion(config, QA, tokenizer, row, room, references=[fill(f"{{{name}}}", row, "task.completion")])
+    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers) or (not answers and given not in (None, "")):
+        return row, [fill(f"{{{name}}}", row, "task.completion")]
+    if not isinstance(given, str | int | float):
+        row = Row(row.where, {**row.fields, name: answers[0] if answers else ""})
+    return row, answers
 
 
 def extract(context: str, answer: str) -> str:
