@@ -10,7 +10,7 @@ from configs import base
 
 def get_config():
     c = base.get_config()
-    c.train.update(epochs=5.0, batch_size=16, eval_every=500, save_every=500, log_every=50)
+    c.train.update(epochs=3.0, batch_size=16, eval_every=500, save_every=500, log_every=50)
     c.model.update(layers=4, width=192, heads=6, context=128, dropout=0.1)
     c.data.update(source="jsonl", path="data/tatoeba_en_zh/train.jsonl", eval_path="data/tatoeba_en_zh/dev.jsonl")
     c.data.update(tokenizer="sentencepiece", tokenizer_vocab=6000)
