@@ -126,7 +126,7 @@ def test_preferences_are_learned_from_the_reference_on(kind, place):
     found = [r["train/loss"] for r in records if "train/loss" in r]
     if kind == "dpo":
         assert found[0] == pytest.approx(np.log(2), abs=1e-4)  # policy and reference are one at first
-    assert found[-1] < 0.8 * found[0] and [r for r in records if "eval/accuracy" in r][-1]["eval/accuracy"] == 1.0
+    assert found[-1] < 0.8 * found[0] and [r for r in records if "answers/accuracy" in r][-1]["answers/accuracy"] == 1.0
     assert (run / "reference-train.npy").exists()
     if kind == "dpo":
         config = evaluate.task_config(str(run))
