@@ -221,24 +221,24 @@ def check_same_run(workdir: Path, config: Config, fingerprints: dict[str, str]) 
 _FINGERPRINTS = {"data": "text or its split", "tokenizer": "vocabulary", "base": "checkpoint under the adapters"}
 
 
-def load_run(path: Path) -> tuple[Config, Any, tokenizer.Tokenizer]:
-    """(config, parameters, tokenizer) of a run's workdir (its newest whole step) or of one step's folder."""
+def workdir_of(path: Path) -> tuple[Path, Path | None]:
+    """(workdir, the step's folder where the path is one) of what names a run: its workdir or one of its steps."""
+    is_step = path.name.isdigit() and (path / "meta").is_dir()
+    return (path.parent.parent, path) if is_step else (path, None)
+
+
+def load_run(path: Path) -> tuple[Config, Any, tokenizer.Tokenizer, str]:
+    """(config, parameters, tokenizer, `convert.digest` of what its adapters stand on) of a run's workdir (its newest whole step) or of one step's folder."""
     path = path.expanduser().resolve()  # orbax finds nothing under a relative path, and says nothing
-    step = path if path.name.isdigit() and (path / "meta").is_dir() else None
-    workdir = step.parent.parent if step else path
+    workdir, step = workdir_of(path)
     if not (workdir / "config.json").is_file():
         raise UserError(f"--checkpoint={path}: no config.json, so this is no workdir of gptjax.train (or the run has not started)")
     if step is None:
         step = newest(workdir / "checkpoints")
     elif problem := fault(step, ("params/", "meta/")):
         raise UserError(f"--checkpoint={path}: {problem}; pick another step")
-    return build(read_meta(step)["config"]), load_params(step), tokenizer.load(workdir / "tokenizer")
-
-
-def base_of(path: Path) -> str:
-    """`convert.digest` of the checkpoint that a run's adapters stand on, as its step (or a workdir's newest one) has it."""
-    path = path.expanduser().resolve()
-    return read_meta(path if path.name.isdigit() and (path / "meta").is_dir() else newest(path / "checkpoints"))["base"]
+    meta = read_meta(step)
+    return build(meta["config"]), load_params(step), tokenizer.load(workdir / "tokenizer"), meta.get("base", "")
 
 
 def _stored(item: Path) -> Any:

@@ -57,9 +57,9 @@ def read(path: str | Path, *, dtype: str = "float32") -> Pretrained:
             return _read_hf(place, dtype)
         from gptjax import checkpoint  # orbax takes a second to import, and only runs of our own need it
 
-        config, params, tokenizer = checkpoint.load_run(place)
+        config, params, tokenizer, base = checkpoint.load_run(place)
         if config.lora.on:
-            return _adapted(config, params, dtype or "float32", base=checkpoint.base_of(place))
+            return _adapted(config, params, dtype or "float32", base=base)
     except UserError as error:
         raise UserError(str(error) if str(place) in str(error) else f"{place}: {error}") from None
     except RecursionError:
@@ -380,7 +380,7 @@ def export_adapters(source: str | Path, target: Path) -> dict[str, Any]:
     """The adapters of a run as a PEFT folder. Raises UserError where the run trained none."""
     from gptjax import checkpoint, peft
 
-    config, trained, _ = checkpoint.load_run(Path(source))
+    config, trained, _, _ = checkpoint.load_run(Path(source))
     if not config.lora.on:
         raise UserError(f"{source} trained a whole model and no adapters: --format=hf writes it")
     if target.exists() and (target.is_file() or any(target.iterdir())):

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import cli, files, language_model, metrics, scores, settings, sharding
+from gptjax.checkpoint import workdir_of
 from gptjax.config import Config, TaskConfig, UserError
 from gptjax.data import loader, rows
 from gptjax.language_model import LanguageModel
@@ -55,11 +56,7 @@ def held_out(config: Config, mesh: Mesh, split: loader.Split, tokenizer: Tokeniz
 def line(values: dict[str, float]) -> str:
     """An evaluation in words: the loss first."""
     names = {"eval/bits_per_byte": "bits per byte"}
-    parts = [
-        f"{value:.4f} {names.get(name, name.removeprefix('eval/').replace('answers/', 'answers: '))}"
-        for name, value in values.items()
-        if name not in ("eval/loss", "eval/perplexity")
-    ]
+    parts = [f"{value:.4f} {names.get(name, metrics.shown(name))}" for name, value in values.items() if name not in ("eval/loss", "eval/perplexity")]
     return ", ".join(([f"eval loss {values['eval/loss']:.4f}"] if "eval/loss" in values else []) + parts)
 
 
@@ -184,15 +181,16 @@ def compare(
     for name in checkpoints:
         lm = language_model.load(name)
         mine = _asked(config, name, lm, test_rows[0].fields, own=own)
-        held = load.render(_row(mine, lm, labels), lm.text_tokenizer, test_rows, labels, path or "held-out", answer=_answer_room(mine, lm, labels))
+        room = _answer_room(mine, lm, labels)
+        length = min(config.length + room, lm.config.context)  # prompts as long as in training, and an answer, where the context has as much
+        held = load.render(_of_length(mine, length), lm.text_tokenizer, test_rows, labels, path or "held-out", answer=room)
         cli.say(f"{name}: {len(held):,} examples")
         judged.append((name, held, answer(lm, mine.task, labels, held)))
         if out:  # before anything else may fail
             lines = [json.dumps(record(e, a, lm.text_tokenizer), ensure_ascii=False) for e, a in zip(*judged[-1][1:], strict=True)]
             files.write_text(out / f"{len(judged)}-{Path(name).name}.jsonl", "\n".join(lines) + "\n")
         if len(judged) == 1 and baselines:
-            endless = dataclasses.replace(mine, data=dataclasses.replace(mine.data, length=1 << 30))  # all of it, however long
-            train = load.render(endless, lm.text_tokenizer, train_rows, labels, "training")
+            train = load.render(_of_length(mine, 1 << 30), lm.text_tokenizer, train_rows, labels, "training")  # all of it, however long
             rivals = [(rival, held, found) for rival, found in kind.baselines(held, train).items()]
     judged += rivals if baselines else []
     fit = set.intersection(*({e.where for e in held} for _, held, _ in judged))
@@ -235,9 +233,8 @@ def _answer_room(config: Config, lm: LanguageModel, labels: Sequence[str]) -> in
     return min(config.task.max_new_tokens, max(min(config.length, lm.config.context) // 2, 1))
 
 
-def _row(config: Config, lm: LanguageModel, labels: Sequence[str]) -> Config:
-    """The config with rows of prompts as long as in training, and room for an answer, where the context has as much."""
-    length = min(config.length + _answer_room(config, lm, labels), lm.config.context)
+def _of_length(config: Config, length: int) -> Config:
+    """The config with rows of so many tokens."""
     return dataclasses.replace(config, data=dataclasses.replace(config.data, length=length))
 
 
@@ -299,8 +296,7 @@ def text_scores(lm: LanguageModel, documents: Iterator[str]) -> dict[str, Metric
 
 def run_config(checkpoint: str) -> Config | None:
     """The config of a run, given its workdir or the folder of one of its steps; None of other checkpoints. Raises UserError."""
-    place = Path(checkpoint).expanduser()
-    stored = (place.parent.parent if place.name.isdigit() and (place / "meta").is_dir() else place) / "config.json"
+    stored = workdir_of(Path(checkpoint).expanduser())[0] / "config.json"
     if not stored.is_file():
         return None
     try:

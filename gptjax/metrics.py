@@ -69,6 +69,14 @@ def enable_compile_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+JUDGED = ("eval/", "answers/")  # names of scores: over the whole held-out split, and of the answers written to some of it
+
+
+def shown(name: str) -> str:
+    """The name of a score as people read it."""
+    return name.removeprefix("eval/").replace("answers/", "answers: ")
+
+
 def keep_freed_memory() -> None:
     """Asks glibc to reuse freed blocks instead of handing each back to the kernel: XLA's CPU buffers of one step are those of the next,
     and fresh pages would be faulted in anew every time (measured in experiments/LOG.md). Call it before the first array; elsewhere a no-op."""

@@ -123,7 +123,7 @@ def find(path: Path, c: ModelConfig) -> tuple[LoraConfig, Any]:
         return read(path, c)
     from gptjax import checkpoint  # orbax takes a second to import
 
-    config, trained, _ = checkpoint.load_run(path)
+    config, trained, _, _ = checkpoint.load_run(path)
     if not config.lora.on:
         raise UserError(f"{path} trained a whole model and no adapters: load it by itself")
     if (a := dataclasses.replace(config.model, **_FREE)) != (b := dataclasses.replace(c, **_FREE)):

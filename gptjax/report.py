@@ -151,10 +151,8 @@ def write(workdir: Path, prepared: Prepared | None) -> None:
         f"<h1>{html.escape(workdir.name)}</h1><p>step {run.get('step')}, {html.escape(str(run.get('status')))}; {html.escape(str(run.get('devices')))}</p>",
         f'<div class="charts">{"".join(charts)}</div>',
     ]
-    if judged := {name: value for r in records for name, value in r.items() if name.startswith(("eval/", "answers/")) and isinstance(value, float)}:
-        sections.append(
-            f"<h2>Held-out scores</h2>{_table([(n.removeprefix('eval/').replace('answers/', 'answers: '), f'{v:.4f}') for n, v in judged.items()], numbers=True)}"
-        )
+    if judged := {name: value for r in records for name, value in r.items() if name.startswith(metrics.JUDGED) and isinstance(value, float)}:
+        sections.append(f"<h2>Held-out scores</h2>{_table([(metrics.shown(n), f'{v:.4f}') for n, v in judged.items()], numbers=True)}")
     if compared:
         rows = [(name, f"{value:.3f}") for name, value in sorted(compared, key=lambda row: -row[1])]
         sections.append(f"<h2>Bits per byte on the same held-out text</h2>{_table(rows, numbers=True)}")

@@ -193,7 +193,7 @@ def finish(run: Run, step: int, *, status: str) -> dict[str, Any]:
     if jax.process_index() == 0:
         records = metrics.read_jsonl(run.workdir / "metrics.jsonl") if (run.workdir / "metrics.jsonl").exists() else []
         latest = {name: value for record in records for name, value in record.items()}
-        summary |= {name: value for name, value in latest.items() if name == "train/loss" or name.startswith(("eval/", "answers/"))}
+        summary |= {name: value for name, value in latest.items() if name == "train/loss" or name.startswith(metrics.JUDGED)}
         report.mark(run.workdir, status=status, step=step)
         if status != "interrupted":  # a scheduler's grace period is short
             report.write(run.workdir, run.data if isinstance(run.data, prepare.Prepared) else None)
