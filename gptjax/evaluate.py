@@ -176,7 +176,8 @@ def compare(
     labels = load.labels_of(config, train_rows)
     test_rows = rows.spread(load.read_more(config, path) if path else eval_rows, limit)
     if not test_rows:
-        raise UserError("the held-out split is empty: raise data.eval_fraction, or name a file with --path")
+        empty = f"--path={path} holds no examples" if path else "the held-out split is empty: raise data.eval_fraction"
+        raise UserError(f"{empty}, or name a file that has some with --path")
     judged: list[tuple[str, list[Example], list[Answer]]] = []
     for name in checkpoints:
         lm = language_model.load(name)

@@ -198,6 +198,9 @@ def test_what_cannot_be_compared_is_said_before_any_work(tmp_path, known, monkey
         evaluate.compare(translate(tmp_path, ["a", "b"]), ["none"])
     with pytest.raises(UserError, match="with the package sacrebleu"):
         load.load(translate(tmp_path, ["a", "b"]), ByteTokenizer())
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"--path=.*empty.jsonl holds no examples"):
+        evaluate.compare(translate(tmp_path, ["a", "b"]), ["none"], path=str(write_jsonl(tmp_path / "empty.jsonl", [])))
     for flags, message in (
         (["--checkpoint=a,a"], "names one twice"),
         (["--checkpoint=a,b", "--probes"], "look at one checkpoint, not at 2"),
