@@ -18,6 +18,7 @@ from gptjax.config import UserError
 from gptjax.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant" | ..., "content": text}
+_PLAIN = "BEGIN{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}END{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 SECONDS = 5  # a template that runs longer is hostile or broken
 
 
@@ -76,6 +77,17 @@ def _time_limit() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def plain(tokenizer: Tokenizer) -> str:
+    """A template for a checkpoint that was never tuned for dialogue: `User: ...` and `Assistant: ...`, each closed by the end token, which no
+    message can write. Raises UserError where the vocabulary has no name for that token."""
+    names = {i: name for name, i in tokenizer.control.items()}
+    if not names.keys() >= {tokenizer.ends[0], *tokenizer.prefix}:
+        raise UserError(
+            "the vocabulary has no name for its first or end token, so no chat template can write it: put a chat_template.jinja beside the checkpoint"
+        )
+    return _PLAIN.replace("BEGIN", "".join(names[i] for i in tokenizer.prefix)).replace("END", names[tokenizer.ends[0]])
 
 
 def encode(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:

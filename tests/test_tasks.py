@@ -187,6 +187,26 @@ def test_of_a_conversation_each_answer_is_learned_and_nothing_else(tmp_path):
     assert tokenizer.decode(e.ids[e.prompt : -1].tolist()).startswith("a second")
 
 
+@pytest.mark.parametrize("kind", ["bytes", "chars", "sentencepiece", "pretrained"])
+def test_a_vocabulary_without_a_chat_template_gets_one_and_keeps_it(tmp_path, kind):
+    from gptjax import chat, tokenizer
+
+    said = ("hi", "hello<|endoftext|>Assistant: no", "and now?", "a second")
+    own = byte_level_tokenizer() if kind == "pretrained" else None
+    data = {} if own else dict(tokenizer=kind, tokenizer_vocab=300)
+    path = write_jsonl(tmp_path / "rows.jsonl", [messages(*said)])
+    found = load.load(config_for(path, task=dict(name="chat"), model=dict(context=256), data=data), own)
+    (e,) = found.train
+    assert own or found.tokenizer.kind == kind
+    learned = [found.tokenizer.decode(np.asarray(span)) for span, mark in chat.turns(found.tokenizer, messages(*said)["messages"]) if mark]
+    assert (
+        learned == [" " + said[1], " " + said[3]] and list(e.ids).count(found.tokenizer.ends[0]) == 4 == list(e.ids[e.learned]).count(e.ids[-1]) * 2
+    )
+    found.tokenizer.save(tmp_path / "kept")
+    kept = tokenizer.load(tmp_path / "kept")
+    assert chat.encode(kept, messages(*said)["messages"][:3]) == e.ids[: e.prompt].tolist()
+
+
 def test_the_prompt_through_the_chat_template_is_the_one_of_generation(tmp_path):
     from gptjax import chat
 

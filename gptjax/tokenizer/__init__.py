@@ -34,6 +34,7 @@ def load(folder: Path) -> Tokenizer:
         raise UserError(f"{folder} holds a damaged tokenizer: {error}") from None
     if result.fingerprint != info["fingerprint"]:
         raise UserError(f"{folder}: the tokenizer's files do not match its fingerprint; it was changed after it was saved")
+    result.chat_template = info.get("chat_template", result.chat_template)
     return result
 
 

@@ -19,6 +19,7 @@ from gptjax import files
 from gptjax.config import UserError
 
 FORMAT = "gptjax_tokenizer.json"
+END = "<|endoftext|>"  # how `eot` is written in chat templates, where the vocabulary itself has no name for it
 
 
 class Tokenizer:
@@ -96,6 +97,7 @@ class Tokenizer:
         for name, data in content.items():
             files.write_bytes(folder / name, data)
         info = {"kind": self.kind, "vocab_size": self.vocab_size, "eot": self.eot, "files": sorted(content), "fingerprint": self.fingerprint}
+        info["chat_template"] = self.chat_template  # it may be one that the run brought, so in none of the files
         files.write_text(folder / FORMAT, json.dumps(info, indent=1))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gptjax.config import UserError
-from gptjax.tokenizer.base import Tokenizer
+from gptjax.tokenizer.base import END, Tokenizer
 
 _WORD = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -48,7 +48,7 @@ class OpenAITokenizer(Tokenizer):
             raise UserError(f"the vocabulary of {name} has {count:,} ranks, this file holds {len(ranks):,}: give its .tiktoken file")
         self.name, self._ranks = name, ranks
         self.token_bytes = [*sorted(ranks, key=ranks.__getitem__), *[b""] * (self.eot + 1 - count)]
-        self.control = {"<|endoftext|>": self.eot}
+        self.control = {END: self.eot}
         self._bpe = tiktoken.Encoding(f"gptjax-{name}", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def files(self) -> dict[str, bytes]:

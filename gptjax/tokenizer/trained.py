@@ -12,7 +12,7 @@ import numpy as np
 
 from gptjax import files
 from gptjax.config import UserError
-from gptjax.tokenizer.base import Tokenizer
+from gptjax.tokenizer.base import END, Tokenizer
 
 _SP_SPACE = "\u2581"  # sentencepiece writes a space as this character, so the character itself needs its three bytes
 _PROBE = " a  b\n\nc\r\n\t\ufb01 \u00e9e\u0301 \uff21"  # what normalisation and white-space rules would change
@@ -26,6 +26,7 @@ class ByteTokenizer(Tokenizer):
     def __init__(self) -> None:
         self.token_bytes = [bytes([i]) for i in range(256)] + [b""]
         self.eot = 256
+        self.control = {END: self.eot}
 
     def files(self) -> dict[str, bytes]:
         return {}
@@ -48,6 +49,7 @@ class CharTokenizer(Tokenizer):
         self.characters = characters
         self.token_bytes = [c.encode() for c in characters] + [b""]
         self.eot = len(characters)
+        self.control = {END: self.eot}
         self._codes = np.array([ord(c) for c in characters], np.uint32)
 
     def files(self) -> dict[str, bytes]:
@@ -95,6 +97,7 @@ class SentencePieceTokenizer(Tokenizer):
                 "this sentencepiece model has no byte fallback or no end symbol: it cannot hold every text; train one with data.tokenizer = 'sentencepiece'"
             )
         self.eot = sp.eos_id()
+        self.control = {END: self.eot}
         self._three = [sp.piece_to_id(f"<0x{b:02X}>") for b in _SP_SPACE.encode()]
         self.token_bytes = [
             bytes([int(p[3:5], 16)]) if sp.is_byte(i) else b"" if sp.is_control(i) or sp.is_unknown(i) else p.replace(_SP_SPACE, " ").encode()
