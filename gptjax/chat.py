@@ -18,7 +18,6 @@ from gptjax.config import UserError
 from gptjax.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant" | ..., "content": text}
-_PLAIN = "BEGIN{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}END{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 SECONDS = 5  # a template that runs longer is hostile or broken
 
 
@@ -80,14 +79,14 @@ def _time_limit() -> Iterator[None]:
 
 
 def plain(tokenizer: Tokenizer) -> str:
-    """A template for a checkpoint that was never tuned for dialogue: `User: ...` and `Assistant: ...`, each closed by the end token, which no
-    message can write. Raises UserError where the vocabulary has no name for that token."""
+    """A template for a checkpoint that was never tuned for dialogue: a line `User:` or `Assistant:`, the text, and the end token, which no message
+    can write. Raises UserError where the vocabulary has no name for that token."""
     names = {i: name for name, i in tokenizer.control.items()}
     if not names.keys() >= {tokenizer.ends[0], *tokenizer.prefix}:
-        raise UserError(
-            "the vocabulary has no name for its first or end token, so no chat template can write it: put a chat_template.jinja beside the checkpoint"
-        )
-    return _PLAIN.replace("BEGIN", "".join(names[i] for i in tokenizer.prefix)).replace("END", names[tokenizer.ends[0]])
+        raise UserError("the vocabulary has no name for its first or end token, so no chat template can write it: take a checkpoint with a template")
+    turn = "{{ message.role | capitalize }}:\n{{ message.content or '' }}" + names[tokenizer.ends[0]]
+    begin = "".join(names[i] for i in tokenizer.prefix)
+    return begin + "{% for message in messages %}" + turn + "{% endfor %}{% if add_generation_prompt %}Assistant:\n{% endif %}"
 
 
 def encode(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
@@ -110,15 +109,22 @@ def turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[list[
             raise UserError(
                 "the chat template rewrites earlier turns, so what the assistant said cannot be told from the rest: simplify the template"
             )
-        answer = tokenizer.encode_template(after[len(before) :], guard)
+        answer = _behind(tokenizer, before, after, guard)
         ends = [k for k, token in enumerate(answer) if token in tokenizer.ends]
         if not ends:
             raise UserError("the chat template closes no answer with an end token, so a model could not learn to stop: use a template that does")
-        if ends[0] == 0:
+        if not tokenizer.decode_bytes(answer[: ends[0]]).strip():
             raise UserError(f"message {i} of the assistant is empty: there is nothing to learn from")
-        spans += [(tokenizer.encode_template(before[len(done) :], guard), False), (answer[: ends[0] + 1], True), (answer[ends[0] + 1 :], False)]
+        spans += [(_behind(tokenizer, done, before, guard), False), (answer[: ends[0] + 1], True), (answer[ends[0] + 1 :], False)]
         done = after
     return [span for span in spans if span[0]]
+
+
+def _behind(tokenizer: Tokenizer, begun: str, text: str, guard: str) -> list[int]:
+    """Ids of `text` behind `begun`, with which it starts: those of the whole, as it is encoded when a conversation goes on, except where a token
+    would span the seam."""
+    head, whole = tokenizer.encode_template(begun, guard), tokenizer.encode_template(text, guard)
+    return whole[len(head) :] if whole[: len(head)] == head else tokenizer.encode_template(text[len(begun) :], guard)
 
 
 def _prepare(tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

@@ -59,7 +59,7 @@ def read(path: str | Path, *, dtype: str = "float32") -> Pretrained:
 
         config, params, tokenizer, base = checkpoint.load_run(place)
         if config.lora.on:
-            return _adapted(config, params, dtype or "float32", base=base)
+            return _adapted(config, params, tokenizer, dtype or "float32", base=base)
     except UserError as error:
         raise UserError(str(error) if str(place) in str(error) else f"{place}: {error}") from None
     except RecursionError:
@@ -84,8 +84,8 @@ def digest(params: Any) -> str:
     return _DIGEST + result.hexdigest()
 
 
-def _adapted(config: Config, trained: Any, dtype: str, *, base: str) -> Pretrained:
-    """A run's adapters merged into the checkpoint that they were trained on, whose digest was `base`."""
+def _adapted(config: Config, trained: Any, tokenizer: Tokenizer, dtype: str, *, base: str) -> Pretrained:
+    """A run's adapters merged into the checkpoint that they were trained on, whose digest was `base`; its tokenizer may know a chat template more."""
     found = read(config.train.init_from, dtype=dtype)
     if dtype == "float32" and base.startswith(_DIGEST) and digest(found.params) != base:
         raise UserError(f"the adapters were trained on other weights than {config.train.init_from} holds now: restore the checkpoint that was there")
@@ -94,7 +94,7 @@ def _adapted(config: Config, trained: Any, dtype: str, *, base: str) -> Pretrain
         found.params.pop("head", None)
     merged = jax.tree.map(np.asarray, lora.merge(config.lora, found.params, trained))
     changed = dataclasses.replace(found.config, labels=config.model.labels, dropout=config.model.dropout)
-    return dataclasses.replace(found, config=changed, params=merged, dtype="float32")
+    return dataclasses.replace(found, config=changed, params=merged, tokenizer=tokenizer, dtype="float32")
 
 
 def _from_hub(name: str) -> Path:
@@ -283,7 +283,9 @@ def _exportable(tokenizer: Tokenizer | None) -> PretrainedTokenizer | None:
     if isinstance(tokenizer, PretrainedTokenizer) or tokenizer is None:
         return tokenizer
     if isinstance(tokenizer, OpenAITokenizer) and tokenizer.name == "gpt2":
-        return of_gpt2(tokenizer)
+        found = of_gpt2(tokenizer)
+        found.chat_template = tokenizer.chat_template
+        return found
     cli.say(f"note: a {tokenizer.kind} tokenizer has no Hugging Face form, so the export holds token ids only; keep the run's tokenizer/ folder")
     return None
 
@@ -380,12 +382,14 @@ def export_adapters(source: str | Path, target: Path) -> dict[str, Any]:
     """The adapters of a run as a PEFT folder. Raises UserError where the run trained none."""
     from gptjax import checkpoint, peft
 
-    config, trained, _, _ = checkpoint.load_run(Path(source))
+    config, trained, tokenizer, _ = checkpoint.load_run(Path(source))
     if not config.lora.on:
         raise UserError(f"{source} trained a whole model and no adapters: --format=hf writes it")
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise UserError(f"{target} exists already: name a new place")
     peft.write(target, config.model, config.lora, trained, config.train.init_from)
+    if tokenizer.chat_template:
+        files.write_text(target / peft.TEMPLATE, tokenizer.chat_template)
     return {"written": str(target), "format": "peft", "parameters": tree.size(trained), "base": config.train.init_from}
 
 

@@ -94,8 +94,11 @@ class LanguageModel:
         """This model with the adapters of a run or a PEFT folder beside its weights, which both share (DoRA's norms need a copy). Raises UserError."""
         from gptjax import peft
 
-        settings, trained = peft.find(Path(path).expanduser(), self.config)
+        settings, trained, template = peft.find(Path(path).expanduser(), self.config)
         other = copy.copy(self)
+        if template and self.tokenizer:
+            other.tokenizer = copy.copy(self.tokenizer)
+            other.tokenizer.chat_template = template  # what the adapters were trained to follow
         if "score" in trained:
             other.config = dataclasses.replace(self.config, labels=peft.labels_of(Path(path).expanduser(), len(trained["score"]["kernel"])))
             other._engine = dataclasses.replace(self._engine, labels=other.config.labels)

@@ -19,7 +19,7 @@ import numpy as np
 from gptjax import files, hf, quantize, transfer, tree
 from gptjax.config import LoraConfig, ModelConfig, UserError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, TEMPLATE = "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"
 _HEAD = "base_model."
 _SCORE = f"{_HEAD}model.score.weight"
 _PARTS_OF_DORA = "DoRA on some layers or parts of a layer only is not supported: our layers hold q, k, v (and gate, up) together"
@@ -117,19 +117,20 @@ def read(folder: Path, c: ModelConfig) -> tuple[LoraConfig, Any]:
     return LoraConfig(rank=rank, alpha=float(rank), dora=bool(raw.get("use_dora"))), transfer.nested(flat)
 
 
-def find(path: Path, c: ModelConfig) -> tuple[LoraConfig, Any]:
-    """(config, adapters) of a run's workdir or of a PEFT folder. Raises UserError where they are not for this model."""
+def find(path: Path, c: ModelConfig) -> tuple[LoraConfig, Any, str]:
+    """(config, adapters, chat template or "") of a run's workdir or of a PEFT folder. Raises UserError where they are not for this model."""
     if (path / CONFIG).is_file():
-        return read(path, c)
+        template = path / TEMPLATE
+        return *read(path, c), template.read_text(encoding="utf-8") if template.is_file() else ""
     from gptjax import checkpoint  # orbax takes a second to import
 
-    config, trained, _, _ = checkpoint.load_run(path)
+    config, trained, tokenizer, _ = checkpoint.load_run(path)
     if not config.lora.on:
         raise UserError(f"{path} trained a whole model and no adapters: load it by itself")
     if (a := dataclasses.replace(config.model, **_FREE)) != (b := dataclasses.replace(c, **_FREE)):
         differ = [f.name for f in dataclasses.fields(a) if getattr(a, f.name) != getattr(b, f.name)]
         raise UserError(f"{path} adapts another model: {', '.join(differ)} differ")
-    return config.lora, trained
+    return config.lora, trained, tokenizer.chat_template
 
 
 # What may differ between the model that adapters were trained on and the one they are put on.

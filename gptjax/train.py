@@ -21,7 +21,7 @@ from gptjax import cli, evaluate, files, lora, metrics, model, policy, report, s
 from gptjax import config as config_lib
 from gptjax.checkpoint import Checkpoints, fault, read_meta, steps_in
 from gptjax.config import UserError
-from gptjax.data import prepare
+from gptjax.data import loader, prepare
 from gptjax.data.rows import spread
 from gptjax.data.sources import EVAL, TRAIN
 from gptjax.language_model import LanguageModel
@@ -63,7 +63,7 @@ def save_best(run: Run, state: Any, loss: float) -> None:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """The loop. Returns the summary that the command prints."""
+    """From a new state or the newest checkpoint to the last step. Returns the summary that the command prints."""
     c, t = run.config, run.config.train
     shapes, _, _ = steps.state_shapes(c)
     places = sharding.shardings(run.mesh, shapes)
@@ -82,109 +82,122 @@ def train(run: Run) -> dict[str, Any]:
     if start >= last:
         checkpoints.close()
         return finish(run, start, status="finished" if start >= t.steps else "stopped")
-    batches = policy.feed(run, start, state.params, frozen)
-    first = batches.next(start, state.params)
-    began = time.monotonic()
-    train_step = steps.make_train_step(c, run.mesh).lower(state, first[0], frozen).compile()  # ahead of time: a second compile cannot happen
-    eval_step = steps.make_eval_step(c, run.mesh)
-    compile_seconds = time.monotonic() - began
-    cli.say(f"compiled the step in {compile_seconds:.1f} s ({run.compiles.hits} programs from the cache, {run.compiles.misses} new)")
-    tracker = Tracker(run.workdir, start=start) if jax.process_index() == 0 else None
-    progress = Progress(start=start, steps=t.steps)
+    loop = Loop(run, state, frozen, checkpoints)
     try:
-        outcome = loop(run, state, frozen, batches, first, last, train_step, eval_step, checkpoints, tracker, progress, compile_seconds)
+        status = loop.until(last)
     except UserError:
         if jax.process_index() == 0:
             report.mark(run.workdir, status="failed")
         raise
     finally:
-        progress.close()
-        batches.close()
-        checkpoints.close()
-        if tracker:
-            tracker.close()
-    _, step, status = outcome
+        loop.close()
     if status == "failed to save":
         raise UserError(
-            f"the checkpoint of step {step} could not be written to {run.workdir} (see above): free some space and run the same command again"
+            f"the checkpoint of step {loop.step} could not be written to {run.workdir} (see above): free some space and run the same command again"
         )
-    return finish(run, step, status=status)
+    return finish(run, loop.step, status=status)
 
 
-def loop(run: Run, state: Any, frozen: Any, batches: policy.Reads | policy.Rollouts, first: Any, last: int, train_step: Any, eval_step: Any, checkpoints: Checkpoints, tracker: Tracker | None, progress: Progress, compile_seconds: float) -> tuple[Any, int, str]:  # fmt: skip
-    """Steps until `last` or until stopped. Returns (state, step, status)."""
-    c, t = run.config, run.config.train
-    recent, step, waited, (batch, extra) = metrics.StepMetrics(t.batch_size * c.length), int(state.step), 0.0, first
-    peak = metrics.peak_flops(jax.devices()[0])
-    flops = metrics.flops_per_token(c, model.count_params(c.model))
-    profile, tracing = settings.profile_range(c), False
+class Loop:
+    """The steps of a run: what they change (`state`, `step`), the compiled steps, and where batches come from and records go."""
 
-    def log() -> None:
-        values = recent.flush(step)
+    def __init__(self, run: Run, state: Any, frozen: Any, checkpoints: Checkpoints) -> None:
+        c, t = run.config, run.config.train
+        self.run, self.state, self.frozen, self.checkpoints, self.step = run, state, frozen, checkpoints, int(state.step)
+        self.batches = policy.feed(run, self.step, state.params, frozen)
+        self.batch, self.extra = self.batches.next(self.step, state.params)  # extra: what is recorded beside the step's own metrics
+        began = time.monotonic()
+        self.train_step = steps.make_train_step(c, run.mesh).lower(state, self.batch, frozen).compile()  # ahead of time: no second compile can happen
+        self.eval_step = steps.make_eval_step(c, run.mesh)
+        self.compile_seconds = time.monotonic() - began
+        cli.say(f"compiled the step in {self.compile_seconds:.1f} s ({run.compiles.hits} programs from the cache, {run.compiles.misses} new)")
+        self.recent = metrics.StepMetrics(t.batch_size * c.length)
+        self.peak, self.flops = metrics.peak_flops(jax.devices()[0]), metrics.flops_per_token(c, model.count_params(c.model))
+        self.tracker = Tracker(run.workdir, start=self.step) if jax.process_index() == 0 else None
+        self.progress = Progress(start=self.step, steps=t.steps)
+
+    def until(self, last: int) -> str:
+        """Steps until `last` or until stopped. Returns the run's status."""
+        run, t = self.run, self.run.config.train
+        profile, tracing, waited = settings.profile_range(run.config), False, 0.0
+        held_out = policy.with_reference(run, run.split(EVAL), EVAL, self.step, self.state.params, self.frozen)
+        due = lambda every: bool(every and self.step % every == 0) or self.step == last
+        run.stop.grace = True
+        self.progress.begin()
+        self.recent.restart_clock()
+        while self.step < last:
+            if profile and self.step + 1 == profile[0]:
+                jax.profiler.start_trace(str(run.workdir / "profile"))
+                tracing = True
+            self.state, step_metrics = self.train_step(self.state, self.batch, self.frozen)
+            self.step += 1
+            self.recent.add(step_metrics | self.extra, waited)
+            stopping = run.stop.now(self.step)
+            if tracing and profile and (stopping or self.step in (last, profile[1])):
+                jax.block_until_ready(self.state)
+                jax.profiler.stop_trace()
+                tracing = False
+            if any(map(due, (t.log_every, t.save_every, t.eval_every, t.sample_every))) or stopping:
+                self.log()
+            # saved before anything that takes long or may fail
+            if (due(t.save_every) or stopping) and not self.save(wait=stopping or self.step == last):
+                return "failed to save"
+            if stopping:
+                return "interrupted"
+            if due(t.eval_every) and held_out.count:
+                self.evaluate(held_out, answers=self.step == last or run.config.task.name == "grpo")
+            if due(t.sample_every) and t.sample_tokens and jax.process_count() == 1 and not run.config.task.name:
+                self.progress.note(self.step, sample(run, self.step, lora.attach(run.config.lora, self.frozen, self.state.params)))
+            if self.step < last:
+                asked = time.monotonic()
+                self.batch, self.extra = self.batches.next(self.step, self.state.params)
+                waited = time.monotonic() - asked
+            if due(t.eval_every) or due(t.sample_every):
+                self.recent.restart_clock()
+        return "finished" if self.step == t.steps else "stopped"
+
+    def log(self) -> None:
+        """Means since the last record, to the terminal and the trackers."""
+        c, values = self.run.config, self.recent.flush(self.step)
         if not values:
             return
-        values |= {"train/tokens": float(step) * t.batch_size * c.length, **metrics.memory()}
-        values |= {"perf/compile_seconds": compile_seconds, "perf/compiles": float(run.compiles.count)}
-        if peak:
-            values["perf/mfu"] = values["perf/tokens_per_sec"] * flops / (peak * jax.device_count())
-        progress.show(step, values)
-        if tracker:
-            tracker.log(step, values)
+        values |= {"train/tokens": float(self.step) * c.train.batch_size * c.length, **metrics.memory()}
+        values |= {"perf/compile_seconds": self.compile_seconds, "perf/compiles": float(self.run.compiles.count)}
+        if self.peak:
+            values["perf/mfu"] = values["perf/tokens_per_sec"] * self.flops / (self.peak * jax.device_count())
+        self.progress.show(self.step, values)
+        if self.tracker:
+            self.tracker.log(self.step, values)
 
-    def save(*, wait: bool) -> bool:
-        if not bool(steps.all_finite(state.params)):
+    def save(self, *, wait: bool) -> bool:
+        """Whether the checkpoint was written, or (without `wait`) begun. Raises UserError for parameters that are not finite."""
+        if not bool(steps.all_finite(self.state.params)):
             raise UserError(
-                f"step {step}: a parameter is not finite; the run stops and keeps the last checkpoint.\nLower optim.lr or raise optim.eps, in a new --workdir."
+                f"step {self.step}: a parameter is not finite; the run stops and keeps the last checkpoint.\n"
+                "Lower optim.lr or raise optim.eps, in a new --workdir."
             )
-        if checkpoints.save(state, run.meta, wait=wait) or not wait:
+        if self.checkpoints.save(self.state, self.run.meta, wait=wait) or not wait:
             return True
-        return jax.process_count() == 1 and checkpoints.save(state, run.meta, wait=True)  # once more: a failure may pass
+        return jax.process_count() == 1 and self.checkpoints.save(self.state, self.run.meta, wait=True)  # once more: a failure may pass
 
-    held_out = policy.with_reference(run, run.split(EVAL), EVAL, step, state.params, frozen)
-    judged = isinstance(run.data, load.Examples) and bool(c.task.answers) and jax.process_count() == 1
-    due = lambda every: bool(every and step % every == 0) or step == last
-    run.stop.grace = True
-    progress.begin()
-    recent.restart_clock()
-    while step < last:
-        if profile and step + 1 == profile[0]:
-            jax.profiler.start_trace(str(run.workdir / "profile"))
-            tracing = True
-        state, step_metrics = train_step(state, batch, frozen)
-        step += 1
-        recent.add({**step_metrics, **extra}, waited)
-        stopping = run.stop.now(step)
-        if tracing and profile and (stopping or step in (last, profile[1])):
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-            tracing = False
-        if any(map(due, (t.log_every, t.save_every, t.eval_every, t.sample_every))) or stopping:
-            log()
-        # saved before anything that takes long or may fail
-        if (due(t.save_every) or stopping) and not save(wait=stopping or step == last):
-            return state, step, "failed to save"
-        if stopping:
-            return state, step, "interrupted"
-        if due(t.eval_every) and held_out.count:
-            values = {}
-            if c.task.name != "grpo":  # its objective is judged on answers alone
-                values = evaluate.held_out(c, run.mesh, held_out, run.tokenizer, eval_step, state.params, frozen)
-            if judged and (step == last or c.task.name == "grpo"):
-                values |= judge(run, step, lora.attach(c.lora, frozen, state.params))
-            progress.note(step, evaluate.line(values))
-            if tracker:
-                tracker.log(step, values)
-            if t.keep_best:
-                save_best(run, state, values.get("eval/loss", -values.get("answers/reward", 0.0)))
-        if due(t.sample_every) and t.sample_tokens and jax.process_count() == 1 and not c.task.name:
-            progress.note(step, sample(run, step, lora.attach(c.lora, frozen, state.params)))
-        if step < last:
-            asked = time.monotonic()
-            batch, extra = batches.next(step, state.params)
-            waited = time.monotonic() - asked
-        if due(t.eval_every) or due(t.sample_every):
-            recent.restart_clock()
-    return state, step, "finished" if step == t.steps else "stopped"
+    def evaluate(self, held_out: loader.Split, *, answers: bool) -> None:
+        """Scores of the held-out split and, where a task judges them, of `answers`; keeps the best state."""
+        run, c, params = self.run, self.run.config, self.state.params
+        values = {}
+        if c.task.name != "grpo":  # its objective is judged on answers alone
+            values = evaluate.held_out(c, run.mesh, held_out, run.tokenizer, self.eval_step, params, self.frozen)
+        if answers and isinstance(run.data, load.Examples) and c.task.answers and jax.process_count() == 1:
+            values |= judge(run, self.step, lora.attach(c.lora, self.frozen, params))
+        self.progress.note(self.step, evaluate.line(values))
+        if self.tracker:
+            self.tracker.log(self.step, values)
+        if c.train.keep_best:
+            save_best(run, self.state, values.get("eval/loss", -values.get("answers/reward", 0.0)))
+
+    def close(self) -> None:
+        for part in (self.progress, self.batches, self.checkpoints, self.tracker):
+            if part:
+                part.close()
 
 
 def finish(run: Run, step: int, *, status: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from conftest import SHARED, make_config
 from gptjax.config import DataConfig, UserError
 from gptjax.data import loader, prepare, sources
 from gptjax.data.sources import EVAL, TRAIN
+from gptjax.tokenizer import ByteTokenizer
 
 
 def both(config):
@@ -100,6 +101,14 @@ def test_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, mo
     assert again.fingerprint == whole.fingerprint
     for name in [p.name for p in (tmp_path / "whole").iterdir() if p.suffix == ".npy"]:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_shards_in_the_cache_keep_no_chat_template(corpus):
+    config = make_config(data=dict(source="text", path=str(corpus), tokenizer="bytes"))
+    tuned = ByteTokenizer()
+    tuned.chat_template = "of another checkpoint"
+    assert prepare.ensure(config, tuned).tokenizer is tuned
+    assert not prepare.ensure(config).tokenizer.chat_template
 
 
 def test_a_shard_rewritten_with_as_many_tokens_is_refused(tmp_path, corpus):

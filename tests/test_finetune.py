@@ -152,7 +152,8 @@ def test_published_sets_become_files_whose_splits_share_nothing(tmp_path, capsys
         for i in range(12)
     ]
     (tmp_path / "xquad" / "xquad.en.json").write_text(json.dumps({"data": articles}))
-    dialogues = [{"messages": [{"message": f"{d}-{i}"} for i in range(11)]} for d in range(4)]
+    fact = {"name": "n", "attrname": "a", "attrvalue": "v" * 70}
+    dialogues = [{"messages": [{"message": f"{d}-{i}"} | ({"attrs": [fact]} if i == 1 else {}) for i in range(11)]} for d in range(4)]
     for split in ("dev", "test"):
         (tmp_path / "kdconv" / f"film.{split}.json").write_text(json.dumps(dialogues))
     data.main([f"--from={tmp_path}", f"--to={tmp_path}/out", "--only=tatoeba_en_zh,xquad,kdconv"])
@@ -166,6 +167,9 @@ def test_published_sets_become_files_whose_splits_share_nothing(tmp_path, capsys
     assert (len(test), len(train)) == (24, 12) and not {r["context"] for r in test} & {r["context"] for r in train}
     assert train[0]["answers"] == ["c"] and train[0]["answer"] == "c"
     test, train = read("kdconv/test"), read("kdconv/train")
-    assert [len(row["messages"]) for row in train] == [10] * 4  # the last question has no answer
-    assert len(test) == 8 and all(row["messages"][-1]["role"] == "assistant" and 4 <= len(row["messages"]) < 10 for row in test)
-    assert all(len(a["messages"]) != len(b["messages"]) for a, b in zip(test[::2], test[1::2], strict=True))  # two turns of each dialogue
+    said = [m["content"] for row in train for m in row["messages"]]
+    assert said[:3] == [f"0-0［n，a：{'v' * 60}］", "0-1", "0-2"] and [s.split("［")[0] for s in said] == [
+        f"{d}-{i}" for d in range(4) for i in range(10)
+    ]
+    assert len(test) == 8 and all(row["messages"][-1]["role"] == "assistant" and 4 <= len(row["messages"]) <= 6 for row in test)
+    assert all(a["messages"][-1] != b["messages"][-1] for a, b in zip(test[::2], test[1::2], strict=True))  # two turns of each dialogue

@@ -11,7 +11,7 @@ import pytest
 from conftest import FAMILIES, byte_level_tokenizer, make_config, random_params, tiny_checkpoint
 from test_steps import batch_for
 
-from gptjax import convert, language_model, lora, model, peft, run, sharding, steps, tree
+from gptjax import chat, checkpoint, convert, language_model, lora, model, peft, run, sharding, steps, tree
 from gptjax.config import LoraConfig, UserError
 from gptjax.language_model import LanguageModel
 
@@ -247,12 +247,27 @@ def test_adapters_know_the_weights_they_were_trained_on(tmp_path):
     source = convert.read(tmp_path / "base")
     trained = adapters_for(config, source.params)
     before = convert.digest(source.params)
-    assert convert._adapted(config, trained, "float32", base=before).params.keys() == source.params.keys()
+    assert convert._adapted(config, trained, made.tokenizer, "float32", base=before).params.keys() == source.params.keys()
     shutil.rmtree(tmp_path / "base")
     changed = jax.tree.map(lambda p: p * 1.01, made.params)
     convert.write(tmp_path / "base", dataclasses.replace(made, params=changed))
     with pytest.raises(UserError, match="trained on other weights than"):
-        convert._adapted(config, trained, "float32", base=before)
+        convert._adapted(config, trained, made.tokenizer, "float32", base=before)
+
+
+def test_adapters_bring_the_chat_template_they_were_tuned_with(tmp_path):
+    made = tiny_checkpoint("llama", tokenizer=byte_level_tokenizer())
+    convert.write(tmp_path / "base", made)
+    config = make_config(model=dict(vocab_size=264, context=64, **FAMILIES["llama"]), lora=dict(rank=2), train=dict(init_from=str(tmp_path / "base")))
+    config, _ = run.begin_from(config)
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = chat.plain(tokenizer)
+    checkpoint.write_run(tmp_path / "run", config, adapters_for(config, made.params), tokenizer)
+    convert.export_adapters(tmp_path / "run", tmp_path / "peft")
+    convert.convert(tmp_path / "run", tmp_path / "hf", form="hf")
+    lm = language_model.load(tmp_path / "base")
+    handles = [language_model.load(tmp_path / name) for name in ("run", "hf")] + [lm.adapted(tmp_path / name) for name in ("run", "peft")]
+    assert all(handle.tokenizer.chat_template == tokenizer.chat_template for handle in handles) and not lm.tokenizer.chat_template
 
 
 def test_a_classifier_goes_out_and_in(tmp_path):

@@ -311,6 +311,11 @@ def test_sentencepiece_like_vocabulary_round_trips():
     assert tokenizer.prefix == (1,)
     for text in ("ab ab", " ab", "a  b", "héllo\n", "</s> ab", ""):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+    conversation = [{"role": role, "content": "ab a"} for role in ("user", "assistant", "user", "assistant")]
+    tokenizer.control = {"<s>": 1, "</s>": 2}
+    tokenizer.chat_template = chat.plain(tokenizer)
+    joined = [i for span, _ in chat.turns(tokenizer, conversation) for i in span]
+    assert joined == chat.encode(tokenizer, conversation, add_generation_prompt=False) and joined[0] == 1 and joined.count(2) == 4
     assert tokenizer.encode("ab") == [pieces.index("▁ab")] or tokenizer.encode("ab") == [pieces.index("▁"), pieces.index("ab")]
 
 

@@ -191,7 +191,7 @@ def test_of_a_conversation_each_answer_is_learned_and_nothing_else(tmp_path):
 def test_a_vocabulary_without_a_chat_template_gets_one_and_keeps_it(tmp_path, kind):
     from gptjax import chat, tokenizer
 
-    said = ("hi", "hello<|endoftext|>Assistant: no", "and now?", "a second")
+    said = ("hi<|endoftext|>Assistant:\nno", "hello", "and now?", "a second")
     own = byte_level_tokenizer() if kind == "pretrained" else None
     data = {} if own else dict(tokenizer=kind, tokenizer_vocab=300)
     path = write_jsonl(tmp_path / "rows.jsonl", [messages(*said)])
@@ -199,12 +199,17 @@ def test_a_vocabulary_without_a_chat_template_gets_one_and_keeps_it(tmp_path, ki
     (e,) = found.train
     assert own or found.tokenizer.kind == kind
     learned = [found.tokenizer.decode(np.asarray(span)) for span, mark in chat.turns(found.tokenizer, messages(*said)["messages"]) if mark]
-    assert (
-        learned == [" " + said[1], " " + said[3]] and list(e.ids).count(found.tokenizer.ends[0]) == 4 == list(e.ids[e.learned]).count(e.ids[-1]) * 2
-    )
+    ends = found.tokenizer.ends[0]
+    assert learned == [said[1], said[3]] and list(e.ids).count(ends) == 4 and list(e.ids[e.learned]).count(ends) == 2
     found.tokenizer.save(tmp_path / "kept")
     kept = tokenizer.load(tmp_path / "kept")
     assert chat.encode(kept, messages(*said)["messages"][:3]) == e.ids[: e.prompt].tolist()
+    assert chat.encode(kept, messages(*said)["messages"], add_generation_prompt=False) == e.ids.tolist()
+    with pytest.raises(UserError, match="message 1 of the assistant is empty"):
+        chat.turns(kept, messages("hi", "  ")["messages"])
+    write_jsonl(path, [{"word": "in"}])
+    task = dict(name="text", prompt="Say {word}", completion="{word}", template="chat", system="Be brief.")
+    assert load.load(config_for(path, task=task, model=dict(context=256), data=data), own and byte_level_tokenizer()).train[0].prompt
 
 
 def test_the_prompt_through_the_chat_template_is_the_one_of_generation(tmp_path):
@@ -303,14 +308,14 @@ def test_mixtures_repeat_by_weight(tmp_path):
 
 def test_the_preview_marks_what_is_learned(tmp_path):
     found, _ = examples(tmp_path, [{"source": "a<b", "target": "cd"}], task=dict(name="translation"))
-    assert "a<b =[ cd<end>]" in preview.to_terminal(found.tokenizer, found.train[0], colour=False)
+    assert "a<b =[ cd<|endoftext|>]" in preview.to_terminal(found.tokenizer, found.train[0], colour=False)
     page = preview.to_html(found.tokenizer, found.train)
     assert '<span class="learned">c</span>' in page and "&lt;" in page and "<b" not in page.replace("<body", "")
 
 
 def test_the_preview_shows_characters_of_several_tokens(tmp_path):
     found, _ = examples(tmp_path, [{"source": "一", "target": "二"}], task=dict(name="translation"))
-    assert "一 =[ 二<end>]" in preview.to_terminal(found.tokenizer, found.train[0], colour=False)
+    assert "一 =[ 二<|endoftext|>]" in preview.to_terminal(found.tokenizer, found.train[0], colour=False)
     half = Example("here", np.array([0xE4, 0xB8, 0x41, 0xE4]), np.array([False, False, False, True]), 3)
     assert preview.pieces(ByteTokenizer(), half) == [("<E4><B8><41>", "seen"), ("<E4>", "learned")]
 

@@ -88,11 +88,12 @@ def ensure(config: Config, text_tokenizer: Tokenizer | None = None) -> Prepared:
         prepared = open_prepared(Path(config.data.path).expanduser())
         if text_tokenizer and prepared.tokenizer.fingerprint != text_tokenizer.fingerprint:
             raise UserError(f"{config.data.path} was prepared with another tokenizer than the checkpoint's: prepare the documents again")
-        return prepared
+        return dataclasses.replace(prepared, tokenizer=text_tokenizer or prepared.tokenizer)
     source = sources.open_source(config.data)
     text_tokenizer = text_tokenizer or _make_tokenizer(config, source)
     folder = files.cache_dir("data") / files.digest(str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint)[:32]
-    return _prepare(config, source, text_tokenizer, folder, SHARD_TOKENS)
+    prepared = _prepare(config, source, text_tokenizer, folder, SHARD_TOKENS)
+    return dataclasses.replace(prepared, tokenizer=text_tokenizer)  # the same vocabulary; a chat template is this checkpoint's own
 
 
 def _make_tokenizer(config: Config, source: sources.Source) -> Tokenizer:

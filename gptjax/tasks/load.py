@@ -113,9 +113,11 @@ def _unique(found: Iterable[Row]) -> Iterator[Row]:
 def _texts(config: Config, found: Iterable[Row]) -> Iterator[str]:
     """What a tokenizer learns from: prompts and completions as they will be read."""
     kind, t = TASKS[config.task.name][0], config.task
+    if "chat" in (t.name, t.template):
+        yield f"System:\nUser:\nTool:\nAssistant:\n{t.system}"  # `chat.plain` writes the names
     for row in found:
         if t.name == "chat":
-            yield from (f"{m['role'].capitalize()}: {m['content']}" for m in dialogue.messages_of(t, row))  # as in `chat.plain`
+            yield from (m["content"] for m in dialogue.messages_of(t, row))
         else:
             row = qa.answered(t, row)[0] if t.name == "qa" else row
             written = (
@@ -131,7 +133,7 @@ def render(config: Config, text_tokenizer: Tokenizer, found: Sequence[Row], labe
     _, make = TASKS[config.task.name]
     if "chat" in (config.task.name, config.task.template) and not text_tokenizer.chat_template:
         text_tokenizer.chat_template = chat.plain(text_tokenizer)  # and the run keeps it with the vocabulary
-        cli.say("the vocabulary has no chat template: turns are written as 'User: ...' and 'Assistant: ...', each closed by its end token")
+        cli.say("the vocabulary has no chat template: turns are written as 'User:' or 'Assistant:', the text, and its end token")
     room = Room(config.length, config.task.overlong, config.lora.prompt_tokens, answer)
     made: list[Example] = []
     with cli.progress(f"{what} examples rendered", len(found)) as advance:
