@@ -244,11 +244,11 @@ def interval(metric: Metric) -> tuple[float, ...]:
     return metric.interval() if len(metric.stats) > 1 else ()
 
 
-def ahead(first: Entry, other: Entry, headline: str) -> tuple[float, ...]:
-    """How far the first is ahead on the headline, with its interval where it has one; nothing for itself or where the other lacks that score."""
-    if other is first or headline not in other.scores:
+def ahead(first: Entry, other: Entry, name: str) -> tuple[float, ...]:
+    """How far the first is ahead on a score, with its interval where it has one; nothing for itself or where one of them lacks that score."""
+    if other is first or name not in first.scores.keys() & other.scores.keys():
         return ()
-    ours, theirs = first.scores[headline], other.scores[headline]
+    ours, theirs = first.scores[name], other.scores[name]
     return ours.difference(theirs) if len(theirs.stats) > 1 else (ours.value - theirs.value,)
 
 
@@ -269,12 +269,13 @@ def table(entries: Sequence[Entry], headline: str) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines)
 
 
-def to_json(entries: Sequence[Entry], headline: str) -> str:
-    """{checkpoint: {score: {value, interval}}}; of the headline also how far the first is ahead: [gap, low, high]."""
+def to_json(entries: Sequence[Entry]) -> str:
+    """{checkpoint: {score: {value, interval}}}; of all but the first also how far that is ahead: [gap, low, high]."""
     found = {e.name: {name: {"value": m.value, "interval": interval(m)} for name, m in e.scores.items()} for e in entries}
     for entry in entries:
-        if gap := ahead(entries[0], entry, headline):
-            found[entry.name][headline]["ahead"] = gap
+        for name in entry.scores:
+            if gap := ahead(entries[0], entry, name):
+                found[entry.name][name]["ahead"] = gap
     return json.dumps(found)
 
 
@@ -352,7 +353,7 @@ def main(argv: list[str]) -> None:
             raise UserError("the config has no task.name: use --text for the loss of a text")
         entries = compare(config, names, path=args["path"], limit=limit, out=out, own=own)
         headline = load.TASKS[config.task.name][0].headline
-    print((to_json if "json" in args else table)(entries, headline))
+    print(to_json(entries) if "json" in args else table(entries, headline))
 
 
 def _others(args: cli.Args, name: str, limit: int, out: Path | None) -> None:

