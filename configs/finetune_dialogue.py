@@ -4,6 +4,8 @@ python experiments/smollm2/fetch.py
 python experiments/finetune/data.py --from=DATA --only=kdconv
 python -m gptjax.train --config=configs/finetune_dialogue.py --workdir=runs/dialogue
 python -m gptjax.evaluate --checkpoint=runs/dialogue,runs/smollm2.gguf --path=data/kdconv/test.jsonl
+
+The rows are windows of dialogues, so held-out ones share dialogues with those that are trained on: judge by the test file.
 """
 
 from configs import base
