@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gptjax import model
+from gptjax import model, products
 from gptjax.attention import fence
 from gptjax.config import ModelConfig
 
@@ -67,7 +67,7 @@ def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
 
 def _chunk(config: ModelConfig, table: Array, x: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
     """(loss sum, logits [N, V], their log of the sum of exponentials [N, 1], one-hot targets) of one chunk, N = B * chunk."""
-    logits = fence(jnp.einsum("ND,VD->NV", x.reshape(-1, x.shape[-1]), table, preferred_element_type=jnp.float32))
+    logits = fence(jnp.matmul(x.reshape(-1, x.shape[-1]), products.turned(table), preferred_element_type=jnp.float32))
     logits = model.softcap(config, logits)
     ids = jnp.arange(config.padded_vocab)
     if config.padded_vocab != config.vocab_size:
@@ -92,7 +92,7 @@ def _forward(config: ModelConfig, chunk: int, x: Array, table: Array, targets: A
             d_logits = d_logits * (1 - jnp.square(jnp.maximum(logits, -cap) / cap))
         d_logits = fence(d_logits.astype(x.dtype))
         d_x = jnp.einsum("NV,VD->ND", d_logits, table).reshape(x_c.shape)
-        d_table += jnp.einsum("NV,ND->VD", d_logits, x_c.reshape(-1, x.shape[-1]), preferred_element_type=jnp.float32)
+        d_table += jnp.matmul(products.turned(d_logits), x_c.reshape(-1, x.shape[-1]), preferred_element_type=jnp.float32)
         return (total + loss, d_table), d_x
 
     (total, d_table), d_x = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(table.shape)), _chunks(chunk, x, targets, weights))

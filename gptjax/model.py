@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax import attention, quantize, tree
+from gptjax import attention, products, quantize, tree
 from gptjax.attention import fence
 from gptjax.config import ModelConfig
 
@@ -98,11 +98,11 @@ class Linear(nn.Module):
             y = quantize.times_rows(x.reshape(-1, rows), self.variables["params"]).astype(x.dtype)
         else:
             kernel = self.param("kernel", nn.initializers.zeros, shape)
-            y = x.reshape(-1, rows) @ kernel.reshape(rows, columns)
+            y = products.matmul(x.reshape(-1, rows), kernel.reshape(rows, columns))
         if self.has_variable("params", "lora_a"):
             y = self._adapted(x.reshape(-1, rows), y, self.variables["params"])
         if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, self.features).reshape(1, columns)
+            y = products.plus(y, self.param("bias", nn.initializers.zeros, self.features).reshape(columns))
         return y.reshape(*x.shape[: -self.inputs], *self.features)
 
     def _adapted(self, x: Array, y: Array, params: Any) -> Array:

@@ -1,0 +1,63 @@
+"""Products of matrices whose backward pass is as fast as the forward one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.experimental.layout import Layout, with_layout_constraint
+
+Array = jax.Array
+
+
+def matmul(x: Array, w: Array) -> Array:
+    """x [N, D] @ w [D, F]."""
+    return _matmul(x, w) if _by_rows(x, w) else x @ w
+
+
+def plus(y: Array, bias: Array) -> Array:
+    """y [N, F] + bias [F]."""
+    return _plus(y, bias) if _by_rows(y, bias) else y + bias
+
+
+def turned(a: Array) -> Array:
+    """a.T, to be an operand of a product: written out by rows where that is what the product is fast with."""
+    if not _by_rows(a):
+        return a.T
+    barrier = jax.lax.optimization_barrier  # or the transpose becomes part of the product again
+    return barrier(with_layout_constraint(barrier(a.T), Layout((0, 1))))
+
+
+def _by_rows(*operands: Array) -> bool:
+    """XLA:CPU multiplies bfloat16 by rows on the processor's matrix units, and a transposed operand three to four times slower without them
+    (measured in experiments/LOG.md). Not where arrays are split over devices: a layout would undo that."""
+    return all(a.dtype == jnp.bfloat16 for a in operands) and jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
+@jax.custom_vjp
+def _matmul(x: Array, w: Array) -> Array:
+    return x @ w
+
+
+def _forward(x: CustomVJPPrimal, w: CustomVJPPrimal):
+    """Saves only what is asked for: nothing of x where w is frozen."""
+    return x.value @ w.value, (x.value if w.perturbed else None, w.value if x.perturbed else None)
+
+
+def _backward(saved: tuple[Array | None, Array | None], g: Array | SymbolicZero):
+    x, w = saved
+    if isinstance(g, SymbolicZero):
+        return None, None
+    return None if w is None else g @ turned(w), None if x is None else turned(x) @ g
+
+
+_matmul.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def _plus(y: Array, bias: Array) -> Array:
+    return y + bias
+
+
+# the sum over rows as a product: XLA:CPU reduces bfloat16 as slowly as it multiplies a hundred columns
+_plus.defvjp(lambda y, bias: (y + bias, None), lambda _, g: (g, (jnp.ones((1, len(g)), g.dtype) @ g)[0]))
