@@ -1,13 +1,15 @@
 """Training-step tokens/s of gptjax against PyTorch's GPT-2 (transformers), on this machine's CPU.
 
-    python experiments/benchmarks/train_cpu.py [--shapes=shakespeare_char,10m,124m] [--rounds=7] [--seconds=3]
+    python experiments/benchmarks/train_cpu.py [--shapes=shakespeare_char,10m,124m] [--rounds=7] [--seconds=3] [--torch_python=python3.11]
 
 Every contender is a process of its own that waits for its turn; turns are interleaved (A B C A B C ...), so that all see the same
-noise, and medians are compared. Same batch, no dropout, AdamW, gradients clipped at 1.0. Needs `pip install -e '.[parity]'`.
+noise, and medians are compared. Same batch, no dropout, AdamW, gradients clipped at 1.0. Needs `pip install -e '.[parity]'`; --torch_python is
+the interpreter that has it, where this one is too new for that PyTorch.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -20,12 +22,13 @@ SHAPES = {
     "10m": (6, 384, 6, 8, 256, 4096),
     "124m": (12, 768, 12, 2, 512, 50257),
 }
-CONTENDERS = ("gptjax float32", "torch eager float32", "torch compile float32", "torch eager bfloat16", "torch compile bfloat16")
-TORCH_FLOAT32 = CONTENDERS[1:3]
-TORCH_BFLOAT16 = CONTENDERS[3:]
+OURS = ("gptjax float32", "gptjax bfloat16")
+TORCH_FLOAT32 = ("torch eager float32", "torch compile float32")
+TORCH_BFLOAT16 = ("torch eager bfloat16", "torch compile bfloat16")
+CONTENDERS = OURS + TORCH_FLOAT32 + TORCH_BFLOAT16
 
 
-def gptjax_worker(shape: str):
+def gptjax_worker(shape: str, dtype: str):
     """Returns (step, matrix rate): `step()` runs one training step and waits for it."""
     from gptjax import metrics
 
@@ -39,7 +42,7 @@ def gptjax_worker(shape: str):
     layers, width, heads, batch, context, vocab = SHAPES[shape]
     c = settings.build(
         {
-            "model": dict(layers=layers, width=width, heads=heads, context=context, vocab_size=vocab),
+            "model": dict(layers=layers, width=width, heads=heads, context=context, vocab_size=vocab, dtype=dtype),
             "train": dict(batch_size=batch),
             "optim": dict(lr=3e-4),
         }
@@ -62,8 +65,8 @@ def gptjax_worker(shape: str):
         jax.block_until_ready((state, out))
 
     def matrix_rate() -> float:
-        a = jnp.ones((batch * context, width))
-        b = jnp.ones((width, 4 * width))
+        a = jnp.ones((batch * context, width), dtype)
+        b = jnp.ones((width, 4 * width), dtype)
         product = jax.jit(lambda a, b: a @ b)
         product(a, b).block_until_ready()
         n = max(1, int(2e10 / (2 * a.size * b.shape[1])))
@@ -118,12 +121,13 @@ def torch_worker(shape: str, mode: str, dtype: str):
 
 def worker(shape: str, name: str) -> None:
     library, *mode = name.split()
-    turns.work(*(gptjax_worker(shape) if library == "gptjax" else torch_worker(shape, *mode)))
+    turns.work(*(gptjax_worker(shape, *mode) if library == "gptjax" else torch_worker(shape, *mode)))
 
 
-def measure(shape: str, rounds: int, seconds: float) -> dict[str, tuple[list[float], float]]:
+def measure(shape: str, rounds: int, seconds: float, torch_python: str) -> dict[str, tuple[list[float], float]]:
     """{contender: (seconds a step, one per round; median matrix rate)}."""
-    found = turns.measure({name: [__file__, "--worker", shape, name] for name in CONTENDERS}, rounds, seconds)
+    pythons = dict.fromkeys(TORCH_FLOAT32 + TORCH_BFLOAT16, torch_python)
+    found = turns.measure({name: [__file__, "--worker", shape, name] for name in CONTENDERS}, rounds, seconds, pythons)
     return {name: ([s for s, _ in rows], statistics.median(r for _, r in rows)) for name, rows in found.items()}
 
 
@@ -146,18 +150,18 @@ def report(shape: str, found: dict[str, tuple[list[float], float]]) -> None:
         print(
             f"{name:<24}{1e3 * middle:>10.1f}{batch * context / middle:>11,.0f}{speed / 1e9:>9.0f}{rate / 1e9:>12.0f}{speed / rate:>7.0%}{ratio:>10.2f}x"
         )
-    for label, names in (("float32", TORCH_FLOAT32), ("bfloat16", TORCH_BFLOAT16)):
+    for name, (label, names) in itertools.product(OURS, (("float32", TORCH_FLOAT32), ("bfloat16", TORCH_BFLOAT16))):
         if rows := [found[n][0] for n in names if n in found]:
             best = [min(turn) for turn in zip(*rows, strict=True)]
             print(
-                f"gptjax float32 is {statistics.median(b / o for b, o in zip(best, ours, strict=True)):.2f}x the better of PyTorch {label}, turn by turn"
+                f"{name} is {statistics.median(b / o for b, o in zip(best, found[name][0], strict=True)):.2f}x the better of PyTorch {label}, turn by turn"
             )
 
 
 def main(argv: list[str]) -> None:
     flags = dict(arg[2:].split("=", 1) for arg in argv)
     for shape in flags.get("shapes", ",".join(SHAPES)).split(","):
-        report(shape, measure(shape, int(flags.get("rounds", 7)), float(flags.get("seconds", 3))))
+        report(shape, measure(shape, int(flags.get("rounds", 7)), float(flags.get("seconds", 3)), flags.get("torch_python", sys.executable)))
 
 
 if __name__ == "__main__":
