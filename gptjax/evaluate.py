@@ -244,8 +244,8 @@ def interval(metric: Metric) -> tuple[float, ...]:
     return metric.interval() if len(metric.stats) > 1 else ()
 
 
-def ahead(first: Entry, other: Entry, name: str) -> tuple[float, ...]:
-    """How far the first is ahead on a score, with its interval where it has one; nothing for itself or where one of them lacks that score."""
+def difference(first: Entry, other: Entry, name: str) -> tuple[float, ...]:
+    """First - other on a score, with its interval where it has one; nothing for itself or where one of them lacks that score."""
     if other is first or name not in first.scores.keys() & other.scores.keys():
         return ()
     ours, theirs = first.scores[name], other.scores[name]
@@ -263,19 +263,19 @@ def table(entries: Sequence[Entry], headline: str) -> str:
     lines = [["", *names, f"first - this ({headline})"]]
     for entry in entries:
         shown = [cell((m.value, *interval(m)), ".4g") if (m := entry.scores.get(name)) else "-" for name in names]
-        gap = ahead(entries[0], entry, headline)
+        gap = difference(entries[0], entry, headline)
         lines.append([entry.name, *shown, cell(gap, "+.4g") if gap else ""])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines)
 
 
 def to_json(entries: Sequence[Entry]) -> str:
-    """{checkpoint: {score: {value, interval}}}; of all but the first also how far that is ahead: [gap, low, high]."""
+    """{checkpoint: {score: {value, interval}}}; of all but the first also first_minus_this: [gap, low, high]."""
     found = {e.name: {name: {"value": m.value, "interval": interval(m)} for name, m in e.scores.items()} for e in entries}
     for entry in entries:
         for name in entry.scores:
-            if gap := ahead(entries[0], entry, name):
-                found[entry.name][name]["ahead"] = gap
+            if gap := difference(entries[0], entry, name):
+                found[entry.name][name]["first_minus_this"] = gap
     return json.dumps(found)
 
 

@@ -45,7 +45,7 @@ def token_logprobs(config: ModelConfig, params: model.Params, x_BTD: Array, targ
     @jax.checkpoint
     def one(piece: tuple[Array, Array]) -> Array:
         x, targets = piece
-        _, logits, log_total, hit = _chunk(config, table, x, targets, jnp.zeros(targets.shape))
+        _, logits, log_total, hit = _chunk(config, table.T, x, targets, jnp.zeros(targets.shape))
         return (jnp.where(hit, logits, 0.0).sum(-1) - log_total[:, 0]).reshape(targets.shape)
 
     found = jax.lax.map(one, _chunks(chunk, x_BTD, targets_BT))
@@ -55,7 +55,7 @@ def token_logprobs(config: ModelConfig, params: model.Params, x_BTD: Array, targ
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _cross_entropy(config: ModelConfig, chunk: int, x: Array, table: Array, targets: Array, weights: Array) -> Array:
     def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
-        return total + _chunk(config, table, *piece)[0], None
+        return total + _chunk(config, products.turned(table), *piece)[0], None
 
     return jax.lax.scan(add, jnp.zeros(()), _chunks(chunk, x, targets, weights))[0]
 
@@ -65,9 +65,9 @@ def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
     return tuple(jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0) for a in arrays)
 
 
-def _chunk(config: ModelConfig, table: Array, x: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
+def _chunk(config: ModelConfig, table_DV: Array, x: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
     """(loss sum, logits [N, V], their log of the sum of exponentials [N, 1], one-hot targets) of one chunk, N = B * chunk."""
-    logits = fence(jnp.matmul(x.reshape(-1, x.shape[-1]), products.turned(table), preferred_element_type=jnp.float32))
+    logits = fence(jnp.matmul(x.reshape(-1, x.shape[-1]), table_DV, preferred_element_type=jnp.float32))
     logits = model.softcap(config, logits)
     ids = jnp.arange(config.padded_vocab)
     if config.padded_vocab != config.vocab_size:
@@ -85,7 +85,7 @@ def _forward(config: ModelConfig, chunk: int, x: Array, table: Array, targets: A
 
     def add(carry: tuple[Array, Array], piece: tuple[Array, ...]):
         total, d_table = carry
-        loss, logits, log_total, hit = _chunk(config, table, *piece)
+        loss, logits, log_total, hit = _chunk(config, products.turned(table), *piece)
         x_c, _, weights_c = piece
         d_logits = (jnp.exp(logits - log_total) - hit) * weights_c.reshape(-1, 1)
         if cap := config.logit_softcap:

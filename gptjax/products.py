@@ -29,8 +29,8 @@ def turned(a: Array) -> Array:
 
 
 def _by_rows(*operands: Array) -> bool:
-    """XLA:CPU multiplies bfloat16 by rows on the processor's matrix units, and a transposed operand three to four times slower without them
-    (measured in experiments/LOG.md). Not where arrays are split over devices: a layout would undo that."""
+    """From jax 0.12, XLA:CPU multiplies bfloat16 by rows on the matrix units of processors that have some (AMX), and a transposed operand three to
+    four times slower without them (measured in experiments/LOG.md). Not where arrays are split over devices: a layout would undo that."""
     return all(a.dtype == jnp.bfloat16 for a in operands) and jax.default_backend() == "cpu" and jax.device_count() == 1
 
 

@@ -85,7 +85,7 @@ def test_checkpoints_are_compared_on_what_fits_all(tmp_path, known, capsys):
     assert [len((tmp_path / name).read_text().splitlines()) for name in ("1-pieces.jsonl", "2-bytes.jsonl")] == [3, 2]
     assert "first - this (chrf)" in evaluate.table(found, "chrf")
     others = json.loads(evaluate.to_json(found))["bytes"]
-    assert len(others["chrf"]["ahead"]) == len(others["bleu"]["ahead"]) == 3
+    assert len(others["chrf"]["first_minus_this"]) == len(others["bleu"]["first_minus_this"]) == 3
 
 
 def test_learned_prompt_places_stand_only_before_texts_of_their_own_checkpoint(tmp_path, known, monkeypatch):

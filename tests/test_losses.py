@@ -56,21 +56,47 @@ def test_products_by_rows_have_the_gradients_of_any_product(dtype, monkeypatch):
     keys = jax.random.split(jax.random.key(0), 4)
     x, w, b, g = (jax.random.normal(k, shape).astype(dtype) for k, shape in zip(keys, ((6, 4), (4, 5), (5,), (6, 5)), strict=True))
 
-    def loss(x, w, b):
-        return (products.plus(products.matmul(x, w), b) * g).sum(dtype=jnp.float32)
-
     def seen(*which):
-        return jax.jit(jax.value_and_grad(loss, which))(x, w, b)
+        def loss(x, w, b):
+            return (products.plus(products.matmul(x, w), b) * g).sum(dtype=jnp.float32)
 
-    monkeypatch.setattr(products, "_by_rows", lambda *operands: False)
-    expected = [seen(*which) for which in ((0, 1, 2), (0,), (1, 2))]
-    monkeypatch.setattr(products, "_by_rows", lambda *operands: True)
-    for (value, grads), which in zip(expected, ((0, 1, 2), (0,), (1, 2)), strict=True):
-        found, found_grads = seen(*which)
+        step = jax.jit(jax.value_and_grad(loss, which)).lower(x, w, b)
+        return [step.as_text().count(name) for name in ("LayoutConstraint", " stablehlo.dot_general")], step.compile()(x, w, b)
+
+    kinds = ((0, 1, 2), (0,), (1, 2))
+    expected = [seen(*which) for which in kinds]  # eight devices: plain products
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for (plain, (value, grads)), which in zip(expected, kinds, strict=True):
+        counts, (found, found_grads) = seen(*which)
+        factors = len({0, 1} & set(which))
+        assert plain == [0, 1 + factors]
+        assert counts == ([factors, 1 + len(which)] if dtype == "bfloat16" else plain)  # the bias's is a product too
         np.testing.assert_allclose(found, value, rtol=1e-6)
         for ours, theirs in zip(found_grads, grads, strict=True):
             assert ours.dtype == theirs.dtype
             np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=1e-6 if dtype == "float32" else 2e-2, atol=1e-6)
     assert np.array_equal(products.turned(x), x.T)
-    saved = [leaf.shape for leaf in jax.tree.leaves(jax.vjp(lambda x: products.matmul(x, w), x)[1])]
-    assert (4, 5) in saved and (6, 4) not in saved
+    if dtype == "bfloat16":
+        saved = [leaf.shape for leaf in jax.tree.leaves(jax.vjp(lambda x: products.matmul(x, w), x)[1])]
+        assert (4, 5) in saved and (6, 4) not in saved
+
+
+@pytest.mark.parametrize("knobs", [{}, {"scan": True, "remat": "full"}], ids=["plain", "scan"])
+def test_a_model_by_rows_has_the_gradients_of_any_device(knobs, monkeypatch):
+    config = make_config(model=dict(vocab_size=65, dtype="bfloat16", **knobs)).model
+    params, tokens = random_params(config), jax.random.randint(jax.random.key(0), (2, 16), 0, 65)
+
+    def gradient():
+        def loss(params):
+            x, _ = model.apply(config, params, tokens)
+            return losses.token_cross_entropy(config, params, x, tokens, jnp.ones(tokens.shape), chunk=4)
+
+        step = jax.jit(jax.grad(loss)).lower(params)
+        return step.as_text().count("LayoutConstraint"), step.compile()(params)
+
+    plain, expected = gradient()
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    constraints, found = gradient()
+    assert plain == 0 and constraints >= 10
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 0.02 * np.linalg.norm(theirs) + 1e-6
