@@ -114,6 +114,7 @@ def test_the_batch_objective_is_the_formula_on_sums(kind, place, tmp_path):
     np.testing.assert_allclose(right, hits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", "kto"])  # orpo differs in its formula alone, which stands above
 def test_preferences_are_learned_from_the_reference_on(kind, place):
     run = place / f"run-{kind}"
@@ -133,6 +134,7 @@ def test_preferences_are_learned_from_the_reference_on(kind, place):
         assert evaluate.compare(config, [str(run)])[0].scores["accuracy"].value == 1.0
 
 
+@pytest.mark.slow
 def test_rewards_rise_and_a_resumed_run_writes_the_same_answers(place):
     grpo = {
         "task.name": "grpo",
