@@ -99,7 +99,8 @@ def turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[list[
     """Ids of a conversation in spans, each with whether the assistant is to learn it: what it writes after the prompt for its answer, up to the
     end token that closes it. Found by filling the template turn by turn, never by searching its text. Raises UserError."""
     given, guard = _prepare(tokenizer, messages, {})
-    whole, spans, done = given["messages"], list[tuple[list[int], bool]](), ""
+    whole, spans = given["messages"], list[tuple[list[int], bool]]()
+    done, done_ids = "", list[int]()
     for i, message in enumerate(whole):
         if message["role"] != "assistant":
             continue
@@ -109,22 +110,22 @@ def turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[list[
             raise UserError(
                 "the chat template rewrites earlier turns, so what the assistant said cannot be told from the rest: simplify the template"
             )
-        answer = _behind(tokenizer, before, after, guard)
+        before_ids, after_ids = (tokenizer.encode_template(text, guard) for text in (before, after))
+        answer = _behind(before_ids, after_ids) or tokenizer.encode_template(after[len(before) :], guard)
         ends = [k for k, token in enumerate(answer) if token in tokenizer.ends]
         if not ends:
             raise UserError("the chat template closes no answer with an end token, so a model could not learn to stop: use a template that does")
         if not tokenizer.decode_bytes(answer[: ends[0]]).strip():
             raise UserError(f"message {i} of the assistant is empty: there is nothing to learn from")
-        spans += [(_behind(tokenizer, done, before, guard), False), (answer[: ends[0] + 1], True), (answer[ends[0] + 1 :], False)]
-        done = after
+        asked = _behind(done_ids, before_ids) or tokenizer.encode_template(before[len(done) :], guard)
+        spans += [(asked, False), (answer[: ends[0] + 1], True), (answer[ends[0] + 1 :], False)]
+        done, done_ids = after, after_ids
     return [span for span in spans if span[0]]
 
 
-def _behind(tokenizer: Tokenizer, begun: str, text: str, guard: str) -> list[int]:
-    """Ids of `text` behind `begun`, with which it starts: those of the whole, as it is encoded when a conversation goes on, except where a token
-    would span the seam."""
-    head, whole = tokenizer.encode_template(begun, guard), tokenizer.encode_template(text, guard)
-    return whole[len(head) :] if whole[: len(head)] == head else tokenizer.encode_template(text[len(begun) :], guard)
+def _behind(begun: list[int], whole: list[int]) -> list[int]:
+    """The ids of a conversation behind those that it had before, as it is encoded when it goes on; nothing where a token spans the seam."""
+    return whole[len(begun) :] if whole[: len(begun)] == begun else []
 
 
 def _prepare(tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
