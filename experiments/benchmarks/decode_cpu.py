@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         for batch in map(int, flags.get("batches", "1,8").split(",")):
-            commands = {name: [__file__, "--worker", json.dumps([folder, name, batch, prompt, new])] for name in wanted}
+            commands = {name: [sys.executable, __file__, "--worker", json.dumps([folder, name, batch, prompt, new])] for name in wanted}
             report(batch, new, turns.measure(commands, int(flags.get("rounds", 5)), float(flags.get("seconds", 4))))
 
 

@@ -126,8 +126,8 @@ def worker(shape: str, name: str) -> None:
 
 def measure(shape: str, rounds: int, seconds: float, torch_python: str) -> dict[str, tuple[list[float], float]]:
     """{contender: (seconds a step, one per round; median matrix rate)}."""
-    pythons = dict.fromkeys(TORCH_FLOAT32 + TORCH_BFLOAT16, torch_python)
-    found = turns.measure({name: [__file__, "--worker", shape, name] for name in CONTENDERS}, rounds, seconds, pythons)
+    commands = {name: [sys.executable if name in OURS else torch_python, __file__, "--worker", shape, name] for name in CONTENDERS}
+    found = turns.measure(commands, rounds, seconds)
     return {name: ([s for s, _ in rows], statistics.median(r for _, r in rows)) for name, rows in found.items()}
 
 

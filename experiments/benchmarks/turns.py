@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 
 def work(step: Callable[[], None], aside: Callable[[], float]) -> None:
@@ -22,14 +22,11 @@ def work(step: Callable[[], None], aside: Callable[[], float]) -> None:
         print(json.dumps([seconds, aside()]), flush=True)
 
 
-def measure(commands: dict[str, list[str]], rounds: int, seconds: float, pythons: Mapping[str, str] = {}) -> dict[str, list[tuple[float, float]]]:
-    """{contender: (seconds a step, aside) of each round}; those that do not start are named and left out. `seconds` is the length of a turn;
-    `pythons` are interpreters of contenders that do not run on this one."""
+def measure(commands: dict[str, list[str]], rounds: int, seconds: float) -> dict[str, list[tuple[float, float]]]:
+    """{contender: (seconds a step, aside) of each round}; those that do not start are named and left out. `seconds` is the length of a turn."""
     processes = {}
     for name, command in commands.items():
-        process = subprocess.Popen(
-            [pythons.get(name, sys.executable), *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while (line := process.stdout.readline()) and line.strip() != "ready":
             continue
         if line:
