@@ -18,6 +18,7 @@ import numpy as np
 
 from gptjax import files, hf, quantize, transfer, tree
 from gptjax.config import LoraConfig, ModelConfig, UserError
+from gptjax.data.rows import decode
 
 CONFIG, WEIGHTS, TEMPLATE = "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"
 _HEAD = "base_model."
@@ -121,7 +122,7 @@ def find(path: Path, c: ModelConfig) -> tuple[LoraConfig, Any, str]:
     """(config, adapters, chat template or "") of a run's workdir or of a PEFT folder. Raises UserError where they are not for this model."""
     if (path / CONFIG).is_file():
         template = path / TEMPLATE
-        return *read(path, c), template.read_text(encoding="utf-8") if template.is_file() else ""
+        return *read(path, c), decode(template.read_bytes(), str(template)) if template.is_file() else ""
     from gptjax import checkpoint  # orbax takes a second to import
 
     config, trained, tokenizer, _ = checkpoint.load_run(path)

@@ -268,6 +268,9 @@ def test_adapters_bring_the_chat_template_they_were_tuned_with(tmp_path):
     lm = language_model.load(tmp_path / "base")
     handles = [language_model.load(tmp_path / name) for name in ("run", "hf")] + [lm.adapted(tmp_path / name) for name in ("run", "peft")]
     assert all(handle.tokenizer.chat_template == tokenizer.chat_template for handle in handles) and not lm.tokenizer.chat_template
+    (tmp_path / "peft" / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template.jinja.*UTF-8"):
+        lm.adapted(tmp_path / "peft")
 
 
 def test_a_classifier_goes_out_and_in(tmp_path):
