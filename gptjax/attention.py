@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gptjax import products
+
 Array = jax.Array
 _MASKED = -1e30  # finite: exp underflows to an exact 0, and no NaN arises from a block without a visible key
 
@@ -227,17 +229,22 @@ def write_cache(cache: dict[str, Array], k_BTKC: Array, v_BTKC: Array, start_B: 
 def cached(q_BTKGC: Array, cache: dict[str, Array], mask: Mask) -> Array:
     """Attention over one layer of `model.init_cache`, as `reference` defines it; N = B * K, Q = T * G. int8 is scaled after the products."""
     b, t, heads, groups, width = q_BTKGC.shape
-    k_NSC, v_NCS = (cache[name].astype(q_BTKGC.dtype) for name in ("k", "v"))
-    slots = k_NSC.shape[1]
+    slots = cache["k"].shape[1]
+
+    def product(x_NQD: Array, rows_NFD: Array) -> Array:
+        if t * groups == 1 and products.fits_lanes(x_NQD, rows_NFD):
+            return products.by_lanes(x_NQD[:, 0], fence(rows_NFD))[:, None]
+        return jnp.einsum("NQD,NFD->NQF", x_NQD.astype(q_BTKGC.dtype), rows_NFD.astype(q_BTKGC.dtype), preferred_element_type=jnp.float32)
+
     q_NQC = q_BTKGC.transpose(0, 2, 1, 3, 4).reshape(b * heads, t * groups, width)
-    scores_NQS = jnp.einsum("NQC,NSC->NQS", q_NQC, k_NSC, preferred_element_type=jnp.float32) * width**-0.5
+    scores_NQS = product(q_NQC, cache["k"]) * width**-0.5
     if "k_scale" in cache:
         scores_NQS = scores_NQS * cache["k_scale"][:, None]
     scores_BKTGS = jnp.where(mask.allowed(0, slots)[:, None, :, None], scores_NQS.reshape(b, heads, t, groups, slots), _MASKED)
     probs_NQS = jax.nn.softmax(scores_BKTGS, axis=-1).reshape(b * heads, t * groups, slots)
     if "v_scale" in cache:
         probs_NQS = probs_NQS * cache["v_scale"][:, None]
-    y_NQC = jnp.einsum("NQS,NCS->NQC", probs_NQS.astype(v_NCS.dtype), v_NCS, preferred_element_type=jnp.float32).astype(q_BTKGC.dtype)
+    y_NQC = product(probs_NQS, cache["v"]).astype(q_BTKGC.dtype)
     return y_NQC.reshape(b, heads, t, groups, width).transpose(0, 2, 1, 3, 4)
 
 

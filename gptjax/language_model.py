@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import beam, convert, decode, generation, lora, model
+from gptjax import beam, convert, decode, generation, lora, model, products
 from gptjax.config import ModelConfig, UserError, unknown_name
 from gptjax.generation import Completion, Request, Row
 from gptjax.sampling import Sampling, active_of, arrays
@@ -50,6 +50,8 @@ class LanguageModel:
             raise UserError(unknown_name("cache_dtype", self.cache_dtype, list(WEIGHTS)))
         # on a CPU activations stay float32: its products convert each weight anyway
         dtype = "float32" if self.weights == "float32" or jax.default_backend() == "cpu" else "bfloat16"
+        if not self.cache_dtype and self.weights != "float32" and products.has_lanes():
+            self.cache_dtype = "bfloat16"  # as on accelerators; where a CPU reads it faster than float32
         self._engine = dataclasses.replace(self.config, dropout=0.0, remat="none", attention="reference", scan=False, dtype=dtype)
         self._weights = _inference_params(self.config, self.params, weights=self.weights)
 
@@ -324,7 +326,8 @@ def _bucket(length: int, context: int, *, smallest: int = 64) -> int:
 def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> LanguageModel:
     """The model at `path`: a workdir, a step's folder, a Hugging Face folder, a .gguf file, or a name on the hub (with the extra `hub`).
 
-    weights: what generation reads, "float32", "bfloat16" or "int8" (a scale for each row); cache_dtype: of keys and values. Raises UserError.
+    weights: what generation reads, "float32", "bfloat16" or "int8" (a scale for each row); cache_dtype: of keys and values, by default float32 beside
+    float32 weights, else bfloat16 (on a CPU before jax 0.12, which is slow with it, float32). Raises UserError.
     """
     source = convert.read(path)
     return LanguageModel(source.config, source.params, source.tokenizer, weights, cache_dtype, source)

@@ -1,6 +1,8 @@
-"""Products of matrices whose backward pass is as fast as the forward one."""
+"""Products in the forms that XLA:CPU is fast with (measured in experiments/LOG.md). Other backends get the plain ones."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,29 @@ def turned(a: Array) -> Array:
         return a.T
     barrier = jax.lax.optimization_barrier  # or the transpose becomes part of the product again
     return barrier(with_layout_constraint(barrier(a.T), Layout((0, 1))))
+
+
+_LANES = 16  # numbers of a row multiplied side by side, in one or two vector registers
+_TERMS = 25  # such pieces after each other in a sum: a row leaves few sums behind, and the program stays short to compile
+
+
+def has_lanes() -> bool:
+    """Whether `by_lanes` is fast: jax 0.10's XLA:CPU makes many small loops of it, and accelerators multiply small types themselves."""
+    return jax.default_backend() == "cpu" and jax.__version_info__ >= (0, 12)
+
+
+def fits_lanes(x: Array, rows: Array) -> bool:
+    """Whether `by_lanes` is the fast form of one vector x [..., D] times rows [..., D]: XLA:CPU would multiply small types number by number."""
+    return has_lanes() and rows.dtype.itemsize < 4 and x.shape[-1] % _LANES == 0
+
+
+def by_lanes(x: Array, rows: Array) -> Array:
+    """x [N, D], rows [N, F, D] in any type -> float32 [N, F]: sums of 16 lanes that run down each row, a loop over the rows as they lie in memory."""
+    terms = max(n for n in range(1, _TERMS + 1) if x.shape[-1] % (_LANES * n) == 0)
+    cut = lambda a: a.reshape(*a.shape[:-1], -1, terms, _LANES)
+    pieces = [cut(rows)[..., i, :].astype(jnp.float32) * cut(x)[:, None, :, i].astype(jnp.float32) for i in range(terms)]
+    sums = jax.lax.optimization_barrier(functools.reduce(jnp.add, pieces)).reshape(*rows.shape[:2], -1)
+    return sums @ jnp.ones(sums.shape[-1])  # faster than sum(-1)
 
 
 def _by_rows(*operands: Array) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gptjax import products
 from gptjax.attention import fence
 
 Array = jax.Array
@@ -36,15 +37,16 @@ def matrix(weight: Any) -> Array:
 def times_rows(x: Array, weight: Any) -> Array:
     """x [N, D] times the `rows` [F, D] of a matrix: float32 [N, F].
 
-    On a CPU x is split into two parts of the weights' own type (bfloat16: a number and what its rounding lost; int8: the digits of a 15-bit integer to
-    base 256), since XLA multiplies two rows of small types at the speed of memory, and one row, or rows of another type, up to ten
-    times slower (experiments/LOG.md). So activations keep at least 15 bits, and only the weights are rounded. The weights are frozen: only x has a gradient."""
+    On a CPU one row of x runs down small weights `by_lanes`. Several are split into two parts of the weights' own type (bfloat16: a number and what its
+    rounding lost; int8: the digits of a 15-bit integer to base 256), since XLA is up to ten times slower where types differ (experiments/LOG.md). So activations keep at least 15 bits, and only the weights are rounded. The weights are frozen: only x has a gradient."""
     x, rows = jax.lax.optimization_barrier((x, weight["rows"]))  # tied to x, or a loop of decoding would keep converted weights
     product = lambda a, kind: jax.lax.dot_general(a, rows.astype(a.dtype), (((1,), (1,)), ((), ())), preferred_element_type=kind)
     if rows.dtype == x.dtype:
         y = fence(product(x, jnp.float32))
     elif jax.default_backend() != "cpu":
         y = product(x.astype(jnp.bfloat16), jnp.float32)
+    elif len(x) == 1 and products.fits_lanes(x, rows):
+        y = products.by_lanes(x, rows[None])
     elif rows.dtype == jnp.int8:
         scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True) / (127 * 256), 1e-30)
         digits = jnp.round(x / scale)

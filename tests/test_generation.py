@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, byte_level_tokenizer, tiny_checkpoint
 
-from gptjax import decode, sampling
+from gptjax import decode, products, quantize, sampling
 from gptjax.config import UserError
 from gptjax.generation import Row
 from gptjax.language_model import LanguageModel
@@ -322,6 +322,20 @@ def test_smaller_weights_stay_close(weights, lm):
     stored = {leaf.dtype.name for block in small._weights["blocks"] for leaf in [block["mlp"]["up"]["rows"], block["attn"]["qkv"]["rows"]]}
     assert stored == {weights}
     assert len(small.generate([[1, 2, 3]], max_new_tokens=5)[0].tokens) == 5
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("count", "width"), [(1, 768), (1, 576), (1, 16), (1, 40), (3, 48)])
+def test_a_product_rounds_weights_and_not_activations(weights, count, width):
+    rng = np.random.default_rng(width)
+    x = rng.standard_normal((count, width)).astype(np.float32)
+    kept = quantize.rows(jnp.asarray(rng.standard_normal((24, width)), jnp.float32), weights)
+    exact = x.astype(np.float64) @ np.asarray(quantize.matrix(kept), np.float64).T
+    for product in (quantize.times_rows, jax.jit(quantize.times_rows)):
+        np.testing.assert_allclose(product(jnp.asarray(x), kept), exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
+    if width % 16 == 0:  # whatever this version of jax chooses
+        found = jax.vmap(lambda x: products.by_lanes(x[None], kept["rows"][None])[0])(jnp.asarray(x)) * kept.get("row_scale", 1)
+        np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])

@@ -1,10 +1,10 @@
 """Tokens/s of generation at GPT-2 124M on this machine's CPU: gptjax against transformers' `generate` and CTranslate2.
 
-    python experiments/benchmarks/decode_cpu.py [--batches=1,8] [--rounds=5] [--seconds=4] [--prompt=64] [--new=128]
+    python experiments/benchmarks/decode_cpu.py [--batches=1,8] [--rounds=5] [--seconds=4] [--prompt=64] [--new=128] [--torch_python=python3.11]
 
 Random weights (speed does not depend on them), greedy, exactly as many new tokens as asked. Turns are interleaved (A B C A B C ...) and medians
 compared. The floor is the bytes of the weights over the read bandwidth, measured beside every turn: a step at batch 1 reads each weight once.
-Needs `pip install -e '.[parity]' ctranslate2`.
+Needs `pip install -e '.[parity]' ctranslate2`; --torch_python is the interpreter that has PyTorch, where this one is too new for it.
 """
 
 from __future__ import annotations
@@ -138,10 +138,12 @@ def main(argv: list[str]) -> None:
     flags = dict(arg[2:].split("=", 1) for arg in argv)
     prompt, new = int(flags.get("prompt", 64)), int(flags.get("new", 128))
     wanted = flags.get("only", ",".join(CONTENDERS)).split(",")
+    torch_python = flags.get("torch_python", sys.executable)
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         for batch in map(int, flags.get("batches", "1,8").split(",")):
-            commands = {name: [sys.executable, __file__, "--worker", json.dumps([folder, name, batch, prompt, new])] for name in wanted}
+            python = lambda name: torch_python if name.startswith("transformers") else sys.executable
+            commands = {name: [python(name), __file__, "--worker", json.dumps([folder, name, batch, prompt, new])] for name in wanted}
             report(batch, new, turns.measure(commands, int(flags.get("rounds", 5)), float(flags.get("seconds", 4))))
 
 
