@@ -1,6 +1,7 @@
 """Training-step tokens/s of gptjax against PyTorch's GPT-2 (transformers), on this machine's CPU.
 
     python experiments/benchmarks/train_cpu.py [--shapes=shakespeare_char,10m,124m] [--rounds=7] [--seconds=3] [--torch_python=python3.11]
+        [--only="gptjax float32,gptjax bfloat16,torch eager float32,torch compile float32"]
 
 Every contender is a process of its own that waits for its turn; turns are interleaved (A B C A B C ...), so that all see the same
 noise, and medians are compared. Same batch, no dropout, AdamW, gradients clipped at 1.0. Needs `pip install -e '.[parity]'`; --torch_python is
@@ -124,9 +125,9 @@ def worker(shape: str, name: str) -> None:
     turns.work(*(gptjax_worker(shape, *mode) if library == "gptjax" else torch_worker(shape, *mode)))
 
 
-def measure(shape: str, rounds: int, seconds: float, torch_python: str) -> dict[str, tuple[list[float], float]]:
+def measure(shape: str, rounds: int, seconds: float, torch_python: str, wanted: list[str]) -> dict[str, tuple[list[float], float]]:
     """{contender: (seconds a step, one per round; median matrix rate)}."""
-    commands = {name: [sys.executable if name in OURS else torch_python, __file__, "--worker", shape, name] for name in CONTENDERS}
+    commands = {name: [sys.executable if name in OURS else torch_python, __file__, "--worker", shape, name] for name in wanted}
     found = turns.measure(commands, rounds, seconds)
     return {name: ([s for s, _ in rows], statistics.median(r for _, r in rows)) for name, rows in found.items()}
 
@@ -141,16 +142,17 @@ def model_flops(shape: str) -> float:
 def report(shape: str, found: dict[str, tuple[list[float], float]]) -> None:
     _, _, _, batch, context, _ = SHAPES[shape]
     print(f"\n{shape}: {batch} x {context} tokens a step, {model_flops(shape) / 1e9:.1f} GFLOP")
-    print(f"{'':<24}{'ms/step':>10}{'tokens/s':>11}{'GFLOP/s':>9}{'own matmul':>12}{'share':>7}{'gptjax is':>11}")
-    ours = found["gptjax float32"][0]
+    running = [name for name in OURS if name in found]
+    ours = found[running[0]][0]
+    print(f"{'':<24}{'ms/step':>10}{'tokens/s':>11}{'GFLOP/s':>9}{'own matmul':>12}{'share':>7}{running[0] + ' is':>20}")
     for name, (times, rate) in found.items():
         middle = statistics.median(times)
         speed = model_flops(shape) / middle
         ratio = statistics.median(t / o for t, o in zip(times, ours, strict=True))
         print(
-            f"{name:<24}{1e3 * middle:>10.1f}{batch * context / middle:>11,.0f}{speed / 1e9:>9.0f}{rate / 1e9:>12.0f}{speed / rate:>7.0%}{ratio:>10.2f}x"
+            f"{name:<24}{1e3 * middle:>10.1f}{batch * context / middle:>11,.0f}{speed / 1e9:>9.0f}{rate / 1e9:>12.0f}{speed / rate:>7.0%}{ratio:>19.2f}x"
         )
-    for name, (label, names) in itertools.product(OURS, (("float32", TORCH_FLOAT32), ("bfloat16", TORCH_BFLOAT16))):
+    for name, (label, names) in itertools.product(running, (("float32", TORCH_FLOAT32), ("bfloat16", TORCH_BFLOAT16))):
         if rows := [found[n][0] for n in names if n in found]:
             best = [min(turn) for turn in zip(*rows, strict=True)]
             print(
@@ -160,8 +162,9 @@ def report(shape: str, found: dict[str, tuple[list[float], float]]) -> None:
 
 def main(argv: list[str]) -> None:
     flags = dict(arg[2:].split("=", 1) for arg in argv)
+    torch_python, wanted = flags.get("torch_python", sys.executable), flags.get("only", ",".join(CONTENDERS)).split(",")
     for shape in flags.get("shapes", ",".join(SHAPES)).split(","):
-        report(shape, measure(shape, int(flags.get("rounds", 7)), float(flags.get("seconds", 3)), flags.get("torch_python", sys.executable)))
+        report(shape, measure(shape, int(flags.get("rounds", 7)), float(flags.get("seconds", 3)), torch_python, wanted))
 
 
 if __name__ == "__main__":
