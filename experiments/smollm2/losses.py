@@ -5,6 +5,7 @@ python experiments/smollm2/losses.py [--checkpoint=runs/smollm2.gguf] [--tokens=
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import jax
@@ -39,13 +40,13 @@ def main(argv: list[str]) -> None:
     newest = list(sources.open_source(Config().data).documents(sources.EVAL))[-1]
     exact = None
     print(f"{'weights':<10}{'cache':<10}{'MiB':>6}{'loss':>9}{'change':>9}")
-    for weights, cache in (("float32", ""), ("bfloat16", ""), ("int8", ""), ("float32", "bfloat16"), ("float32", "int8"), ("int8", "int8")):
+    for weights, cache in itertools.product(("float32", "bfloat16", "int8"), repeat=2):
         lm = gptjax.load(path, weights=weights, cache_dtype=cache)
         ids = np.asarray([lm.encode(newest)[:count]], np.int32)
         found = loss(lm, ids)
         exact = found if exact is None else exact
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(lm._weights)) / 2**20
-        print(f"{weights:<10}{cache or 'float32':<10}{held:>6.0f}{found:>9.4f}{found - exact:>+9.4f}")
+        print(f"{weights:<10}{cache:<10}{held:>6.0f}{found:>9.4f}{found - exact:>+9.4f}")
 
 
 if __name__ == "__main__":
