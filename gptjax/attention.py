@@ -232,7 +232,7 @@ def cached(q_BTKGC: Array, cache: dict[str, Array], mask: Mask) -> Array:
     slots = cache["k"].shape[1]
 
     def product(x_NQD: Array, rows_NFD: Array) -> Array:
-        if t * groups == 1 and products.fits_lanes(x_NQD, rows_NFD):
+        if t * groups == 1 and products.fits_lanes(x_NQD.shape[-1], rows_NFD.dtype):
             return products.by_lanes(x_NQD[:, 0], fence(rows_NFD))[:, None]
         return jnp.einsum("NQD,NFD->NQF", x_NQD.astype(q_BTKGC.dtype), rows_NFD.astype(q_BTKGC.dtype), preferred_element_type=jnp.float32)
 

@@ -111,11 +111,12 @@ def fit(prompt: list[int], context: int, max_new_tokens: int, *, slide: bool) ->
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """Guesses a pass; a draft model's config and weights, or None for prompt lookup."""
+    """Guesses a pass; a draft model's config, weights and type of cache, or None for prompt lookup."""
 
     count: int
     draft_config: ModelConfig | None = None
     draft_weights: Any = None
+    draft_cache_dtype: str = ""
 
 
 def run(
@@ -171,6 +172,6 @@ def _begin(
     if guess:
         state["passes"] = jax.device_put(np.int32(0))
         if guess.draft_config:
-            cache = decode.prefill(guess.draft_config, guess.draft_weights, state["tokens"], state["length"], cache_dtype=cache_dtype)
+            cache = decode.prefill(guess.draft_config, guess.draft_weights, state["tokens"], state["length"], cache_dtype=guess.draft_cache_dtype)
             state["draft_cache"] = cache
     return state

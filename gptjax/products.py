@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,19 +35,19 @@ _LANES = 16  # numbers of a row multiplied side by side, in one or two vector re
 _TERMS = 25  # such pieces after each other in a sum: a row leaves few sums behind, and the program stays short to compile
 
 
-def has_lanes() -> bool:
-    """Whether `by_lanes` is fast: jax 0.10's XLA:CPU makes many small loops of it, and accelerators multiply small types themselves."""
-    return jax.default_backend() == "cpu" and jax.__version_info__ >= (0, 12)
+def _terms(width: int) -> int:
+    return max((n for n in range(1, _TERMS + 1) if width % (_LANES * n) == 0), default=0)
 
 
-def fits_lanes(x: Array, rows: Array) -> bool:
-    """Whether `by_lanes` is the fast form of one vector x [..., D] times rows [..., D]: XLA:CPU would multiply small types number by number."""
-    return has_lanes() and rows.dtype.itemsize < 4 and x.shape[-1] % _LANES == 0
+def fits_lanes(width: int, dtype: Any) -> bool:
+    """Whether `by_lanes` is the fast form of one vector times rows of `width` numbers: XLA:CPU multiplies one row of small types number by number.
+    jax 0.10's makes many small loops of the lanes, widths with few divisors leave too many sums, and accelerators need no such form."""
+    return jax.default_backend() == "cpu" and jax.__version_info__ >= (0, 12) and jnp.dtype(dtype).itemsize < 4 and _terms(width) >= 4
 
 
 def by_lanes(x: Array, rows: Array) -> Array:
-    """x [N, D], rows [N, F, D] in any type -> float32 [N, F]: sums of 16 lanes that run down each row, a loop over the rows as they lie in memory."""
-    terms = max(n for n in range(1, _TERMS + 1) if x.shape[-1] % (_LANES * n) == 0)
+    """x [N, D], rows [N, F, D] in any type, D in 16s -> float32 [N, F]: sums of 16 lanes that run down each row, a loop over the rows as they lie in memory."""
+    terms = _terms(x.shape[-1])
     cut = lambda a: a.reshape(*a.shape[:-1], -1, terms, _LANES)
     pieces = [cut(rows)[..., i, :].astype(jnp.float32) * cut(x)[:, None, :, i].astype(jnp.float32) for i in range(terms)]
     sums = jax.lax.optimization_barrier(functools.reduce(jnp.add, pieces)).reshape(*rows.shape[:2], -1)

@@ -45,7 +45,7 @@ def times_rows(x: Array, weight: Any) -> Array:
         y = fence(product(x, jnp.float32))
     elif jax.default_backend() != "cpu":
         y = product(x.astype(jnp.bfloat16), jnp.float32)
-    elif len(x) == 1 and products.fits_lanes(x, rows):
+    elif len(x) == 1 and products.fits_lanes(x.shape[1], rows.dtype):
         y = products.by_lanes(x, rows[None])
     elif rows.dtype == jnp.int8:
         scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True) / (127 * 256), 1e-30)
