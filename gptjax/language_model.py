@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import beam, convert, decode, generation, lora, model, products
+from gptjax import beam, convert, decode, generation, lora, model
 from gptjax.config import ModelConfig, UserError, unknown_name
 from gptjax.generation import Completion, Request, Row
 from gptjax.sampling import Sampling, active_of, arrays
@@ -34,7 +34,7 @@ _inference_params = jax.jit(model.inference_params, static_argnames=("config", "
 @dataclasses.dataclass
 class LanguageModel:
     """config, params (host arrays, blocks stacked on axis 0) and tokenizer (None: token ids only). `weights` and `cache_dtype` say what
-    generation reads; see `model.inference_params` and `load`."""
+    generation reads; see `model.inference_params` and `model.init_cache`."""
 
     config: ModelConfig
     params: Any
@@ -50,9 +50,6 @@ class LanguageModel:
             raise UserError(unknown_name("cache_dtype", self.cache_dtype, list(WEIGHTS)))
         # on a CPU activations stay float32: its products convert each weight anyway
         dtype = "float32" if self.weights == "float32" or jax.default_backend() == "cpu" else "bfloat16"
-        # beside small weights bfloat16, as on accelerators, where a CPU reads it faster than float32: one query to a key and value head
-        small = self.weights != "float32" and self.config.kv == self.config.heads and products.fits_lanes(self.config.head_width, "bfloat16")
-        self._cache_dtype = self.cache_dtype or ("bfloat16" if small else "")
         self._engine = dataclasses.replace(self.config, dropout=0.0, remat="none", attention="reference", scan=False, dtype=dtype)
         self._weights = _inference_params(self.config, self.params, weights=self.weights)
 
@@ -208,7 +205,7 @@ class LanguageModel:
         else:
             guess = self._speculation(request, speculate_tokens, draft)
             steps = (16,) if request.has_stop_text else (1 << 30,)
-            for _ in generation.run(self._engine, self._weights, request, steps=steps, cache_dtype=self._cache_dtype, guess=guess):
+            for _ in generation.run(self._engine, self._weights, request, steps=steps, cache_dtype=self.cache_dtype, guess=guess):
                 pass
             found = [row.completion() for row in request.rows]
         if prompt_logprobs:
@@ -226,7 +223,7 @@ class LanguageModel:
         request = self._request([prompt], max_new_tokens, 1, stop, stop_tokens, banned, overflow, ignore_end, sampling)
         guess = self._speculation(request, speculate_tokens, draft)
         row, shown = request.rows[0], 0
-        for _ in generation.run(self._engine, self._weights, request, steps=_STREAM_STEPS, cache_dtype=self._cache_dtype, guess=guess):
+        for _ in generation.run(self._engine, self._weights, request, steps=_STREAM_STEPS, cache_dtype=self.cache_dtype, guess=guess):
             if row.safe > shown:
                 yield row.text[shown : row.safe]
                 shown = row.safe
@@ -289,7 +286,7 @@ class LanguageModel:
             raise UserError(
                 f"the draft model has {draft.config.vocab_size:,} tokens and the model {self.config.vocab_size:,}: they must share one vocabulary"
             )
-        return generation.Speculation(count or 4, draft._engine, draft._weights, draft._cache_dtype)
+        return generation.Speculation(count or 4, draft._engine, draft._weights, draft.cache_dtype)
 
     def _beams(self, request: Request, beams: int, length_penalty: float, early_stopping: bool | str) -> list[Completion]:
         if request.n > beams or any(s.temperature for s in request.samplings) or request.has_stop_text or request.slide:
@@ -299,7 +296,7 @@ class LanguageModel:
         limits = [min(len(p) + request.max_new_tokens, self.config.context + 1) for p in request.prompts]
         state = decode.start(
             self._engine, self._weights, request.prompts, limits=limits, seeds=[0] * len(limits), slots=decode.bucket(max(limits), self.config.context + 1),
-            cache_dtype=self._cache_dtype, copies=beams,
+            cache_dtype=self.cache_dtype, copies=beams,
         )  # fmt: skip
         options = {k: v if k == "stops" else v.repeat(beams, 0) for k, v in arrays(request.samplings, self.config.vocab_size, request.stops).items()}
         state = beam.search(
@@ -327,9 +324,8 @@ def _bucket(length: int, context: int, *, smallest: int = 64) -> int:
 def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> LanguageModel:
     """The model at `path`: a workdir, a step's folder, a Hugging Face folder, a .gguf file, or a name on the hub (with the extra `hub`).
 
-    weights: what generation reads, "float32", "bfloat16" or "int8" (a scale for each row). cache_dtype: of keys and values; by default the compute dtype,
-    but bfloat16 beside small weights where a CPU reads that faster (jax 0.12, as many key heads as queries). Scores and logits are computed without
-    a cache, so a small one may turn near ties. Raises UserError.
+    weights: what generation reads, "float32", "bfloat16" or "int8" (a scale for each row). cache_dtype: of keys and values, by default the compute dtype;
+    bfloat16 is faster beside small weights (on a CPU from jax 0.12), but its rounding turns near ties, between speculation and greedy too. Raises UserError.
     """
     source = convert.read(path)
     return LanguageModel(source.config, source.params, source.tokenizer, weights, cache_dtype, source)

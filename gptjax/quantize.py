@@ -37,26 +37,34 @@ def matrix(weight: Any) -> Array:
 def times_rows(x: Array, weight: Any) -> Array:
     """x [N, D] times the `rows` [F, D] of a matrix: float32 [N, F].
 
-    On a CPU one row of x runs down small weights `by_lanes`. Several are split into two parts of the weights' own type (bfloat16: a number and what its
-    rounding lost; int8: the digits of a 15-bit integer to base 256), since XLA is up to ten times slower where types differ (experiments/LOG.md). So activations keep at least 15 bits, and only the weights are rounded. The weights are frozen: only x has a gradient."""
+    On a CPU x is split into two parts of the weights' own type (bfloat16: a number and what its rounding lost; int8: the digits of a 15-bit integer to
+    base 256), since XLA is up to ten times slower where types differ (experiments/LOG.md). One row runs down small weights `by_lanes` instead, rounded
+    alike, so that a text does not turn on how many rows were fed at once. So activations keep at least 15 bits, and only the weights are rounded.
+    The weights are frozen: only x has a gradient."""
     x, rows = jax.lax.optimization_barrier((x, weight["rows"]))  # tied to x, or a loop of decoding would keep converted weights
     product = lambda a, kind: jax.lax.dot_general(a, rows.astype(a.dtype), (((1,), (1,)), ((), ())), preferred_element_type=kind)
+    lanes = len(x) == 1 and products.fits_lanes(x.shape[1], rows.dtype)
     if rows.dtype == x.dtype:
         y = fence(product(x, jnp.float32))
     elif jax.default_backend() != "cpu":
         y = product(x.astype(jnp.bfloat16), jnp.float32)
-    elif len(x) == 1 and products.fits_lanes(x.shape[1], rows.dtype):
-        y = products.by_lanes(x, rows[None])
     elif rows.dtype == jnp.int8:
         scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True) / (127 * 256), 1e-30)
         digits = jnp.round(x / scale)
-        high = jnp.floor((digits + 128) / 256)
-        y = fence(product(fence(jnp.concatenate([high, digits - 256 * high]).astype(jnp.int8)), jnp.int32)).astype(jnp.float32)
-        y = (256 * y[: len(x)] + y[len(x) :]) * scale
+        if lanes:
+            y = products.by_lanes(digits, rows[None]) * scale
+        else:
+            high = jnp.floor((digits + 128) / 256)
+            y = fence(product(fence(jnp.concatenate([high, digits - 256 * high]).astype(jnp.int8)), jnp.int32)).astype(jnp.float32)
+            y = (256 * y[: len(x)] + y[len(x) :]) * scale
     else:
         high = x.astype(rows.dtype)
-        y = fence(product(fence(jnp.concatenate([high, (x - high.astype(x.dtype)).astype(rows.dtype)])), jnp.float32))
-        y = y[: len(x)] + y[len(x) :]
+        low = (x - high.astype(x.dtype)).astype(rows.dtype)
+        if lanes:
+            y = products.by_lanes(high.astype(x.dtype) + low.astype(x.dtype), rows[None])
+        else:
+            y = fence(product(fence(jnp.concatenate([high, low])), jnp.float32))
+            y = y[: len(x)] + y[len(x) :]
     return y * weight["row_scale"] if "row_scale" in weight else y
 
 
