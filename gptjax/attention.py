@@ -232,8 +232,8 @@ def cached(q_BTKGC: Array, cache: dict[str, Array], mask: Mask) -> Array:
     slots = cache["k"].shape[1]
 
     def product(x_NQD: Array, rows_NFD: Array) -> Array:
-        if t * groups == 1 and products.fits_lanes(x_NQD.shape[-1], rows_NFD.dtype):
-            return products.by_lanes(x_NQD[:, 0], fence(rows_NFD))[:, None]
+        if t * groups <= products.FEW and jax.default_backend() == "cpu":
+            return products.few_rows(x_NQD, fence(rows_NFD))
         return jnp.einsum("NQD,NFD->NQF", x_NQD.astype(q_BTKGC.dtype), rows_NFD.astype(q_BTKGC.dtype), preferred_element_type=jnp.float32)
 
     q_NQC = q_BTKGC.transpose(0, 2, 1, 3, 4).reshape(b * heads, t * groups, width)

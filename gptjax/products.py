@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,27 +32,42 @@ def turned(a: Array) -> Array:
     return barrier(with_layout_constraint(barrier(a.T), Layout((0, 1))))
 
 
-_LANES = 16  # numbers of a row multiplied side by side, in one or two vector registers
-_TERMS = 25  # such pieces after each other in a sum: a row leaves few sums behind, and the program stays short to compile
+FEW = 8  # rows of x: with more, the sums do not fit the registers, and packing the weights for a dot pays
+_ANY_ORDER = {"xla_cpu_enable_fast_math": True, **{f"xla_cpu_fast_math_honor_{what}": True for what in ("nans", "infs", "division", "functions")}}
 
 
-def _terms(width: int) -> int:
-    return max((n for n in range(1, _TERMS + 1) if width % (_LANES * n) == 0), default=0)
+def jit(function: Callable[..., Any], **how: Any) -> Any:
+    """`jax.jit(function, **how)` where XLA:CPU may take sums in any order, which is how it comes to add vectors of numbers in `few_rows`. No other liberty
+    of its fast math is taken: NaN, infinities, divisions and functions stay as they are. The jitted function itself is `.compiled()`."""
+
+    @functools.cache
+    def compiled() -> Any:  # made at the first call: asking for the backend starts it, and `jax.distributed` must come before
+        return jax.jit(function, compiler_options=_ANY_ORDER if jax.default_backend() == "cpu" else None, **how)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled()(*args, **kwargs)
+
+    call.compiled = compiled  # type: ignore[attr-defined]
+    return call
 
 
-def fits_lanes(width: int, dtype: Any) -> bool:
-    """Whether `by_lanes` is the fast form of one vector times rows of `width` numbers: XLA:CPU multiplies one row of small types number by number.
-    jax 0.10's makes many small loops of the lanes, widths with few divisors leave too many sums, and accelerators need no such form."""
-    return jax.default_backend() == "cpu" and jax.__version_info__ >= (0, 12) and jnp.dtype(dtype).itemsize < 4 and _terms(width) >= 4
+def few_rows(x: Array, rows: Array) -> Array:
+    """x [B, N, D] times rows [B, F, D] in any types, N at most `FEW` -> float32 [B, N, F], inside a `jit` of this module.
 
-
-def by_lanes(x: Array, rows: Array) -> Array:
-    """x [N, D], rows [N, F, D] in any type, D in 16s -> float32 [N, F]: sums of 16 lanes that run down each row, a loop over the rows as they lie in memory."""
-    terms = _terms(x.shape[-1])
-    cut = lambda a: a.reshape(*a.shape[:-1], -1, terms, _LANES)
-    pieces = [cut(rows)[..., i, :].astype(jnp.float32) * cut(x)[:, None, :, i].astype(jnp.float32) for i in range(terms)]
-    sums = jax.lax.optimization_barrier(functools.reduce(jnp.add, pieces)).reshape(*rows.shape[:2], -1)
-    return sums @ jnp.ones(sums.shape[-1])  # faster than sum(-1)
+    One pass over the rows as they lie in memory, on a CPU at the speed of reading them, where a dot packs them anew in every call. For that the sums of
+    up to four parts of the rows with each row of x are one reduction of several operands: XLA:CPU fuses the products into it, leaves its
+    loop whole for LLVM to make vectors of, and reads several places of memory at a time."""
+    (_, n, d), f = x.shape, rows.shape[1]
+    if jax.__version_info__ < (0, 12):  # forgets barriers before it fuses, and would compute x in the reduction, but not a concatenation
+        x = jax.lax.optimization_barrier(jnp.concatenate([x, x], 2))[:, :, :d]
+    size = -(-f // max(1, min(4, 10 // n)))
+    starts = [min(at, f - size) for at in range(0, f, size)]
+    terms = [rows[:, at : at + size].astype(jnp.float32) * x[:, i, None].astype(jnp.float32) for at in starts for i in range(n)]
+    add = lambda a, b: tuple(map(jnp.add, a, b))
+    sums = jax.lax.optimization_barrier(jax.lax.reduce(tuple(terms), (jnp.float32(0),) * len(terms), add, (2,)))
+    ends = [jnp.concatenate([*sums[i:-n:n], sums[i - n][:, len(starts) * size - f :]], 1) for i in range(n)]
+    return jnp.stack(ends, 1)
 
 
 def _by_rows(*operands: Array) -> bool:

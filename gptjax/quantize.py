@@ -11,6 +11,7 @@ from gptjax import products
 from gptjax.attention import fence
 
 Array = jax.Array
+_PASSES = 8
 
 
 def inputs_of(layer: str) -> int:
@@ -37,34 +38,17 @@ def matrix(weight: Any) -> Array:
 def times_rows(x: Array, weight: Any) -> Array:
     """x [N, D] times the `rows` [F, D] of a matrix: float32 [N, F].
 
-    On a CPU x is split into two parts of the weights' own type (bfloat16: a number and what its rounding lost; int8: the digits of a 15-bit integer to
-    base 256), since XLA is up to ten times slower where types differ (experiments/LOG.md). One row runs down small weights `by_lanes` instead, rounded
-    alike, so that a text does not turn on how many rows were fed at once. So activations keep at least 15 bits, and only the weights are rounded.
-    The weights are frozen: only x has a gradient."""
+    Only the weights are rounded: activations are multiplied as they are. On a CPU, passes over small weights for a few rows of x each beat converting
+    the weights (up to `_PASSES`; measured in experiments/LOG.md). The weights are frozen: only x has a gradient."""
     x, rows = jax.lax.optimization_barrier((x, weight["rows"]))  # tied to x, or a loop of decoding would keep converted weights
-    product = lambda a, kind: jax.lax.dot_general(a, rows.astype(a.dtype), (((1,), (1,)), ((), ())), preferred_element_type=kind)
-    lanes = len(x) == 1 and products.fits_lanes(x.shape[1], rows.dtype)
-    if rows.dtype == x.dtype:
-        y = fence(product(x, jnp.float32))
-    elif jax.default_backend() != "cpu":
-        y = product(x.astype(jnp.bfloat16), jnp.float32)
-    elif rows.dtype == jnp.int8:
-        scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True) / (127 * 256), 1e-30)
-        digits = jnp.round(x / scale)
-        if lanes:
-            y = products.by_lanes(digits, rows[None]) * scale
-        else:
-            high = jnp.floor((digits + 128) / 256)
-            y = fence(product(fence(jnp.concatenate([high, digits - 256 * high]).astype(jnp.int8)), jnp.int32)).astype(jnp.float32)
-            y = (256 * y[: len(x)] + y[len(x) :]) * scale
+    product = lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    if jax.default_backend() != "cpu":
+        y = product(*([x, rows] if rows.dtype == x.dtype else [x.astype(jnp.bfloat16), rows.astype(jnp.bfloat16)]))
+    elif len(x) <= products.FEW * (1 if rows.dtype == x.dtype else _PASSES):
+        y = jnp.concatenate([products.few_rows(x[None, i : i + products.FEW], rows[None])[0] for i in range(0, len(x), products.FEW)])
     else:
-        high = x.astype(rows.dtype)
-        low = (x - high.astype(x.dtype)).astype(rows.dtype)
-        if lanes:
-            y = products.by_lanes(high.astype(x.dtype) + low.astype(x.dtype), rows[None])
-        else:
-            y = fence(product(fence(jnp.concatenate([high, low])), jnp.float32))
-            y = y[: len(x)] + y[len(x) :]
+        rows = fence(rows.astype(x.dtype))
+        y = fence(product(rows, x)).T if len(x) < 64 else fence(product(x, rows))  # the right one is packed anew in every call
     return y * weight["row_scale"] if "row_scale" in weight else y
 
 

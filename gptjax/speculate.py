@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax import model, sampling
+from gptjax import model, products, sampling
 from gptjax.config import ModelConfig
 from gptjax.decode import State, append, feed
 
@@ -47,7 +47,7 @@ def _draft(config: ModelConfig, params: Any, state: State, count: int) -> tuple[
     return jnp.stack(guesses, 1), cache
 
 
-@functools.partial(jax.jit, static_argnames=("config", "active", "count", "draft_config"), donate_argnames=("state",))
+@functools.partial(products.jit, static_argnames=("config", "active", "count", "draft_config"), donate_argnames=("state",))
 def advance(
     config: ModelConfig, params: Any, state: State, options: Mapping[str, Array], steps: Array, *, active: frozenset[str], count: int = 4,
     draft_config: ModelConfig | None = None, draft_params: Any = None,
@@ -65,9 +65,9 @@ def advance(
         held = state["tokens"].at[rows, state["length"][:, None] + jnp.arange(count)[None]].set(guesses)
         x, cache = feed(config, params, {**state, "tokens": held}, count + 1)
         state = {**state, "cache": cache}
-        agreed = ~state["done"]
+        agreed, logits = ~state["done"], model.unembed(config, params, x)
         for k in range(count + 1):
-            found = model.unembed(config, params, x[:, k])
+            found = logits[:, k]
             token = sampling.choose(sampling.process(found, options, state, active), options, rows, active)
             logprob = jnp.take_along_axis(found, token[:, None], 1)[:, 0] - jax.nn.logsumexp(found, -1)
             after = append({**state, "done": state["done"] | ~agreed}, token, logprob, options["stops"])

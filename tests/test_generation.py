@@ -325,27 +325,14 @@ def test_smaller_weights_stay_close(weights, lm):
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize(("count", "width"), [(1, 768), (1, 576), (1, 16), (1, 40), (3, 48)])
-def test_a_product_rounds_weights_and_not_activations(weights, count, width):
+@pytest.mark.parametrize(("count", "width", "features"), [(1, 768, 24), (1, 16, 1), (2, 40, 5), (5, 48, 2), (8, 7, 9), (9, 48, 24), (70, 48, 24)])
+def test_a_product_rounds_weights_and_not_activations(weights, count, width, features):
     rng = np.random.default_rng(width)
     x = rng.standard_normal((count, width)).astype(np.float32)
-    kept = quantize.rows(jnp.asarray(rng.standard_normal((24, width)), jnp.float32), weights)
+    kept = quantize.rows(jnp.asarray(rng.standard_normal((features, width)), jnp.float32), weights)
     exact = x.astype(np.float64) @ np.asarray(quantize.matrix(kept), np.float64).T
-    for product in (quantize.times_rows, jax.jit(quantize.times_rows)):
-        np.testing.assert_allclose(product(jnp.asarray(x), kept), exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
-    if width % 16 == 0:  # whatever this version of jax chooses
-        found = jax.vmap(lambda x: products.by_lanes(x[None], kept["rows"][None])[0])(jnp.asarray(x)) * kept.get("row_scale", 1)
-        np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
-
-
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_one_row_is_rounded_as_it_is_among_others(weights):
-    """or a near tie turns on how many rows are fed at once, and speculation writes another text than greedy"""
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((2, 768)), jnp.float32)
-    kept = quantize.rows(jnp.asarray(rng.standard_normal((24, 768)), jnp.float32), weights)
-    product = jax.jit(quantize.times_rows)
-    np.testing.assert_allclose(product(x[:1], kept)[0], product(x, kept)[0], rtol=0, atol=5e-5)  # of 100: sums in another order
+    for product in (quantize.times_rows, jax.jit(quantize.times_rows), products.jit(quantize.times_rows)):
+        np.testing.assert_allclose(product(jnp.asarray(x), kept), exact, rtol=1e-5, atol=1e-6 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
@@ -390,10 +377,11 @@ def test_smaller_caches_stay_close(cache_dtype, lm):
 
 def test_a_hundred_prompt_lengths_take_six_programs():
     lm = build("llama", context=256)
-    before = decode.prefill._cache_size() + decode.advance._cache_size()
+    programs = lambda: decode.prefill.compiled()._cache_size() + decode.advance.compiled()._cache_size()
+    before = programs()
     for n in range(1, 101):
         lm.generate([list(range(n))], max_new_tokens=2)
-    assert decode.prefill._cache_size() + decode.advance._cache_size() - before <= 6
+    assert programs() - before <= 6
 
 
 def test_buckets_hold_what_they_must():

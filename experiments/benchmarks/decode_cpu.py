@@ -95,8 +95,9 @@ def worker(folder: str, name: str, batch: int, prompt: int, new: int) -> None:
         import gptjax
 
         lm = gptjax.load(f"{folder}/hf", weights=dtype, cache_dtype="" if dtype == "float32" else "bfloat16")
-        step = lambda: lm.generate(prompts, max_new_tokens=new)
-        assert all(len(c.tokens) == new for c in step())
+
+        def step(new: int = new) -> None:
+            assert all(len(c.tokens) == new for c in lm.generate(prompts, max_new_tokens=new))
     elif library == "transformers":
         import torch
         import transformers
@@ -105,7 +106,7 @@ def worker(folder: str, name: str, batch: int, prompt: int, new: int) -> None:
         net.generation_config.eos_token_id, net.generation_config.pad_token_id = None, 0
         ids = torch.tensor(prompts)
 
-        def step() -> None:
+        def step(new: int = new) -> None:
             with torch.inference_mode():
                 out = net.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new)
             assert out.shape[1] == prompt + new
@@ -115,24 +116,36 @@ def worker(folder: str, name: str, batch: int, prompt: int, new: int) -> None:
         generator = ctranslate2.Generator(f"{folder}/ct2", compute_type=dtype, inter_threads=1, intra_threads=2)
         words = [[f"t{i}" for i in row] for row in prompts]
 
-        def step() -> None:
+        def step(new: int = new) -> None:
             out = generator.generate_batch(words, max_length=new, min_length=new, sampling_topk=1, include_prompt_in_result=False)
             assert all(len(o.sequences_ids[0]) == new for o in out)
 
-    turns.work(step, bandwidth)
+    def first() -> float:
+        began = time.perf_counter()
+        step(1)
+        return time.perf_counter() - began
+
+    step(1)
+    turns.work(step, lambda: (bandwidth(), first()))
 
 
-def report(batch: int, new: int, found: dict[str, list[tuple[float, float]]]) -> None:
-    rate = statistics.median(r for rows in found.values() for _, r in rows)
+def report(batch: int, new: int, found: dict[str, list[tuple[float, tuple[float, float]]]]) -> None:
+    """tokens/s of the whole call, prompt and all; a step is what each further token takes, and is what the floor is of."""
+    rate = statistics.median(r for rows in found.values() for _, (r, _) in rows)
     print(f"\nbatch {batch}: read bandwidth {rate / 1e9:.1f} GB/s")
-    print(f"{'':<24}{'tokens/s':>10}{'ms/step':>9}{'floor':>8}{'of floor':>10}   gptjax at equal precision is")
-    times = {name: [s / new for s, _ in rows] for name, rows in found.items()}
+    print(f"{'':<24}{'tokens/s':>10}{'prompt, ms':>12}{'ms/step':>9}{'floor':>8}{'of floor':>10}   gptjax at equal precision is")
+    times = {name: [s for s, _ in rows] for name, rows in found.items()}
     for name, seconds in times.items():
         dtype, middle = name.split()[1], statistics.median(seconds)
+        first = statistics.median(f for _, (_, f) in found[name])
+        step = statistics.median((s - f) / (new - 1) for s, (_, f) in found[name])
         floor = WEIGHTS * BYTES[dtype] / rate
         ours = times.get(f"gptjax {dtype}")
         ratio = statistics.median(t / o for t, o in zip(seconds, ours, strict=True)) if ours else float("nan")
-        print(f"{name:<24}{batch / middle:>10.1f}{1e3 * middle:>9.1f}{1e3 * floor:>8.1f}{floor / middle:>10.0%}{ratio:>10.2f}x")
+        print(
+            f"{name:<24}{batch * new / middle:>10.1f}{1e3 * first:>12.0f}{1e3 * step:>9.1f}{1e3 * floor:>8.1f}{floor / step:>10.0%}{ratio:>10.2f}x",
+            flush=True,
+        )
 
 
 def main(argv: list[str]) -> None:

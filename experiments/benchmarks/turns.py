@@ -7,9 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 
-def work(step: Callable[[], None], aside: Callable[[], float]) -> None:
+def work(step: Callable[[], None], aside: Callable[[], Any]) -> None:
     """A contender's side: answers each line `n` on stdin with the seconds of a step, over n steps, and with `aside()` measured beside them."""
     for _ in range(2):
         step()
@@ -22,7 +23,7 @@ def work(step: Callable[[], None], aside: Callable[[], float]) -> None:
         print(json.dumps([seconds, aside()]), flush=True)
 
 
-def measure(commands: dict[str, list[str]], rounds: int, seconds: float) -> dict[str, list[tuple[float, float]]]:
+def measure(commands: dict[str, list[str]], rounds: int, seconds: float) -> dict[str, list[tuple[float, Any]]]:
     """{contender: (seconds a step, aside) of each round}; those that do not start are named and left out. `seconds` is the length of a turn."""
     processes = {}
     for name, command in commands.items():
@@ -34,13 +35,13 @@ def measure(commands: dict[str, list[str]], rounds: int, seconds: float) -> dict
         else:
             print(f"{name} did not start: {process.stderr.read().strip().splitlines()[-1:]}", file=sys.stderr)
 
-    def ask(name: str, count: int) -> tuple[float, float]:
+    def ask(name: str, count: int) -> tuple[float, Any]:
         processes[name].stdin.write(f"{count}\n")
         processes[name].stdin.flush()
         return tuple(json.loads(processes[name].stdout.readline()))
 
     counts = {name: max(1, round(seconds / ask(name, 1)[0])) for name in processes}
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in processes}
+    found: dict[str, list[tuple[float, Any]]] = {name: [] for name in processes}
     for _ in range(rounds):
         for name in processes:
             found[name].append(ask(name, counts[name]))
