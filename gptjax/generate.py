@@ -45,7 +45,7 @@ FLAGS = {
     "n": "completions of the prompt",
     "seed": "same seed, same text (0)",
     "weights": "float32, bfloat16 or int8: smaller is faster",
-    "cache_dtype": "of keys and values: float32, bfloat16 or int8; beside smaller weights bfloat16 is faster",
+    "cache_dtype": "of keys and values: float32, bfloat16 or int8; by default the compute dtype",
     "rolling": "go on past the context: whenever it is full, its older half falls out of sight",
 }
 _NUMBERS = {

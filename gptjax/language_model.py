@@ -324,8 +324,8 @@ def _bucket(length: int, context: int, *, smallest: int = 64) -> int:
 def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> LanguageModel:
     """The model at `path`: a workdir, a step's folder, a Hugging Face folder, a .gguf file, or a name on the hub (with the extra `hub`).
 
-    weights: what generation reads, "float32", "bfloat16" or "int8" (a scale for each row). cache_dtype: of keys and values, by default the compute dtype;
-    bfloat16 is faster beside small weights (on a CPU from jax 0.12), but its rounding turns near ties, between speculation and greedy too. Raises UserError.
+    weights: what generation reads, "float32", "bfloat16" or "int8" (a scale for each row): a step takes as long as reading them. cache_dtype: of keys
+    and values, by default the compute dtype. Raises UserError.
     """
     source = convert.read(path)
     return LanguageModel(source.config, source.params, source.tokenizer, weights, cache_dtype, source)

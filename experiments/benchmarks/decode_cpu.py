@@ -3,8 +3,7 @@
     python experiments/benchmarks/decode_cpu.py [--batches=1,8] [--rounds=5] [--seconds=4] [--prompt=64] [--new=128] [--torch_python=python3.11]
 
 Random weights (speed does not depend on them), greedy, exactly as many new tokens as asked. Turns are interleaved (A B C A B C ...) and medians
-compared. gptjax keeps bfloat16 keys and values beside bfloat16 and int8 weights. The floor is the bytes of the weights over the read bandwidth, measured
-beside every turn: a step at batch 1 reads each weight once.
+compared. The floor is the bytes of the weights over the read bandwidth, measured beside every turn: a step at batch 1 reads each weight once.
 Needs `pip install -e '.[parity]' ctranslate2`; --torch_python is the interpreter that has PyTorch, where this one is too new for it.
 """
 
@@ -94,7 +93,7 @@ def worker(folder: str, name: str, batch: int, prompt: int, new: int) -> None:
     if library == "gptjax":
         import gptjax
 
-        lm = gptjax.load(f"{folder}/hf", weights=dtype, cache_dtype="" if dtype == "float32" else "bfloat16")
+        lm = gptjax.load(f"{folder}/hf", weights=dtype)
 
         def step(new: int = new) -> None:
             assert all(len(c.tokens) == new for c in lm.generate(prompts, max_new_tokens=new))
