@@ -8,7 +8,9 @@ by one, so memory holds the model once. --dtype defaults to the one that the che
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -22,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import cli, files, gguf, hf, lora, model, transfer, tree
+from gptjax import cli, files, gguf, hf, lora, metrics, model, transfer, tree
 from gptjax import config as config_lib
 from gptjax.config import Config, ModelConfig, UserError
 from gptjax.tokenizer import OpenAITokenizer, PretrainedTokenizer, Tokenizer
@@ -154,13 +156,19 @@ def _read_hf(folder: Path, dtype: str) -> Pretrained:
     for name in FILES:
         if (folder / name).exists():
             _regular(folder / name)
-    try:
-        tokenizer: Tokenizer | None = PretrainedTokenizer.from_folder(folder, stops)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{folder}: a tokenizer file is no UTF-8: {error}") from None
-    _check_vocabulary(c, tokenizer)
-    found, get, stored = _tensors(folder)
-    params = transfer.to_params(c, raw["model_type"], found, get, dtype)
+
+    def weights() -> tuple[Any, str]:
+        found, get, stored = _tensors(folder)
+        return transfer.to_params(c, raw["model_type"], found, get, dtype), stored
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # weights are copied outside the interpreter's lock, while the tokenizer is made
+        reading = pool.submit(weights)
+        try:
+            tokenizer: Tokenizer | None = PretrainedTokenizer.from_folder(folder, stops)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{folder}: a tokenizer file is no UTF-8: {error}") from None
+        _check_vocabulary(c, tokenizer)
+        params, stored = reading.result()
     return Pretrained(c, params, tokenizer, stored, generation, _special_ids(raw, tokenizer))
 
 
@@ -180,14 +188,14 @@ def _check_vocabulary(c: ModelConfig, tokenizer: Tokenizer | None) -> None:
 def _tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
     """({name: shape}, name -> array, stored dtype) of the weights in a Hugging Face folder."""
     if (folder / "model.safetensors").exists():
-        return _safetensors([folder / "model.safetensors"])
+        return transfer.read_safetensors([_regular(folder / "model.safetensors")])
     if (index := folder / "model.safetensors.index.json").exists():
         places = _json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise UserError(f"{index} has no weight_map of names to files")
         if outside := [name for name in places.values() if Path(name).name != name or name in ("..", ".")]:
             raise UserError(f"{index} names {outside[0]!r}, which is outside the checkpoint's folder")
-        return _safetensors([folder / name for name in sorted(set(places.values()))])
+        return transfer.read_safetensors([_regular(folder / name) for name in sorted(set(places.values()))])
     if (folder / "flax_model.msgpack").exists():
         return _msgpack(folder / "flax_model.msgpack")
     if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
@@ -196,25 +204,6 @@ def _tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], 
             "Convert it where you trust it: transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors."
         )
     raise UserError(f"{folder} has a config.json and no weights: no model.safetensors, no index, no flax_model.msgpack")
-
-
-def _safetensors(paths: list[Path]) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
-    from safetensors import SafetensorError, safe_open
-
-    found: dict[str, tuple[int, ...]] = {}
-    where: dict[str, Any] = {}
-    dtypes: list[str] = []
-    for path in paths:
-        try:
-            file = safe_open(_regular(path), framework="np").__enter__()
-            for name in file.keys():  # noqa: SIM118  (the handle is no dict)
-                part = file.get_slice(name)
-                found[name], where[name] = tuple(part.get_shape()), file
-                dtypes.append(part.get_dtype())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} is no whole safetensors file: {error}") from None
-    usual = max(set(dtypes), key=dtypes.count, default="F32")
-    return found, lambda name: where[name].get_tensor(name), transfer.DTYPES.get(usual, "float32")
 
 
 def _msgpack(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
@@ -340,12 +329,17 @@ def _card(name: str, raw: Mapping[str, Any], count: int, dtype: str) -> str:
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _hidden(c: ModelConfig, params: Any, tokens: Any) -> jax.Array:
+    return model.apply(c, params, tokens)[0][0].astype(jnp.float32)
+
+
 def probe_logits(checkpoint: Pretrained) -> np.ndarray:
     """float32 [T, V] (or [T, labels]) for fixed tokens, to compare two forms of one model (before any soft-cap)."""
     c = dataclasses.replace(checkpoint.config, scan=True, attention="reference", dropout=0.0, dtype="float32")
     tokens = np.random.default_rng(0).integers(0, c.vocab_size, (1, min(16, c.context))).astype(np.int32)
 
-    hidden = np.asarray(jax.jit(lambda params: model.apply(c, params, jnp.asarray(tokens))[0][0].astype(jnp.float32))(checkpoint.params))
+    hidden = np.asarray(_hidden(c, checkpoint.params, tokens))
     if c.labels:
         return np.asarray(model.score(checkpoint.params, jnp.asarray(hidden)))
     table, step = model.head(checkpoint.params), 4096  # a product with the whole table would hold a copy of it
@@ -410,6 +404,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--format={form}: {config_lib.unknown_name('format', form, [*FORMATS, 'peft'])}")
     if args["dtype"] and args["dtype"] not in _TOLERANCE:
         raise UserError(f"--dtype={args['dtype']}: {config_lib.unknown_name('dtype', args['dtype'], list(_TOLERANCE))}")
+    metrics.return_freed_memory()
     cli.result(convert(args["from"], target, form=form, dtype=args["dtype"]), args)
 
 

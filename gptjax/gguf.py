@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], Callab
 
     def get(name: str) -> np.ndarray:
         tensor = tensors[_theirs(name, table)]
+        if sys.platform.startswith("linux"):  # what was read before leaves memory, which would hold the file beside the model
+            reader.data._mmap.madvise(mmap.MADV_DONTNEED)
         array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         array = array.reshape(tuple(int(n) for n in tensor.shape[::-1]))
         if kind == "llama" and "self_attn.q_proj" in name:

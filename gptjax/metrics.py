@@ -80,12 +80,19 @@ def shown(name: str) -> str:
 def keep_freed_memory() -> None:
     """Asks glibc to reuse freed blocks instead of handing each back to the kernel: XLA's CPU buffers of one step are those of the next,
     and fresh pages would be faulted in anew every time (measured in experiments/LOG.md). Call it before the first array; elsewhere a no-op."""
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc's <malloc.h>: M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1
-        mallopt(-4, 0)
-        mallopt(-1, 2**31 - 1)
+    _mallopt({-4: 0, -1: 2**31 - 1})  # <malloc.h>: M_MMAP_MAX, M_TRIM_THRESHOLD
+
+
+def return_freed_memory() -> None:
+    """The contrary: blocks of a MiB and more go back as soon as they are freed, so that memory holds what is in use."""
+    _mallopt({-3: 1 << 20})  # M_MMAP_THRESHOLD, which would grow with the blocks freed
+
+
+def _mallopt(options: dict[int, int]) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:  # there are other C libraries
+        for name, value in options.items():
+            mallopt(name, value)
 
 
 class Tracker:

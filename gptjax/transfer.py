@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import json
+import math
 import os
 import struct
 import threading
@@ -76,7 +77,7 @@ def to_params(c: ModelConfig, kind: str, found: Mapping[str, tuple[int, ...]], g
         row, layer, tensors = item
         arrays = [get(names[name]) for name, _ in tensors]
         for (name, _), array in zip(tensors, arrays, strict=True):
-            if array.dtype.kind not in "fV" or not np.isfinite(array).all():
+            if array.dtype.kind not in "fV" or not np.isfinite(np.array([array.min(initial=0), array.max(initial=0)], np.float32)).all():
                 what = "values that are not finite" if array.dtype.kind in "fV" else array.dtype
                 raise UserError(f"{names[name]} holds {what}: the file is damaged")
         ours = row.load(c, shapes[row.ours], *arrays)
@@ -124,6 +125,38 @@ def from_params(c: ModelConfig, params: Any) -> Iterator[tuple[str, tuple[int, .
                 return np.ascontiguousarray(row.dump(c, leaf)[part])
 
             yield name, shape, make
+
+
+def read_safetensors(paths: list[Path]) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
+    """({name: shape}, name -> array, stored dtype) of plain files that together hold a checkpoint. The library checks them; arrays are mapped one by
+    one, since all that it maps stays in memory until the last one is read. Raises UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, tuple[int, ...]] = {}
+    where: dict[str, tuple[Path, int, str]] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="np") as file, open(path, "rb") as raw:
+                (size,) = struct.unpack("<Q", raw.read(8))
+                header = json.loads(raw.read(size))
+                for name in file.keys():  # noqa: SIM118  (the handle is no dict)
+                    found[name] = tuple(header[name]["shape"])
+                    where[name] = path, 8 + size + header[name]["data_offsets"][0], header[name]["dtype"]
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is no whole safetensors file: {error}") from None
+
+    def get(name: str) -> np.ndarray:
+        path, start, kind = where[name]
+        known = DTYPES | {"F64": "float64"}
+        if kind not in known:
+            raise UserError(f"{name} is stored as {kind}; what is read is {', '.join(known)}")
+        dtype = np.dtype(jax.numpy.dtype(known[kind]))
+        size = math.prod(found[name]) * dtype.itemsize
+        raw = np.memmap(path, np.uint8, "r", start, (size,)) if size else np.empty(0, np.uint8)
+        return np.asarray(raw).view(dtype).reshape(found[name])
+
+    dtypes = [kind for _, _, kind in where.values()]
+    return found, get, DTYPES.get(max(set(dtypes), key=dtypes.count, default="F32"), "float32")
 
 
 def write_safetensors(path: Path, tensors: list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]], dtype: str) -> None:

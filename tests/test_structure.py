@@ -11,7 +11,7 @@ ORDER = (
     "config", "settings", "files", "cli", "tree", "tokenizer.base", "tokenizer.trained", "tokenizer.openai", "tokenizer.pretrained", "tokenizer", "chat", "scores",
     "data.rows", "data.sources", "data.prepare", "data.loader", "tasks.base", "tasks.classification", "tasks.summarization", "tasks.translation", "tasks.qa",
     "tasks.dialogue", "tasks.text", "tasks.preference", "tasks.reward", "tasks.load", "products", "attention", "quantize", "model", "hf", "transfer", "lora", "losses", "preferences", "objectives", "optim", "sharding", "steps",
-    "checkpoint", "gguf", "peft", "convert", "metrics", "sampling", "decode", "speculate", "beam", "generation", "language_model", "generate", "harness", "probes",
+    "metrics", "checkpoint", "gguf", "peft", "convert", "sampling", "decode", "speculate", "beam", "generation", "language_model", "generate", "harness", "probes",
     "evaluate", "report", "run", "policy", "data.preview", "train",
 )  # fmt: skip
 PACKAGES = {"__init__", "data.__init__", "tasks.__init__"}  # docstrings and lazy doors

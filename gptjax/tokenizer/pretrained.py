@@ -6,6 +6,7 @@ Qwen, SmolLM2) and sentencepiece-like BPE with byte fallback (Llama 2, Mistral) 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ class PretrainedTokenizer(Tokenizer):
 
         self._content = {name: content[name] for name in FILES if name in content}
         try:
-            self._plain, self._control = (tokenizers.Tokenizer.from_buffer(content["tokenizer.json"]) for _ in range(2))
+            self._plain = tokenizers.Tokenizer.from_buffer(content["tokenizer.json"])
             self._read(json.loads(content["tokenizer.json"]), json.loads(content.get("tokenizer_config.json", b"{}")), content, stops)
         except UserError:
             raise
@@ -39,15 +40,14 @@ class PretrainedTokenizer(Tokenizer):
             raise UserError(f"tokenizer.json is damaged or of an unknown kind: {type(error).__name__}: {str(error)[:200]}") from None
 
     def _read(self, described: dict[str, Any], settings: dict[str, Any], content: dict[str, bytes], stops: Sequence[int]) -> None:
-        for one in (self._plain, self._control):
-            one.no_truncation()
-            one.no_padding()
+        self._plain.no_truncation()
+        self._plain.no_padding()
         self._plain.encode_special_tokens = True  # the names of control tokens in ordinary text stay text
         self.special = {name: _text_of(token) for name, token in settings.items() if name.endswith("_token") and isinstance(token, str | Mapping)}
         added = {t["id"]: t for t in described.get("added_tokens", [])}
         self.control = {t["content"]: i for i, t in added.items() if t["special"]}
         self._fill_table(described, added)
-        probe = [self._control.encode("a", add_special_tokens=flag).ids for flag in (True, False)]
+        probe = [self._plain.encode("a", add_special_tokens=flag).ids for flag in (True, False)]
         self.prefix = tuple(probe[0][: len(probe[0]) - len(probe[1])]) if probe[0][-1:] == probe[1][-1:] else ()
         if not stops:
             name = _text_of(settings.get("eos_token"))
@@ -66,18 +66,31 @@ class PretrainedTokenizer(Tokenizer):
             raise UserError(f"the chat template is a {type(template).__name__} instead of a text")
         self.chat_template = template
 
+    @functools.cached_property
+    def _control(self) -> Any:
+        """A second reader of the same file, to which the names of control tokens in a text are those tokens; only chat templates need it."""
+        import tokenizers
+
+        one = tokenizers.Tokenizer.from_buffer(self._content["tokenizer.json"])
+        one.no_truncation()
+        one.no_padding()
+        return one
+
     def _fill_table(self, described: dict[str, Any], added: dict[int, Any]) -> None:
         vocabulary = self._plain.get_vocab(with_added_tokens=True)
         if max(vocabulary.values(), default=0) > 1 << 24:
             raise UserError(f"tokenizer.json gives a token the id {max(vocabulary.values()):,}: it is damaged")
         self.token_bytes = [b""] * (max(vocabulary.values(), default=-1) + 1)
-        letters = byte_letters()
+        letters = str.maketrans({chr(b): "\uffff" for b in range(256)} | {letter: chr(b) for letter, b in byte_letters().items()})
         byte_level = '"ByteLevel"' in json.dumps([described.get("decoder"), described.get("pre_tokenizer")])
         for token, i in vocabulary.items():
             if i in added:
                 self.token_bytes[i] = b"" if added[i]["special"] else added[i]["content"].encode()
             elif byte_level:
-                self.token_bytes[i] = bytes(letters[c] for c in token) if all(c in letters for c in token) else token.encode()
+                try:
+                    self.token_bytes[i] = token.translate(letters).encode("latin-1")
+                except UnicodeEncodeError:  # not written in that alphabet
+                    self.token_bytes[i] = token.encode()
             elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
                 self.token_bytes[i] = bytes([int(token[3:5], 16)])
             else:
