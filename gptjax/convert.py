@@ -156,20 +156,27 @@ def _read_hf(folder: Path, dtype: str) -> Pretrained:
     for name in FILES:
         if (folder / name).exists():
             _regular(folder / name)
-
-    def weights() -> tuple[Any, str]:
-        found, get, stored = _tensors(folder)
-        return transfer.to_params(c, raw["model_type"], found, get, dtype), stored
-
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # weights are copied outside the interpreter's lock, while the tokenizer is made
-        reading = pool.submit(weights)
-        try:
-            tokenizer: Tokenizer | None = PretrainedTokenizer.from_folder(folder, stops)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{folder}: a tokenizer file is no UTF-8: {error}") from None
-        _check_vocabulary(c, tokenizer)
-        params, stored = reading.result()
+        making = pool.submit(_tokenizer, folder, stops, c)
+        found, get, stored = _tensors(folder)
+
+        def checked(name: str) -> np.ndarray:
+            if making.done():
+                making.result()  # its error ends the reading
+            return get(name)
+
+        params = transfer.to_params(c, raw["model_type"], found, checked, dtype)
+        tokenizer = making.result()
     return Pretrained(c, params, tokenizer, stored, generation, _special_ids(raw, tokenizer))
+
+
+def _tokenizer(folder: Path, stops: list[int], c: ModelConfig) -> Tokenizer | None:
+    try:
+        tokenizer = PretrainedTokenizer.from_folder(folder, stops)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{folder}: a tokenizer file is no UTF-8: {error}") from None
+    _check_vocabulary(c, tokenizer)
+    return tokenizer
 
 
 def _special_ids(raw: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import mmap
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -137,12 +136,12 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], Callab
         raise UserError(f"{path} names {c.layers:,} layers and holds {len(tensors):,} tensors")
     full = [name for _, _, group in transfer.their_tensors(c, kind) for name, _ in group]
     names = {_theirs(name, table): name for name in full}
-    conv = kind == "gpt2"
+    conv, mapped = kind == "gpt2", getattr(reader.data, "_mmap", None)
 
     def get(name: str) -> np.ndarray:
         tensor = tensors[_theirs(name, table)]
-        if sys.platform.startswith("linux"):  # what was read before leaves memory, which would hold the file beside the model
-            reader.data._mmap.madvise(mmap.MADV_DONTNEED)
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # what was read before leaves memory, which would hold the file beside the model
+            mapped.madvise(mmap.MADV_DONTNEED)
         array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         array = array.reshape(tuple(int(n) for n in tensor.shape[::-1]))
         if kind == "llama" and "self_attn.q_proj" in name:

@@ -37,8 +37,9 @@ _ANY_ORDER = {"xla_cpu_enable_fast_math": True, **{f"xla_cpu_fast_math_honor_{wh
 
 
 def jit(function: Callable[..., Any], **how: Any) -> Any:
-    """`jax.jit(function, **how)` where XLA:CPU may take sums in any order, which is how it comes to add vectors of numbers in `few_rows`. No other liberty
-    of its fast math is taken: NaN, infinities, divisions and functions stay as they are. The jitted function itself is `.compiled()`."""
+    """`jax.jit(function, **how)`, at the top level only, where XLA:CPU may take sums in any order, which is how it comes to add vectors of numbers in
+    `few_rows`. Of its fast math that is all that is asked for: divisions and functions stay as they are, comparisons, softmax and values read at run
+    time keep NaN and infinities, but x - x and x * 0 may be folded to 0. The jitted function itself is `.compiled()`."""
 
     @functools.cache
     def compiled() -> Any:  # made at the first call: asking for the backend starts it, and `jax.distributed` must come before

@@ -38,7 +38,7 @@ def matrix(weight: Any) -> Array:
 def times_rows(x: Array, weight: Any) -> Array:
     """x [N, D] times the `rows` [F, D] of a matrix: float32 [N, F].
 
-    Only the weights are rounded: activations are multiplied as they are. On a CPU, passes over small weights for a few rows of x each beat converting
+    Only the weights are rounded (accelerators round x to bfloat16 too). On a CPU, passes over small weights for a few rows of x each beat converting
     the weights (up to `_PASSES`; measured in experiments/LOG.md). The weights are frozen: only x has a gradient."""
     x, rows = jax.lax.optimization_barrier((x, weight["rows"]))  # tied to x, or a loop of decoding would keep converted weights
     product = lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -47,7 +47,8 @@ def times_rows(x: Array, weight: Any) -> Array:
     elif len(x) <= products.FEW * (1 if rows.dtype == x.dtype else _PASSES):
         y = jnp.concatenate([products.few_rows(x[None, i : i + products.FEW], rows[None])[0] for i in range(0, len(x), products.FEW)])
     else:
-        rows = fence(rows.astype(x.dtype))
+        kind = jnp.promote_types(x.dtype, rows.dtype)
+        x, rows = x.astype(kind), fence(rows.astype(kind))
         y = fence(product(rows, x)).T if len(x) < 64 else fence(product(x, rows))  # the right one is packed anew in every call
     return y * weight["row_scale"] if "row_scale" in weight else y
 

@@ -77,7 +77,7 @@ def to_params(c: ModelConfig, kind: str, found: Mapping[str, tuple[int, ...]], g
         row, layer, tensors = item
         arrays = [get(names[name]) for name, _ in tensors]
         for (name, _), array in zip(tensors, arrays, strict=True):
-            if array.dtype.kind not in "fV" or not np.isfinite(np.array([array.min(initial=0), array.max(initial=0)], np.float32)).all():
+            if array.dtype.kind not in "fV" or not np.isfinite(array).all():
                 what = "values that are not finite" if array.dtype.kind in "fV" else array.dtype
                 raise UserError(f"{names[name]} holds {what}: the file is damaged")
         ours = row.load(c, shapes[row.ours], *arrays)
@@ -142,7 +142,7 @@ def read_safetensors(paths: list[Path]) -> tuple[dict[str, tuple[int, ...]], Cal
                 for name in file.keys():  # noqa: SIM118  (the handle is no dict)
                     found[name] = tuple(header[name]["shape"])
                     where[name] = path, 8 + size + header[name]["data_offsets"][0], header[name]["dtype"]
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is no whole safetensors file: {error}") from None
 
     def get(name: str) -> np.ndarray:

@@ -137,7 +137,7 @@ def report(batch: int, new: int, found: dict[str, list[tuple[float, tuple[float,
     for name, seconds in times.items():
         dtype, middle = name.split()[1], statistics.median(seconds)
         first = statistics.median(f for _, (_, f) in found[name])
-        step = statistics.median((s - f) / (new - 1) for s, (_, f) in found[name])
+        step = statistics.median((s - f) / max(1, new - 1) for s, (_, f) in found[name])
         floor = WEIGHTS * BYTES[dtype] / rate
         ours = times.get(f"gptjax {dtype}")
         ratio = statistics.median(t / o for t, o in zip(seconds, ours, strict=True)) if ours else float("nan")
