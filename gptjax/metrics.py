@@ -85,7 +85,7 @@ def keep_freed_memory() -> None:
 
 def return_freed_memory() -> None:
     """The contrary: blocks of a MiB and more go back as soon as they are freed, so that memory holds what is in use."""
-    _mallopt({-3: 1 << 20})  # M_MMAP_THRESHOLD, which would grow with the blocks freed
+    _mallopt({-3: 1 << 20, -8: 1})  # M_MMAP_THRESHOLD, which would grow with the blocks freed; M_ARENA_MAX: one heap for all threads
 
 
 def _mallopt(options: dict[int, int]) -> None:
