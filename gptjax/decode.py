@@ -107,7 +107,7 @@ def advance(config: ModelConfig, params: Any, state: State, options: Mapping[str
         x, cache = feed(config, params, state)
         logits = model.unembed(config, params, x[:, 0])
         token = sampling.choose(sampling.process(logits, options, state, active), options, row_keys(state), active)
-        logprob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, -1)
+        logprob = model.logprob(logits, token)
         return i + 1, append({**state, "cache": cache}, token, logprob, options["stops"])
 
     _, state = jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[1]["done"].all(), body, (jnp.int32(0), state))
@@ -129,8 +129,7 @@ def token_logprobs(config: ModelConfig, params: Any, tokens_BT: Array) -> tuple[
     def row(piece: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = piece
         found = model.unembed(config, params, hidden)
-        chosen = jnp.take_along_axis(found, targets[:, None], 1)[:, 0]
-        return chosen - jax.nn.logsumexp(found, -1), jnp.argmax(found, -1) == targets
+        return model.logprob(found, targets), jnp.argmax(found, -1) == targets
 
     return jax.lax.map(row, (x, tokens_BT[:, 1:]))
 

@@ -69,7 +69,7 @@ def advance(
         for k in range(count + 1):
             found = logits[:, k]
             token = sampling.choose(sampling.process(found, options, state, active), options, rows, active)
-            logprob = jnp.take_along_axis(found, token[:, None], 1)[:, 0] - jax.nn.logsumexp(found, -1)
+            logprob = model.logprob(found, token)
             after = append({**state, "done": state["done"] | ~agreed}, token, logprob, options["stops"])
             state = {**after, "done": jnp.where(agreed, after["done"], state["done"])}
             if k < count:
