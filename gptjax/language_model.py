@@ -146,7 +146,7 @@ class LanguageModel:
             rows.append(whole)
             starts.append(min(len(first), len(whole)))
         found = self.token_logprobs(rows)
-        return [(float(lp[s - 1 :].sum()), bool(best[s - 1 :].all())) for (lp, best), s in zip(found, starts, strict=True)]
+        return [(float(lp[s - 1 :].sum(dtype=np.float64)), bool(best[s - 1 :].all())) for (lp, best), s in zip(found, starts, strict=True)]
 
     def token_logprobs(self, rows: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each row of ids: (log-probabilities, greedy flags) of its tokens but the first. A few rows at a time, lengths in buckets."""
