@@ -107,7 +107,7 @@ def advance(config: ModelConfig, params: Any, state: State, options: Mapping[str
         x, cache = feed(config, params, state)
         logits = model.unembed(config, params, x[:, 0])
         token = sampling.choose(sampling.process(logits, options, state, active), options, row_keys(state), active)
-        logprob = model.logprob(logits, token)
+        logprob = sampling.logprob(logits, token)
         return i + 1, append({**state, "cache": cache}, token, logprob, options["stops"])
 
     _, state = jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[1]["done"].all(), body, (jnp.int32(0), state))
@@ -129,7 +129,7 @@ def token_logprobs(config: ModelConfig, params: Any, tokens_BT: Array) -> tuple[
     def row(piece: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = piece
         found = model.unembed(config, params, hidden)
-        return model.logprob(found, targets), jnp.argmax(found, -1) == targets
+        return sampling.logprob(found, targets), jnp.argmax(found, -1) == targets
 
     return jax.lax.map(row, (x, tokens_BT[:, 1:]))
 

@@ -401,11 +401,6 @@ def softcap(config: ModelConfig, logits: Array) -> Array:
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
-def logprob(logits: Array, tokens: Array) -> Array:
-    """log softmax(logits [..., V]) at tokens [...], float32."""
-    return jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
-
-
 def init_cache(config: ModelConfig, batch: int, length: int, *, dtype: str = "") -> tuple[Params, ...]:
     """For each layer zeros {"k": [B * K, length, C], "v": [B * K, C, length]} in `dtype` (default: the compute dtype): both products contract the
     last axis and need neither a transpose nor a reshape, which XLA:CPU would pay for with copies; int8 adds {"k_scale", "v_scale"}: float32 [B * K, length]."""

@@ -221,3 +221,8 @@ def choose(logits_BV: Array, options: Mapping[str, Array], keys_B: Array, active
         return best
     drawn = jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
     return jnp.where(options["temperature"] > 0, drawn, best)
+
+
+def logprob(logits: Array, tokens: Array) -> Array:
+    """log softmax(logits [..., V]) at tokens [...], float32."""
+    return jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)

@@ -69,7 +69,7 @@ def advance(
         for k in range(count + 1):
             found = logits[:, k]
             token = sampling.choose(sampling.process(found, options, state, active), options, rows, active)
-            logprob = model.logprob(found, token)
+            logprob = sampling.logprob(found, token)
             after = append({**state, "done": state["done"] | ~agreed}, token, logprob, options["stops"])
             state = {**after, "done": jnp.where(agreed, after["done"], state["done"])}
             if k < count:

@@ -23,6 +23,7 @@ from gptjax import cli, files, hf, model, tree
 from gptjax.config import ModelConfig, UserError
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
+_STORED = DTYPES | {"F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 
 
 @functools.lru_cache(8)
@@ -154,10 +155,9 @@ def read_safetensors(paths: list[Path]) -> tuple[dict[str, tuple[int, ...]], Cal
 
     def get(name: str) -> np.ndarray:
         path, start, kind = where[name]
-        known = DTYPES | {"F64": "float64"}
-        if kind not in known:
-            raise UserError(f"{name} is stored as {kind}; what is read is {', '.join(known)}")
-        dtype = np.dtype(jax.numpy.dtype(known[kind]))
+        if kind not in _STORED:
+            raise UserError(f"{name} is stored as {kind}; what is read is {', '.join(DTYPES)}")
+        dtype = np.dtype(jax.numpy.dtype(_STORED[kind]))
         size = math.prod(found[name]) * dtype.itemsize
         raw = np.memmap(path, np.uint8, "r", start, (size,)) if size else np.empty(0, np.uint8)
         return np.asarray(raw).view(dtype).reshape(found[name])

@@ -187,7 +187,7 @@ HOSTILE = {
     "NaN weights": (lambda d: safetensors_of(d / "model.safetensors", flip(WTE, np.nan)), "not finite"),
     "infinite weights": (lambda d: safetensors_of(d / "model.safetensors", flip(WTE, np.inf)), "not finite"),
     "tensors as lists": (lambda d: (d / "model.safetensors").write_bytes(b"\x20\0\0\0\0\0\0\0" + b'{"w":["F32",[2,3],[0,24]]}'.ljust(32) + bytes(24)), "safetensors"),
-    "integer weights": (lambda d: safetensors_of(d / "model.safetensors", lambda t: {**t, WTE: t[WTE].astype(np.int32)}), "stored as I32"),
+    "integer weights": (lambda d: safetensors_of(d / "model.safetensors", lambda t: {**t, WTE: t[WTE].astype(np.int32)}), "int32"),
     "unknown architecture": (lambda d: edit_json(d / "config.json", model_type="gpt9"), "did you mean 'gpt2'"),
     "config is no JSON": (lambda d: (d / "config.json").write_text("{'a'"), "no valid JSON"),
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), "no JSON object"),
