@@ -8,15 +8,13 @@ by one, so memory holds the model once. --dtype defaults to the one that the che
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
 import shutil
-import stat
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ FORMATS = ("hf", "gguf", "gptjax")
 
 @dataclasses.dataclass
 class Pretrained:
-    """What every checkpoint becomes. params: nested dict of host arrays; dtype: the one that it was stored in; generation: what its
+    """What every checkpoint becomes. params: nested dict of host arrays, or `transfer.Stored` where they are yet to be read; dtype: the one that it was stored in; generation: what its
     generation_config.json says; keep: ids of special tokens from its config.json."""
 
     config: ModelConfig
@@ -49,27 +47,31 @@ class Pretrained:
 
 def read(path: str | Path, *, dtype: str = "float32") -> Pretrained:
     """The checkpoint at `path`. dtype: of the parameters in memory; "" keeps the stored one. Raises UserError with one clear message."""
+    found = opened(path)
+    if isinstance(found.params, transfer.Stored):
+        return dataclasses.replace(found, params=found.params.params(dtype))
+    return dataclasses.replace(found, params=jax.tree.map(lambda p: p.astype(dtype), found.params)) if dtype else found
+
+
+def opened(path: str | Path) -> Pretrained:
+    """The checkpoint at `path`, its parameters still in its files unless it is a run. Raises UserError."""
     place = Path(path).expanduser()
     if not place.exists():
-        return read(_from_hub(str(path)), dtype=dtype)
+        return opened(_from_hub(str(path)))
     try:
-        if place.suffix == ".gguf" or place.is_file():
-            return _read_gguf(_regular(place), dtype)
-        if (place / "config.json").exists() and "model_type" in _json(place / "config.json"):
-            return _read_hf(place, dtype)
-        from gptjax import checkpoint  # orbax takes a second to import, and only runs of our own need it
+        with transfer.named(place):
+            if place.suffix == ".gguf" or place.is_file():
+                return _open_gguf(files.regular(place))
+            if (place / "config.json").exists() and "model_type" in files.read_json(place / "config.json"):
+                return _open_hf(place)
+            from gptjax import checkpoint  # orbax takes a second to import, and only runs of our own need it
 
-        config, params, tokenizer, base = checkpoint.load_run(place)
-        if config.lora.on:
-            return _adapted(config, params, tokenizer, dtype or "float32", base=base)
-    except UserError as error:
-        raise UserError(str(error) if str(place) in str(error) else f"{place}: {error}") from None
+            config, params, tokenizer, base = checkpoint.load_run(place)
+            if config.lora.on:
+                return _adapted(config, params, tokenizer, base=base)
     except RecursionError:
         raise UserError(f"{place}: a JSON file in it is nested too deeply to be one of a checkpoint") from None
-    params = jax.tree.map(np.asarray, params)
-    return Pretrained(
-        config.model, params if not dtype else jax.tree.map(lambda p: p.astype(dtype), params), tokenizer, keep=_special_ids({}, tokenizer)
-    )
+    return Pretrained(config.model, jax.tree.map(np.asarray, params), tokenizer, keep=_special_ids({}, tokenizer))
 
 
 _DIGEST = "sampled:"  # a run of before it is not compared
@@ -86,10 +88,10 @@ def digest(params: Any) -> str:
     return _DIGEST + result.hexdigest()
 
 
-def _adapted(config: Config, trained: Any, tokenizer: Tokenizer, dtype: str, *, base: str) -> Pretrained:
+def _adapted(config: Config, trained: Any, tokenizer: Tokenizer, *, base: str) -> Pretrained:
     """A run's adapters merged into the checkpoint that they were trained on, whose digest was `base`; its tokenizer may know a chat template more."""
-    found = read(config.train.init_from, dtype=dtype)
-    if dtype == "float32" and base.startswith(_DIGEST) and digest(found.params) != base:
+    found = read(config.train.init_from)
+    if base.startswith(_DIGEST) and digest(found.params) != base:
         raise UserError(f"the adapters were trained on other weights than {config.train.init_from} holds now: restore the checkpoint that was there")
     found.params.pop("score", None)
     if config.model.labels:
@@ -114,69 +116,35 @@ def _from_hub(name: str) -> Path:
         raise UserError(f"{name}: no such folder here, and the hub gave none: {str(error).splitlines()[0][:150]}") from None
 
 
-def _regular(path: Path) -> Path:
-    """`path` if it is a plain file: a pipe or a device would be waited for without end."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{path} is no plain file")
-    return path
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(_regular(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no valid JSON: {str(error)[:150]}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return found
-
-
-def _read_gguf(path: Path, dtype: str) -> Pretrained:
+def _open_gguf(path: Path) -> Pretrained:
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"{path} is neither a folder nor a GGUF file")
     raw, found, get, tokenizer = gguf.read(path)
     c = hf.read_config(raw)
     _check_vocabulary(c, tokenizer)
-    return Pretrained(c, transfer.to_params(c, raw["model_type"], found, get, dtype), tokenizer, keep=_special_ids({}, tokenizer))
+    return Pretrained(c, transfer.Stored(path, c, raw["model_type"], found, get), tokenizer, keep=_special_ids({}, tokenizer))
 
 
-def _read_hf(folder: Path, dtype: str) -> Pretrained:
-    raw = _json(folder / "config.json")
+def _open_hf(folder: Path) -> Pretrained:
+    raw = files.read_json(folder / "config.json")
     c = hf.read_config(raw)
-    generation = _json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    generation = files.read_json(folder / "generation_config.json") if (folder / "generation_config.json").exists() else {}
     stops = generation.get("eos_token_id", raw.get("eos_token_id"))
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
     if not all(isinstance(i, int) for i in stops):
         raise UserError(f"{folder}: eos_token_id = {stops!r} holds what is no token id")
     for name in FILES:
         if (folder / name).exists():
-            _regular(folder / name)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # weights are copied outside the interpreter's lock, while the tokenizer is made
-        making = pool.submit(_tokenizer, folder, stops, c)
-        found, get, stored = _tensors(folder)
-
-        def checked(name: str) -> np.ndarray:
-            if making.done():
-                making.result()  # its error ends the reading
-            return get(name)
-
-        params = transfer.to_params(c, raw["model_type"], found, checked, dtype)
-        tokenizer = making.result()
-    return Pretrained(c, params, tokenizer, stored, generation, _special_ids(raw, tokenizer))
-
-
-def _tokenizer(folder: Path, stops: list[int], c: ModelConfig) -> Tokenizer | None:
+            files.regular(folder / name)
+    found, get, stored = transfer.open_tensors(folder)
+    params = transfer.Stored(folder, c, raw["model_type"], found, get)
     try:
         tokenizer = PretrainedTokenizer.from_folder(folder, stops)
     except UnicodeDecodeError as error:
         raise UserError(f"{folder}: a tokenizer file is no UTF-8: {error}") from None
     _check_vocabulary(c, tokenizer)
-    return tokenizer
+    return Pretrained(c, params, tokenizer, stored, generation, _special_ids(raw, tokenizer))
 
 
 def _special_ids(raw: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -190,45 +158,6 @@ def _special_ids(raw: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[st
 def _check_vocabulary(c: ModelConfig, tokenizer: Tokenizer | None) -> None:
     if tokenizer and tokenizer.vocab_size > c.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model {c.vocab_size:,}: they do not belong together")
-
-
-def _tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
-    """({name: shape}, name -> array, stored dtype) of the weights in a Hugging Face folder."""
-    if (folder / "model.safetensors").exists():
-        return transfer.read_safetensors([_regular(folder / "model.safetensors")])
-    if (index := folder / "model.safetensors.index.json").exists():
-        places = _json(index).get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-            raise UserError(f"{index} has no weight_map of names to files")
-        if outside := [name for name in places.values() if Path(name).name != name or name in ("..", ".")]:
-            raise UserError(f"{index} names {outside[0]!r}, which is outside the checkpoint's folder")
-        return transfer.read_safetensors([_regular(folder / name) for name in sorted(set(places.values()))])
-    if (folder / "flax_model.msgpack").exists():
-        return _msgpack(folder / "flax_model.msgpack")
-    if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
-        raise UserError(
-            f"{pickles[0]} is a pickle, which can run code when it is read, so it is not read.\n"
-            "Convert it where you trust it: transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors."
-        )
-    raise UserError(f"{folder} has a config.json and no weights: no model.safetensors, no index, no flax_model.msgpack")
-
-
-def _msgpack(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
-    """transformers 4's Flax weights, under PyTorch's names; Flax's kernels are transposed."""
-    from flax import serialization
-
-    try:
-        flat = {p.replace("/", "."): np.asarray(a) for p, a in tree.flatten(serialization.msgpack_restore(_regular(path).read_bytes())).items()}
-    except Exception as error:  # whatever msgpack raises
-        raise UserError(f"{path} is no Flax checkpoint: {type(error).__name__}: {str(error)[:150]}") from None
-    arrays = {}
-    for name, array in flat.items():
-        module, _, kind = name.rpartition(".")
-        arrays[f"{module}.{ {'kernel': 'weight', 'embedding': 'weight', 'scale': 'weight'}.get(kind, kind) }"] = (
-            array.T if kind == "kernel" else array
-        )
-    stored = str(next(iter(arrays.values())).dtype) if arrays else "float32"
-    return {name: a.shape for name, a in arrays.items()}, arrays.__getitem__, stored
 
 
 def write(path: Path, checkpoint: Pretrained, *, form: str = "hf", dtype: str = "", shard_bytes: int = SHARD_BYTES) -> None:

@@ -54,24 +54,29 @@ def prefill(config: ModelConfig, params: Any, tokens_BS: Array, length_B: Array,
     return cache if copies == 1 else model.take_rows(cache, jnp.arange(b).repeat(copies), b)
 
 
-def start(
-    config: ModelConfig, params: Any, prompts: Sequence[Sequence[int]], *, limits: Sequence[int], seeds: Sequence[int],
-    slots: int, cache_dtype: str = "", copies: int = 1, made: Sequence[int] = (),
-) -> State:  # fmt: skip
-    """The state before the first new token. limits: longest length of each row, at most `slots`; seeds: one per prompt; copies: rows of each
-    prompt, side by side; `made`: tokens made before, where a text goes on in a new window: they are no part of its prompt."""
+def rows(
+    prompts: Sequence[Sequence[int]], *, limits: Sequence[int], seeds: Sequence[int], slots: int, copies: int = 1, made: Sequence[int] = ()
+) -> tuple[Any, Any, State]:  # fmt: skip
+    """(tokens [B, slots] and lengths [B] of the prompts, the state before the first new token but for its cache), host arrays. limits: longest length
+    of each row, at most `slots`; seeds: one per prompt; copies: rows of each prompt, side by side; `made`: tokens made before, where a text goes on
+    in a new window: they are no part of its prompt."""
     tokens = np.zeros((len(prompts), slots), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     length = np.array([len(p) for p in prompts], np.int32)
-    cache = prefill(config, params, tokens, length, cache_dtype=cache_dtype, copies=copies)
-    tokens, length = tokens.repeat(copies, 0), length.repeat(copies, 0)
-    rows, made_rows = len(tokens), np.repeat(np.asarray(made or [0] * len(prompts), np.int32), copies)
-    state: dict[str, Any] = {
-        "tokens": tokens, "length": length, "prompt_length": length - made_rows, "limit": np.repeat(np.asarray(limits, np.int32), copies),
-        "made": made_rows, "done": np.zeros(rows, bool), "logprobs": np.zeros((rows, slots), np.float32),
+    made_rows = np.repeat(np.asarray(made or [0] * len(prompts), np.int32), copies)
+    lengths = length.repeat(copies, 0)
+    return tokens, length, {
+        "tokens": tokens.repeat(copies, 0), "length": lengths, "prompt_length": lengths - made_rows, "limit": np.repeat(np.asarray(limits, np.int32), copies),
+        "made": made_rows, "done": np.zeros(len(lengths), bool), "logprobs": np.zeros((len(lengths), slots), np.float32),
         "seed": np.repeat(np.asarray(seeds, np.uint32), copies), "copy": np.tile(np.arange(copies, dtype=np.uint32), len(prompts)),
     }  # fmt: skip
+
+
+def start(config: ModelConfig, params: Any, prompts: Sequence[Sequence[int]], *, cache_dtype: str = "", copies: int = 1, **how: Any) -> State:
+    """The state before the first new token; `how`: as for `rows`."""
+    tokens, length, state = rows(prompts, copies=copies, **how)
+    cache = prefill(config, params, tokens, length, cache_dtype=cache_dtype, copies=copies)
     return {**jax.device_put(state), "cache": cache}
 
 

@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from gptjax.config import UserError
 
@@ -48,6 +50,27 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def regular(path: Path) -> Path:
+    """`path` if it is a plain file: a pipe or a device would be waited for without end."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} is no plain file")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(regular(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no valid JSON: {str(error)[:150]}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return found
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -55,8 +78,8 @@ def sha256(path: Path) -> str:
 
 def sha256_once(path: Path, expected: str) -> bool:
     """Whether the file has this sha256. Files that matched are remembered by size and time of change, and not read again."""
-    stat = path.stat()
-    known = cache_dir("verified") / digest(str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns), expected)[:32]
+    found = path.stat()
+    known = cache_dir("verified") / digest(str(path.resolve()), str(found.st_size), str(found.st_mtime_ns), expected)[:32]
     if not known.exists():
         if sha256(path) != expected:
             return False

@@ -74,12 +74,17 @@ def options(args: cli.Args) -> dict[str, Any]:
     return found
 
 
+def new_tokens(lm: LanguageModel, args: cli.Args) -> int:
+    """How many tokens to make: as asked, or what the context allows."""
+    limit = args.number("max_new_tokens", 100)
+    if "max_new_tokens" in args or "rolling" in args:
+        return limit
+    return max(min(limit, lm.config.context + 1 - len(lm.encode(args["prompt"]))), 1)
+
+
 def complete(lm: LanguageModel, args: cli.Args) -> None:
     """One prompt, streamed; as JSON, or with several completions, at its end."""
-    settings, prompt, n = options(args), args["prompt"], args.number("n", 1)
-    limit = args.number("max_new_tokens", 100)
-    if "max_new_tokens" not in args and "rolling" not in args:
-        limit = max(min(limit, lm.config.context + 1 - len(lm.encode(prompt))), 1)
+    settings, prompt, n, limit = options(args), args["prompt"], args.number("n", 1), new_tokens(lm, args)
     if "json" in args or n > 1 or settings.get("num_beams"):
         found = lm.generate([prompt], max_new_tokens=limit, n=n, **settings)
         for one in found:
@@ -166,9 +171,12 @@ def _fitting(lm: LanguageModel, system: str, history: list[dict[str, str]], limi
 
 def main(argv: list[str]) -> None:
     args = cli.parse(argv, __doc__, FLAGS, required=("checkpoint",))
-    options(args)  # wrong numbers before the model is read
+    settings = options(args)  # wrong numbers before the model is read
     metrics.enable_compile_cache()
-    lm = language_model.load(args["checkpoint"], weights=args["weights"] or "float32", cache_dtype=args["cache_dtype"])
+    sys.setswitchinterval(5e-4)  # or the thread that reads weights waits 5 ms for each turn, while programs are traced
+    with language_model.opening(args["checkpoint"], weights=args["weights"] or "float32", cache_dtype=args["cache_dtype"]) as lm:
+        if not (args["adapter"] or "chat" in args or settings.keys() & {"num_beams", "speculate_tokens"}):
+            lm.compile(args["prompt"], max_new_tokens=new_tokens(lm, args), **settings)
     if args["adapter"]:
         lm = lm.adapted(args["adapter"])
     if "chat" in args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -162,16 +163,36 @@ def run(
         state["done"] = jax.device_put(done)
 
 
+def compile_ahead(config: ModelConfig, weights: Any, request: Request, *, cache_dtype: str = "") -> None:
+    """Makes ready the programs that `run` begins with, for one row a prompt: from the cache on disk, or compiled. `weights` may be shapes."""
+    tokens, length, state = decode.rows(request.prompts, **_places(config, request, request.prompts, [0] * len(request.prompts), 1, None))
+    options, active = arrays(request.samplings, config.vocab_size, request.stops), active_of(request.samplings)
+    prefill, advance = decode.prefill.compiled(), decode.advance.compiled()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a program is made outside the interpreter's lock while the next one is traced
+        state["cache"] = prefill.eval_shape(config, weights, tokens, length, cache_dtype=cache_dtype, copies=1)
+        step = pool.submit(advance.lower(config, weights, state, options, np.int32(0), active=active).compile)
+        first = pool.submit(prefill.lower(config, weights, tokens, length, cache_dtype=cache_dtype, copies=1).compile)
+        step.result(), first.result()
+
+
 def _begin(
     config: ModelConfig, weights: Any, request: Request, prompts: list[list[int]], made: list[int], copies: int, cache_dtype: str, guess: Speculation | None
 ) -> decode.State:  # fmt: skip
-    limits = [min(len(p) + request.max_new_tokens - m, config.context + 1) for p, m in zip(prompts, made, strict=True)]
-    slots = decode.bucket(max(limits) + (guess.count + 1 if guess else 0), config.context + (guess.count + 2 if guess else 1))
-    seeds = [s.seed for s in request.samplings for _ in range(request.n if len(prompts) != len(request.samplings) else 1)]
-    state = decode.start(config, weights, prompts, limits=limits, seeds=seeds, slots=slots, cache_dtype=cache_dtype, copies=copies, made=made)
+    places = _places(config, request, prompts, made, copies, guess)
+    state = decode.start(config, weights, prompts, cache_dtype=cache_dtype, **places)
     if guess:
         state["passes"] = jax.device_put(np.int32(0))
         if guess.draft_config:
             cache = decode.prefill(guess.draft_config, guess.draft_weights, state["tokens"], state["length"], cache_dtype=guess.draft_cache_dtype)
             state["draft_cache"] = cache
     return state
+
+
+def _places(
+    config: ModelConfig, request: Request, prompts: list[list[int]], made: list[int], copies: int, guess: Speculation | None
+) -> dict[str, Any]:  # fmt: skip
+    """What `decode.rows` is told of these prompts."""
+    limits = [min(len(p) + request.max_new_tokens - m, config.context + 1) for p, m in zip(prompts, made, strict=True)]
+    slots = decode.bucket(max(limits) + (guess.count + 1 if guess else 0), config.context + (guess.count + 2 if guess else 1))
+    seeds = [s.seed for s in request.samplings for _ in range(request.n if len(prompts) != len(request.samplings) else 1)]
+    return {"limits": limits, "slots": slots, "seeds": seeds, "copies": copies, "made": made}

@@ -7,6 +7,8 @@ print(lm.generate("The people", max_new_tokens=20).text)
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import beam, convert, decode, generation, lora, model
+from gptjax import beam, convert, decode, generation, lora, model, quantize, transfer
 from gptjax.config import ModelConfig, UserError, unknown_name
 from gptjax.generation import Completion, Request, Row
 from gptjax.sampling import Sampling, active_of, arrays
@@ -28,30 +30,49 @@ _SCORE_ROWS = 16
 SETTINGS = [f.name for f in dataclasses.fields(Sampling) if f.name != "banned"]
 
 
-_inference_params = jax.jit(model.inference_params, static_argnames=("config", "weights"))
+_inference_params = jax.jit(quantize.inference_params, static_argnames="weights")
+_inference_block = jax.jit(quantize.inference_block, static_argnames="weights")
 
 
-@dataclasses.dataclass
 class LanguageModel:
-    """config, params (host arrays, blocks stacked on axis 0) and tokenizer (None: token ids only). `weights` and `cache_dtype` say what
-    generation reads; see `model.inference_params` and `model.init_cache`."""
+    """config, params (host arrays, blocks stacked on axis 0, or `transfer.Stored`) and tokenizer (None: token ids only). `weights` and `cache_dtype` say
+    what generation reads; see `quantize.rows` and `model.init_cache`."""
 
-    config: ModelConfig
-    params: Any
-    tokenizer: Tokenizer | None
-    weights: str = "float32"
-    cache_dtype: str = ""
-    source: convert.Pretrained | None = None
-
-    def __post_init__(self) -> None:
-        if self.weights not in WEIGHTS:
-            raise UserError(unknown_name("weights", self.weights, list(WEIGHTS)))
-        if self.cache_dtype not in ("", *WEIGHTS):
-            raise UserError(unknown_name("cache_dtype", self.cache_dtype, list(WEIGHTS)))
+    def __init__(
+        self, config: ModelConfig, params: Any, tokenizer: Tokenizer | None, weights: str = "float32", cache_dtype: str = "",
+        source: convert.Pretrained | None = None, *, wait: bool = True,
+    ):  # fmt: skip
+        if weights not in WEIGHTS:
+            raise UserError(unknown_name("weights", weights, list(WEIGHTS)))
+        if cache_dtype not in ("", *WEIGHTS):
+            raise UserError(unknown_name("cache_dtype", cache_dtype, list(WEIGHTS)))
+        self.config, self.tokenizer, self.weights, self.cache_dtype, self.source = config, tokenizer, weights, cache_dtype, source
         # on a CPU activations stay float32: its products convert each weight anyway
-        dtype = "float32" if self.weights == "float32" or jax.default_backend() == "cpu" else "bfloat16"
-        self._engine = dataclasses.replace(self.config, dropout=0.0, remat="none", attention="reference", scan=False, dtype=dtype)
-        self._weights = _inference_params(self.config, self.params, weights=self.weights)
+        dtype = "float32" if weights == "float32" or jax.default_backend() == "cpu" else "bfloat16"
+        self._engine = dataclasses.replace(config, dropout=0.0, remat="none", attention="reference", scan=False, dtype=dtype)
+        self._params = params
+        self._weights = self._read() if wait else self._shapes()
+
+    def _read(self) -> Any:
+        """The parameters as generation reads them. Of stored ones a layer at a time, so that memory never holds them twice."""
+        if not isinstance(self._params, transfer.Stored):
+            return _inference_params(self._params, weights=self.weights)
+        rest = _inference_params({**self._params.part(None), "blocks": ()}, weights=self.weights)
+        return rest | {"blocks": tuple(_inference_block(self._params.part(i), weights=self.weights) for i in range(self.config.layers))}
+
+    def _shapes(self) -> Any:
+        """Shapes and dtypes of what `_read` makes of stored parameters."""
+        shapes = model.param_shapes(self.config)
+        block = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes["blocks"])
+        rest = _inference_params.eval_shape({**shapes, "blocks": ()}, weights=self.weights)
+        return rest | {"blocks": (_inference_block.eval_shape(block, weights=self.weights),) * self.config.layers}
+
+    @property
+    def params(self) -> Any:
+        """Nested dict of host arrays, blocks stacked on axis 0; of a checkpoint in files, read at the first look, float32."""
+        if isinstance(self._params, transfer.Stored):
+            self._params = self._params.params()
+        return self._params
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -67,7 +88,7 @@ class LanguageModel:
     @property
     def prompt_places(self) -> int:
         """Places before every text where the learned vectors of prompt tuning stand, whatever ids are there."""
-        return len(self.params["embed"].get("prompt", ()))
+        return len(self._weights["embed"].get("prompt", ()))
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt: text behind the vocabulary's prefix, ids as they are; an empty one is a new document."""
@@ -102,9 +123,9 @@ class LanguageModel:
         if "score" in trained:
             other.config = dataclasses.replace(self.config, labels=peft.labels_of(Path(path).expanduser(), len(trained["score"]["kernel"])))
             other._engine = dataclasses.replace(self._engine, labels=other.config.labels)
-        other.params = lora.attach(settings, self.params, trained)
+        other._params = lora.attach(settings, self.params, trained)
         if settings.dora:
-            other._weights = _inference_params(other.config, other.params, weights=self.weights)
+            other._weights = other._read()
         else:
             other._weights = lora.attach(settings, self._weights, trained)
         other.source = None
@@ -199,7 +220,10 @@ class LanguageModel:
         `draft` model; the text stays greedy's. overflow: "refuse" prompts and lengths past the context, or "slide": keep the latest tokens,
         and go on from the latest half of the context whenever it is full. Raises UserError.
         """
-        request = self._request(prompts, max_new_tokens, n, stop, stop_tokens, banned, overflow, ignore_end, sampling)
+        request = self._request(
+            prompts, max_new_tokens=max_new_tokens, n=n, stop=stop, stop_tokens=stop_tokens, banned=banned, overflow=overflow, ignore_end=ignore_end,
+            **sampling,
+        )  # fmt: skip
         if num_beams > 1:
             found = self._beams(request, num_beams, length_penalty, early_stopping)
         else:
@@ -220,7 +244,16 @@ class LanguageModel:
     ) -> Iterator[str]:  # fmt: skip
         """Pieces of the text of one completion as they come: whole characters, and never a part of a stop text. Options as in `generate`."""
         _ = self.text_tokenizer  # without one there is no text to stream
-        request = self._request([prompt], max_new_tokens, 1, stop, stop_tokens, banned, overflow, ignore_end, sampling)
+        request = self._request(
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            stop_tokens=stop_tokens,
+            banned=banned,
+            overflow=overflow,
+            ignore_end=ignore_end,
+            **sampling,
+        )
         guess = self._speculation(request, speculate_tokens, draft)
         row, shown = request.rows[0], 0
         for _ in generation.run(self._engine, self._weights, request, steps=_STREAM_STEPS, cache_dtype=self.cache_dtype, guess=guess):
@@ -233,9 +266,14 @@ class LanguageModel:
         source = self.source or convert.Pretrained(self.config, self.params, self.tokenizer)
         convert.write(Path(path), dataclasses.replace(source, params=self.params), form=form, dtype=dtype)
 
+    def compile(self, prompt: str | Sequence[int], **options: Any) -> None:
+        """Makes ready the programs that `stream` with these options (but speculation) begins with; they depend on the prompt's length and on which options
+        are used. The weights may be on their way (see `opening`). Raises UserError."""
+        generation.compile_ahead(self._engine, self._weights, self._request([prompt], **options), cache_dtype=self.cache_dtype)
+
     def _request(
-        self, prompts: Any, max_new_tokens: int, n: int, stop: str | Sequence[str], stop_tokens: Sequence[int], banned: Sequence[Any], overflow: str,
-        ignore_end: bool, sampling: dict[str, Any],
+        self, prompts: Any, *, max_new_tokens: int = 128, n: int = 1, stop: str | Sequence[str] = (), stop_tokens: Sequence[int] = (),
+        banned: Sequence[Any] = (), overflow: str = "refuse", ignore_end: bool = False, **sampling: Any,
     ) -> Request:  # fmt: skip
         self._writes()
         prompts = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
@@ -327,5 +365,23 @@ def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -
     weights: what generation reads, "float32", "bfloat16" or "int8" (a scale for each row): a step takes as long as reading them. cache_dtype: of keys
     and values, by default the compute dtype. Raises UserError.
     """
-    source = convert.read(path)
-    return LanguageModel(source.config, source.params, source.tokenizer, weights, cache_dtype, source)
+    found = convert.opened(path)
+    return LanguageModel(found.config, found.params, found.tokenizer, weights, cache_dtype, found)
+
+
+@contextlib.contextmanager
+def opening(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> Iterator[LanguageModel]:
+    """`load` whose model comes at once, with its weights when the block ends: inside, while a thread reads them, it can `compile`. Raises UserError."""
+    found = convert.opened(path)
+    stored = found.params if isinstance(found.params, transfer.Stored) else None
+    lm = LanguageModel(found.config, found.params, found.tokenizer, weights, cache_dtype, found, wait=stored is None)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(lm._read) if stored else None
+        try:
+            yield lm
+            if reading:
+                lm._weights = reading.result()
+        except BaseException:
+            if stored:
+                stored.end()
+            raise

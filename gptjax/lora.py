@@ -58,14 +58,14 @@ def update(lora: LoraConfig, part: Params) -> Array:
 
 
 def attach(lora: LoraConfig, frozen: Params, trained: Params, *, dropout: bool = False) -> Params:
-    """The whole model's parameters: `trained` laid over `frozen` (blocks stacked, or apart as `model.inference_params` has them). A layer finds
+    """The whole model's parameters: `trained` laid over `frozen` (blocks stacked, or apart as `quantize.inference_params` has them). A layer finds
     lora_a and lora_b (scaled), lora_gain where there is DoRA, and lora_keep where `dropout` is on."""
     if not frozen:
         return trained
     blocks = _ready(lora, frozen["blocks"], trained.get("blocks", {}), dropout)
     rest = {name: part for name, part in trained.items() if name != "blocks"}
     if isinstance(frozen["blocks"], tuple):
-        added = model.unstack(blocks) if blocks else ({},) * len(frozen["blocks"])
+        added = tree.unstack(blocks) if blocks else ({},) * len(frozen["blocks"])
         joined: Any = tuple(over(block, more) for block, more in zip(frozen["blocks"], added, strict=True))
     else:
         joined = over(frozen["blocks"], blocks)

@@ -84,7 +84,7 @@ class Norm(nn.Module):
 class Linear(nn.Module):
     """Contracts the last `inputs` axes of x with a kernel of shape x.shape[-inputs:] + features, as one product of matrices.
 
-    Where the parameters hold `rows` (see `inference_params`) instead of a kernel, those are used; an adapter beside them (`gptjax.lora`) adds its part."""
+    Where the parameters hold `rows` (see `quantize.inference_params`) instead of a kernel, those are used; an adapter beside them (`gptjax.lora`) adds its part."""
 
     features: tuple[int, ...]
     bias: bool
@@ -207,33 +207,6 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype), x[..., 2 * half :]], axis=-1)
 
 
-def inference_params(config: ModelConfig, params: Params, *, weights: str = "float32") -> Params:
-    """The parameters as decoding reads them: blocks apart, and each matrix as `quantize.rows` in `weights`: float32, bfloat16 or int8. A product with
-    one vector reads every weight once, so their bytes are the time it takes. Norms, biases and learned positions stay float32."""
-
-    def layer(block: Params) -> Params:
-        new: Params = {}
-        for name, part in block.items():
-            if isinstance(part, dict) and "rows" in part:
-                new[name] = part  # as it is already
-            elif isinstance(part, dict) and "kernel" in part:
-                matrix = part["kernel"].reshape(math.prod(part["kernel"].shape[: quantize.inputs_of(name)]), -1).T
-                new[name] = {**{k: v.astype(jnp.float32) for k, v in part.items() if k != "kernel"}, **quantize.rows(matrix, weights)}
-            else:
-                new[name] = layer(part) if isinstance(part, dict) else part.astype(jnp.float32)
-        return new
-
-    blocks = unstack(params["blocks"]) if isinstance(params["blocks"], dict) else params["blocks"]
-    table = params["embed"] if "rows" in params["embed"] else quantize.rows(params["embed"]["tokens"], weights)
-    kept = {name: params["embed"][name].astype(jnp.float32) for name in ("positions", "prompt") if name in params["embed"]}
-    result: Params = {"blocks": tuple(layer(block) for block in blocks), "embed": {**table, **kept}, "final_norm": layer(params["final_norm"])}
-    if "head" in params:
-        result["head"] = params["head"] if "rows" in params["head"] else quantize.rows(params["head"]["kernel"], weights)
-    if "score" in params:
-        result["score"] = {"kernel": params["score"]["kernel"].astype(jnp.float32)}
-    return result
-
-
 # Standard deviation by path, as a multiple of `init_std`; GPT-2 scales the projections into the residual stream by 1 / sqrt(2 L)
 # (Radford et al. 2019, section 2.3). None: the constant that the module itself starts with.
 INIT_SCALES: tuple[tuple[str, Any], ...] = (
@@ -280,9 +253,15 @@ def init_params(config: ModelConfig, key: Array, *, rows_sharding: jax.sharding.
     return tree.map_with_path(fill, params)
 
 
+@functools.lru_cache(8)
+def param_shapes(config: ModelConfig) -> Params:
+    """Shapes and dtypes of what `init_params` makes."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
 def count_params(config: ModelConfig) -> int:
     """Parameters of the model proper, without the padding of the vocabulary."""
-    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    shapes = param_shapes(config)
     padding = (config.padded_vocab - config.vocab_size) * config.width * (1 if config.tied or config.labels else 2)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) - padding
 
@@ -292,15 +271,6 @@ def cast(config: ModelConfig, params: Params) -> Params:
     dtype, kept = jnp.dtype(config.dtype), ("scale", "rows", "row_scale", "lora_gain", "lora_keep")
     return jax.tree_util.tree_map_with_path(lambda path, p: p if path[-1].key in kept else p.astype(dtype), params)
 
-
-@jax.custom_vjp
-def unstack(blocks: Params) -> tuple[Params, ...]:
-    """Blocks stacked on axis 0 as a tuple. Its gradient is one stack; slicing's own would be a sum of L padded arrays."""
-    length = jax.tree.leaves(blocks)[0].shape[0]
-    return tuple(jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(length))
-
-
-unstack.defvjp(lambda blocks: (unstack(blocks), None), lambda _, grads: (jax.tree.map(lambda *g: jnp.stack(g), *grads),))
 
 _REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
@@ -352,7 +322,7 @@ def apply(
         x = scanned[0]
     else:
         stacked = isinstance(params["blocks"], dict)
-        layers = unstack(params["blocks"]) if stacked else params["blocks"]
+        layers = tree.unstack(params["blocks"]) if stacked else params["blocks"]
         one: Any = block if stacked else jax.jit(block)  # for inference, traced once for all layers
         caches = []
         for i, block_params in enumerate(layers):

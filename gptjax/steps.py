@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import lora, losses, model, objectives, optim, sharding, tree
+from gptjax import lora, losses, model, objectives, optim, quantize, sharding, tree
 from gptjax.config import Config
 
 Array = jax.Array
@@ -54,7 +54,7 @@ def divide(config: Config, params: Any) -> tuple[Any, Any]:
 
 def freeze(config: Config, base: Any) -> Any:
     """The base of adapters as the step reads it: as it is, or with its matrices in int8."""
-    return model.inference_params(config.model, base, weights="int8") if config.lora.base == "int8" and base else base
+    return quantize.inference_params(base, weights="int8") if config.lora.base == "int8" and base else base
 
 
 def new_state(
@@ -68,10 +68,9 @@ def new_state(
 
 def state_shapes(config: Config) -> tuple[TrainState, optax.GradientTransformation, Any]:
     """(shapes and dtypes of the state, optimizer, those of the frozen parameters); nothing is materialised."""
-    whole = jax.eval_shape(functools.partial(model.init_params, config.model), jax.random.key(0))
-    base, given = divide(config, whole)
+    base, given = divide(config, model.param_shapes(config.model))
     frozen = jax.eval_shape(functools.partial(freeze, config), base)
-    params = jax.eval_shape(functools.partial(init_trained, config), jax.random.key(0), frozen, given)
+    params = jax.eval_shape(lambda frozen, given: init_trained(config, jax.random.key(0), frozen, given), frozen, given)
     tx = optim.optimizer(config, params)
     return jax.eval_shape(functools.partial(new_state, config, tx), frozen, given), tx, frozen
 

@@ -6,6 +6,7 @@ Shapes of their tensors follow from ours, so every tensor of a file is accounted
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import json
 import math
@@ -29,8 +30,7 @@ _STORED = DTYPES | {"F64": "float64", "I64": "int64", "I32": "int32", "I16": "in
 @functools.lru_cache(8)
 def our_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{path: shape of one layer (below blocks/) or of the whole parameter}."""
-    shapes = jax.eval_shape(functools.partial(model.init_params, c), jax.random.key(0))
-    return {path: tuple(s.shape[1:] if path.startswith("blocks/") else s.shape) for path, s in tree.flatten(shapes).items()}
+    return {path: tuple(s.shape[1:] if path.startswith("blocks/") else s.shape) for path, s in tree.flatten(model.param_shapes(c)).items()}
 
 
 def their_tensors(c: ModelConfig, kind: str) -> Iterator[tuple[hf.Row, int | None, list[tuple[str, tuple[int, ...]]]]]:
@@ -45,54 +45,90 @@ def their_tensors(c: ModelConfig, kind: str) -> Iterator[tuple[hf.Row, int | Non
             yield row, layer, [(name.format(layer), tuple(d.shape)) for name, d in zip(row.theirs, dumped, strict=True)]
 
 
-def match_names(c: ModelConfig, kind: str, found: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """{their full name: name in the file}. Raises one UserError that lists all that is missing, extra or of another shape."""
+def _matched(c: ModelConfig, kind: str, found: Mapping[str, tuple[int, ...]]) -> dict[int | None, list[tuple[hf.Row, list[str]]]]:
+    """{layer: [(row, names in the file)]}, None for what is in no layer. Raises one UserError that lists all that is missing, extra or of another shape."""
     family = hf.FAMILIES[kind]
     if c.layers > len(found):  # before their names are spelled out: a damaged number can be huge
         raise UserError(f"config.json names {c.layers:,} layers and the file holds {len(found):,} tensors")
     bare = not any(name.startswith(family.prefix) for name in found)
     expected: dict[str, tuple[int, ...]] = {}
-    names: dict[str, str] = {}
-    for _, _, tensors in their_tensors(c, kind):
-        for name, shape in tensors:
-            names[name] = name.removeprefix(family.prefix) if bare else name
-            expected[names[name]] = shape
+    result: dict[int | None, list[tuple[hf.Row, list[str]]]] = {}
+    for row, layer, tensors in their_tensors(c, kind):
+        names = [name.removeprefix(family.prefix) if bare else name for name, _ in tensors]
+        expected |= zip(names, (shape for _, shape in tensors), strict=True)
+        result.setdefault(layer, []).append((row, names))
     ignored = {"lm_head.weight", "embed_out.weight"} if c.tied or c.labels else set()
-    rows = [f"missing {name}" for name in expected if name not in found]
-    rows += [f"extra {name}" for name in found if name not in expected and name not in ignored and not hf.BUFFERS.fullmatch(name)]
-    rows += [f"{name} is {list(found[name])} instead of {list(shape)}" for name, shape in expected.items() if found.get(name, shape) != shape]
-    if rows:
-        raise UserError(f"{len(rows)} tensors do not fit a {kind} model of this config.json:\n  " + "\n  ".join(rows[:4] if len(rows) > 5 else rows))
-    return names
+    faults = [f"missing {name}" for name in expected if name not in found]
+    faults += [f"extra {name}" for name in found if name not in expected and name not in ignored and not hf.BUFFERS.fullmatch(name)]
+    faults += [f"{name} is {list(found[name])} instead of {list(shape)}" for name, shape in expected.items() if found.get(name, shape) != shape]
+    if faults:
+        shown = "\n  ".join(faults[:4] if len(faults) > 5 else faults)
+        raise UserError(f"{len(faults)} tensors do not fit a {kind} model of this config.json:\n  {shown}")
+    return result
 
 
-def to_params(c: ModelConfig, kind: str, found: Mapping[str, tuple[int, ...]], get: Callable[[str], np.ndarray], dtype: str) -> dict[str, Any]:
-    """Our parameters from their tensors: each is read once and written into its place in the stack of layers.
+@contextlib.contextmanager
+def named(place: Path) -> Iterator[None]:
+    """Errors name the checkpoint."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(place) in str(error) else f"{place}: {error}") from None
 
-    found: {name in the file: shape}; get(name): the array. dtype "": as stored. Raises UserError for what does not fit or is not finite.
-    """
-    names, shapes = match_names(c, kind, found), our_shapes(c)
-    flat: dict[str, np.ndarray] = {}
 
-    def put(item: tuple[hf.Row, int | None, list[tuple[str, tuple[int, ...]]]]) -> None:
-        row, layer, tensors = item
-        arrays = [get(names[name]) for name, _ in tensors]
-        for (name, _), array in zip(tensors, arrays, strict=True):
-            if array.dtype.kind not in "fV" or not _finite(array):
-                what = "values that are not finite" if array.dtype.kind in "fV" else array.dtype
-                raise UserError(f"{names[name]} holds {what}: the file is damaged")
-        ours = row.load(c, shapes[row.ours], *arrays)
-        with lock:
-            if row.ours not in flat:
-                kept = ours.dtype if not dtype else jax.numpy.dtype(dtype)
-                flat[row.ours] = _zeros(shapes[row.ours] if layer is None else (c.layers, *shapes[row.ours]), kept)
-        place = flat[row.ours] if layer is None else flat[row.ours][layer]
-        place[: len(ours)] = ours  # an embedding comes without our padding of the vocabulary
+class Stored:
+    """The parameters of a checkpoint while they lie in its files, to be read a layer at a time, or all at once.
 
-    lock = threading.Lock()
-    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # NumPy copies and checks without the interpreter's lock
-        list(pool.map(put, their_tensors(c, kind)))  # raises what `put` raised
-    return nested(flat)
+    found: {name in the file: shape}; get(name): the array. Raises UserError for what does not fit, and when read for what is not finite."""
+
+    def __init__(self, place: Path, c: ModelConfig, kind: str, found: Mapping[str, tuple[int, ...]], get: Callable[[str], np.ndarray]):
+        self._place, self._config, self._get = place, c, get
+        self._tensors, self._shapes, self._ended = _matched(c, kind, found), our_shapes(c), False
+
+    def end(self) -> None:
+        """Lets a reading in another thread fail at its next tensor."""
+        self._ended = True
+
+    def part(self, layer: int | None) -> dict[str, Any]:
+        """Nested dict of one layer's parameters, or with None of those in no layer, as stored; views of the file where its order is ours."""
+        flat = {}
+        for row, names in self._tensors[layer]:
+            ours, shape = self._load(row, names), self._shapes[row.ours]
+            if len(ours) < shape[0]:  # an embedding comes without our padding of the vocabulary
+                ours, given = _zeros(shape, ours.dtype), ours
+                ours[: len(given)] = given
+            flat[row.ours.removeprefix("blocks/")] = ours
+        return nested(flat)
+
+    def params(self, dtype: str = "float32") -> dict[str, Any]:
+        """Our parameters, blocks stacked on axis 0: each tensor is read once and written into its place. dtype "": as stored."""
+        flat: dict[str, np.ndarray] = {}
+
+        def put(item: tuple[int | None, hf.Row, list[str]]) -> None:
+            layer, row, names = item
+            ours, shape = self._load(row, names), self._shapes[row.ours]
+            with lock:
+                if row.ours not in flat:
+                    kept = ours.dtype if not dtype else jax.numpy.dtype(dtype)
+                    flat[row.ours] = _zeros(shape if layer is None else (self._config.layers, *shape), kept)
+            place = flat[row.ours] if layer is None else flat[row.ours][layer]
+            place[: len(ours)] = ours
+
+        lock, items = threading.Lock(), [(layer, *one) for layer, many in self._tensors.items() for one in many]
+        with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # NumPy copies and checks without the interpreter's lock
+            list(pool.map(put, items))  # raises what `put` raised
+        return nested(flat)
+
+    def _load(self, row: hf.Row, names: list[str]) -> np.ndarray:
+        if self._ended:
+            raise concurrent.futures.CancelledError
+        with named(self._place):
+            arrays = [self._get(name) for name in names]
+            for name, array in zip(names, arrays, strict=True):
+                if array.dtype.kind not in "fV" or not _finite(array):
+                    what = "values that are not finite" if array.dtype.kind in "fV" else array.dtype
+                    raise UserError(f"{name} holds {what}: the file is damaged")
+            return row.load(self._config, self._shapes[row.ours], *arrays)
 
 
 def _finite(array: np.ndarray) -> bool:
@@ -142,8 +178,10 @@ def read_safetensors(paths: list[Path]) -> tuple[dict[str, tuple[int, ...]], Cal
 
     found: dict[str, tuple[int, ...]] = {}
     where: dict[str, tuple[Path, int, str]] = {}
+    stamps: dict[Path, tuple[int, ...]] = {}
     for path in paths:
         try:
+            stamps[path] = _stamp(path)
             with safe_open(path, framework="np") as file, open(path, "rb") as raw:
                 (size,) = struct.unpack("<Q", raw.read(8))
                 header = json.loads(raw.read(size))
@@ -155,6 +193,8 @@ def read_safetensors(paths: list[Path]) -> tuple[dict[str, tuple[int, ...]], Cal
 
     def get(name: str) -> np.ndarray:
         path, start, kind = where[name]
+        if not path.exists() or _stamp(path) != stamps[path]:  # parameters may be read long after their names
+            raise UserError(f"{path} was changed or removed while it was in use: load it again")
         if kind not in _STORED:
             raise UserError(f"{name} is stored as {kind}; what is read is {', '.join(DTYPES)}")
         dtype = np.dtype(jax.numpy.dtype(_STORED[kind]))
@@ -164,6 +204,50 @@ def read_safetensors(paths: list[Path]) -> tuple[dict[str, tuple[int, ...]], Cal
 
     dtypes = [kind for _, _, kind in where.values()]
     return found, get, DTYPES.get(max(set(dtypes), key=dtypes.count, default="F32"), "float32")
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    info = path.stat()
+    return info.st_ino, info.st_size, info.st_mtime_ns
+
+
+def open_tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
+    """({name: shape}, name -> array, stored dtype) of the weights in a Hugging Face folder."""
+    if (folder / "model.safetensors").exists():
+        return read_safetensors([files.regular(folder / "model.safetensors")])
+    if (index := folder / "model.safetensors.index.json").exists():
+        places = files.read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise UserError(f"{index} has no weight_map of names to files")
+        if outside := [name for name in places.values() if Path(name).name != name or name in ("..", ".")]:
+            raise UserError(f"{index} names {outside[0]!r}, which is outside the checkpoint's folder")
+        return read_safetensors([files.regular(folder / name) for name in sorted(set(places.values()))])
+    if (folder / "flax_model.msgpack").exists():
+        return _msgpack(folder / "flax_model.msgpack")
+    if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+        raise UserError(
+            f"{pickles[0]} is a pickle, which can run code when it is read, so it is not read.\n"
+            "Convert it where you trust it: transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors."
+        )
+    raise UserError(f"{folder} has a config.json and no weights: no model.safetensors, no index, no flax_model.msgpack")
+
+
+def _msgpack(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
+    """transformers 4's Flax weights, under PyTorch's names; Flax's kernels are transposed."""
+    from flax import serialization
+
+    try:
+        flat = {p.replace("/", "."): np.asarray(a) for p, a in tree.flatten(serialization.msgpack_restore(files.regular(path).read_bytes())).items()}
+    except Exception as error:  # whatever msgpack raises
+        raise UserError(f"{path} is no Flax checkpoint: {type(error).__name__}: {str(error)[:150]}") from None
+    arrays = {}
+    for name, array in flat.items():
+        module, _, kind = name.rpartition(".")
+        arrays[f"{module}.{ {'kernel': 'weight', 'embedding': 'weight', 'scale': 'weight'}.get(kind, kind) }"] = (
+            array.T if kind == "kernel" else array
+        )
+    stored = str(next(iter(arrays.values())).dtype) if arrays else "float32"
+    return {name: a.shape for name, a in arrays.items()}, arrays.__getitem__, stored
 
 
 def write_safetensors(path: Path, tensors: list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]], dtype: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 T = TypeVar("T")
@@ -73,3 +74,13 @@ def difference(expected: Any, found: Any) -> list[str]:
         if want != got:
             rows.append(f"{p}: {got} instead of {want}")
     return sorted(rows)
+
+
+@jax.custom_vjp
+def unstack(blocks: Any) -> tuple[Any, ...]:
+    """Blocks stacked on axis 0 as a tuple. Its gradient is one stack; slicing's own would be a sum of L padded arrays."""
+    length = jax.tree.leaves(blocks)[0].shape[0]
+    return tuple(jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(length))
+
+
+unstack.defvjp(lambda blocks: (unstack(blocks), None), lambda _, grads: (jax.tree.map(lambda *g: jnp.stack(g), *grads),))

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, byte_level_tokenizer, tiny_checkpoint
 
-from gptjax import attention, decode, products, quantize, sampling
+from gptjax import attention, convert, decode, language_model, products, quantize, sampling, transfer
 from gptjax.config import UserError
 from gptjax.generation import Row
 from gptjax.language_model import LanguageModel
@@ -394,6 +395,48 @@ def test_a_hundred_prompt_lengths_take_six_programs():
     for n in range(1, 101):
         lm.generate([list(range(n))], max_new_tokens=2)
     assert programs() - before <= 6
+
+
+@pytest.fixture
+def stored(tmp_path):
+    convert.write(tmp_path / "hf", tiny_checkpoint("llama", context=256, tokenizer=byte_level_tokenizer()))
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_stored_weights_are_read_a_layer_at_a_time_as_they_are_at_once(stored, weights):
+    whole = convert.read(stored)
+    at_once, by_layer = LanguageModel(whole.config, whole.params, None, weights), language_model.load(stored, weights=weights)
+    assert jax.tree.all(jax.tree.map(np.array_equal, at_once._weights, by_layer._weights))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), by_layer._shapes()) == jax.tree.map(lambda a: (a.shape, a.dtype), by_layer._weights)
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole.params, by_layer.params))
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0.8, top_k=5), dict(), dict(stop="a", banned=["b"])])
+def test_programs_are_made_while_weights_are_read(stored, options):
+    made, listen = [], lambda event, seconds, fun_name="", **_: made.append(fun_name) if "mlir" in event else None
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with language_model.opening(stored) as lm:
+            lm.compile("the cat", max_new_tokens=20, **options)
+        assert {"jit(prefill)", "jit(advance)"} <= set(made)
+        made.clear()
+        text = "".join(lm.stream("the cat", max_new_tokens=20, **options))
+        assert not {"jit(prefill)", "jit(advance)"} & set(made)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert text == language_model.load(stored).generate("the cat", max_new_tokens=20, **options).text
+
+
+def test_a_fault_ends_the_reading(stored, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        transfer.Stored, "part", lambda self, layer, part=transfer.Stored.part: (time.sleep(0.2), part(self, layer), read.append(layer))[1]
+    )
+    with pytest.raises(UserError, match="context"), language_model.opening(stored) as lm:
+        lm.compile("the cat " * 100)
+    assert len(read) < 3
 
 
 def test_buckets_hold_what_they_must():

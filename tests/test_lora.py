@@ -247,12 +247,12 @@ def test_adapters_know_the_weights_they_were_trained_on(tmp_path):
     source = convert.read(tmp_path / "base")
     trained = adapters_for(config, source.params)
     before = convert.digest(source.params)
-    assert convert._adapted(config, trained, made.tokenizer, "float32", base=before).params.keys() == source.params.keys()
+    assert convert._adapted(config, trained, made.tokenizer, base=before).params.keys() == source.params.keys()
     shutil.rmtree(tmp_path / "base")
     changed = jax.tree.map(lambda p: p * 1.01, made.params)
     convert.write(tmp_path / "base", dataclasses.replace(made, params=changed))
     with pytest.raises(UserError, match="trained on other weights than"):
-        convert._adapted(config, trained, made.tokenizer, "float32", base=before)
+        convert._adapted(config, trained, made.tokenizer, base=before)
 
 
 def test_adapters_bring_the_chat_template_they_were_tuned_with(tmp_path):

@@ -100,6 +100,17 @@ def test_shards_are_read_and_written(tmp_path):
     assert equal(convert.read(tmp_path / "one").params, convert.read(tmp_path / "many").params)
 
 
+def test_a_file_that_changed_since_is_not_read(tmp_path):
+    convert.write(tmp_path / "one", tiny_checkpoint("llama"))
+    first, second, file = gptjax.load(tmp_path / "one"), gptjax.load(tmp_path / "one"), tmp_path / "one" / "model.safetensors"
+    file.write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="changed or removed"):
+        first.save(tmp_path / "two")
+    file.unlink()
+    with pytest.raises(UserError, match="changed or removed"):
+        _ = second.params
+
+
 def test_flax_msgpack_is_read(tmp_path):
     """transformers 4's Flax GPT-2 keeps kernels transposed and calls weights kernel, scale, embedding."""
     from flax import serialization
