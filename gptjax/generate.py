@@ -173,7 +173,6 @@ def main(argv: list[str]) -> None:
     args = cli.parse(argv, __doc__, FLAGS, required=("checkpoint",))
     settings = options(args)  # wrong numbers before the model is read
     metrics.enable_compile_cache()
-    sys.setswitchinterval(5e-4)  # or the thread that reads weights waits 5 ms for each turn, while programs are traced
     with language_model.opening(args["checkpoint"], weights=args["weights"] or "float32", cache_dtype=args["cache_dtype"]) as lm:
         if not (args["adapter"] or "chat" in args or settings.keys() & {"num_beams", "speculate_tokens"}):
             lm.compile(args["prompt"], max_new_tokens=new_tokens(lm, args), **settings)
