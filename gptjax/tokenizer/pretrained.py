@@ -33,20 +33,20 @@ class PretrainedTokenizer(Tokenizer):
         self._content = {name: content[name] for name in FILES if name in content}
         try:
             self._plain = tokenizers.Tokenizer.from_buffer(content["tokenizer.json"])
-            self._read(json.loads(content["tokenizer.json"]), json.loads(content.get("tokenizer_config.json", b"{}")), content, stops)
+            self._read(json.loads(content.get("tokenizer_config.json", b"{}")), content, stops)
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exception, and damage can be anywhere
             raise UserError(f"tokenizer.json is damaged or of an unknown kind: {type(error).__name__}: {str(error)[:200]}") from None
 
-    def _read(self, described: dict[str, Any], settings: dict[str, Any], content: dict[str, bytes], stops: Sequence[int]) -> None:
+    def _read(self, settings: dict[str, Any], content: dict[str, bytes], stops: Sequence[int]) -> None:
         self._plain.no_truncation()
         self._plain.no_padding()
         self._plain.encode_special_tokens = True  # the names of control tokens in ordinary text stay text
         self.special = {name: _text_of(token) for name, token in settings.items() if name.endswith("_token") and isinstance(token, str | Mapping)}
-        added = {t["id"]: t for t in described.get("added_tokens", [])}
-        self.control = {t["content"]: i for i, t in added.items() if t["special"]}
-        self._fill_table(described, added)
+        added = self._plain.get_added_tokens_decoder()
+        self.control = {t.content: i for i, t in added.items() if t.special}
+        self._fill_table(added)
         probe = [self._plain.encode("a", add_special_tokens=flag).ids for flag in (True, False)]
         self.prefix = tuple(probe[0][: len(probe[0]) - len(probe[1])]) if probe[0][-1:] == probe[1][-1:] else ()
         if not stops:
@@ -76,16 +76,16 @@ class PretrainedTokenizer(Tokenizer):
         one.no_padding()
         return one
 
-    def _fill_table(self, described: dict[str, Any], added: dict[int, Any]) -> None:
+    def _fill_table(self, added: dict[int, Any]) -> None:
         vocabulary = self._plain.get_vocab(with_added_tokens=True)
         if max(vocabulary.values(), default=0) > 1 << 24:
             raise UserError(f"tokenizer.json gives a token the id {max(vocabulary.values()):,}: it is damaged")
         self.token_bytes = [b""] * (max(vocabulary.values(), default=-1) + 1)
         letters = str.maketrans({chr(b): "\uffff" for b in range(256)} | {letter: chr(b) for letter, b in byte_letters().items()})
-        byte_level = '"ByteLevel"' in json.dumps([described.get("decoder"), described.get("pre_tokenizer")])
+        byte_level = "ByteLevel(" in f"{self._plain.decoder} {self._plain.pre_tokenizer}"
         for token, i in vocabulary.items():
             if i in added:
-                self.token_bytes[i] = b"" if added[i]["special"] else added[i]["content"].encode()
+                self.token_bytes[i] = b"" if added[i].special else added[i].content.encode()
             elif byte_level:
                 try:
                     self.token_bytes[i] = token.translate(letters).encode("latin-1")
