@@ -54,7 +54,7 @@ def read(path: str | Path, *, dtype: str = "float32") -> Pretrained:
 
 
 def opened(path: str | Path) -> Pretrained:
-    """The checkpoint at `path`, its parameters still in its files unless it is a run. Raises UserError."""
+    """The checkpoint at `path`, its parameters yet to be read (`transfer.Stored`) unless it is a run. Raises UserError."""
     place = Path(path).expanduser()
     if not place.exists():
         return opened(_from_hub(str(path)))

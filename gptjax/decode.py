@@ -54,7 +54,7 @@ def prefill(config: ModelConfig, params: Any, tokens_BS: Array, length_B: Array,
     return cache if copies == 1 else model.take_rows(cache, jnp.arange(b).repeat(copies), b)
 
 
-def rows(
+def host_state(
     prompts: Sequence[Sequence[int]], *, limits: Sequence[int], seeds: Sequence[int], slots: int, copies: int = 1, made: Sequence[int] = ()
 ) -> tuple[Any, Any, State]:  # fmt: skip
     """(tokens [B, slots] and lengths [B] of the prompts, the state before the first new token but for its cache), host arrays. limits: longest length
@@ -74,8 +74,8 @@ def rows(
 
 
 def start(config: ModelConfig, params: Any, prompts: Sequence[Sequence[int]], *, cache_dtype: str = "", copies: int = 1, **how: Any) -> State:
-    """The state before the first new token; `how`: as for `rows`."""
-    tokens, length, state = rows(prompts, copies=copies, **how)
+    """The state before the first new token; `how`: as for `host_state`."""
+    tokens, length, state = host_state(prompts, copies=copies, **how)
     cache = prefill(config, params, tokens, length, cache_dtype=cache_dtype, copies=copies)
     return {**jax.device_put(state), "cache": cache}
 

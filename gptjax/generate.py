@@ -171,11 +171,11 @@ def _fitting(lm: LanguageModel, system: str, history: list[dict[str, str]], limi
 
 def main(argv: list[str]) -> None:
     args = cli.parse(argv, __doc__, FLAGS, required=("checkpoint",))
-    settings = options(args)  # wrong numbers before the model is read
+    settings, n = options(args), args.number("n", 1)  # wrong numbers before the model is read
     metrics.enable_compile_cache()
     with language_model.opening(args["checkpoint"], weights=args["weights"] or "float32", cache_dtype=args["cache_dtype"]) as lm:
         if not (args["adapter"] or "chat" in args or settings.keys() & {"num_beams", "speculate_tokens"}):
-            lm.compile(args["prompt"], max_new_tokens=new_tokens(lm, args), **settings)
+            lm.compile(args["prompt"], n=n, max_new_tokens=new_tokens(lm, args), **settings)
     if args["adapter"]:
         lm = lm.adapted(args["adapter"])
     if "chat" in args:

@@ -128,8 +128,7 @@ def run(
     Where text slides, each time that the context is full its latest half is read again from the start, and goes on.
     """
     active = active_of(request.samplings)
-    options = jax.device_put(arrays(request.samplings, config.vocab_size, request.stops))
-    options = {name: a if name == "stops" else a.repeat(request.n, 0) for name, a in options.items()} if request.n > 1 else options
+    options = jax.device_put(_options(config, request))
     full = config.context + 1  # the last token that a full context predicts is never fed
     state = _begin(config, weights, request, request.prompts, [0] * len(request.prompts), request.n, cache_dtype, guess)
     known, turn = np.asarray(state["length"]), 0
@@ -164,15 +163,27 @@ def run(
 
 
 def compile_ahead(config: ModelConfig, weights: Any, request: Request, *, cache_dtype: str = "") -> None:
-    """Makes ready the programs that `run` begins with, for one row a prompt: from the cache on disk, or compiled. `weights` may be shapes."""
-    tokens, length, state = decode.rows(request.prompts, **_places(config, request, request.prompts, [0] * len(request.prompts), 1, None))
-    options, active = arrays(request.samplings, config.vocab_size, request.stops), active_of(request.samplings)
+    """Makes ready the programs that `run` begins with: from the cache on disk, or compiled. `weights` may be shapes."""
+    places = _places(config, request, request.prompts, [0] * len(request.prompts), request.n, None)
+    tokens, length, state = decode.host_state(request.prompts, **places)
     prefill, advance = decode.prefill.compiled(), decode.advance.compiled()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a program is made outside the interpreter's lock while the next one is traced
-        state["cache"] = prefill.eval_shape(config, weights, tokens, length, cache_dtype=cache_dtype, copies=1)
-        step = pool.submit(advance.lower(config, weights, state, options, np.int32(0), active=active).compile)
-        first = pool.submit(prefill.lower(config, weights, tokens, length, cache_dtype=cache_dtype, copies=1).compile)
-        step.result(), first.result()
+    how = dict(cache_dtype=cache_dtype, copies=request.n)
+    state["cache"] = prefill.eval_shape(config, weights, tokens, length, **how)
+    pool = concurrent.futures.ThreadPoolExecutor(1)  # a program is made outside the interpreter's lock while the next one is traced
+    try:
+        step = advance.lower(config, weights, state, _options(config, request), np.int32(0), active=active_of(request.samplings))
+        making = [pool.submit(step.compile)]
+        making.append(pool.submit(prefill.lower(config, weights, tokens, length, **how).compile))
+        for one in making:
+            one.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for no program
+
+
+def _options(config: ModelConfig, request: Request) -> dict[str, np.ndarray]:
+    """The values of the processors, a row per completion."""
+    found = arrays(request.samplings, config.vocab_size, request.stops)
+    return {name: a if name == "stops" else a.repeat(request.n, 0) for name, a in found.items()}
 
 
 def _begin(
@@ -191,7 +202,7 @@ def _begin(
 def _places(
     config: ModelConfig, request: Request, prompts: list[list[int]], made: list[int], copies: int, guess: Speculation | None
 ) -> dict[str, Any]:  # fmt: skip
-    """What `decode.rows` is told of these prompts."""
+    """What `decode.host_state` is told of these prompts."""
     limits = [min(len(p) + request.max_new_tokens - m, config.context + 1) for p, m in zip(prompts, made, strict=True)]
     slots = decode.bucket(max(limits) + (guess.count + 1 if guess else 0), config.context + (guess.count + 2 if guess else 1))
     seeds = [s.seed for s in request.samplings for _ in range(request.n if len(prompts) != len(request.samplings) else 1)]

@@ -1,6 +1,6 @@
 """GGUF files, read as if they were Hugging Face checkpoints and written from our parameters (f32, f16, q8_0).
 
-`read` gives what `transfer.to_params` needs: a config in Hugging Face's words, tensors under Hugging Face's names, and the tokenizer inside
+`read` gives what `transfer.Stored` needs: a config in Hugging Face's words, tensors under Hugging Face's names, and the tokenizer inside
 the file. The package `gguf` knows the format and its quantisations; only names and the order of rotary rows are translated here.
 """
 

@@ -55,10 +55,11 @@ class LanguageModel:
 
     def _read(self) -> Any:
         """The parameters as generation reads them. Of stored ones a layer at a time, so that memory never holds them twice."""
-        if not isinstance(self._params, transfer.Stored):
-            return _inference_params(self._params, weights=self.weights)
-        rest = _inference_params({**self._params.part(None), "blocks": ()}, weights=self.weights)
-        return rest | {"blocks": tuple(_inference_block(self._params.part(i), weights=self.weights) for i in range(self.config.layers))}
+        stored = self._params  # a look at `params` meanwhile would replace it
+        if not isinstance(stored, transfer.Stored):
+            return _inference_params(self.params, weights=self.weights)
+        rest = _inference_params({**stored.part(None), "blocks": ()}, weights=self.weights)
+        return rest | {"blocks": tuple(_inference_block(stored.part(i), weights=self.weights) for i in range(self.config.layers))}
 
     def _shapes(self) -> Any:
         """Shapes and dtypes of what `_read` makes of stored parameters."""
@@ -69,9 +70,12 @@ class LanguageModel:
 
     @property
     def params(self) -> Any:
-        """Nested dict of host arrays, blocks stacked on axis 0; of a checkpoint in files, read at the first look, float32."""
+        """Nested dict of host arrays, blocks stacked on axis 0; of a checkpoint in files, read at the first look, float32. Raises UserError."""
         if isinstance(self._params, transfer.Stored):
             self._params = self._params.params()
+            self.source = self.source and dataclasses.replace(self.source, params=self._params)
+        elif callable(self._params):
+            self._params = self._params()
         return self._params
 
     @property
@@ -123,7 +127,7 @@ class LanguageModel:
         if "score" in trained:
             other.config = dataclasses.replace(self.config, labels=peft.labels_of(Path(path).expanduser(), len(trained["score"]["kernel"])))
             other._engine = dataclasses.replace(self._engine, labels=other.config.labels)
-        other._params = lora.attach(settings, self.params, trained)
+        other._params = lambda: lora.attach(settings, self.params, trained)  # only DoRA, and whoever looks, needs it
         if settings.dora:
             other._weights = other._read()
         else:
@@ -245,15 +249,9 @@ class LanguageModel:
         """Pieces of the text of one completion as they come: whole characters, and never a part of a stop text. Options as in `generate`."""
         _ = self.text_tokenizer  # without one there is no text to stream
         request = self._request(
-            [prompt],
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            stop_tokens=stop_tokens,
-            banned=banned,
-            overflow=overflow,
-            ignore_end=ignore_end,
+            [prompt], max_new_tokens=max_new_tokens, stop=stop, stop_tokens=stop_tokens, banned=banned, overflow=overflow, ignore_end=ignore_end,
             **sampling,
-        )
+        )  # fmt: skip
         guess = self._speculation(request, speculate_tokens, draft)
         row, shown = request.rows[0], 0
         for _ in generation.run(self._engine, self._weights, request, steps=_STREAM_STEPS, cache_dtype=self.cache_dtype, guess=guess):
@@ -267,8 +265,8 @@ class LanguageModel:
         convert.write(Path(path), dataclasses.replace(source, params=self.params), form=form, dtype=dtype)
 
     def compile(self, prompt: str | Sequence[int], **options: Any) -> None:
-        """Makes ready the programs that `stream` with these options (but speculation) begins with; they depend on the prompt's length and on which options
-        are used. The weights may be on their way (see `opening`). Raises UserError."""
+        """Makes ready the programs that `generate` or `stream` begins with for such a prompt; they depend on its length and on which options are used.
+        options: theirs but beams, speculation and `prompt_logprobs`. The weights may be on their way (see `opening`). Raises UserError."""
         generation.compile_ahead(self._engine, self._weights, self._request([prompt], **options), cache_dtype=self.cache_dtype)
 
     def _request(
@@ -371,7 +369,8 @@ def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -
 
 @contextlib.contextmanager
 def opening(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> Iterator[LanguageModel]:
-    """`load` whose model comes at once, with its weights when the block ends: inside, while a thread reads them, it can `compile`. Raises UserError."""
+    """`load` whose model comes at once, and its weights when the block ends: inside, while a thread reads them, it can `encode` and `compile` only.
+    Raises UserError."""
     found = convert.opened(path)
     stored = found.params if isinstance(found.params, transfer.Stored) else None
     lm = LanguageModel(found.config, found.params, found.tokenizer, weights, cache_dtype, found, wait=stored is None)

@@ -77,13 +77,16 @@ def named(place: Path) -> Iterator[None]:
 
 
 class Stored:
-    """The parameters of a checkpoint while they lie in its files, to be read a layer at a time, or all at once.
+    """The parameters of a checkpoint that are yet to be read from its files, a layer at a time or all at once.
 
-    found: {name in the file: shape}; get(name): the array. Raises UserError for what does not fit, and when read for what is not finite."""
+    place: its folder or file; found: {name in the file: shape}; get(name): the array. Raises UserError for what does not fit, and when read for what is
+    not finite, or where a file has changed since."""
 
     def __init__(self, place: Path, c: ModelConfig, kind: str, found: Mapping[str, tuple[int, ...]], get: Callable[[str], np.ndarray]):
         self._place, self._config, self._get = place, c, get
         self._tensors, self._shapes, self._ended = _matched(c, kind, found), our_shapes(c), False
+        self._absolute = place.absolute()
+        self._stamps = _stamps(self._absolute)
 
     def end(self) -> None:
         """Lets a reading in another thread fail at its next tensor."""
@@ -120,15 +123,23 @@ class Stored:
         return nested(flat)
 
     def _load(self, row: hf.Row, names: list[str]) -> np.ndarray:
-        if self._ended:
-            raise concurrent.futures.CancelledError
         with named(self._place):
+            if self._ended:
+                raise UserError("its reading was ended before all was read: load it again")
+            if _stamps(self._absolute) != self._stamps:
+                raise UserError("a file of it was changed or removed while it was in use: load it again")
             arrays = [self._get(name) for name in names]
             for name, array in zip(names, arrays, strict=True):
                 if array.dtype.kind not in "fV" or not _finite(array):
                     what = "values that are not finite" if array.dtype.kind in "fV" else array.dtype
                     raise UserError(f"{name} holds {what}: the file is damaged")
             return row.load(self._config, self._shapes[row.ours], *arrays)
+
+
+def _stamps(place: Path) -> dict[str, tuple[int, ...]]:
+    """{file of weights: what changes when it is written}."""
+    found = place.glob("*.safetensors") if place.is_dir() else [place]
+    return {path.name: (info.st_ino, info.st_size, info.st_mtime_ns) for path in found if path.exists() and (info := path.stat())}
 
 
 def _finite(array: np.ndarray) -> bool:
@@ -178,23 +189,19 @@ def read_safetensors(paths: list[Path]) -> tuple[dict[str, tuple[int, ...]], Cal
 
     found: dict[str, tuple[int, ...]] = {}
     where: dict[str, tuple[Path, int, str]] = {}
-    stamps: dict[Path, tuple[int, ...]] = {}
     for path in paths:
         try:
-            stamps[path] = _stamp(path)
             with safe_open(path, framework="np") as file, open(path, "rb") as raw:
                 (size,) = struct.unpack("<Q", raw.read(8))
                 header = json.loads(raw.read(size))
                 for name in file.keys():  # noqa: SIM118  (the handle is no dict)
                     found[name] = tuple(header[name]["shape"])
-                    where[name] = path, 8 + size + header[name]["data_offsets"][0], header[name]["dtype"]
+                    where[name] = path.absolute(), 8 + size + header[name]["data_offsets"][0], header[name]["dtype"]
         except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is no whole safetensors file: {error}") from None
 
     def get(name: str) -> np.ndarray:
         path, start, kind = where[name]
-        if not path.exists() or _stamp(path) != stamps[path]:  # parameters may be read long after their names
-            raise UserError(f"{path} was changed or removed while it was in use: load it again")
         if kind not in _STORED:
             raise UserError(f"{name} is stored as {kind}; what is read is {', '.join(DTYPES)}")
         dtype = np.dtype(jax.numpy.dtype(_STORED[kind]))
@@ -204,11 +211,6 @@ def read_safetensors(paths: list[Path]) -> tuple[dict[str, tuple[int, ...]], Cal
 
     dtypes = [kind for _, _, kind in where.values()]
     return found, get, DTYPES.get(max(set(dtypes), key=dtypes.count, default="F32"), "float32")
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    info = path.stat()
-    return info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def open_tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:

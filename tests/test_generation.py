@@ -412,7 +412,7 @@ def test_stored_weights_are_read_a_layer_at_a_time_as_they_are_at_once(stored, w
     assert jax.tree.all(jax.tree.map(np.array_equal, whole.params, by_layer.params))
 
 
-@pytest.mark.parametrize("options", [dict(temperature=0.8, top_k=5), dict(), dict(stop="a", banned=["b"])])
+@pytest.mark.parametrize("options", [dict(temperature=0.8, top_k=5), dict(n=2, repetition_penalty=1.1), dict(stop="a", banned=["b"])])
 def test_programs_are_made_while_weights_are_read(stored, options):
     made, listen = [], lambda event, seconds, fun_name="", **_: made.append(fun_name) if "mlir" in event else None
     jax.clear_caches()
@@ -422,11 +422,20 @@ def test_programs_are_made_while_weights_are_read(stored, options):
             lm.compile("the cat", max_new_tokens=20, **options)
         assert {"jit(prefill)", "jit(advance)"} <= set(made)
         made.clear()
-        text = "".join(lm.stream("the cat", max_new_tokens=20, **options))
+        found = lm.generate(["the cat"], max_new_tokens=20, **options)
         assert not {"jit(prefill)", "jit(advance)"} & set(made)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert text == language_model.load(stored).generate("the cat", max_new_tokens=20, **options).text
+    assert found == language_model.load(stored).generate(["the cat"], max_new_tokens=20, **options)
+
+
+def test_a_look_at_the_parameters_disturbs_no_reading(stored, monkeypatch):
+    part = transfer.Stored.part
+    monkeypatch.setattr(transfer.Stored, "part", lambda self, layer: (time.sleep(0.2), part(self, layer))[1])
+    with language_model.opening(stored) as lm:
+        looked = lm.params
+    assert lm.params is looked and lm.source.params is looked
+    assert lm.generate([[5, 9]], max_new_tokens=3) == language_model.load(stored).generate([[5, 9]], max_new_tokens=3)
 
 
 def test_a_fault_ends_the_reading(stored, monkeypatch):
@@ -437,6 +446,8 @@ def test_a_fault_ends_the_reading(stored, monkeypatch):
     with pytest.raises(UserError, match="context"), language_model.opening(stored) as lm:
         lm.compile("the cat " * 100)
     assert len(read) < 3
+    with pytest.raises(UserError, match="ended before all was read"):
+        _ = lm.params
 
 
 def test_buckets_hold_what_they_must():

@@ -11,7 +11,7 @@ import pytest
 from conftest import FAMILIES, byte_level_tokenizer, make_config, random_params, tiny_checkpoint
 from test_steps import batch_for
 
-from gptjax import chat, checkpoint, convert, language_model, lora, model, peft, run, sharding, steps, tree
+from gptjax import chat, checkpoint, convert, language_model, lora, model, peft, run, sharding, steps, transfer, tree
 from gptjax.config import LoraConfig, UserError
 from gptjax.language_model import LanguageModel
 
@@ -164,6 +164,18 @@ def test_a_handle_takes_several_adapters(tmp_path):
     merged = LanguageModel(base.config, lora.merge(settings, base.params, trained), base.tokenizer)
     np.testing.assert_allclose(two.logits(TOKENS), merged.logits(TOKENS), atol=1e-5 * np.abs(merged.logits(TOKENS)).max())
     assert lm.generate([[5, 6, 7]], max_new_tokens=8)[0].logprobs == found[0].logprobs  # the base is as it was
+
+
+def test_adapters_need_no_second_reading_of_a_stored_base(tmp_path, monkeypatch):
+    base, config = tiny_checkpoint("llama", tokenizer=byte_level_tokenizer()), config_for("llama", rank=2)
+    convert.write(tmp_path / "base", base)
+    peft.write(tmp_path / "one", config.model, config.lora, adapters_for(config, base.params), "base")
+    lm, read = language_model.load(tmp_path / "base"), []
+    monkeypatch.setattr(transfer.Stored, "params", lambda self, params=transfer.Stored.params: (read.append(1), params(self))[1])
+    one = lm.adapted(tmp_path / "one")
+    held = LanguageModel(base.config, base.params, base.tokenizer).adapted(tmp_path / "one")
+    assert one.generate([[5, 6, 7]], max_new_tokens=8) == held.generate([[5, 6, 7]], max_new_tokens=8) and not read
+    assert one.params["blocks"]["attn"]["qkv"].keys() == held.params["blocks"]["attn"]["qkv"].keys() and read
 
 
 def test_wrong_adapters_are_refused(tmp_path):

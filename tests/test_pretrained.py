@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -100,15 +101,22 @@ def test_shards_are_read_and_written(tmp_path):
     assert equal(convert.read(tmp_path / "one").params, convert.read(tmp_path / "many").params)
 
 
-def test_a_file_that_changed_since_is_not_read(tmp_path):
-    convert.write(tmp_path / "one", tiny_checkpoint("llama"))
-    first, second, file = gptjax.load(tmp_path / "one"), gptjax.load(tmp_path / "one"), tmp_path / "one" / "model.safetensors"
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_a_file_that_changed_since_is_not_read(form, tmp_path, monkeypatch):
+    if form == "gguf":
+        pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    convert.write(Path("one"), tiny_checkpoint("llama", tokenizer=byte_level_tokenizer()), form=form)
+    file = tmp_path / ("one" if form == "gguf" else "one/model.safetensors")
+    first, second, third = (gptjax.load("one") for _ in range(3))
+    monkeypatch.chdir("/")
+    assert tree.size(first.params)
     file.write_bytes(file.read_bytes())
-    with pytest.raises(UserError, match="changed or removed"):
-        first.save(tmp_path / "two")
+    with pytest.raises(UserError, match="one: a file of it was changed or removed"):
+        second.save(tmp_path / "two")
     file.unlink()
-    with pytest.raises(UserError, match="changed or removed"):
-        _ = second.params
+    with pytest.raises(UserError, match="one: a file of it was changed or removed"):
+        _ = third.params
 
 
 def test_flax_msgpack_is_read(tmp_path):
