@@ -9,11 +9,15 @@ Streams to stdout. --chat is a conversation through the checkpoint's own templat
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    gc.disable()  # until the first token: looking for garbage takes a tenth of a start, and there is none
 
 from gptjax import chat, cli, files, language_model, metrics
 from gptjax.config import UserError
@@ -176,6 +180,9 @@ def main(argv: list[str]) -> None:
     with language_model.opening(args["checkpoint"], weights=args["weights"] or "float32", cache_dtype=args["cache_dtype"]) as lm:
         if not (args["adapter"] or "chat" in args or settings.keys() & {"num_beams", "speculate_tokens"}):
             lm.compile(args["prompt"], n=n, max_new_tokens=new_tokens(lm, args), **settings)
+    if not gc.isenabled():
+        gc.freeze()  # what is here now stays
+        gc.enable()
     if args["adapter"]:
         lm = lm.adapted(args["adapter"])
     if "chat" in args:
