@@ -34,8 +34,8 @@ FORMATS = ("hf", "gguf", "gptjax")
 
 @dataclasses.dataclass
 class Pretrained:
-    """What every checkpoint becomes. params: nested dict of host arrays, or `transfer.Stored` where they are yet to be read; dtype: the one that it was stored in; generation: what its
-    generation_config.json says; keep: ids of special tokens from its config.json."""
+    """What every checkpoint becomes. params: nested dict of host arrays, or `transfer.Stored` where they are yet to be read; dtype: the one that it
+    was stored in; generation: what its generation_config.json says; keep: ids of special tokens from its config.json."""
 
     config: ModelConfig
     params: Any

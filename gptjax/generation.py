@@ -128,7 +128,7 @@ def run(
     Where text slides, each time that the context is full its latest half is read again from the start, and goes on.
     """
     active = active_of(request.samplings)
-    options = jax.device_put(_options(config, request))
+    options = jax.device_put(arrays(request.samplings, config.vocab_size, request.stops, request.n))
     full = config.context + 1  # the last token that a full context predicts is never fed
     state = _begin(config, weights, request, request.prompts, [0] * len(request.prompts), request.n, cache_dtype, guess)
     known, turn = np.asarray(state["length"]), 0
@@ -171,7 +171,8 @@ def compile_ahead(config: ModelConfig, weights: Any, request: Request, *, cache_
     state["cache"] = prefill.eval_shape(config, weights, tokens, length, **how)
     pool = concurrent.futures.ThreadPoolExecutor(1)  # a program is made outside the interpreter's lock while the next one is traced
     try:
-        step = advance.lower(config, weights, state, _options(config, request), np.int32(0), active=active_of(request.samplings))
+        options = arrays(request.samplings, config.vocab_size, request.stops, request.n)
+        step = advance.lower(config, weights, state, options, np.int32(0), active=active_of(request.samplings))
         making = [pool.submit(step.compile)]
         making.append(pool.submit(prefill.lower(config, weights, tokens, length, **how).compile))
         for one in making:
@@ -180,17 +181,10 @@ def compile_ahead(config: ModelConfig, weights: Any, request: Request, *, cache_
         pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for no program
 
 
-def _options(config: ModelConfig, request: Request) -> dict[str, np.ndarray]:
-    """The values of the processors, a row per completion."""
-    found = arrays(request.samplings, config.vocab_size, request.stops)
-    return {name: a if name == "stops" else a.repeat(request.n, 0) for name, a in found.items()}
-
-
 def _begin(
     config: ModelConfig, weights: Any, request: Request, prompts: list[list[int]], made: list[int], copies: int, cache_dtype: str, guess: Speculation | None
 ) -> decode.State:  # fmt: skip
-    places = _places(config, request, prompts, made, copies, guess)
-    state = decode.start(config, weights, prompts, cache_dtype=cache_dtype, **places)
+    state = decode.start(config, weights, prompts, cache_dtype=cache_dtype, **_places(config, request, prompts, made, copies, guess))
     if guess:
         state["passes"] = jax.device_put(np.int32(0))
         if guess.draft_config:

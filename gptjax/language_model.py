@@ -334,7 +334,7 @@ class LanguageModel:
             self._engine, self._weights, request.prompts, limits=limits, seeds=[0] * len(limits), slots=decode.bucket(max(limits), self.config.context + 1),
             cache_dtype=self.cache_dtype, copies=beams,
         )  # fmt: skip
-        options = {k: v if k == "stops" else v.repeat(beams, 0) for k, v in arrays(request.samplings, self.config.vocab_size, request.stops).items()}
+        options = arrays(request.samplings, self.config.vocab_size, request.stops, beams)
         state = beam.search(
             self._engine, self._weights, beam.begin(state, beams), options, np.float32(length_penalty), active=active_of(request.samplings), beams=beams,
             early_stopping=early_stopping,
@@ -372,15 +372,16 @@ def opening(path: str | Path, *, weights: str = "float32", cache_dtype: str = ""
     """`load` whose model comes at once, and its weights when the block ends: inside, while a thread reads them, it can `encode` and `compile` only.
     Raises UserError."""
     found = convert.opened(path)
-    stored = found.params if isinstance(found.params, transfer.Stored) else None
-    lm = LanguageModel(found.config, found.params, found.tokenizer, weights, cache_dtype, found, wait=stored is None)
+    stored = found.params
+    if not isinstance(stored, transfer.Stored):  # read already
+        yield LanguageModel(found.config, stored, found.tokenizer, weights, cache_dtype, found)
+        return
+    lm = LanguageModel(found.config, stored, found.tokenizer, weights, cache_dtype, found, wait=False)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(lm._read) if stored else None
+        reading = pool.submit(lm._read)
         try:
             yield lm
-            if reading:
-                lm._weights = reading.result()
+            lm._weights = reading.result()
         except BaseException:
-            if stored:
-                stored.end()
+            stored.end()
             raise

@@ -64,12 +64,11 @@ class Sampling:
         return frozenset(name for name, used in {**on, **(warpers if self.temperature > 0 else {})}.items() if used)
 
 
-def arrays(requests: Sequence[Sampling], vocab_size: int, stops: Sequence[int]) -> dict[str, np.ndarray]:
-    """The settings of a batch, a row per request. Raises UserError for token ids outside the vocabulary."""
+def arrays(requests: Sequence[Sampling], vocab_size: int, stops: Sequence[int], copies: int = 1) -> dict[str, np.ndarray]:
+    """The settings of a batch, `copies` rows per request, side by side. Raises UserError for token ids outside the vocabulary."""
     fields = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     values = {name: np.array([getattr(r, name) for r in requests], np.float32) for name in fields}
     values |= {name: np.array([getattr(r, name) for r in requests], np.int32) for name in ("top_k", "min_new_tokens", "no_repeat_ngram")}
-    values["stops"] = np.array(sorted(stops), np.int32)
     for request in requests:
         ids: list[Any] = [*request.logit_bias, *(i for word in request.banned for i in word)]
         if bad := [i for i in ids if not isinstance(i, int | np.integer) or not 0 <= i < vocab_size]:
@@ -87,7 +86,7 @@ def arrays(requests: Sequence[Sampling], vocab_size: int, stops: Sequence[int]) 
         for i, row in enumerate(words):
             for j, word in enumerate(row):
                 values["banned"][i, j] = [-1] * (shape[1] - len(word)) + word
-    return values
+    return {name: a.repeat(copies, 0) for name, a in values.items()} | {"stops": np.array(sorted(stops), np.int32)}
 
 
 def active_of(requests: Sequence[Sampling]) -> frozenset[str]:

@@ -85,8 +85,8 @@ class Stored:
     def __init__(self, place: Path, c: ModelConfig, kind: str, found: Mapping[str, tuple[int, ...]], get: Callable[[str], np.ndarray]):
         self._place, self._config, self._get = place, c, get
         self._tensors, self._shapes, self._ended = _matched(c, kind, found), our_shapes(c), False
-        self._absolute = place.absolute()
-        self._stamps = _stamps(self._absolute)
+        paths = place.absolute().glob("*.safetensors") if place.is_dir() else [place.absolute()]
+        self._stamps = {path: _stamp(path) for path in paths}
 
     def end(self) -> None:
         """Lets a reading in another thread fail at its next tensor."""
@@ -126,7 +126,7 @@ class Stored:
         with named(self._place):
             if self._ended:
                 raise UserError("its reading was ended before all was read: load it again")
-            if _stamps(self._absolute) != self._stamps:
+            if any(_stamp(path) != stamp for path, stamp in self._stamps.items()):
                 raise UserError("a file of it was changed or removed while it was in use: load it again")
             arrays = [self._get(name) for name in names]
             for name, array in zip(names, arrays, strict=True):
@@ -136,10 +136,13 @@ class Stored:
             return row.load(self._config, self._shapes[row.ours], *arrays)
 
 
-def _stamps(place: Path) -> dict[str, tuple[int, ...]]:
-    """{file of weights: what changes when it is written}."""
-    found = place.glob("*.safetensors") if place.is_dir() else [place]
-    return {path.name: (info.st_ino, info.st_size, info.st_mtime_ns) for path in found if path.exists() and (info := path.stat())}
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written or removed."""
+    try:
+        info = path.stat()
+    except OSError:
+        return ()
+    return info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def _finite(array: np.ndarray) -> bool:
