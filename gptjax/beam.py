@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax import model, products, sampling
+from gptjax import model, programs, sampling
 from gptjax.config import ModelConfig
 from gptjax.decode import State, feed
 
@@ -37,7 +37,7 @@ def _take(tree: Any, index: Array) -> Any:
     return jax.tree.map(lambda a: jnp.take_along_axis(a, index.reshape(*index.shape, *[1] * (a.ndim - 2)), 1), tree)
 
 
-@functools.partial(products.jit, static_argnames=("config", "active", "beams", "early_stopping"), donate_argnames=("state",))
+@functools.partial(programs.jit, static_argnames=("config", "active", "beams", "early_stopping"), donate_argnames=("state",))
 def search(
     config: ModelConfig, params: Any, state: State, options: Mapping[str, Array], length_penalty: Array, *, active: frozenset[str], beams: int,
     early_stopping: bool | str,

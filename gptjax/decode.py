@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import model, products, sampling
+from gptjax import model, programs, sampling
 from gptjax.config import ModelConfig
 
 Array = jax.Array
@@ -37,7 +37,7 @@ def bucket(length: int, context: int) -> int:
     return -(-min(size, max(context, length)) // chunk_size()) * chunk_size()
 
 
-@functools.partial(products.jit, static_argnames=("config", "cache_dtype", "copies"))
+@functools.partial(programs.jit, static_argnames=("config", "cache_dtype", "copies"))
 def prefill(config: ModelConfig, params: Any, tokens_BS: Array, length_B: Array, *, cache_dtype: str = "", copies: int = 1) -> Any:
     """The cache of all tokens but the last of each row, each row `copies` times. Its time grows with the longest row."""
     b, s = tokens_BS.shape
@@ -103,7 +103,7 @@ def append(state: State, token_B: Array, logprob_B: Array, stops: Array) -> Stat
     return {**state, "tokens": tokens, "logprobs": logprobs, "length": length, "made": state["made"] + going, "done": done}
 
 
-@functools.partial(products.jit, static_argnames=("config", "active"), donate_argnames=("state",))
+@functools.partial(programs.jit, static_argnames=("config", "active"), donate_argnames=("state",))
 def advance(config: ModelConfig, params: Any, state: State, options: Mapping[str, Array], steps: Array, *, active: frozenset[str]) -> State:
     """Up to `steps` more tokens in each row; stops early when all rows are done. Log-probabilities are the model's own, before any processor."""
 
@@ -119,14 +119,14 @@ def advance(config: ModelConfig, params: Any, state: State, options: Mapping[str
     return state
 
 
-@functools.partial(products.jit, static_argnames=("config",))
+@functools.partial(programs.jit, static_argnames=("config",))
 def logits(config: ModelConfig, params: Any, tokens_BT: Array) -> Array:
     """float32 [B, T, V] of a full forward pass. Columns behind a row's end are garbage and change nothing before them."""
     x, _ = model.apply(config, params, tokens_BT)
     return model.unembed(config, params, x)
 
 
-@functools.partial(products.jit, static_argnames=("config",))
+@functools.partial(programs.jit, static_argnames=("config",))
 def token_logprobs(config: ModelConfig, params: Any, tokens_BT: Array) -> tuple[Array, Array]:
     """(log-probability, whether it is the most likely one) of each token given those before it, [B, T - 1]; the logits of one row at a time."""
     x, _ = model.apply(config, params, tokens_BT[:, :-1])
@@ -139,7 +139,7 @@ def token_logprobs(config: ModelConfig, params: Any, tokens_BT: Array) -> tuple[
     return jax.lax.map(row, (x, tokens_BT[:, 1:]))
 
 
-@functools.partial(products.jit, static_argnames=("config",))
+@functools.partial(programs.jit, static_argnames=("config",))
 def head_scores(config: ModelConfig, params: Any, tokens_BT: Array, length_B: Array) -> Array:
     """float32 [B, labels]: what the head says of each row's last token. Columns behind a row's end change nothing."""
     x, _ = model.apply(config, params, tokens_BT)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from gptjax import decode, speculate
+from gptjax import decode, model, programs, speculate
 from gptjax.config import ModelConfig, UserError
 from gptjax.sampling import Sampling, active_of, arrays
 from gptjax.tokenizer import StreamDecoder, Tokenizer
@@ -162,23 +162,14 @@ def run(
         state["done"] = jax.device_put(done)
 
 
-def compile_ahead(config: ModelConfig, weights: Any, request: Request, *, cache_dtype: str = "") -> None:
-    """Makes ready the programs that `run` begins with: from the cache on disk, or compiled. `weights` may be shapes."""
+def compile_ahead(config: ModelConfig, weights: Any, request: Request, *, cache_dtype: str = "", folder: Path | None = None) -> None:
+    """Makes ready the programs that `run` begins with; see `programs.make_ready`. `weights` may be shapes."""
     places = _places(config, request, request.prompts, [0] * len(request.prompts), request.n, None)
     tokens, length, state = decode.host_state(request.prompts, **places)
-    prefill, advance = decode.prefill.compiled(), decode.advance.compiled()
-    how = dict(cache_dtype=cache_dtype, copies=request.n)
-    state["cache"] = prefill.eval_shape(config, weights, tokens, length, **how)
-    pool = concurrent.futures.ThreadPoolExecutor(1)  # a program is made outside the interpreter's lock while the next one is traced
-    try:
-        options = arrays(request.samplings, config.vocab_size, request.stops, request.n)
-        step = advance.lower(config, weights, state, options, np.int32(0), active=active_of(request.samplings))
-        making = [pool.submit(step.compile)]
-        making.append(pool.submit(prefill.lower(config, weights, tokens, length, **how).compile))
-        for one in making:
-            one.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for no program
+    state["cache"] = jax.eval_shape(lambda: model.init_cache(config, len(state["length"]), tokens.shape[1], dtype=cache_dtype))
+    options = arrays(request.samplings, config.vocab_size, request.stops, request.n)
+    step = decode.advance.call(config, weights, state, options, np.int32(0), active=active_of(request.samplings))
+    programs.make_ready([step, decode.prefill.call(config, weights, tokens, length, cache_dtype=cache_dtype, copies=request.n)], folder)
 
 
 def _begin(

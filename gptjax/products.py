@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
@@ -33,28 +29,10 @@ def turned(a: Array) -> Array:
 
 
 FEW = 8  # rows of x: with more, the sums do not fit the registers, and packing the weights for a dot pays
-_ANY_ORDER = {"xla_cpu_enable_fast_math": True, **{f"xla_cpu_fast_math_honor_{what}": True for what in ("nans", "infs", "division", "functions")}}
-
-
-def jit(function: Callable[..., Any], **how: Any) -> Any:
-    """`jax.jit(function, **how)`, at the top level only, where XLA:CPU may take sums in any order, which is how it comes to add vectors of numbers in
-    `few_rows`. Of its fast math that is all that is asked for: divisions and functions stay as they are, comparisons, softmax and values read at run
-    time keep NaN and infinities, but x - x and x * 0 may be folded to 0. The jitted function itself is `.compiled()`."""
-
-    @functools.cache
-    def compiled() -> Any:  # made at the first call: asking for the backend starts it, and `jax.distributed` must come before
-        return jax.jit(function, compiler_options=_ANY_ORDER if jax.default_backend() == "cpu" else None, **how)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled()(*args, **kwargs)
-
-    call.compiled = compiled  # type: ignore[attr-defined]
-    return call
 
 
 def few_rows(x: Array, rows: Array) -> Array:
-    """x [B, N, D] times rows [B, F, D] in any types, N at most `FEW` -> float32 [B, N, F], inside a `jit` of this module.
+    """x [B, N, D] times rows [B, F, D] in any types, N at most `FEW` -> float32 [B, N, F], inside a `programs.jit`.
 
     One pass over the rows as they lie in memory, on a CPU at the speed of reading them, where a dot packs them anew in every call. For that the sums of
     up to four parts of the rows with each row of x are one reduction of several operands: XLA:CPU fuses the products into it, leaves its

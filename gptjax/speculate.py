@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax import model, products, sampling
+from gptjax import model, programs, sampling
 from gptjax.config import ModelConfig
 from gptjax.decode import State, append, feed
 
@@ -47,7 +47,7 @@ def _draft(config: ModelConfig, params: Any, state: State, count: int) -> tuple[
     return jnp.stack(guesses, 1), cache
 
 
-@functools.partial(products.jit, static_argnames=("config", "active", "count", "draft_config"), donate_argnames=("state",))
+@functools.partial(programs.jit, static_argnames=("config", "active", "count", "draft_config"), donate_argnames=("state",))
 def advance(
     config: ModelConfig, params: Any, state: State, options: Mapping[str, Array], steps: Array, *, active: frozenset[str], count: int = 4,
     draft_config: ModelConfig | None = None, draft_params: Any = None,

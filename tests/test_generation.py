@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, byte_level_tokenizer, tiny_checkpoint
 
-from gptjax import attention, convert, decode, language_model, products, quantize, sampling, transfer
+from gptjax import attention, convert, decode, language_model, programs, quantize, sampling, transfer
 from gptjax.config import UserError
 from gptjax.generation import Row
 from gptjax.language_model import LanguageModel
@@ -333,7 +333,7 @@ def test_a_product_rounds_weights_and_not_activations(weights, count, width, fea
     x = rng.standard_normal((count, width)).astype(np.float32)
     kept = quantize.rows(jnp.asarray(rng.standard_normal((features, width)), jnp.float32), weights)
     exact = x.astype(np.float64) @ np.asarray(quantize.matrix(kept), np.float64).T
-    for product in (quantize.times_rows, jax.jit(quantize.times_rows), products.jit(quantize.times_rows)):
+    for product in (quantize.times_rows, jax.jit(quantize.times_rows), programs.jit(quantize.times_rows)):
         np.testing.assert_allclose(product(jnp.asarray(x), kept), exact, rtol=1e-5, atol=1e-6 * np.abs(exact).max())
 
 
@@ -343,7 +343,7 @@ def test_one_row_is_multiplied_as_it_is_among_others(weights):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((8, 768)), jnp.float32)
     kept = quantize.rows(jnp.asarray(rng.standard_normal((24, 768)), jnp.float32), weights)
-    product = products.jit(quantize.times_rows)
+    product = programs.jit(quantize.times_rows)
     for count in (2, 5, 8):
         np.testing.assert_allclose(product(x[:1], kept)[0], product(x[:count], kept)[0], rtol=0, atol=5e-5)  # of 100: sums in another order
 

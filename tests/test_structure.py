@@ -10,7 +10,7 @@ from conftest import ROOT
 ORDER = (
     "config", "settings", "files", "cli", "tree", "tokenizer.base", "tokenizer.trained", "tokenizer.openai", "tokenizer.pretrained", "tokenizer", "chat", "scores",
     "data.rows", "data.sources", "data.prepare", "data.loader", "tasks.base", "tasks.classification", "tasks.summarization", "tasks.translation", "tasks.qa",
-    "tasks.dialogue", "tasks.text", "tasks.preference", "tasks.reward", "tasks.load", "products", "attention", "quantize", "model", "hf", "transfer", "lora", "losses", "preferences", "objectives", "optim", "sharding", "steps",
+    "tasks.dialogue", "tasks.text", "tasks.preference", "tasks.reward", "tasks.load", "programs", "products", "attention", "quantize", "model", "hf", "transfer", "lora", "losses", "preferences", "objectives", "optim", "sharding", "steps",
     "metrics", "checkpoint", "gguf", "peft", "convert", "sampling", "decode", "speculate", "beam", "generation", "language_model", "generate", "harness", "probes",
     "evaluate", "report", "run", "policy", "data.preview", "train",
 )  # fmt: skip

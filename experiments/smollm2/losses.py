@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import gptjax
-from gptjax import cli, model, products
+from gptjax import cli, model, programs
 from gptjax.config import Config
 from gptjax.data import sources
 
@@ -21,7 +21,7 @@ def loss(lm, ids: np.ndarray, *, chunk: int = 32) -> float:
     """Mean loss of ids [1, T] read in chunks through the cache, as a prompt is, so that the cache's own error counts."""
     cache = model.init_cache(lm._engine, 1, ids.shape[1], dtype=lm.cache_dtype)
 
-    @products.jit
+    @programs.jit
     def step(weights, cache, piece, at):
         x, cache = model.apply(lm._engine, weights, piece, cache=cache, start_B=at[None])
         return jax.nn.log_softmax(model.unembed(lm._engine, weights, x[0])), cache

@@ -1,0 +1,77 @@
+"""Programs kept on disk whole: found by what they are made from, and by nothing else."""
+
+import json
+import os
+
+import jax
+import numpy as np
+from conftest import byte_level_tokenizer, command, tiny_checkpoint
+
+from gptjax import convert, language_model, programs
+
+SETTINGS = dict(temperature=0.8, top_k=5, min_p=0.01, repetition_penalty=1.1, seed=3)
+
+
+def generated(folder, tmp_path, **env):
+    """(what the command wrote, the functions that jax compiled for it) in a process of its own."""
+    flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    env = {"GPTJAX_CACHE": str(tmp_path / "cache"), "JAX_LOG_COMPILES": "1", **env}
+    done = command("gptjax.generate", f"--checkpoint={folder}", "--prompt=the cat", "--max_new_tokens=20", "--json", *flags, env=env)
+    return json.loads(done.stdout), {name for name in ("prefill", "advance") if f"Compiling jit({name}" in done.stderr}
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    folder, both = tmp_path / "hf", {"prefill", "advance"}
+    convert.write(folder, tiny_checkpoint("llama", context=256, tokenizer=byte_level_tokenizer()))
+    first, compiled = generated(folder, tmp_path, PYTHONHASHSEED="1")
+    assert compiled == both
+    assert generated(folder, tmp_path, PYTHONHASHSEED="2") == (first, set())
+    for kept in (tmp_path / "cache" / "programs").glob("advance-*"):  # damaged: compiled again, and mended
+        kept.write_bytes(bytes(32) + kept.read_bytes()[32:])  # its checksum, since what damaged machine code does is anyone's guess
+    assert generated(folder, tmp_path) == (first, {"advance"})
+    for kept in (tmp_path / "cache" / "programs").iterdir():  # gone, where jax's cache is not: what that gives could not be kept
+        kept.unlink()
+    assert generated(folder, tmp_path) == (first, both)
+    assert generated(folder, tmp_path) == (first, set())
+    expected = language_model.load(folder).generate("the cat", max_new_tokens=20, **SETTINGS)
+    assert first["tokens"] == expected.tokens
+    np.testing.assert_allclose(first["logprobs"], expected.logprobs, atol=1e-4)
+
+
+@programs.jit
+def twice(x, *, bias):
+    return 2 * x + bias
+
+
+def test_a_program_is_found_by_all_that_it_depends_on(tmp_path, monkeypatch):
+    place = lambda shape=(4,), dtype=np.float32: twice.call(np.zeros(shape, dtype), bias=np.zeros(1)).place(tmp_path)
+    usual = place()
+    assert place() == usual
+    others = [place((5,)), place(dtype=np.int8)]
+    with jax.default_matmul_precision("highest"):
+        others.append(place())
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, "_SOURCE", "another")
+        others.append(place())
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_fast_math=false")
+        others.append(place())
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "__version__", "0.0.0")
+        others.append(place())
+    assert len({usual, *others}) == 1 + len(others) == 7
+
+
+def test_static_arguments_and_their_order_count():
+    three = programs.jit(lambda x, kinds: x, static_argnames=("kinds",))
+    one, other = (three.call(np.zeros(2), frozenset(kinds)).key for kinds in (["top_k", "min_p"], ["min_p", "top_k"]))
+    assert one == other != three.call(np.zeros(2), frozenset(["top_k"])).key
+
+
+def test_old_programs_make_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "_MOST", 2)
+    compiled = jax.jit(lambda x: x + 1).lower(np.float32(1)).compile()
+    for i, name in enumerate("abcd"):
+        programs._keep(compiled, tmp_path / name)
+        os.utime(tmp_path / name, (i, i))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"]
