@@ -18,10 +18,15 @@ from typing import Any
 from gptjax.config import UserError
 
 
-def cache_dir(*parts: str) -> Path:
-    """`$GPTJAX_CACHE`, else `$XDG_CACHE_HOME/gptjax`, else `~/.cache/gptjax`; created."""
+def cache_path(*parts: str) -> Path:
+    """`$GPTJAX_CACHE`, else `$XDG_CACHE_HOME/gptjax`, else `~/.cache/gptjax`."""
     root = os.environ.get("GPTJAX_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gptjax")
-    path = Path(root, *parts)
+    return Path(root, *parts)
+
+
+def cache_dir(*parts: str) -> Path:
+    """`cache_path`, created."""
+    path = cache_path(*parts)
     path.mkdir(parents=True, exist_ok=True)
     return path
 

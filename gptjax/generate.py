@@ -179,7 +179,7 @@ def main(argv: list[str]) -> None:
     metrics.enable_compile_cache()
     with language_model.opening(args["checkpoint"], weights=args["weights"] or "float32", cache_dtype=args["cache_dtype"]) as lm:
         if not (args["adapter"] or "chat" in args or settings.keys() & {"num_beams", "speculate_tokens"}):
-            lm.compile(args["prompt"], folder=files.cache_dir("programs"), n=n, max_new_tokens=new_tokens(lm, args), **settings)
+            lm.compile(args["prompt"], folder=files.cache_path("programs"), n=n, max_new_tokens=new_tokens(lm, args), **settings)
     if not gc.isenabled():
         gc.freeze()  # what is here now stays
         gc.enable()

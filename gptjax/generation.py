@@ -162,7 +162,7 @@ def run(
         state["done"] = jax.device_put(done)
 
 
-def compile_ahead(config: ModelConfig, weights: Any, request: Request, *, cache_dtype: str = "", folder: Path | None = None) -> None:
+def compile_ahead(config: ModelConfig, weights: Any, request: Request, *, cache_dtype: str = "", folder: str | Path | None = None) -> None:
     """Makes ready the programs that `run` begins with; see `programs.make_ready`. `weights` may be shapes."""
     places = _places(config, request, request.prompts, [0] * len(request.prompts), request.n, None)
     tokens, length, state = decode.host_state(request.prompts, **places)

@@ -58,7 +58,9 @@ class LanguageModel:
         stored = self._params  # a look at `params` meanwhile would replace it
         if not isinstance(stored, transfer.Stored):
             return _inference_params(self.params, weights=self.weights)
-        form = quantize.inference_params if self.weights == "float32" else _inference_params  # a jitted one would copy what is float32 already
+        form = (
+            quantize.inference_params if self.weights == "float32" else _inference_params
+        )  # jitted, it would copy what is float32 already, as most is
         rest = form(stored.part(None) | {"blocks": ()}, weights=self.weights)
         return rest | {"blocks": tuple(_inference_block(stored.part(i), weights=self.weights) for i in range(self.config.layers))}
 
@@ -265,7 +267,7 @@ class LanguageModel:
         source = self.source or convert.Pretrained(self.config, self.params, self.tokenizer)
         convert.write(Path(path), dataclasses.replace(source, params=self.params), form=form, dtype=dtype)
 
-    def compile(self, prompt: str | Sequence[int], *, folder: Path | None = None, **options: Any) -> None:
+    def compile(self, prompt: str | Sequence[int], *, folder: str | Path | None = None, **options: Any) -> None:
         """Makes ready the programs that `generate` or `stream` begins with for such a prompt; they depend on its length and on which options are used.
         options: theirs but beams, speculation and `prompt_logprobs`. folder: where programs are kept whole for other processes (`programs.make_ready`).
         The weights may be on their way (see `opening`). Raises UserError."""

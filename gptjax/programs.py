@@ -1,7 +1,7 @@
 """Compiled programs: under XLA's options for generation, and kept on disk whole.
 
 jax's own cache finds a program by what tracing and lowering give, which takes longer than fetching it. A kept program is found by what it is made from:
-the source of this package and the versions under it, jax's settings, the processor, and the arguments' shapes. Nothing is traced.
+the source of this package and the versions under it, jax's settings, the processor, and the arguments' shapes. It is not traced again.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ import os
 import pickle
 import platform
 import uuid
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax
 import jax
 import jaxlib
+import numpy as np
 from jax.experimental import serialize_executable
 
 from gptjax import files
@@ -30,7 +32,8 @@ from gptjax import files
 _ANY_ORDER = {"xla_cpu_enable_fast_math": True, **{f"xla_cpu_fast_math_honor_{what}": True for what in ("nans", "infs", "division", "functions")}}
 _MOST = 32  # programs kept; each is about 2 MB at 12 layers
 # read with the code, not when it is asked for: the files may have changed by then
-_SOURCE = files.digest(*(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
+_SOURCES = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")) if path.is_file()]
+_SOURCE = files.digest(*_SOURCES)
 
 
 def jit(function: Callable[..., Any], *, static_argnames: tuple[str, ...] = (), donate_argnames: tuple[str, ...] = ()) -> Program:
@@ -82,48 +85,64 @@ class Call:
 
     @functools.cached_property
     def key(self) -> Any:
-        """Static arguments, structure, shapes and dtypes."""
+        """jax's settings, static arguments, structure, shapes and dtypes."""
         static = [self._arguments[name] for name in self.program.static]
         static = [tuple(sorted(value)) if isinstance(value, frozenset) else value for value in static]  # whose order is another in each process
         leaves, structure = jax.tree.flatten(tuple(self.arrays.values()))
-        return tuple(static), structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        settings = repr([item for item in jax.config.values.items() if "cache" not in item[0] and "traceback" not in item[0]])
+        return settings, tuple(static), structure, tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
 
-    def lower(self, *, alone: bool) -> Any:
-        """alone: under a name of its own, with which jax's cache cannot know it; what comes from there cannot be stored again."""
-        if not alone:
-            return self.program.compiled().lower(*self.args, **self.kwargs)
+    def place(self, folder: Path) -> Path:
+        versions = [platform.python_version(), *(module.__version__ for module in (jax, jaxlib, flax))]
+        digest = files.digest(_SOURCE, repr([versions, _machine(), os.environ.get("XLA_FLAGS"), self.key]))
+        return folder / f"{self.program.function.__name__}-{digest[:32]}.program"
+
+    def lower(self, name: str) -> Any:
+        """The program of its own function called `name`."""
         static, names = {name: self._arguments[name] for name in self.program.static}, list(self.arrays)
 
         def function(*arrays: Any) -> Any:
             return self.program.function(**static, **dict(zip(names, arrays, strict=True)))
 
-        function.__name__ = f"{self.program.function.__name__}_{uuid.uuid4().hex[:8]}"
+        function.__name__ = name
         donated = tuple(names.index(name) for name in self.program.donated)
         return jax.jit(function, donate_argnums=donated, compiler_options=_options()).lower(*self.arrays.values())
 
-    def place(self, folder: Path) -> Path:
-        return folder / f"{self.program.function.__name__}-{files.digest(_SOURCE, _surroundings(), repr(self.key))[:32]}"
+
+def make_ready(calls: Sequence[Call], folder: str | Path | None = None) -> None:
+    """The programs of these calls are fetched from `folder`, or compiled and kept there; without a folder they come from jax's cache or are compiled, and so
+    wherever programs cannot safely be kept: away from one CPU device, or where jax's cache is disabled. The folder holds machine code, to be trusted like
+    jax's cache. Functions of this package that were replaced at run time are not seen."""
+    if folder is None or not _storable():
+        _compile(call.program.compiled().lower(*call.args, **call.kwargs) for call in calls)
+        return
+    places = {call.place(Path(folder).expanduser()): call for call in calls}
+    missing = {place: call for place, call in places.items() if not _fetch(call, place)}
+    # names that no cache knows: an executable that came from jax's cannot be stored again (it loads, and fails when it runs)
+    names = [f"{call.program.function.__name__}_{uuid.uuid4().hex}" for call in missing.values()]
+    made = _compile(call.lower(name) for call, name in zip(missing.values(), names, strict=True))
+    pool = concurrent.futures.ThreadPoolExecutor(1)  # beside what comes now; the process waits for it at its end
+    for (place, call), name, compiled in zip(missing.items(), names, made, strict=True):
+        call.program.ready[call.key] = compiled
+        pool.submit(_keep, compiled, place, name)
+    pool.shutdown(wait=False)
 
 
-def make_ready(calls: Sequence[Call], folder: Path | None = None) -> None:
-    """The programs of these calls are fetched from `folder`, or compiled (in a thread while the next one is traced) and kept there; without a folder they come
-    from jax's cache or are compiled. So also where programs are not known to be storable, away from one CPU device, and where jax's cache is disabled. The
-    folder holds machine code, to be trusted like jax's cache. Functions that were replaced at run time are not seen."""
-    storable = jax.default_backend() == "cpu" and jax.device_count() == 1 and jax.config.values["jax_enable_compilation_cache"]
-    folder = folder if storable else None
-    missing = [call for call in calls if folder is None or not _fetch(call, call.place(folder))]
-    pool = concurrent.futures.ThreadPoolExecutor(1)  # compiles outside the interpreter's lock
+def _storable() -> bool:
+    settings, flags = jax.config.values, os.environ.get("XLA_FLAGS", "").strip()
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or not _SOURCES or settings["jax_disable_jit"]:
+        return False
+    return settings["jax_enable_compilation_cache"] and (not flags or flags.startswith("--"))  # else they are in a file
+
+
+def _compile(programs: Iterable[Any]) -> list[Any]:
+    """Each is compiled in a thread, outside the interpreter's lock, while the next one is traced."""
+    pool = concurrent.futures.ThreadPoolExecutor(1)
     try:
-        making = [pool.submit(call.lower(alone=folder is not None).compile) for call in missing]
-        made = [one.result() for one in making]
-        for call, compiled in zip(missing, made, strict=True):
-            if folder is not None:
-                call.program.ready[call.key] = compiled
-                pool.submit(_keep, compiled, call.place(folder))  # beside what comes now; the process waits for it at its end
-        pool.shutdown(wait=False)
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for no program
-        raise
+        making = [pool.submit(one.compile) for one in programs]
+        return [one.result() for one in making]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for one program at most
 
 
 def _fetch(call: Call, place: Path) -> bool:
@@ -135,28 +154,35 @@ def _fetch(call: Call, place: Path) -> bool:
         if hashlib.sha256(data[32:]).digest() != data[:32]:
             return False
         call.program.ready[call.key] = serialize_executable.deserialize_and_load(*pickle.loads(data[32:]))
-        os.utime(place)
     except Exception:  # not there, or of another machine: whatever XLA raises; it is compiled then
         return False
+    with contextlib.suppress(OSError):
+        os.utime(place)  # used last
     return True
 
 
-def _keep(compiled: Any, place: Path) -> None:
+def _keep(compiled: Any, place: Path, name: str) -> None:
+    if cache := jax.config.values["jax_compilation_cache_dir"]:
+        for copy in Path(cache).glob(f"*{name}*"):  # nobody will look for it there
+            copy.unlink(missing_ok=True)
     data = pickle.dumps(serialize_executable.serialize(compiled))
-    files.write_bytes(place, hashlib.sha256(data).digest() + data)
-    for old in sorted(place.parent.glob("[!.]*"), key=lambda path: path.stat().st_mtime)[:-_MOST]:
-        old.unlink(missing_ok=True)
+    try:
+        files.write_bytes(place, hashlib.sha256(data).digest() + data)
+        ages = {path: path.stat().st_mtime for path in place.parent.glob("*.program")}  # and what killed processes left half written
+        for old in sorted(ages, key=lambda path: ages[path])[:-_MOST]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"a compiled program could not be kept for the next start: {error}", stacklevel=2)
 
 
 def _options() -> dict[str, Any] | None:
     return _ANY_ORDER if jax.default_backend() == "cpu" else None
 
 
-def _surroundings() -> str:
-    """What a compiled program depends on beside its source and its arguments."""
-    versions = [platform.python_version(), *(module.__version__ for module in (jax, jaxlib, flax))]
+@functools.cache
+def _machine() -> list[Any]:
+    """What XLA:CPU compiles for: it divides work by the number of processors then."""
     flags = ""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
-    machine = [platform.machine(), flags, os.cpu_count()]  # XLA:CPU divides work by the number of processors when it compiles
-    return repr([versions, machine, os.environ.get("XLA_FLAGS"), sorted(jax.config.values.items())])
+    return [platform.machine(), flags, os.cpu_count()]

@@ -155,8 +155,8 @@ def _finite(array: np.ndarray) -> bool:
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Zeros in whole pages of their own: JAX on a CPU uses memory at a multiple of 64 bytes as it is. Not NumPy's, which asks for huge pages: a virtual
-    machine may have to find each of those first (154 MB take 0.1 s in small pages, and 0.03 to 0.6 s in huge ones)."""
+    """Zeros in whole pages of their own: JAX on a CPU uses memory at a multiple of 64 bytes as it is. Not NumPy's, which asks for huge pages where the
+    kernel leaves that to programs: a virtual machine may have to find each of those first (154 MB take 0.1 s in small ones, 0.03 to 0.6 s in huge ones)."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     pages = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(pages, np.uint8, size).view(dtype).reshape(shape)
