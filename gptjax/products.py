@@ -24,8 +24,7 @@ def turned(a: Array) -> Array:
     """a.T, to be an operand of a product: written out by rows where that is what the product is fast with."""
     if not _by_rows(a):
         return a.T
-    barrier = jax.lax.optimization_barrier  # or the transpose becomes part of the product again
-    return barrier(with_layout_constraint(barrier(a.T), Layout((0, 1))))
+    return jax.lax.optimization_barrier(with_layout_constraint(a.T, Layout((0, 1))))  # or the transpose becomes part of the product again
 
 
 FEW = 8  # rows of x: with more, the sums do not fit the registers, and packing the weights for a dot pays

@@ -172,3 +172,11 @@ def test_blockwise_memory_is_linear_in_the_number_of_keys():
 
     assert peak("xla") >= t * t * 4
     assert peak("blockwise") < t * t * 4 / 2
+
+
+def test_gelu_rounds_once():
+    x, g = (jnp.linspace(-5, 5, 301).astype("bfloat16"), jnp.linspace(1, 2, 301).astype("bfloat16"))
+    value, back = jax.vjp(model.gelu, x)
+    expected, expected_back = jax.vjp(model.gelu, x.astype("float32"))
+    assert np.array_equal(value, expected.astype("bfloat16"))
+    assert np.array_equal(back(g)[0], expected_back(g.astype("float32"))[0].astype("bfloat16"))
