@@ -31,9 +31,8 @@ from gptjax import files
 
 _ANY_ORDER = {"xla_cpu_enable_fast_math": True, **{f"xla_cpu_fast_math_honor_{what}": True for what in ("nans", "infs", "division", "functions")}}
 _MOST = 32  # programs kept; each is about 2 MB at 12 layers
-# read with the code, not when it is asked for: the files may have changed by then
-_SOURCES = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")) if path.is_file()]
-_SOURCE = files.digest(*_SOURCES)
+_FILES = [path for path in sorted(Path(__file__).parent.rglob("*.py")) if path.is_file()]  # none where only bytecode was installed
+_SOURCE = files.digest(*(path.read_bytes() for path in _FILES))  # read with the code, not when asked for: they may have changed by then
 
 
 def jit(function: Callable[..., Any], *, static_argnames: tuple[str, ...] = (), donate_argnames: tuple[str, ...] = ()) -> Program:
@@ -130,7 +129,7 @@ def make_ready(calls: Sequence[Call], folder: str | Path | None = None) -> None:
 
 def _storable() -> bool:
     settings, flags = jax.config.values, os.environ.get("XLA_FLAGS", "").strip()
-    if jax.default_backend() != "cpu" or jax.device_count() > 1 or not _SOURCES or settings["jax_disable_jit"]:
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or not _FILES or settings["jax_disable_jit"]:
         return False
     return settings["jax_enable_compilation_cache"] and (not flags or flags.startswith("--"))  # else they are in a file
 
@@ -162,17 +161,17 @@ def _fetch(call: Call, place: Path) -> bool:
 
 
 def _keep(compiled: Any, place: Path, name: str) -> None:
-    if cache := jax.config.values["jax_compilation_cache_dir"]:
-        for copy in Path(cache).glob(f"*{name}*"):  # nobody will look for it there
-            copy.unlink(missing_ok=True)
     data = pickle.dumps(serialize_executable.serialize(compiled))
     try:
         files.write_bytes(place, hashlib.sha256(data).digest() + data)
+    except OSError as error:
+        warnings.warn(f"a compiled program could not be kept for the next start: {error}", stacklevel=2)
+    with contextlib.suppress(OSError):  # another process may do the same
+        for copy in Path(jax.config.values["jax_compilation_cache_dir"] or place.parent).glob(f"*{name}*"):  # nobody will look for it in jax's cache
+            copy.unlink(missing_ok=True)
         ages = {path: path.stat().st_mtime for path in place.parent.glob("*.program")}  # and what killed processes left half written
         for old in sorted(ages, key=lambda path: ages[path])[:-_MOST]:
             old.unlink(missing_ok=True)
-    except OSError as error:
-        warnings.warn(f"a compiled program could not be kept for the next start: {error}", stacklevel=2)
 
 
 def _options() -> dict[str, Any] | None:
