@@ -16,7 +16,7 @@ SETTINGS = dict(temperature=0.8, top_k=5, min_p=0.01, repetition_penalty=1.1, se
 def generated(folder, tmp_path, **env):
     """(what the command wrote, the functions that jax compiled for it) in a process of its own."""
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    env = {"GPTJAX_CACHE": str(tmp_path / "cache"), "JAX_LOG_COMPILES": "1", **env}
+    env = {"GPTJAX_CACHE": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": "", "JAX_LOG_COMPILES": "1", **env}
     done = command("gptjax.generate", f"--checkpoint={folder}", "--prompt=the cat", "--max_new_tokens=20", "--json", *flags, env=env)
     return json.loads(done.stdout), {name for name in ("prefill", "advance") if f"Compiling jit({name}" in done.stderr}
 
