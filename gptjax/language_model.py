@@ -58,9 +58,8 @@ class LanguageModel:
         stored = self._params  # a look at `params` meanwhile would replace it
         if not isinstance(stored, transfer.Stored):
             return _inference_params(self.params, weights=self.weights)
-        form = (
-            quantize.inference_params if self.weights == "float32" else _inference_params
-        )  # jitted, it would copy what is float32 already, as most is
+        # jitted, it would copy what is float32 already, as most is
+        form = quantize.inference_params if self.weights == "float32" else _inference_params
         rest = form(stored.part(None) | {"blocks": ()}, weights=self.weights)
         return rest | {"blocks": tuple(_inference_block(stored.part(i), weights=self.weights) for i in range(self.config.layers))}
 

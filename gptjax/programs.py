@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import inspect
 import os
 import pickle
@@ -150,9 +149,10 @@ def _fetch(call: Call, place: Path) -> bool:
         return True
     try:
         data = place.read_bytes()
-        if hashlib.sha256(data[32:]).digest() != data[:32]:
+        checksum, data = data[:64], data[64:]
+        if files.digest(data).encode() != checksum:
             return False
-        call.program.ready[call.key] = serialize_executable.deserialize_and_load(*pickle.loads(data[32:]))
+        call.program.ready[call.key] = serialize_executable.deserialize_and_load(*pickle.loads(data))
     except Exception:  # not there, or of another machine: whatever XLA raises; it is compiled then
         return False
     with contextlib.suppress(OSError):
@@ -163,7 +163,7 @@ def _fetch(call: Call, place: Path) -> bool:
 def _keep(compiled: Any, place: Path, name: str) -> None:
     data = pickle.dumps(serialize_executable.serialize(compiled))
     try:
-        files.write_bytes(place, hashlib.sha256(data).digest() + data)
+        files.write_bytes(place, files.digest(data).encode() + data)
     except OSError as error:
         warnings.warn(f"a compiled program could not be kept for the next start: {error}", stacklevel=2)
     with contextlib.suppress(OSError):  # another process may do the same

@@ -21,7 +21,7 @@ def generated(folder, tmp_path, **env):
     return json.loads(done.stdout), {name for name in ("prefill", "advance") if f"Compiling jit({name}" in done.stderr}
 
 
-def test_a_second_process_compiles_nothing(tmp_path):
+def test_a_second_process_compiles_neither_prefill_nor_the_loop(tmp_path):
     folder, both = tmp_path / "hf", {"prefill", "advance"}
     convert.write(folder, tiny_checkpoint("llama", context=256, tokenizer=byte_level_tokenizer()))
     first, compiled = generated(folder, tmp_path, PYTHONHASHSEED="1")
