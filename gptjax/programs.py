@@ -165,7 +165,7 @@ def _keep(compiled: Any, place: Path, name: str) -> None:
     try:
         files.write_bytes(place, files.digest(data).encode() + data)
     except OSError as error:
-        warnings.warn(f"a compiled program could not be kept for the next start: {error}", stacklevel=2)
+        warnings.warn(f"a compiled program could not be kept for the next start: {error}", stacklevel=1)
     with contextlib.suppress(OSError):  # another process may do the same
         for copy in Path(jax.config.values["jax_compilation_cache_dir"] or place.parent).glob(f"*{name}*"):  # nobody will look for it in jax's cache
             copy.unlink(missing_ok=True)
