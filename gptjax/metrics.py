@@ -78,9 +78,11 @@ def shown(name: str) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Asks glibc to reuse freed blocks instead of handing each back to the kernel: XLA's CPU buffers of one step are those of the next,
-    and fresh pages would be faulted in anew every time (measured in experiments/LOG.md). Call it before the first array; elsewhere a no-op."""
+    """XLA's CPU buffers of one step become those of the next: glibc keeps freed blocks instead of handing each back to the kernel, which would
+    fault fresh pages in every time (measured in experiments/LOG.md). Call it before the first array; other C libraries do as they do."""
     _mallopt({-4: 0, -1: 2**31 - 1})  # <malloc.h>: M_MMAP_MAX, M_TRIM_THRESHOLD
+    # steps run in the thread that asks for them: the heap of any other ends at 64 MB, and a larger block would be mapped anew all the same
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def return_freed_memory() -> None:
@@ -125,7 +127,7 @@ class Tracker:
 
 
 class StepMetrics:
-    """Metrics of the steps since the last log line; still on the device until `flush`, so that steps overlap with the host."""
+    """Metrics of the steps since the last log line; still on the device until `flush`, so that steps overlap with the host (not on a CPU)."""
 
     def __init__(self, positions: int) -> None:
         """positions: B x T of a step, which is what it computes however many of them are learned."""
