@@ -79,10 +79,10 @@ def shown(name: str) -> str:
 
 def keep_freed_memory() -> None:
     """XLA's CPU buffers of one step become those of the next: glibc keeps freed blocks instead of handing each back to the kernel, which would
-    fault fresh pages in every time (measured in experiments/LOG.md). Call it before the first array; other C libraries do as they do."""
-    _mallopt({-4: 0, -1: 2**31 - 1})  # <malloc.h>: M_MMAP_MAX, M_TRIM_THRESHOLD
-    # steps run in the thread that asks for them: the heap of any other ends at 64 MB, and a larger block would be mapped anew all the same
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    fault fresh pages in every time (measured in experiments/LOG.md). Call it before the first array; elsewhere a no-op."""
+    if _mallopt({-4: 0, -1: 2**31 - 1}):  # <malloc.h>: M_MMAP_MAX, M_TRIM_THRESHOLD
+        # steps run in the thread that asks for them: the heap of any other ends at 64 MB, and a larger block would be mapped anew all the same
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def return_freed_memory() -> None:
@@ -90,11 +90,14 @@ def return_freed_memory() -> None:
     _mallopt({-3: 1 << 20, -8: 1})  # M_MMAP_THRESHOLD, which would grow with the blocks freed; M_ARENA_MAX: one heap for all threads
 
 
-def _mallopt(options: dict[int, int]) -> None:
+def _mallopt(options: dict[int, int]) -> bool:
+    """Whether this C library has such options; not all do."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    if mallopt is not None:  # there are other C libraries
-        for name, value in options.items():
-            mallopt(name, value)
+    if mallopt is None:
+        return False
+    for name, value in options.items():
+        mallopt(name, value)
+    return True
 
 
 class Tracker:

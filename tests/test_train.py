@@ -148,7 +148,7 @@ for _ in range(20):
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks the GNU C library")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap is not that of the GNU C library")
 def test_most_steps_compute_in_the_memory_of_the_one_before():
     done = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
