@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,15 @@ def _write_sums(folder: Path) -> None:
     files.write_text(folder / _SUMS, json.dumps({"self": files.digest(text), "files": sums}))
 
 
+_other_unraisable = sys.unraisablehook
+
+
+def _unraisable(problem: Any) -> None:
+    """When one write of a save fails, as on a full disk, orbax closes the loop that its other writes, tens of them, report to: each would print a traceback."""
+    if not (isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"):
+        _other_unraisable(problem)
+
+
 class Checkpoints:
     """The steps under one folder, for the process that writes them (readers use `newest` and `load_params`)."""
 
@@ -74,7 +84,9 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # a failed save is reported here, once, not as a traceback
+        for name in ("absl", "asyncio"):  # a failed save is reported here, once, not as a traceback
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        sys.unraisablehook = _unraisable
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             # in the main thread: a folder that cannot be made must raise here, not hang the process at its exit

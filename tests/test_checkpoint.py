@@ -4,11 +4,13 @@ import dataclasses
 import errno
 import random
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import ROOT, make_config
 
 from gptjax import checkpoint, sharding, steps
 from gptjax.checkpoint import Checkpoints
@@ -168,3 +170,24 @@ def test_keep_policy(tmp_path):
         checkpoints.save(state, {})
     checkpoints.close()
     assert checkpoint.steps_in(tmp_path / "checkpoints") == [4, 5]
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from gptjax.checkpoint import Checkpoints
+from gptjax.steps import TrainState
+arrays = {f"w{i}": jax.random.normal(jax.random.key(i), (64, 64)) for i in range(40)}
+checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # the kernel refuses to write further
+print(checkpoints.save(TrainState(jnp.int32(1), arrays, arrays, jnp.zeros(2, jnp.uint32)), {}, wait=True))
+checkpoints.close()
+"""
+
+
+def test_a_save_that_meets_a_full_disk_is_told_in_one_line(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr[-3000:]
+    assert len(done.stderr.splitlines()) == 1 and "step 1 could not be written" in done.stderr, done.stderr[-3000:]
+    assert checkpoint.steps_in(tmp_path) == []
