@@ -4,8 +4,8 @@ A misspelt name is not an error at the line that writes it: all faults of a conf
 when the run starts, each with the nearest name.
 """
 
-from gptjax import config, settings
+from gptjax.config import build, schema
 
 
 def get_config():
-    return settings.to_config_dict(config.Config(), locked=False)
+    return build.to_config_dict(schema.Config(), locked=False)

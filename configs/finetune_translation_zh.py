@@ -14,7 +14,7 @@ def get_config():
     c.model.update(layers=4, width=192, heads=6, context=128, dropout=0.1)
     c.data.update(source="jsonl", path="data/tatoeba_en_zh/train.jsonl", eval_path="data/tatoeba_en_zh/dev.jsonl")
     c.data.update(tokenizer="sentencepiece", tokenizer_vocab=6000)
-    c.task.update(name="translation", prompt="English: {en}\nChinese:", completion=" {zh}", language="zh", overlong="drop", answers=0)
+    c.task.update(name="translation", prompt="English: {en}\nChinese:", completion=" {zh}", language="zh", truncation="drop", eval_samples=0)
     c.task.update(stop=("\n",))
-    c.optim.update(lr=2e-3, schedule="cosine", warmup_steps=100, final_lr=0.02, weight_decay=0.1)
+    c.optim.update(lr=2e-3, schedule="cosine", warmup_steps=100, min_lr_ratio=0.02, weight_decay=0.1)
     return c

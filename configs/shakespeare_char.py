@@ -13,7 +13,7 @@ def get_config(device="cpu"):
     c = base.get_config()
     c.model.update(layers=4, width=128, heads=4, context=64, mlp="gelu_exact", bias="none")
     c.data.update(source="text", tokenizer="chars", eval_fraction=0.1)
-    c.optim.update(lr=1e-3, warmup_steps=100, b2=0.99, weight_decay=0.1, final_lr=0.1)
+    c.optim.update(lr=1e-3, warmup_steps=100, b2=0.99, weight_decay=0.1, min_lr_ratio=0.1)
     c.train.update(steps=2000, batch_size=12, eval_every=500, save_every=1000, log_every=50)
     if device == "gpu":
         c.model.update(layers=6, width=384, heads=6, context=256, dropout=0.2, dtype="bfloat16")

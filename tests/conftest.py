@@ -15,7 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import metrics, model, settings, tree
+from gptjax.config import build
+from gptjax.core import tree
+from gptjax.model import init as model_init
+from gptjax.runtime.compile_cache import enable_compile_cache
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real data sets on the developers' machines; tests that want it skip without
@@ -27,7 +30,7 @@ def cache(tmp_path_factory):
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"  # one for all workers
     folder.mkdir(exist_ok=True)
     os.environ["GPTJAX_CACHE"] = str(folder)
-    metrics.enable_compile_cache()
+    enable_compile_cache()
     return folder
 
 
@@ -46,13 +49,13 @@ def make_config(**sections):
     }
     for name, values in sections.items():
         base.setdefault(name, {}).update(values)
-    return settings.build(base)
+    return build.build_config(base)
 
 
 def random_params(config):
     """Parameters with every leaf away from its initial zeros and ones (drawn by NumPy: nothing to compile)."""
     generator = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: model_init.init_params(config, jax.random.key(0)))
     start = tree.map_with_path(lambda path, s: np.float32(path.endswith("scale")), shapes)
     return jax.tree.map(lambda s, at: jnp.asarray(at + 0.1 * generator.standard_normal(s.shape, np.float32)), shapes, start)
 
@@ -82,9 +85,8 @@ TINY = (
 
 def byte_level_tokenizer(template=""):
     """A byte-level BPE with a few merges and three control tokens, as a checkpoint would bring it."""
-    from gptjax.tokenizer import PretrainedTokenizer
     from gptjax.tokenizer.openai import byte_letters
-    from gptjax.tokenizer.pretrained import byte_level_json
+    from gptjax.tokenizer.pretrained import PretrainedTokenizer, byte_level_json
 
     letters = list(byte_letters())
     merges = ["t h", "th e", "Ġ the", "Ġ a", "i n"]
@@ -101,23 +103,23 @@ def byte_level_tokenizer(template=""):
 
 FAMILIES = {
     "gpt2": {},
-    "gpt2_untied": dict(tied=False, hidden=48, mlp="gelu_exact"),
-    "gpt_neox": dict(positions="rope", rope_share=0.5, parallel=True, mlp="gelu_exact", tied=False),
-    "llama": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, hidden=64, tied=False),
+    "gpt2_untied": dict(tie_embeddings=False, mlp_dim=48, mlp="gelu_exact"),
+    "gpt_neox": dict(positions="rope", rotary_fraction=0.5, parallel=True, mlp="gelu_exact", tie_embeddings=False),
+    "llama": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, mlp_dim=64, tie_embeddings=False),
     "llama3": dict(
-        positions="rope", norm="rmsnorm", mlp="swiglu", bias="attention", hidden=64, rope_scaling="llama3", rope_factor=8.0, rope_original_context=16
+        positions="rope", norm="rmsnorm", mlp="swiglu", bias="attention", mlp_dim=64, rope_scaling="llama3", rope_factor=8.0, rope_original_context=16
     ),
-    "yarn": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", hidden=64, rope_scaling="yarn", rope_factor=4.0, rope_original_context=16),
-    "mistral": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, hidden=64, window=5, tied=False),
-    "qwen2": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="qkv", kv_heads=2, hidden=64),
-    "qwen3": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, hidden=64, head_dim=16, qk_norm=True),
+    "yarn": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", mlp_dim=64, rope_scaling="yarn", rope_factor=4.0, rope_original_context=16),
+    "mistral": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, mlp_dim=64, sliding_window=5, tie_embeddings=False),
+    "qwen2": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="qkv", kv_heads=2, mlp_dim=64),
+    "qwen3": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, mlp_dim=64, head_dim=16, qk_norm=True),
 }  # fmt: skip
 
 
 def tiny_checkpoint(family="gpt2", *, vocab=264, context=64, layers=2, tokenizer=None, keep=None):
     """A `convert.Pretrained` with random weights."""
-    from gptjax import convert
+    from gptjax.checkpoints import pretrained
 
     config = make_config(model=dict(vocab_size=vocab, context=context, layers=layers, vocab_multiple=128, **FAMILIES[family])).model
     params = jax.tree.map(np.asarray, random_params(config))
-    return convert.Pretrained(config, params, tokenizer, keep=keep or {})
+    return pretrained.Pretrained(config, params, tokenizer, keep=keep or {})

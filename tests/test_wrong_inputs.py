@@ -5,8 +5,9 @@ import gzip
 import pytest
 from conftest import TINY, make_config
 
-from gptjax import cli, convert, generate, train
-from gptjax.data import prepare
+from gptjax import convert, generate, train
+from gptjax.core import cli
+from gptjax.data import prepare, shards
 
 
 @pytest.fixture
@@ -39,8 +40,8 @@ CASES = {
     "heads do not divide": ("train", ["--config.model.heads=3"], "does not divide model.width"),
     "two wildcards in the mesh": ("train", ["--config.mesh.fsdp=-1"], "only one axis"),
     "more devices than there are": ("train", ["--config.mesh.data=64"], "needs 64 devices"),
-    "batch does not divide": ("train", ["--config.train.batch_size=6", "--config.train.accumulate=1", "--config.mesh.data=8"], "does not divide train.batch_size"),
-    "accumulation does not divide": ("train", ["--config.train.accumulate=3"], "train.accumulate = 3"),
+    "batch does not divide": ("train", ["--config.train.batch_size=6", "--config.train.grad_accum_steps=1", "--config.mesh.data=8"], "does not divide train.batch_size"),
+    "accumulation does not divide": ("train", ["--config.train.grad_accum_steps=3"], "train.grad_accum_steps = 3"),
     "vocabulary too small": ("train", ["--config.model.vocab_size=100"], "smaller than the tokenizer's 257"),
     "not UTF-8": ("train", ["--config.data.path={dir}/latin.txt"], "is not UTF-8: byte 0xe9 at offset 3"),
     "no such file": ("train", ["--config.data.path={dir}/nothing.txt"], "no file there"),
@@ -98,7 +99,7 @@ def test_wrong_input(name, files, capsys, tmp_path, monkeypatch):
     if command == "train":
         flags = [*TINY, f"--config.data.path={files['corpus']}", f"--workdir={tmp_path / 'run'}", "--config.train.batch_size=16", *flags]
     if name == "prepare onto other data":
-        prepare.prepare(make_config(data=dict(source="text", path=str(files["dir"] / "chars.txt"))), files["dir"] / "other")
+        shards.prepare(make_config(data=dict(source="text", path=str(files["dir"] / "chars.txt"))), files["dir"] / "other")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
     with pytest.raises(SystemExit) as ended:
         cli.run(MAINS[command], flags)

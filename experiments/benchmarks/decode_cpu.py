@@ -46,18 +46,20 @@ def prepare(folder: Path) -> None:
     """A GPT-2 124M with random weights, as a Hugging Face folder and in CTranslate2's two precisions."""
     import jax
 
-    from gptjax import convert, model, settings, transfer
+    from gptjax.checkpoints import formats, mapping, pretrained
+    from gptjax.config import build
+    from gptjax.model import init as model_init
 
-    c = settings.build({"model": dict(layers=12, width=768, heads=12, context=1024, vocab_size=50257)}).model
-    params = jax.tree.map(np.asarray, jax.jit(lambda: model.init_params(c, jax.random.key(0)))())
+    c = build.build_config({"model": dict(layers=12, width=768, heads=12, context=1024, vocab_size=50257)}).model
+    params = jax.tree.map(np.asarray, jax.jit(lambda: model_init.init_params(c, jax.random.key(0)))())
     ids = {"bos_token_id": 50256, "eos_token_id": 50256}
-    convert.write(folder / "hf", convert.Pretrained(c, params, None, keep=ids))
+    formats.write_checkpoint(folder / "hf", pretrained.Pretrained(c, params, None, keep=ids))
     try:
         from ctranslate2.specs import common_spec, transformer_spec
     except ImportError as error:
         print(f"no CTranslate2: {error}", file=sys.stderr)
         return
-    state = {name: make() for name, _, make in transfer.from_params(c, params)}
+    state = {name: make() for name, _, make in mapping.from_params(c, params)}
     spec = transformer_spec.TransformerDecoderModelSpec.from_config(12, 12, pre_norm=True, activation=common_spec.Activation.GELUTanh)
     d = spec.decoder
     d.scale_embeddings = False

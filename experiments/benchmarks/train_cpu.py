@@ -31,24 +31,27 @@ CONTENDERS = OURS + TORCH_FLOAT32 + TORCH_BFLOAT16
 
 def gptjax_worker(shape: str, dtype: str):
     """Returns (step, matrix rate): `step()` runs one training step and waits for it."""
-    from gptjax import metrics
+    from gptjax.runtime.memory import keep_freed_memory
 
-    metrics.keep_freed_memory()
+    keep_freed_memory()
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from gptjax import settings, sharding, steps
+    from gptjax.config import build
+    from gptjax.runtime import sharding
+    from gptjax.runtime.mesh import make_mesh
+    from gptjax.training import step as train_step
 
     layers, width, heads, batch, context, vocab = SHAPES[shape]
-    c = settings.build(
+    c = build.build_config(
         {
             "model": dict(layers=layers, width=width, heads=heads, context=context, vocab_size=vocab, dtype=dtype),
             "train": dict(batch_size=batch),
             "optim": dict(lr=3e-4),
         }
     )
-    mesh = sharding.make_mesh(c)
+    mesh = make_mesh(c)
     ids = np.random.default_rng(0).integers(0, vocab, (batch, context + 1)).astype(np.int32)
     ones = np.ones((batch, context), np.int32)
     data = {
@@ -56,9 +59,9 @@ def gptjax_worker(shape: str, dtype: str):
         "positions": np.broadcast_to(np.arange(context, dtype=np.int32), (batch, context)),
     }  # fmt: skip
     with jax.set_mesh(mesh):
-        state, _ = steps.init_state(c, mesh)
+        state, _ = train_step.init_state(c, mesh)
         data = sharding.to_global(mesh, data)
-        compiled = steps.make_train_step(c, mesh).lower(state, data, {}).compile()
+        compiled = train_step.make_train_step(c, mesh).lower(state, data, {}).compile()
 
     def step() -> None:
         nonlocal state

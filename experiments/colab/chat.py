@@ -150,11 +150,11 @@ for ending, (score, greedy) in zip(endings, lm.score([prompt] * len(endings), en
 # marks for who speaks, and the model continues that text until it writes the mark for "I am done". Here is that form:
 
 # %%
-from gptjax import chat
+from gptjax.tokenizer import chat_template
 
 history = [{"role": "user", "content": "What is the capital of France?"}]
-ids = chat.encode(lm.tokenizer, history)
-print(f"{len(ids)} tokens:\n{chat.render(lm.tokenizer.chat_template, history, **lm.tokenizer.special)}")
+ids = chat_template.encode(lm.tokenizer, history)
+print(f"{len(ids)} tokens:\n{chat_template.render(lm.tokenizer.chat_template, history, **lm.tokenizer.special)}")
 
 
 # %%
@@ -162,7 +162,7 @@ def ask(question, history, **options):
     """Appends the question and the model's answer to the conversation, and prints the answer as it comes."""
     history.append({"role": "user", "content": question})
     answer = ""
-    for piece in lm.stream(chat.encode(lm.tokenizer, history), max_new_tokens=24 if FAST else 200, **options):
+    for piece in lm.stream(chat_template.encode(lm.tokenizer, history), max_new_tokens=24 if FAST else 200, **options):
         answer += piece
         print(piece, end="", flush=True)
     history.append({"role": "assistant", "content": answer})

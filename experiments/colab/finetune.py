@@ -124,20 +124,22 @@ print(CONFIG.read_text())
 # %%
 import html
 
-from gptjax import settings, tokenizer
-from gptjax.data import preview
-from gptjax.data.rows import spread
-from gptjax.tasks import load
+from gptjax.config import build
+from gptjax.data.rows import subsample_evenly
+from gptjax.evaluation import answers as answers_lib
+from gptjax.metrics import classification as classification_metrics
+from gptjax.tasks import loading, preview
+from gptjax.tokenizer.kinds import load_tokenizer
 
 changes = {"train.init_from": str(BASE)}
 if FAST:
     changes |= {"train.epochs": "1", "data.train_limit": "640", "data.eval_limit": "120", "optim.warmup_steps": "2", "train.log_every": "10"}
-knobs = settings.load_file(str(CONFIG))
-settings.override(knobs, changes)
-config = settings.build(knobs)
-data = load.load(config, tokenizer.load(BASE / "tokenizer"))
+knobs = build.load_file(str(CONFIG))
+build.override(knobs, changes)
+config = build.build_config(knobs)
+data = loading.load_examples(config, load_tokenizer(BASE / "tokenizer"))
 print(f"{len(data.train):,} examples to learn from, {len(data.eval):,} held out, {len(data.labels)} classes: {', '.join(data.labels)}")
-shown = spread(data.train, 4)
+shown = subsample_evenly(data.train, 4)
 try:
     from IPython.display import HTML, display
 except ImportError:
@@ -168,13 +170,12 @@ run("-m", "gptjax.train", f"--config={CONFIG}", f"--workdir={WORKDIR}", *(f"--co
 import numpy as np
 
 import gptjax
-from gptjax import evaluate, scores
 
 lm = gptjax.load(WORKDIR)
-answers = evaluate.answer(lm, config.task, data.labels, data.eval)
+answers = answers_lib.answer_examples(lm, config.task, data.labels, data.eval)
 predicted, actual = [int(a.value) for a in answers], [int(e.label) for e in data.eval]
-accuracy = scores.classification(predicted, actual, len(data.labels))["accuracy"]
-counts = scores.confusion(predicted, actual, len(data.labels))
+accuracy = classification_metrics.classification(predicted, actual, len(data.labels))["accuracy"]
+counts = classification_metrics.confusion(predicted, actual, len(data.labels))
 low, high = accuracy.interval()
 labels = [int(e.label) for e in data.train]
 commonest = max(range(len(data.labels)), key=labels.count)

@@ -123,9 +123,9 @@ run("-m", "gptjax.train", f"--config={CONFIG}", f"--workdir={WORKDIR}", *flags)
 # Where the held-out loss stays as low as the training loss, the model learned the language and not the pages by heart.
 
 # %%
-from gptjax import metrics
+from gptjax.tracking.trackers import read_jsonl
 
-records = metrics.read_jsonl(WORKDIR / "metrics.jsonl")
+records = read_jsonl(WORKDIR / "metrics.jsonl")
 train, held_out = ([(r["step"], r[name]) for r in records if name in r] for name in ("train/loss", "eval/loss"))
 print(f"training loss {train[0][1]:.3f} after {train[0][0]} steps, {train[-1][1]:.3f} after {train[-1][0]}; held out {held_out[-1][1]:.3f}")
 try:

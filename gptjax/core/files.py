@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptjax.config import UserError
+from gptjax.config.errors import UserError
 
 
 def cache_path(*parts: str) -> Path:
@@ -55,7 +55,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def regular(path: Path) -> Path:
+def require_regular_file(path: Path) -> Path:
     """`path` if it is a plain file: a pipe or a device would be waited for without end."""
     try:
         mode = path.stat().st_mode
@@ -68,7 +68,7 @@ def regular(path: Path) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(regular(path).read_text(encoding="utf-8"))
+        found = json.loads(require_regular_file(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no valid JSON: {str(error)[:150]}") from None
     if not isinstance(found, dict):
@@ -118,3 +118,10 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
         file.write(json.dumps(holder))
         file.flush()
         yield
+
+
+def decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it, for example with iconv") from None

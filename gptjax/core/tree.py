@@ -6,7 +6,7 @@ The same matcher serves weight decay, freezing, sharding and (later) adapters an
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -44,7 +44,7 @@ def matches(patterns: Sequence[str], path: str) -> bool:
     return any(re.fullmatch(p, path) for p in patterns)
 
 
-def unused(patterns: Sequence[str], tree: Any) -> list[str]:
+def unmatched_patterns(patterns: Sequence[str], tree: Any) -> list[str]:
     """Patterns that match no path: usually a misspelling."""
     return [p for p in patterns if not any(re.fullmatch(p, path) for path in flatten(tree))]
 
@@ -84,3 +84,15 @@ def unstack(blocks: Any) -> tuple[Any, ...]:
 
 
 unstack.defvjp(lambda blocks: (unstack(blocks), None), lambda _, grads: (jax.tree.map(lambda *g: jnp.stack(g), *grads),))
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} as {"a": {"b": x}}."""
+    result: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        place = result
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = leaf
+    return result

@@ -17,15 +17,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptjax import files
-from gptjax.config import DataConfig, UserError
+from gptjax.config.errors import UserError
+from gptjax.config.schema import DataConfig
+from gptjax.core import files
+from gptjax.core.files import decode
 
 _PARAGRAPH = 80  # characters; shorter ones are salutations and headings
+
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Record:
     """One record. where: file and line, or data set and row."""
 
     where: str
@@ -46,19 +50,12 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class SplitRecords:
     """`read()` gives the same rows in the same order each time."""
 
     count: int
     fingerprint: str
-    read: Callable[[], Iterator[Row]]
-
-
-def decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it, for example with iconv") from None
+    read: Callable[[], Iterator[Record]]
 
 
 def paths_of(path: str, suffixes: tuple[str, ...]) -> list[Path]:
@@ -88,18 +85,18 @@ def _lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path} is no whole gzip file: {error}") from None
 
 
-def _of_files(found: list[Path], extra: str, read: Callable[[], Iterator[Row]], count: int = -1) -> Rows:
-    return Rows(sum(1 for _ in read()) if count < 0 else count, files.digest(extra, *(files.sha256(p) for p in found)), read)
+def _of_files(found: list[Path], extra: str, read: Callable[[], Iterator[Record]], count: int = -1) -> SplitRecords:
+    return SplitRecords(sum(1 for _ in read()) if count < 0 else count, files.digest(extra, *(files.sha256(p) for p in found)), read)
 
 
-def _jsonl(config: DataConfig, path: str, split: str) -> Rows:
+def _jsonl(config: DataConfig, path: str, split: str) -> SplitRecords:
     found = paths_of(path, (".jsonl", ".jsonl.gz"))
 
-    def read() -> Iterator[Row]:
+    def read() -> Iterator[Record]:
         for p in found:
             for number, line in _lines_of(p):
                 if line.strip():
-                    yield Row(f"{p}:{number}", _object(line, f"{p}:{number}"))
+                    yield Record(f"{p}:{number}", _object(line, f"{p}:{number}"))
 
     return _of_files(found, "", read, sum(bool(line.strip()) for p in found for _, line in _lines_of(p)))  # counted without reading JSON
 
@@ -114,12 +111,12 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def _csv(config: DataConfig, path: str, split: str) -> Rows:
+def _csv(config: DataConfig, path: str, split: str) -> SplitRecords:
     """Commas and quotes, or in .tsv, .tab and .txt tabs without quotes. Fields behind those that data.columns names are left out."""
     csv.field_size_limit(1 << 30)  # its default refuses a text of 131,073 characters
     found = paths_of(path, (".csv", ".tsv", ".tab", ".csv.gz", ".tsv.gz"))
 
-    def read() -> Iterator[Row]:
+    def read() -> Iterator[Record]:
         for p in found:
             tabs = p.name.removesuffix(".gz").endswith((".tsv", ".tab", ".txt"))
             text = (decode(line, f"{p}:{number}") for number, line in _lines_of(p))
@@ -137,20 +134,20 @@ def _csv(config: DataConfig, path: str, split: str) -> Rows:
                         raise UserError(
                             f"{p}:{reader.line_num} has {len(values)} fields and there are {len(names)} columns: {', '.join(names)}{hint}"
                         )
-                    yield Row(f"{p}:{reader.line_num}", dict(zip(names, values, strict=False)))
+                    yield Record(f"{p}:{reader.line_num}", dict(zip(names, values, strict=False)))
             except csv.Error as error:
                 raise UserError(f"{p}:{reader.line_num} is no csv: {error}") from None
 
     return _of_files(found, json.dumps(config.columns), read)
 
 
-def _parallel(config: DataConfig, path: str, split: str) -> Rows:
+def _parallel(config: DataConfig, path: str, split: str) -> SplitRecords:
     """Files with a line each for the same record: train.en,train.de with data.columns = en,de."""
     found = [paths_of(part, (".txt", ".gz"))[0] for part in path.split(",")]
     if len(found) != len(config.columns):
         raise UserError(f"data.path names {len(found)} files and data.columns = {list(config.columns)} {len(config.columns)} fields: one name a file")
 
-    def read() -> Iterator[Row]:
+    def read() -> Iterator[Record]:
         streams = [_lines_of(p) for p in found]
         while True:
             lines = [next(stream, None) for stream in streams]
@@ -161,16 +158,16 @@ def _parallel(config: DataConfig, path: str, split: str) -> Rows:
             if ended:
                 raise UserError(f"{ended[0]} ends before line {number}, which {found[0]} or another file still has: they are not parallel")
             texts = [decode(line[1], f"{p}:{number}").rstrip("\r\n") for p, line in zip(found, lines, strict=True) if line]
-            yield Row(f"{found[0]}:{number}", dict(zip(config.columns, texts, strict=True)))
+            yield Record(f"{found[0]}:{number}", dict(zip(config.columns, texts, strict=True)))
 
     return _of_files(found, json.dumps(config.columns), read)
 
 
-def _squad(config: DataConfig, path: str, split: str) -> Rows:
+def _squad(config: DataConfig, path: str, split: str) -> SplitRecords:
     """SQuAD's nesting flattened: id, title, context, question, answers (texts; none: unanswerable), answer (the first)."""
     found = paths_of(path, (".json", ".json.gz"))
 
-    def read() -> Iterator[Row]:
+    def read() -> Iterator[Record]:
         for p in found:
             whole = _object(b"".join(line for _, line in _lines_of(p)), str(p))
             try:
@@ -179,14 +176,14 @@ def _squad(config: DataConfig, path: str, split: str) -> Rows:
                         for qa in paragraph["qas"]:
                             answers = [a["text"] for a in qa["answers"]]
                             fields = {"id": qa["id"], "title": article.get("title", ""), "context": paragraph["context"], "question": qa["question"]}
-                            yield Row(f"{p} question {qa['id']}", {**fields, "answers": answers, "answer": answers[0] if answers else ""})
+                            yield Record(f"{p} question {qa['id']}", {**fields, "answers": answers, "answer": answers[0] if answers else ""})
             except (KeyError, TypeError, IndexError) as error:
                 raise UserError(f"{p} is not in SQuAD's form: {type(error).__name__} {error} (data / paragraphs / qas / answers / text)") from None
 
     return _of_files(found, "", read)
 
 
-def _parquet(config: DataConfig, path: str, split: str) -> Rows:
+def _parquet(config: DataConfig, path: str, split: str) -> SplitRecords:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -194,13 +191,13 @@ def _parquet(config: DataConfig, path: str, split: str) -> Rows:
         raise UserError("data.source = 'parquet' needs pyarrow: pip install 'gptjax[parquet]'") from None
     found = paths_of(path, (".parquet",))
 
-    def read() -> Iterator[Row]:
+    def read() -> Iterator[Record]:
         for p in found:
             number = 0
             try:
                 for batch in parquet.ParquetFile(p).iter_batches():
                     for fields in batch.to_pylist():
-                        yield Row(f"{p} row {number}", fields)
+                        yield Record(f"{p} row {number}", fields)
                         number += 1
             except (pyarrow.ArrowException, OSError) as error:
                 raise UserError(f"{p} is no whole parquet file: {str(error).splitlines()[0][:200]}") from None
@@ -220,7 +217,7 @@ def tfds_builder(config: DataConfig, path: str) -> Any:
         raise UserError(f"data.name = {config.name!r} in data.path = {path!r}: {(str(error) or repr(error)).splitlines()[0][:300]}") from None
 
 
-def _tfds(config: DataConfig, path: str, split: str) -> Rows:
+def _tfds(config: DataConfig, path: str, split: str) -> SplitRecords:
     builder = tfds_builder(config, path)
     if split not in builder.info.splits:
         raise UserError(f"data.train_split = {split!r}: {config.name} has the splits {', '.join(builder.info.splits) or 'none (is it prepared?)'}")
@@ -231,11 +228,11 @@ def _tfds(config: DataConfig, path: str, split: str) -> Rows:
             f"data.name = {config.name!r} cannot be read without TensorFlow: {(str(error) or repr(error)).splitlines()[0][:200]}\nPrepare it with file_format='array_record'."
         ) from None
 
-    def read() -> Iterator[Row]:
+    def read() -> Iterator[Record]:
         for i in range(len(rows)):
-            yield Row(f"{config.name} {split} row {i}", {k: _plain(v, f"{config.name} {split} row {i}") for k, v in rows[i].items()})
+            yield Record(f"{config.name} {split} row {i}", {k: _plain(v, f"{config.name} {split} row {i}") for k, v in rows[i].items()})
 
-    return Rows(len(rows), files.digest(*(files.sha256(Path(f)) for f in builder.info.splits[split].filepaths)), read)
+    return SplitRecords(len(rows), files.digest(*(files.sha256(Path(f)) for f in builder.info.splits[split].filepaths)), read)
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -261,18 +258,18 @@ def _open_dataset(config: DataConfig, path: str) -> Any:
         ) from None
 
 
-def _datasets(config: DataConfig, path: str, split: str) -> Rows:
+def _datasets(config: DataConfig, path: str, split: str) -> SplitRecords:
     rows = _open_dataset(config, path)
     if isinstance(rows, dict):
         if split not in rows:
             raise UserError(f"{config.name or path} has no split {split!r}: it has {', '.join(rows)}; see data.train_split and data.eval_split")
         rows = rows[split]
 
-    def read() -> Iterator[Row]:
+    def read() -> Iterator[Record]:
         for i, fields in enumerate(rows):
-            yield Row(f"{config.name or path} {split} row {i}", dict(fields))
+            yield Record(f"{config.name or path} {split} row {i}", dict(fields))
 
-    return Rows(len(rows), files.digest(rows._fingerprint), read)
+    return SplitRecords(len(rows), files.digest(rows._fingerprint), read)
 
 
 def sotu_messages() -> list[tuple[Path, dict[str, str]]]:
@@ -286,22 +283,22 @@ def sotu_messages() -> list[tuple[Path, dict[str, str]]]:
     return [(data / "speeches" / f"{row['fileid']}.txt", row) for row in listed]
 
 
-def _sotu(config: DataConfig, path: str, split: str) -> Rows:
+def _sotu(config: DataConfig, path: str, split: str) -> SplitRecords:
     """Paragraphs of the embedded corpus with president, party, year and era (the half century, such as 1850-1899)."""
     messages = sotu_messages()
 
-    def read() -> Iterator[Row]:
+    def read() -> Iterator[Record]:
         for p, about in messages:
             year = int(about["date"][:4])
             era = f"{year // 50 * 50}-{year // 50 * 50 + 49}"
             for number, text in enumerate(re.split(r"\n\s*\n", decode(p.read_bytes(), str(p)))):
                 if len(text.strip()) >= _PARAGRAPH:
-                    yield Row(f"{p.name} paragraph {number}", {"text": text.strip(), **about, "year": year, "era": era})
+                    yield Record(f"{p.name} paragraph {number}", {"text": text.strip(), **about, "year": year, "era": era})
 
     return _of_files([p for p, _ in messages], "", read)
 
 
-READERS: dict[str, Callable[[DataConfig, str, str], Rows]] = {
+READERS: dict[str, Callable[[DataConfig, str, str], SplitRecords]] = {
     "jsonl": _jsonl, "csv": _csv, "lines": _parallel, "squad": _squad, "parquet": _parquet, "tfds": _tfds, "datasets": _datasets,
     "sotu": _sotu,
 }  # fmt: skip
@@ -314,7 +311,7 @@ def has_eval_split(config: DataConfig) -> bool:
     return config.source == "tfds" and config.eval_split in tfds_builder(config, config.path).info.splits
 
 
-def spread(items: list[Any], limit: int) -> list[Any]:
+def subsample_evenly(items: list[Any], limit: int) -> list[Any]:
     """`limit` of the items, evenly spread over the list; all where limit is 0."""
     return items if not limit or limit >= len(items) else [items[i * len(items) // limit] for i in range(limit)]
 

@@ -11,22 +11,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gptjax import cli, files, tokenizer
-from gptjax.config import Config, UserError
+from gptjax.config.errors import UserError
+from gptjax.config.schema import Config
+from gptjax.core import cli, files
 from gptjax.data import sources
 from gptjax.data.sources import EVAL, TRAIN
-from gptjax.tokenizer import Tokenizer
+from gptjax.tokenizer.base import Tokenizer
+from gptjax.tokenizer.kinds import create_tokenizer, load_tokenizer
 
 SHARD_TOKENS = 1 << 26
+
+
 _BATCH_CHARACTERS = 1 << 22  # text encoded at once: enough to keep every core busy
+
+
 _FORMAT = 2
+
+
 _SUFFIXES = (".tokens.npy", ".offsets.npy")
 
 
@@ -60,7 +67,7 @@ def open_prepared(folder: Path) -> Prepared:
         raise UserError(f"{folder}/meta.json is damaged ({error}); prepare the data again") from None
     if meta["format"] != _FORMAT:
         raise UserError(f"{folder} is of format {meta['format']}, this version reads {_FORMAT}; prepare the data again")
-    result = Prepared(folder, meta["fingerprint"], meta["source"], meta["splits"], tokenizer.load(folder / "tokenizer"))
+    result = Prepared(folder, meta["fingerprint"], meta["source"], meta["splits"], load_tokenizer(folder / "tokenizer"))
     if result.tokenizer.fingerprint != meta["tokenizer"]:
         raise UserError(f"{folder}: the tokenizer is not the one that the data was prepared with")
     for shard in (shard for split in result.splits.values() for shard in split):
@@ -101,7 +108,7 @@ def _make_tokenizer(config: Config, source: sources.Source) -> Tokenizer:
         yield from source.documents(TRAIN)
         yield from source.documents(EVAL)
 
-    return tokenizer.create(config.data, source.documents(TRAIN), all_texts())
+    return create_tokenizer(config.data, source.documents(TRAIN), all_texts())
 
 
 def _prepare(config: Config, source: sources.Source, text_tokenizer: Tokenizer, folder: Path, shard_tokens: int) -> Prepared:
@@ -190,17 +197,3 @@ def _write_shard(documents: list[np.ndarray], text_tokenizer: Tokenizer, folder:
     shard["sha256"] = {suffix: files.sha256(folder / f"{name}{suffix}") for suffix in _SUFFIXES}
     files.write_text(folder / f"{name}.json", json.dumps(shard))
     return shard
-
-
-def main(argv: list[str]) -> None:
-    args = cli.parse(argv, __doc__, {"out": "folder for the shards"}, required=("config", "out"))
-    prepared = prepare(args.config, Path(args["out"]))
-    summary = {
-        split: {"shards": len(s), "tokens": prepared.tokens(split), "documents": sum(x["documents"] for x in s)}
-        for split, s in prepared.splits.items()
-    }
-    cli.result({"folder": str(prepared.folder), "fingerprint": prepared.fingerprint, "vocab_size": prepared.tokenizer.vocab_size, **summary}, args)
-
-
-if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from gptjax import files
-from gptjax.config import ROW_SOURCES, DataConfig, UserError
+from gptjax.config.errors import UserError
+from gptjax.config.schema import ROW_SOURCES, DataConfig
+from gptjax.core import files
+from gptjax.core.files import decode
 from gptjax.data import rows
-from gptjax.data.rows import decode
 
 TRAIN, EVAL = "train", "eval"
 

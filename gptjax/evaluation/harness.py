@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness on our models: the adapter, and the one call that runs tasks.
 
-from gptjax import harness                     # needs lm_eval: pip install 'gptjax[lm-eval]'
+from gptjax.evaluation import harness  # needs lm_eval: pip install 'gptjax[lm-eval]'
 harness.evaluate_tasks(gptjax.load("runs/quickstart"), ["lambada_openai", "piqa"], limit=100)["results"]
 
 Requests of text come in, log-probabilities (nats) and texts go out, equal to those of the harness's own model of transformers ("hf", at its
@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax import chat
-from gptjax.config import UserError, nearest, unknown_name
-from gptjax.language_model import LanguageModel, load
+from gptjax.config.errors import UserError, nearest, unknown_name
+from gptjax.generation.language_model import LanguageModel, load
+from gptjax.tokenizer import chat_template as chat_template_lib
 
 try:
     from lm_eval import simple_evaluate, utils
@@ -28,13 +28,22 @@ try:
 except ImportError as error:
     raise UserError(f"evaluation tasks need the package lm_eval ({error}): pip install 'gptjax[lm-eval]'") from None
 
+
 SETTINGS = {  # transformers' name: ours
     "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "typical_p": "typical_p", "repetition_penalty": "repetition_penalty",
     "no_repeat_ngram_size": "no_repeat_ngram", "min_new_tokens": "min_new_tokens",
 }  # fmt: skip
+
+
 _GENERATED_ROWS = 32
+
+
 _SCORED_ROWS = 256  # between two steps of the progress bar; `LanguageModel.score` cuts them smaller
+
+
 _DEFAULT_TOP_K = 50  # transformers': what sampling gets where neither the task nor the checkpoint says
+
+
 _MARK = "\ufdd1"  # a noncharacter: no text needs it
 
 
@@ -206,14 +215,14 @@ class GptjaxLM(TemplateLM):
                 raise
             return self._render(others, add_generation_prompt)
 
-    def _render(self, messages: Sequence[chat.Message], add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[chat_template_lib.Message], add_generation_prompt: bool) -> str:
         template = self.tokenizer.chat_template
         values: dict[str, Any] = {**self.tokenizer.special, "add_generation_prompt": add_generation_prompt}
         if add_generation_prompt:
-            return chat.render(template, messages, **values)
+            return chat_template_lib.render(template, messages, **values)
         # the template closes the last message; a mark at the end of what it says shows where, and a space behind it whether the template trims
         marked = {**messages[-1], "content": f"{messages[-1]['content']}{_MARK} "}
-        text, mark, rest = chat.render(template, [*messages[:-1], marked], **values).rpartition(_MARK)
+        text, mark, rest = chat_template_lib.render(template, [*messages[:-1], marked], **values).rpartition(_MARK)
         if not mark:
             raise UserError("the chat template leaves out the last message, so nothing can go on from it")
         return text if rest.startswith(" ") else text.rstrip()

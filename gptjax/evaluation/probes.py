@@ -30,10 +30,14 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import UserError, unknown_name
+from gptjax.config.errors import UserError, unknown_name
 
 PROBES = Path(__file__).with_name("probes.json")
+
+
 _SLOT = re.compile(r"\{(\w+)\}")
+
+
 _KEYS = ("name", "axis", "meaning", "groups", "templates")
 
 
@@ -82,7 +86,7 @@ class Report:
         return [dataclasses.asdict(result) for result in (*self.axes, *self.templates)]
 
 
-def load(path: str | Path = PROBES) -> tuple[Probe, ...]:
+def load_probes(path: str | Path = PROBES) -> tuple[Probe, ...]:
     """Reads a probe file. Raises UserError, with the probe and the key, where it is not as the top of this module says."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -90,10 +94,10 @@ def load(path: str | Path = PROBES) -> tuple[Probe, ...]:
         raise UserError(f"{path}: {error.strerror}; give a JSON file of probes") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
-    return parse(content)
+    return parse_probes(content)
 
 
-def parse(content: Any) -> tuple[Probe, ...]:
+def parse_probes(content: Any) -> tuple[Probe, ...]:
     """The probes in a file's content; errors as in `load`."""
     entries = content.get("probes") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
@@ -172,7 +176,7 @@ def _scored(text: str, completions: tuple[str, str], fillings: dict[str, str]) -
     return [(prompt, head[len(prompt) :] + completion + tail) for completion in completions]
 
 
-def run(lm: Any, probes: Sequence[Probe], *, resamples: int = 4000, seed: int = 0) -> Report:
+def run_probes(lm: Any, probes: Sequence[Probe], *, resamples: int = 4000, seed: int = 0) -> Report:
     """Scores every sentence once and compares. lm: `score(prompts, completions)` gives (log-probability, ...) for each, as `LanguageModel` does.
 
     Raises UserError where an axis has a single template (no interval), or mixes probes with and without groups, or a score is not finite."""

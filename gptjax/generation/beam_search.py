@@ -14,11 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax import model, programs, sampling
-from gptjax.config import ModelConfig
-from gptjax.decode import State, feed
+from gptjax.config.schema import ModelConfig
+from gptjax.core.types import Array
+from gptjax.generation import sampling
+from gptjax.generation.loop import State, feed
+from gptjax.model import transformer
+from gptjax.model.kv_cache import take_rows
+from gptjax.runtime import executables
 
-Array = jax.Array
 _OUT = -1e9
 
 
@@ -37,7 +40,7 @@ def _take(tree: Any, index: Array) -> Any:
     return jax.tree.map(lambda a: jnp.take_along_axis(a, index.reshape(*index.shape, *[1] * (a.ndim - 2)), 1), tree)
 
 
-@functools.partial(programs.jit, static_argnames=("config", "active", "beams", "early_stopping"), donate_argnames=("state",))
+@functools.partial(executables.jit, static_argnames=("config", "active", "beams", "early_stopping"), donate_argnames=("state",))
 def search(
     config: ModelConfig, params: Any, state: State, options: Mapping[str, Array], length_penalty: Array, *, active: frozenset[str], beams: int,
     early_stopping: bool | str,
@@ -51,7 +54,7 @@ def search(
 
     def body(state: State) -> State:
         x, cache = feed(config, params, state)
-        logp = jax.nn.log_softmax(model.unembed(config, params, x[:, 0]))
+        logp = jax.nn.log_softmax(transformer.unembed(config, params, x[:, 0]))
         logp = sampling.process(logp, options, state, active).reshape(b, beams, -1) + state["scores"][:, :, None]
         vocab = logp.shape[2]
         scores, flat = jax.lax.top_k(logp.reshape(b, -1), kept)
@@ -83,7 +86,7 @@ def search(
         going = ~state["over"]
         chosen = _take(parent, pick) + jnp.arange(b)[:, None] * beams
         new = {
-            "tokens": _take(sequences, pick).reshape(b * beams, -1), "cache": model.take_rows(cache, chosen.reshape(-1), b * beams),
+            "tokens": _take(sequences, pick).reshape(b * beams, -1), "cache": take_rows(cache, chosen.reshape(-1), b * beams),
             "length": jnp.where(going, length + 1, length).repeat(beams), "scores": live_scores, "over": over,
         }  # fmt: skip
         old = {"best_tokens": best_tokens, "best_length": best_length, "best_scores": best_scores, "ended": ended}

@@ -18,19 +18,32 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import beam, convert, decode, generation, lora, model, quantize, transfer
-from gptjax.config import ModelConfig, UserError, unknown_name
-from gptjax.generation import Completion, Request, Row
-from gptjax.sampling import Sampling, active_of, arrays
-from gptjax.tokenizer import Tokenizer
+from gptjax.checkpoints import formats, pretrained, safetensors
+from gptjax.config.errors import UserError, unknown_name
+from gptjax.config.schema import ModelConfig
+from gptjax.generation import beam_search, engine, requests
+from gptjax.generation import loop as decode_loop
+from gptjax.generation.requests import Completion, Request, SequenceState
+from gptjax.generation.sampling import Sampling, active_of, arrays
+from gptjax.model import init as model_init
+from gptjax.model import lora, quantize
+from gptjax.tokenizer.base import Tokenizer
 
 WEIGHTS = ("float32", "bfloat16", "int8")
+
+
 _STREAM_STEPS = (1, 2, 4, 8)  # tokens between looks at the device: the first at once, later ones in larger pieces
+
+
 _SCORE_ROWS = 16
+
+
 SETTINGS = [f.name for f in dataclasses.fields(Sampling) if f.name != "banned"]
 
 
 _inference_params = jax.jit(quantize.inference_params, static_argnames="weights")
+
+
 _inference_block = jax.jit(quantize.inference_block, static_argnames="weights")
 
 
@@ -40,7 +53,7 @@ class LanguageModel:
 
     def __init__(
         self, config: ModelConfig, params: Any, tokenizer: Tokenizer | None, weights: str = "float32", cache_dtype: str = "",
-        source: convert.Pretrained | None = None, *, wait: bool = True,
+        source: pretrained.Pretrained | None = None, *, wait: bool = True,
     ):  # fmt: skip
         if weights not in WEIGHTS:
             raise UserError(unknown_name("weights", weights, list(WEIGHTS)))
@@ -49,14 +62,14 @@ class LanguageModel:
         self.config, self.tokenizer, self.weights, self.cache_dtype, self.source = config, tokenizer, weights, cache_dtype, source
         # on a CPU activations stay float32: its products convert each weight anyway
         dtype = "float32" if weights == "float32" or jax.default_backend() == "cpu" else "bfloat16"
-        self._engine = dataclasses.replace(config, dropout=0.0, remat="none", attention="reference", scan=False, dtype=dtype)
+        self._engine = dataclasses.replace(config, dropout=0.0, remat="none", attention="reference", scan_layers=False, dtype=dtype)
         self._params = params
         self._weights = self._read() if wait else self._shapes()
 
     def _read(self) -> Any:
         """The parameters as generation reads them. Of stored ones a layer at a time, so that memory never holds them twice."""
         stored = self._params  # a look at `params` meanwhile would replace it
-        if not isinstance(stored, transfer.Stored):
+        if not isinstance(stored, safetensors.LazyParams):
             return _inference_params(self.params, weights=self.weights)
         # jitted, it would copy what is float32 already, as most is
         form = quantize.inference_params if self.weights == "float32" else _inference_params
@@ -65,7 +78,7 @@ class LanguageModel:
 
     def _shapes(self) -> Any:
         """Shapes and dtypes of what `_read` makes of stored parameters."""
-        shapes = model.param_shapes(self.config)
+        shapes = model_init.param_shapes(self.config)
         block = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes["blocks"])
         rest = _inference_params.eval_shape({**shapes, "blocks": ()}, weights=self.weights)
         return rest | {"blocks": (_inference_block.eval_shape(block, weights=self.weights),) * self.config.layers}
@@ -73,7 +86,7 @@ class LanguageModel:
     @property
     def params(self) -> Any:
         """Nested dict of host arrays, blocks stacked on axis 0; of a checkpoint in files, read at the first look, float32. Raises UserError."""
-        if isinstance(self._params, transfer.Stored):
+        if isinstance(self._params, safetensors.LazyParams):
             self._params = self._params.params()
             self.source = self.source and dataclasses.replace(self.source, params=self._params)
         elif callable(self._params):
@@ -119,7 +132,7 @@ class LanguageModel:
 
     def adapted(self, path: str | Path) -> LanguageModel:
         """This model with the adapters of a run or a PEFT folder beside its weights, which both share (DoRA's norms need a copy). Raises UserError."""
-        from gptjax import peft
+        from gptjax.checkpoints import peft
 
         settings, trained, template = peft.find(Path(path).expanduser(), self.config)
         other = copy.copy(self)
@@ -129,11 +142,11 @@ class LanguageModel:
         if "score" in trained:
             other.config = dataclasses.replace(self.config, labels=peft.labels_of(Path(path).expanduser(), len(trained["score"]["kernel"])))
             other._engine = dataclasses.replace(self._engine, labels=other.config.labels)
-        other._params = lambda: lora.attach(settings, self.params, trained)  # only DoRA, and whoever looks, needs it
+        other._params = lambda: lora.apply_adapter(settings, self.params, trained)  # only DoRA, and whoever looks, needs it
         if settings.dora:
             other._weights = other._read()
         else:
-            other._weights = lora.attach(settings, self._weights, trained)
+            other._weights = lora.apply_adapter(settings, self._weights, trained)
         other.source = None
         return other
 
@@ -147,7 +160,7 @@ class LanguageModel:
         padded = np.pad(
             tokens.astype(np.int32), ((0, 0), (0, size - tokens.shape[1]))
         )  # lengths share programs; what is behind changes nothing before it
-        found = np.asarray(decode.logits(self._engine, self._weights, padded))[:, : tokens.shape[1]]
+        found = np.asarray(decode_loop.logits(self._engine, self._weights, padded))[:, : tokens.shape[1]]
         if lengths is None:
             return found
         return np.where(np.arange(tokens.shape[1])[None, :, None] < np.asarray(lengths)[:, None, None], found, 0.0)
@@ -180,7 +193,7 @@ class LanguageModel:
         self._writes()
         result: list[Any] = [None] * len(rows)
         for group, tokens in self._groups(rows, 1):  # the last token is no query
-            logprobs, best = (np.asarray(a) for a in decode.token_logprobs(self._engine, self._weights, tokens))
+            logprobs, best = (np.asarray(a) for a in decode_loop.token_logprobs(self._engine, self._weights, tokens))
             for k, i in enumerate(group):
                 result[i] = (logprobs[k, : len(rows[i]) - 1], best[k, : len(rows[i]) - 1])
         return result
@@ -206,7 +219,7 @@ class LanguageModel:
         found = np.zeros((len(rows), len(self.config.labels)), np.float32)
         for group, tokens in self._groups(rows, 0):
             lengths = np.array([len(rows[i]) for i in group] + [1] * (len(tokens) - len(group)), np.int32)
-            found[group] = np.asarray(decode.head_scores(self._engine, self._weights, tokens, lengths))[: len(group)]
+            found[group] = np.asarray(decode_loop.head_scores(self._engine, self._weights, tokens, lengths))[: len(group)]
         if found.shape[1] == 1:
             return found
         odds = np.exp(found - found.max(1, keepdims=True))
@@ -235,7 +248,7 @@ class LanguageModel:
         else:
             guess = self._speculation(request, speculate_tokens, draft)
             steps = (16,) if request.has_stop_text else (1 << 30,)
-            for _ in generation.run(self._engine, self._weights, request, steps=steps, cache_dtype=self.cache_dtype, guess=guess):
+            for _ in engine.run(self._engine, self._weights, request, steps=steps, cache_dtype=self.cache_dtype, guess=guess):
                 pass
             found = [row.completion() for row in request.rows]
         if prompt_logprobs:
@@ -256,21 +269,21 @@ class LanguageModel:
         )  # fmt: skip
         guess = self._speculation(request, speculate_tokens, draft)
         row, shown = request.rows[0], 0
-        for _ in generation.run(self._engine, self._weights, request, steps=_STREAM_STEPS, cache_dtype=self.cache_dtype, guess=guess):
+        for _ in engine.run(self._engine, self._weights, request, steps=_STREAM_STEPS, cache_dtype=self.cache_dtype, guess=guess):
             if row.safe > shown:
                 yield row.text[shown : row.safe]
                 shown = row.safe
 
     def save(self, path: str | Path, *, form: str = "hf", dtype: str = "") -> None:
         """Writes the model: a Hugging Face folder, a .gguf file or a workdir (form "hf", "gguf", "gptjax"). dtype: default the stored one."""
-        source = self.source or convert.Pretrained(self.config, self.params, self.tokenizer)
-        convert.write(Path(path), dataclasses.replace(source, params=self.params), form=form, dtype=dtype)
+        source = self.source or pretrained.Pretrained(self.config, self.params, self.tokenizer)
+        formats.write_checkpoint(Path(path), dataclasses.replace(source, params=self.params), form=form, dtype=dtype)
 
     def compile(self, prompt: str | Sequence[int], *, folder: str | Path | None = None, **options: Any) -> None:
         """Makes ready the programs that `generate` or `stream` begins with for such a prompt; they depend on its length and on which options are used.
         options: theirs but beams, speculation and `prompt_logprobs`. folder: where programs are kept whole for other processes (`programs.make_ready`).
         The weights may be on their way (see `opening`). Raises UserError."""
-        generation.compile_ahead(self._engine, self._weights, self._request([prompt], **options), cache_dtype=self.cache_dtype, folder=folder)
+        engine.compile_ahead(self._engine, self._weights, self._request([prompt], **options), cache_dtype=self.cache_dtype, folder=folder)
 
     def _request(
         self, prompts: Any, *, max_new_tokens: int = 128, n: int = 1, stop: str | Sequence[str] = (), stop_tokens: Sequence[int] = (),
@@ -293,12 +306,12 @@ class LanguageModel:
             raise UserError(
                 "stop texts must not be empty" if self.tokenizer else "stop texts need a tokenizer, which this checkpoint lacks: use stop_tokens"
             )
-        ids = [generation.fit(self.encode(p), self.config.context, max_new_tokens, slide=overflow == "slide") for p in prompts]
+        ids = [requests.fit(self.encode(p), self.config.context, max_new_tokens, slide=overflow == "slide") for p in prompts]
         seed, bans = sampling.pop("seed", 0), self._banned(banned)
         first = Sampling(**sampling, banned=bans, seed=seed)
         samplings = [dataclasses.replace(first, seed=(seed + i) % 2**32) for i in range(len(ids))]
         stops = sorted({*(() if ignore_end else self.stops), *self._ids(stop_tokens)})
-        rows = [Row(self.tokenizer, texts, stops) for _ in range(len(ids) * n)]
+        rows = [SequenceState(self.tokenizer, texts, stops) for _ in range(len(ids) * n)]
         return Request(ids, samplings, rows, n, max_new_tokens, stops, bool(texts), overflow == "slide")
 
     def _banned(self, words: Sequence[Any]) -> list[list[int]]:
@@ -312,7 +325,7 @@ class LanguageModel:
                 found += [self.tokenizer.encode(word), self.tokenizer.encode(" " + word)]
         return found
 
-    def _speculation(self, request: Request, count: int, draft: LanguageModel | None) -> generation.Speculation | None:
+    def _speculation(self, request: Request, count: int, draft: LanguageModel | None) -> engine.Speculation | None:
         if count < 0:
             raise UserError(f"speculate_tokens = {count}: must be 0 (off) or more")
         if not count and draft is None:
@@ -320,12 +333,12 @@ class LanguageModel:
         if any(s.temperature for s in request.samplings) or any(s.active - {"logit_bias", "banned", "min_new"} for s in request.samplings):
             raise UserError("speculation gives greedy text: set temperature = 0 and leave penalties and no_repeat_ngram off")
         if draft is None:
-            return generation.Speculation(count)
+            return engine.Speculation(count)
         if draft.config.vocab_size != self.config.vocab_size:
             raise UserError(
                 f"the draft model has {draft.config.vocab_size:,} tokens and the model {self.config.vocab_size:,}: they must share one vocabulary"
             )
-        return generation.Speculation(count or 4, draft._engine, draft._weights, draft.cache_dtype)
+        return engine.Speculation(count or 4, draft._engine, draft._weights, draft.cache_dtype)
 
     def _beams(self, request: Request, beams: int, length_penalty: float, early_stopping: bool | str) -> list[Completion]:
         if request.n > beams or any(s.temperature for s in request.samplings) or request.has_stop_text or request.slide:
@@ -333,13 +346,13 @@ class LanguageModel:
         if early_stopping not in (True, False, "never"):
             raise UserError(f"early_stopping = {early_stopping!r}: must be True, False or 'never'")
         limits = [min(len(p) + request.max_new_tokens, self.config.context + 1) for p in request.prompts]
-        state = decode.start(
-            self._engine, self._weights, request.prompts, limits=limits, seeds=[0] * len(limits), slots=decode.bucket(max(limits), self.config.context + 1),
+        state = decode_loop.start(
+            self._engine, self._weights, request.prompts, limits=limits, seeds=[0] * len(limits), slots=decode_loop.bucket(max(limits), self.config.context + 1),
             cache_dtype=self.cache_dtype, copies=beams,
         )  # fmt: skip
         options = arrays(request.samplings, self.config.vocab_size, request.stops, beams)
-        state = beam.search(
-            self._engine, self._weights, beam.begin(state, beams), options, np.float32(length_penalty), active=active_of(request.samplings), beams=beams,
+        state = beam_search.search(
+            self._engine, self._weights, beam_search.begin(state, beams), options, np.float32(length_penalty), active=active_of(request.samplings), beams=beams,
             early_stopping=early_stopping,
         )  # fmt: skip
         tokens, lengths, scores = (np.asarray(state[name]) for name in ("best_tokens", "best_length", "best_scores"))
@@ -366,17 +379,17 @@ def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -
     weights: what generation reads, "float32", "bfloat16" or "int8" (a scale for each row): a step takes as long as reading them. cache_dtype: of keys
     and values, by default the compute dtype. Raises UserError.
     """
-    found = convert.opened(path)
+    found = pretrained.open_checkpoint(path)
     return LanguageModel(found.config, found.params, found.tokenizer, weights, cache_dtype, found)
 
 
 @contextlib.contextmanager
-def opening(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> Iterator[LanguageModel]:
+def load_lazily(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> Iterator[LanguageModel]:
     """`load` whose model comes at once, and its weights when the block ends: inside, while a thread reads them, it can `encode` and `compile` only.
     Raises UserError."""
-    found = convert.opened(path)
+    found = pretrained.open_checkpoint(path)
     stored = found.params
-    if not isinstance(stored, transfer.Stored):  # read already
+    if not isinstance(stored, safetensors.LazyParams):  # read already
         yield LanguageModel(found.config, stored, found.tokenizer, weights, cache_dtype, found)
         return
     lm = LanguageModel(found.config, stored, found.tokenizer, weights, cache_dtype, found, wait=False)

@@ -16,11 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import model, programs, sampling
-from gptjax.config import ModelConfig
+from gptjax.config.schema import ModelConfig
+from gptjax.core.types import Array
+from gptjax.generation import sampling
+from gptjax.model import transformer
+from gptjax.model.kv_cache import init_cache, take_rows
+from gptjax.runtime import executables
 
-Array = jax.Array
 State = dict[str, Any]
+
+
 SMALLEST_BUCKET = 256
 
 
@@ -37,21 +42,21 @@ def bucket(length: int, context: int) -> int:
     return -(-min(size, max(context, length)) // chunk_size()) * chunk_size()
 
 
-@functools.partial(programs.jit, static_argnames=("config", "cache_dtype", "copies"))
+@functools.partial(executables.jit, static_argnames=("config", "cache_dtype", "copies"))
 def prefill(config: ModelConfig, params: Any, tokens_BS: Array, length_B: Array, *, cache_dtype: str = "", copies: int = 1) -> Any:
     """The cache of all tokens but the last of each row, each row `copies` times. Its time grows with the longest row."""
     b, s = tokens_BS.shape
     size = min(chunk_size(), s)
-    cache = model.init_cache(config, b, s, dtype=cache_dtype)
+    cache = init_cache(config, b, s, dtype=cache_dtype)
 
     def body(carry: tuple[Array, Any]) -> tuple[Array, Any]:
         at, cache = carry
         piece = jax.lax.dynamic_slice_in_dim(tokens_BS, at, size, axis=1)
-        _, cache = model.apply(config, params, piece, cache=cache, start_B=jnp.full((b,), at))
+        _, cache = transformer.apply(config, params, piece, cache=cache, start_B=jnp.full((b,), at))
         return at + size, cache
 
     _, cache = jax.lax.while_loop(lambda carry: carry[0] < length_B.max() - 1, body, (jnp.int32(0), cache))
-    return cache if copies == 1 else model.take_rows(cache, jnp.arange(b).repeat(copies), b)
+    return cache if copies == 1 else take_rows(cache, jnp.arange(b).repeat(copies), b)
 
 
 def host_state(
@@ -90,7 +95,7 @@ def feed(config: ModelConfig, params: Any, state: State, count: int = 1) -> tupl
     """Hidden states [B, count, D] after feeding the tokens length - 1, ..., length + count - 2 of each row, and the cache with them."""
     at = state["length"] - 1
     tokens = jnp.take_along_axis(state["tokens"], at[:, None] + jnp.arange(count)[None], axis=1)
-    return model.apply(config, params, tokens, cache=state["cache"], start_B=at)
+    return transformer.apply(config, params, tokens, cache=state["cache"], start_B=at)
 
 
 def append(state: State, token_B: Array, logprob_B: Array, stops: Array) -> State:
@@ -103,14 +108,14 @@ def append(state: State, token_B: Array, logprob_B: Array, stops: Array) -> Stat
     return {**state, "tokens": tokens, "logprobs": logprobs, "length": length, "made": state["made"] + going, "done": done}
 
 
-@functools.partial(programs.jit, static_argnames=("config", "active"), donate_argnames=("state",))
+@functools.partial(executables.jit, static_argnames=("config", "active"), donate_argnames=("state",))
 def advance(config: ModelConfig, params: Any, state: State, options: Mapping[str, Array], steps: Array, *, active: frozenset[str]) -> State:
     """Up to `steps` more tokens in each row; stops early when all rows are done. Log-probabilities are the model's own, before any processor."""
 
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         i, state = carry
         x, cache = feed(config, params, state)
-        logits = model.unembed(config, params, x[:, 0])
+        logits = transformer.unembed(config, params, x[:, 0])
         token = sampling.choose(sampling.process(logits, options, state, active), options, row_keys(state), active)
         logprob = sampling.logprob(logits, token)
         return i + 1, append({**state, "cache": cache}, token, logprob, options["stops"])
@@ -119,28 +124,28 @@ def advance(config: ModelConfig, params: Any, state: State, options: Mapping[str
     return state
 
 
-@functools.partial(programs.jit, static_argnames=("config",))
+@functools.partial(executables.jit, static_argnames=("config",))
 def logits(config: ModelConfig, params: Any, tokens_BT: Array) -> Array:
     """float32 [B, T, V] of a full forward pass. Columns behind a row's end are garbage and change nothing before them."""
-    x, _ = model.apply(config, params, tokens_BT)
-    return model.unembed(config, params, x)
+    x, _ = transformer.apply(config, params, tokens_BT)
+    return transformer.unembed(config, params, x)
 
 
-@functools.partial(programs.jit, static_argnames=("config",))
+@functools.partial(executables.jit, static_argnames=("config",))
 def token_logprobs(config: ModelConfig, params: Any, tokens_BT: Array) -> tuple[Array, Array]:
     """(log-probability, whether it is the most likely one) of each token given those before it, [B, T - 1]; the logits of one row at a time."""
-    x, _ = model.apply(config, params, tokens_BT[:, :-1])
+    x, _ = transformer.apply(config, params, tokens_BT[:, :-1])
 
     def row(piece: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = piece
-        found = model.unembed(config, params, hidden)
+        found = transformer.unembed(config, params, hidden)
         return sampling.logprob(found, targets), jnp.argmax(found, -1) == targets
 
     return jax.lax.map(row, (x, tokens_BT[:, 1:]))
 
 
-@functools.partial(programs.jit, static_argnames=("config",))
+@functools.partial(executables.jit, static_argnames=("config",))
 def head_scores(config: ModelConfig, params: Any, tokens_BT: Array, length_B: Array) -> Array:
     """float32 [B, labels]: what the head says of each row's last token. Columns behind a row's end change nothing."""
-    x, _ = model.apply(config, params, tokens_BT)
-    return model.score(params, jnp.take_along_axis(x, (length_B - 1)[:, None, None], 1)[:, 0])
+    x, _ = transformer.apply(config, params, tokens_BT)
+    return transformer.score(params, jnp.take_along_axis(x, (length_B - 1)[:, None, None], 1)[:, 0])

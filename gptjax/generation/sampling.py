@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import UserError
-
-Array = jax.Array
+from gptjax.config.errors import UserError
+from gptjax.core.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +189,8 @@ def typical(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array])
 PROCESSORS: dict[str, Callable[..., Array]] = {
     "logit_bias": logit_bias, "repetition": repetition, "frequency": frequency, "ngram": no_repeat_ngram, "banned": banned, "min_new": min_new,
 }  # fmt: skip
+
+
 WARPERS: dict[str, Callable[..., Array]] = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "typical": typical}
 
 

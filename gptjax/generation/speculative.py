@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax import model, programs, sampling
-from gptjax.config import ModelConfig
-from gptjax.decode import State, append, feed
-
-Array = jax.Array
+from gptjax.config.schema import ModelConfig
+from gptjax.core.types import Array
+from gptjax.generation import sampling
+from gptjax.generation.loop import State, append, feed
+from gptjax.model import transformer
+from gptjax.runtime import executables
 
 
 def lookup(tokens_BS: Array, length_B: Array, count: int) -> Array:
@@ -37,17 +38,17 @@ def _draft(config: ModelConfig, params: Any, state: State, count: int) -> tuple[
     # its cache may lack the last two tokens: the final guess of the round before was never fed
     at = jnp.maximum(state["length"] - 2, 0)
     tail = jnp.take_along_axis(state["tokens"], at[:, None] + jnp.arange(2)[None], 1)
-    x, cache = model.apply(config, params, tail, cache=state["draft_cache"], start_B=at)
+    x, cache = transformer.apply(config, params, tail, cache=state["draft_cache"], start_B=at)
     x = jnp.take_along_axis(x, (state["length"] - 1 - at)[:, None, None], 1)
     guesses = []
     for k in range(count):
-        guesses.append(jnp.argmax(model.unembed(config, params, x[:, 0]), -1).astype(jnp.int32))
+        guesses.append(jnp.argmax(transformer.unembed(config, params, x[:, 0]), -1).astype(jnp.int32))
         if k + 1 < count:
-            x, cache = model.apply(config, params, guesses[-1][:, None], cache=cache, start_B=state["length"] + k)
+            x, cache = transformer.apply(config, params, guesses[-1][:, None], cache=cache, start_B=state["length"] + k)
     return jnp.stack(guesses, 1), cache
 
 
-@functools.partial(programs.jit, static_argnames=("config", "active", "count", "draft_config"), donate_argnames=("state",))
+@functools.partial(executables.jit, static_argnames=("config", "active", "count", "draft_config"), donate_argnames=("state",))
 def advance(
     config: ModelConfig, params: Any, state: State, options: Mapping[str, Array], steps: Array, *, active: frozenset[str], count: int = 4,
     draft_config: ModelConfig | None = None, draft_params: Any = None,
@@ -65,7 +66,7 @@ def advance(
         held = state["tokens"].at[rows, state["length"][:, None] + jnp.arange(count)[None]].set(guesses)
         x, cache = feed(config, params, {**state, "tokens": held}, count + 1)
         state = {**state, "cache": cache}
-        agreed, logits = ~state["done"], model.unembed(config, params, x)
+        agreed, logits = ~state["done"], transformer.unembed(config, params, x)
         for k in range(count + 1):
             found = logits[:, k]
             token = sampling.choose(sampling.process(found, options, state, active), options, rows, active)

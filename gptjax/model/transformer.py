@@ -7,8 +7,6 @@ Dims: B batch, T time, S keys, D width, H query heads, K key/value heads, G = H 
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from typing import Any
 
@@ -16,56 +14,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax import attention, products, quantize, tree
-from gptjax.attention import fence
-from gptjax.config import ModelConfig
-
-Array = jax.Array
-Params = dict[str, Any]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def normalise(x: Array, scale: Array, bias: Array | None, eps: float, centre: bool) -> Array:
-    """LayerNorm (`centre`) or RMSNorm over the last axis, float32 in and out."""
-    return _normalise_forward(x, scale, bias, eps, centre)[0]
-
-
-def _normalise_forward(x: Array, scale: Array, bias: Array | None, eps: float, centre: bool):
-    x = x - x.mean(-1, keepdims=True) if centre else x
-    inverse = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
-    unit = fence(x * inverse)  # saved: the backward pass needs nothing else of x
-    y = unit * scale
-    return (y if bias is None else y + bias), (unit, inverse, scale, bias)
-
-
-def _normalise_backward(eps: float, centre: bool, saved: tuple, g: Array):
-    unit, inverse, scale, bias = saved
-    g = fence(g)
-    rows = tuple(range(g.ndim - 1))
-    gs = g * scale
-    dx = gs - unit * (gs * unit).mean(-1, keepdims=True)
-    if centre:
-        dx = dx - gs.mean(-1, keepdims=True)
-    return fence(dx * inverse), (g * unit).sum(rows), None if bias is None else g.sum(rows)
-
-
-normalise.defvjp(_normalise_forward, _normalise_backward)
-
-
-@jax.custom_vjp
-def gelu(x: Array) -> Array:
-    """The tanh form of GELU, as in GPT-2 (Hendrycks & Gimpel 2016), in float32 inside: each bfloat16 operation would round, and cost two conversions. Its
-    gradient recomputes tanh instead of saving intermediates."""
-    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
-
-
-def _gelu_backward(saved: Array, g: Array):
-    c, x, g = math.sqrt(2 / math.pi), saved.astype(jnp.float32), fence(g).astype(jnp.float32)
-    t = jnp.tanh(c * (x + 0.044715 * x * x * x))
-    return (fence((g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x))).astype(saved.dtype)),)
-
-
-gelu.defvjp(lambda x: (fence(gelu(fence(x))), x), _gelu_backward)
+from gptjax.config.schema import ModelConfig
+from gptjax.core import tree
+from gptjax.core.types import Array, Params
+from gptjax.model.rope import rope_tables, rotate
+from gptjax.ops import products, quantized
+from gptjax.ops.activation import gelu
+from gptjax.ops.attention.backends import BACKENDS
+from gptjax.ops.attention.cache import cached_attention, write_cache
+from gptjax.ops.attention.mask import Mask
+from gptjax.ops.materialize import materialize
+from gptjax.ops.norm import normalise
 
 
 class Norm(nn.Module):
@@ -96,14 +55,14 @@ class Linear(nn.Module):
         shape = (*x.shape[-self.inputs :], *self.features)
         rows, columns = math.prod(shape[: self.inputs]), math.prod(self.features)
         if self.has_variable("params", "rows"):
-            y = quantize.times_rows(x.reshape(-1, rows), self.variables["params"]).astype(x.dtype)
+            y = quantized.quantized_matmul(x.reshape(-1, rows), self.variables["params"]).astype(x.dtype)
         else:
             kernel = self.param("kernel", nn.initializers.zeros, shape)
             y = products.matmul(x.reshape(-1, rows), kernel.reshape(rows, columns))
         if self.has_variable("params", "lora_a"):
             y = self._adapted(x.reshape(-1, rows), y, self.variables["params"])
         if self.bias:
-            y = products.plus(y, self.param("bias", nn.initializers.zeros, self.features).reshape(columns))
+            y = products.bias_add(y, self.param("bias", nn.initializers.zeros, self.features).reshape(columns))
         return y.reshape(*x.shape[: -self.inputs], *self.features)
 
     def _adapted(self, x: Array, y: Array, params: Any) -> Array:
@@ -112,7 +71,7 @@ class Linear(nn.Module):
         if "lora_keep" in params and self.has_rng("dropout"):
             keep = params["lora_keep"]
             x = x * jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape) / keep.astype(x.dtype)
-        y = y + fence(x @ a.reshape(-1, a.shape[-1])) @ b.reshape(b.shape[0], -1)
+        y = y + materialize(x @ a.reshape(-1, a.shape[-1])) @ b.reshape(b.shape[0], -1)
         return y * params["lora_gain"].astype(y.dtype).reshape(-1) if "lora_gain" in params else y
 
 
@@ -123,11 +82,11 @@ class Attention(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array, positions: Array, mask: attention.Mask, cache: Params | None, train: bool) -> tuple[Array, Params | None]:
+    def __call__(self, x_BTD: Array, positions: Array, mask: Mask, cache: Params | None, train: bool) -> tuple[Array, Params | None]:
         c = self.config
         groups = c.heads // c.kv
         qkv = Linear((c.kv, groups + 2, c.head_width), c.bias != "none", name="qkv")(x_BTD)
-        qkv = fence(qkv)
+        qkv = materialize(qkv)
         q_BTKGC, k_BTKC, v_BTKC = qkv[..., :groups, :], qkv[..., groups, :], qkv[..., groups + 1, :]
         if c.qk_norm:
             q_BTKGC, k_BTKC = Norm(c, rms=True, name="q_norm")(q_BTKGC), Norm(c, rms=True, name="k_norm")(k_BTKC)
@@ -140,10 +99,10 @@ class Attention(nn.Module):
             shape = (x_BTD.shape[0], c.kv, groups, x_BTD.shape[1], x_BTD.shape[1])
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - c.dropout, shape) / jnp.float32(1 - c.dropout)
         if cache is None:
-            y_BTKGC = attention.BACKENDS[c.attention](q_BTKGC, k_BTKC, v_BTKC, mask, block=c.attention_block, keep=keep)
+            y_BTKGC = BACKENDS[c.attention](q_BTKGC, k_BTKC, v_BTKC, mask, block=c.attention_block, keep=keep)
         else:
-            cache = attention.write_cache(cache, k_BTKC, v_BTKC, mask.q_index[:, 0])
-            y_BTKGC = attention.cached(q_BTKGC, cache, mask)
+            cache = write_cache(cache, k_BTKC, v_BTKC, mask.q_index[:, 0])
+            y_BTKGC = cached_attention(q_BTKGC, cache, mask)
         y_BTHC = y_BTKGC.reshape(*y_BTKGC.shape[:2], c.heads, c.head_width)
         return Linear((c.width,), c.bias in ("all", "attention"), inputs=2, name="out")(y_BTHC), cache
 
@@ -157,12 +116,12 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: Array) -> Array:
         c, bias = self.config, self.config.bias == "all"
         if c.mlp == "swiglu":
-            gate_up = fence(Linear((2, c.mlp_width), bias, name="gate_up")(x_BTD))
+            gate_up = materialize(Linear((2, c.mlp_width), bias, name="gate_up")(x_BTD))
             h_BTF = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
         else:
             up_BTF = Linear((c.mlp_width,), bias, name="up")(x_BTD)
-            h_BTF = gelu(up_BTF) if c.mlp == "gelu" else nn.gelu(fence(up_BTF), approximate=False)
-        return Linear((c.width,), bias, name="down")(fence(h_BTF))
+            h_BTF = gelu(up_BTF) if c.mlp == "gelu" else nn.gelu(materialize(up_BTF), approximate=False)
+        return Linear((c.width,), bias, name="down")(materialize(h_BTF))
 
 
 class Block(nn.Module):
@@ -171,100 +130,12 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array, positions: Array, mask: attention.Mask, cache: Params | None = None, train: bool = False):
+    def __call__(self, x_BTD: Array, positions: Array, mask: Mask, cache: Params | None = None, train: bool = False):
         dropout = nn.Dropout(self.config.dropout, deterministic=not train)
-        y, cache = Attention(self.config, name="attn")(fence(Norm(self.config, name="norm1")(x_BTD)), positions, mask, cache, train)
-        attended_BTD = fence(x_BTD + dropout(y))
-        y = MLP(self.config, name="mlp")(fence(Norm(self.config, name="norm2")(x_BTD if self.config.parallel else attended_BTD)))
-        return fence(attended_BTD + dropout(y)), cache
-
-
-def rope_tables(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
-    """cos, sin [B, T, R/2] in float32 for the R = `rotary_width` leading dims (Su et al. 2021). Scaling of long contexts: linear (Chen et al.
-    2023); llama3 (the Llama 3.1 release); yarn (Peng et al. 2023, section 3)."""
-    c, half = config, config.rotary_width // 2
-    inverse, factor = c.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half), 1.0
-    if c.rope_scaling == "linear":
-        inverse = inverse / c.rope_factor
-    elif c.rope_scaling == "llama3":
-        turns = c.rope_original_context * inverse / (2 * math.pi)
-        smooth = jnp.clip((turns - c.rope_low_freq) / (c.rope_high_freq - c.rope_low_freq), 0.0, 1.0)
-        inverse = inverse * (smooth + (1 - smooth) / c.rope_factor)
-    elif c.rope_scaling == "yarn":
-        # the index of the pair that makes this many turns over the original context
-        index = lambda turns: half * math.log(c.rope_original_context / (turns * 2 * math.pi)) / math.log(c.rope_base)
-        low, high = max(math.floor(index(c.rope_beta_fast)), 0), min(math.ceil(index(c.rope_beta_slow)), 2 * half - 1)
-        kept = 1 - jnp.clip((jnp.arange(half) - low) / (high - low or 1e-3), 0.0, 1.0)
-        inverse = inverse * (kept + (1 - kept) / c.rope_factor)
-        factor = c.rope_attention_factor or (0.1 * math.log(c.rope_factor) + 1.0)
-    angles = positions[..., None].astype(jnp.float32) * inverse
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns the pairs (x[i], x[i + R/2]) of the R = 2 * cos.shape[-1] leading dims, in float32; the others pass."""
-    half = cos.shape[-1]
-    a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
-    return jnp.concatenate([(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype), x[..., 2 * half :]], axis=-1)
-
-
-# Standard deviation by path, as a multiple of `init_std`; GPT-2 scales the projections into the residual stream by 1 / sqrt(2 L)
-# (Radford et al. 2019, section 2.3). None: the constant that the module itself starts with.
-INIT_SCALES: tuple[tuple[str, Any], ...] = (
-    (r".*/(scale|bias)", None),
-    (r"blocks/(attn/out|mlp/down)/kernel", lambda config: 1 / math.sqrt(2 * config.layers)),
-    (r".*", lambda config: 1.0),
-)
-
-
-def init_params(config: ModelConfig, key: Array, *, rows_sharding: jax.sharding.Sharding | None = None) -> Params:
-    """{"embed": {...}, "blocks": {... [L, ...]}, "final_norm": {...}}, with "head" if untied, or "score" where the config has labels; float32.
-
-    All normal numbers are one draw of rows of width D, split up afterwards: a draw per parameter takes seconds to compile on a CPU.
-    `rows_sharding` spreads those rows over the devices of a mesh.
-    """
-    c = config
-    x, index = jnp.zeros((1, 1, c.width)), jnp.zeros((1, 1), jnp.int32)
-    block = jax.eval_shape(lambda: Block(c).init(jax.random.key(0), x, index, attention.Mask(index))["params"])
-    params: Params = {
-        "embed": {"tokens": jnp.zeros((c.padded_vocab, c.width))},
-        "blocks": tree.map_with_path(lambda path, p: jnp.full((c.layers, *p.shape), float(path.endswith("scale")), jnp.float32), block),
-        "final_norm": tree.map_with_path(
-            lambda path, p: jnp.full(p.shape, float(path == "scale"), jnp.float32), jax.eval_shape(Norm(c).init, key, x)["params"]
-        ),
-    }
-    if c.positions == "learned":
-        params["embed"]["positions"] = jnp.zeros((c.context, c.width))
-    if c.labels:
-        params["score"] = {"kernel": jnp.zeros((len(c.labels), c.width))}
-    elif not c.tied:
-        params["head"] = {"kernel": jnp.zeros((c.padded_vocab, c.width))}
-    drawn = {path: p.size // c.width for path, p in tree.flatten(params).items() if tree.first_match(INIT_SCALES, path)}
-    total = sum(drawn.values())
-    rows = jax.random.normal(key, (total + -total % 1024, c.width))  # in 1,024s, so that meshes divide them
-    rows = jax.lax.optimization_barrier(rows if rows_sharding is None else jax.lax.with_sharding_constraint(rows, rows_sharding))
-    starts = dict(zip(drawn, itertools.accumulate([0, *drawn.values()]), strict=False))
-
-    def fill(path: str, constant: Array) -> Array:
-        scale = tree.first_match(INIT_SCALES, path)
-        if scale is None:
-            return constant
-        return c.init_std * scale(c) * rows[starts[path] : starts[path] + drawn[path]].reshape(constant.shape)
-
-    return tree.map_with_path(fill, params)
-
-
-@functools.lru_cache(8)
-def param_shapes(config: ModelConfig) -> Params:
-    """Shapes and dtypes of what `init_params` makes."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-
-
-def count_params(config: ModelConfig) -> int:
-    """Parameters of the model proper, without the padding of the vocabulary."""
-    shapes = param_shapes(config)
-    padding = (config.padded_vocab - config.vocab_size) * config.width * (1 if config.tied or config.labels else 2)
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) - padding
+        y, cache = Attention(self.config, name="attn")(materialize(Norm(self.config, name="norm1")(x_BTD)), positions, mask, cache, train)
+        attended_BTD = materialize(x_BTD + dropout(y))
+        y = MLP(self.config, name="mlp")(materialize(Norm(self.config, name="norm2")(x_BTD if self.config.parallel else attended_BTD)))
+        return materialize(attended_BTD + dropout(y)), cache
 
 
 def cast(config: ModelConfig, params: Params) -> Params:
@@ -299,7 +170,7 @@ def apply(
     if start_B is not None:
         slots = slots + start_B[:, None]
     positions = slots if positions is None else positions
-    mask = attention.Mask(slots, segment_ids, segment_ids, c.window)
+    mask = Mask(slots, segment_ids, segment_ids, c.sliding_window)
     x = embed(c, params, tokens_BT)
     if "prompt" in params["embed"]:  # learned vectors stand for the first tokens of each segment (`lora.prompt_tokens`)
         prompt = params["embed"]["prompt"]
@@ -318,7 +189,7 @@ def apply(
 
     if c.remat != "none":
         block = jax.checkpoint(block, policy=_REMAT_POLICIES[c.remat])
-    if c.scan and cache is None and isinstance(params["blocks"], dict):
+    if c.scan_layers and cache is None and isinstance(params["blocks"], dict):
         scanned: Any = jax.lax.scan(block, x, (params["blocks"], jnp.arange(c.layers), None))
         x = scanned[0]
     else:
@@ -331,7 +202,7 @@ def apply(
             caches.append(layer_cache)
         cache = None if cache is None else tuple(caches)
     final: Any = Norm(c).apply({"params": params["final_norm"]}, x)
-    return fence(final), cache
+    return materialize(final), cache
 
 
 def embed(config: ModelConfig, params: Params, tokens_BT: Array) -> Array:
@@ -339,7 +210,7 @@ def embed(config: ModelConfig, params: Params, tokens_BT: Array) -> Array:
     table = params["embed"]
     if "rows" not in table:
         return table["tokens"][tokens_BT]
-    x = fence(table["rows"][tokens_BT]).astype(jnp.float32)
+    x = materialize(table["rows"][tokens_BT]).astype(jnp.float32)
     return (x * table["row_scale"][tokens_BT][..., None] if "row_scale" in table else x).astype(config.dtype)
 
 
@@ -347,7 +218,7 @@ def head(params: Params) -> Array:
     """The output table [padded V, D], dequantised where it is kept as rows."""
     table = params["head"] if "head" in params else params["embed"]
     if "rows" in table:
-        return quantize.matrix(table)
+        return quantized.dequantize(table)
     return table["kernel"] if "head" in params else table["tokens"]
 
 
@@ -360,7 +231,7 @@ def unembed(config: ModelConfig, params: Params, x: Array) -> Array:
     """Logits [..., V] in float32, without the padding of the vocabulary."""
     table = params["head"] if "head" in params else params["embed"]
     if "rows" in table:
-        logits = quantize.times_rows(x.reshape(-1, x.shape[-1]), table).reshape(*x.shape[:-1], -1)
+        logits = quantized.quantized_matmul(x.reshape(-1, x.shape[-1]), table).reshape(*x.shape[:-1], -1)
     else:
         logits = jnp.einsum("...D,VD->...V", x, head(params).astype(x.dtype), preferred_element_type=jnp.float32)
     return softcap(config, logits[..., : config.vocab_size])
@@ -370,18 +241,3 @@ def softcap(config: ModelConfig, logits: Array) -> Array:
     """cap * tanh(logits / cap), where the config has a cap (Gemma 2)."""
     cap = config.logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits
-
-
-def init_cache(config: ModelConfig, batch: int, length: int, *, dtype: str = "") -> tuple[Params, ...]:
-    """For each layer zeros {"k": [B * K, length, C], "v": [B * K, C, length]} in `dtype` (default: the compute dtype): both products contract the
-    last axis and need neither a transpose nor a reshape, which XLA:CPU would pay for with copies; int8 adds {"k_scale", "v_scale"}: float32 [B * K, length]."""
-    heads, width, kind = batch * config.kv, config.head_width, dtype or config.dtype
-    shapes = {"k": (heads, length, width), "v": (heads, width, length)}
-    scales = {"k_scale": (heads, length), "v_scale": (heads, length)} if kind == "int8" else {}
-    one = lambda: {**{n: jnp.zeros(s, kind) for n, s in shapes.items()}, **{n: jnp.zeros(s) for n, s in scales.items()}}
-    return tuple(one() for _ in range(config.layers))
-
-
-def take_rows(cache: tuple[Params, ...], rows: Array, batch: int) -> tuple[Params, ...]:
-    """The cache of a batch made of these rows of the cache of `batch` rows."""
-    return jax.tree.map(lambda a: a.reshape(batch, -1, *a.shape[1:])[rows].reshape(-1, *a.shape[1:]), cache)

@@ -7,11 +7,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gptjax import model, products
-from gptjax.attention import fence
-from gptjax.config import ModelConfig
+from gptjax.config.schema import ModelConfig
+from gptjax.core.types import Array, Params
+from gptjax.model import transformer
+from gptjax.ops import products
+from gptjax.ops.materialize import materialize
 
-Array = jax.Array
 _CHUNK_ELEMENTS = 1 << 24  # logits that one device holds at once where the config does not say: 64 MiB
 
 
@@ -33,14 +34,14 @@ def head_loss(logits_BTC: Array, targets_BT: Array, weights_BT: Array) -> tuple[
     return -(weights_BT * chosen).sum(), (weights_BT * (logits_BTC.argmax(-1) == targets_BT)).sum()
 
 
-def token_cross_entropy(config: ModelConfig, params: model.Params, x_BTD: Array, targets_BT: Array, weights_BT: Array, *, chunk: int) -> Array:
+def token_cross_entropy(config: ModelConfig, params: Params, x_BTD: Array, targets_BT: Array, weights_BT: Array, *, chunk: int) -> Array:
     """Sum over positions of weight * -log p(target), float32 scalar. x_BTD as `model.apply` returns it."""
-    return _cross_entropy(config, chunk, x_BTD, model.head(params).astype(x_BTD.dtype), targets_BT, weights_BT)
+    return _cross_entropy(config, chunk, x_BTD, transformer.head(params).astype(x_BTD.dtype), targets_BT, weights_BT)
 
 
-def token_logprobs(config: ModelConfig, params: model.Params, x_BTD: Array, targets_BT: Array, *, chunk: int) -> Array:
+def token_logprobs(config: ModelConfig, params: Params, x_BTD: Array, targets_BT: Array, *, chunk: int) -> Array:
     """log p(target) of each position, float32 [B, T]; chunk by chunk, and computed again in the backward pass."""
-    table = model.head(params).astype(x_BTD.dtype)
+    table = transformer.head(params).astype(x_BTD.dtype)
 
     @jax.checkpoint
     def one(piece: tuple[Array, Array]) -> Array:
@@ -55,7 +56,7 @@ def token_logprobs(config: ModelConfig, params: model.Params, x_BTD: Array, targ
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _cross_entropy(config: ModelConfig, chunk: int, x: Array, table: Array, targets: Array, weights: Array) -> Array:
     def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
-        return total + _chunk(config, products.turned(table), *piece)[0], None
+        return total + _chunk(config, products.transposed_copy(table), *piece)[0], None
 
     return jax.lax.scan(add, jnp.zeros(()), _chunks(chunk, x, targets, weights))[0]
 
@@ -67,13 +68,13 @@ def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
 
 def _chunk(config: ModelConfig, table_DV: Array, x: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
     """(loss sum, logits [N, V], their log of the sum of exponentials [N, 1], one-hot targets) of one chunk, N = B * chunk."""
-    logits = fence(jnp.matmul(x.reshape(-1, x.shape[-1]), table_DV, preferred_element_type=jnp.float32))
-    logits = model.softcap(config, logits)
+    logits = materialize(jnp.matmul(x.reshape(-1, x.shape[-1]), table_DV, preferred_element_type=jnp.float32))
+    logits = transformer.softcap(config, logits)
     ids = jnp.arange(config.padded_vocab)
     if config.padded_vocab != config.vocab_size:
         logits = jnp.where(ids < config.vocab_size, logits, -1e30)
-    peak = fence(logits.max(-1, keepdims=True))
-    log_total = fence(jnp.log(jnp.exp(logits - peak).sum(-1, keepdims=True)) + peak)
+    peak = materialize(logits.max(-1, keepdims=True))
+    log_total = materialize(jnp.log(jnp.exp(logits - peak).sum(-1, keepdims=True)) + peak)
     # a sum over a mask, not a gather: it stays local where the vocabulary is split over devices
     hit = ids == targets.reshape(-1, 1)
     chosen = jnp.where(hit, logits, 0.0).sum(-1)
@@ -85,14 +86,14 @@ def _forward(config: ModelConfig, chunk: int, x: Array, table: Array, targets: A
 
     def add(carry: tuple[Array, Array], piece: tuple[Array, ...]):
         total, d_table = carry
-        loss, logits, log_total, hit = _chunk(config, products.turned(table), *piece)
+        loss, logits, log_total, hit = _chunk(config, products.transposed_copy(table), *piece)
         x_c, _, weights_c = piece
         d_logits = (jnp.exp(logits - log_total) - hit) * weights_c.reshape(-1, 1)
         if cap := config.logit_softcap:
             d_logits = d_logits * (1 - jnp.square(jnp.maximum(logits, -cap) / cap))
-        d_logits = fence(d_logits.astype(x.dtype))
+        d_logits = materialize(d_logits.astype(x.dtype))
         d_x = jnp.einsum("NV,VD->ND", d_logits, table).reshape(x_c.shape)
-        d_table += jnp.matmul(products.turned(d_logits), x_c.reshape(-1, x.shape[-1]), preferred_element_type=jnp.float32)
+        d_table += jnp.matmul(products.transposed_copy(d_logits), x_c.reshape(-1, x.shape[-1]), preferred_element_type=jnp.float32)
         return (total + loss, d_table), d_x
 
     (total, d_table), d_x = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(table.shape)), _chunks(chunk, x, targets, weights))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 
-Array = jax.Array
+from gptjax.core.types import Array
 
 
 def matmul(x: Array, w: Array) -> Array:
@@ -15,12 +15,12 @@ def matmul(x: Array, w: Array) -> Array:
     return _matmul(x, w) if _by_rows(x, w) else x @ w
 
 
-def plus(y: Array, bias: Array) -> Array:
+def bias_add(y: Array, bias: Array) -> Array:
     """y [N, F] + bias [F]."""
     return _plus(y, bias) if _by_rows(y, bias) else y + bias
 
 
-def turned(a: Array) -> Array:
+def transposed_copy(a: Array) -> Array:
     """a.T, to be an operand of a product: written out by rows where that is what the product is fast with."""
     if not _by_rows(a):
         return a.T
@@ -30,7 +30,7 @@ def turned(a: Array) -> Array:
 FEW = 8  # rows of x: with more, the sums do not fit the registers, and packing the weights for a dot pays
 
 
-def few_rows(x: Array, rows: Array) -> Array:
+def small_batch_matmul(x: Array, rows: Array) -> Array:
     """x [B, N, D] times rows [B, F, D] in any types, N at most `FEW` -> float32 [B, N, F], inside a `programs.jit`.
 
     One pass over the rows as they lie in memory, on a CPU at the speed of reading them, where a dot packs them anew in every call. For that the sums of
@@ -68,7 +68,7 @@ def _backward(saved: tuple[Array | None, Array | None], g: Array | SymbolicZero)
     x, w = saved
     if isinstance(g, SymbolicZero):
         return None, None
-    return None if w is None else g @ turned(w), None if x is None else turned(x) @ g
+    return None if w is None else g @ transposed_copy(w), None if x is None else transposed_copy(x) @ g
 
 
 _matmul.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -26,11 +26,17 @@ import jaxlib
 import numpy as np
 from jax.experimental import serialize_executable
 
-from gptjax import files
+from gptjax.core import files
 
 _ANY_ORDER = {"xla_cpu_enable_fast_math": True, **{f"xla_cpu_fast_math_honor_{what}": True for what in ("nans", "infs", "division", "functions")}}
+
+
 _MOST = 32  # programs kept; each is about 2 MB at 12 layers
-_FILES = [path for path in sorted(Path(__file__).parent.rglob("*.py")) if path.is_file()]  # none where only bytecode was installed
+
+
+_FILES = [path for path in sorted(Path(__file__).parents[1].rglob("*.py")) if path.is_file()]  # none where only bytecode was installed
+
+
 _SOURCE = files.digest(*(path.read_bytes() for path in _FILES))  # read with the code, not when asked for: they may have changed by then
 
 
@@ -107,7 +113,7 @@ class Call:
         return jax.jit(function, donate_argnums=donated, compiler_options=_options()).lower(*self.arrays.values())
 
 
-def make_ready(calls: Sequence[Call], folder: str | Path | None = None) -> None:
+def prepare(calls: Sequence[Call], folder: str | Path | None = None) -> None:
     """The programs of these calls are fetched from `folder`, or compiled and kept there; without a folder they come from jax's cache or are compiled, and so
     wherever programs cannot safely be kept: away from one CPU device, or where jax's cache is disabled. The folder holds machine code, to be trusted like
     jax's cache. Functions of this package that were replaced at run time are not seen."""

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import chat
-from gptjax.config import TaskConfig, UserError
-from gptjax.data.rows import Row
-from gptjax.scores import Metric
-from gptjax.tokenizer import Tokenizer
+from gptjax.config.errors import UserError
+from gptjax.config.schema import TaskConfig
+from gptjax.data.rows import Record
+from gptjax.metrics.bootstrap import Metric
+from gptjax.tokenizer import chat_template
+from gptjax.tokenizer.base import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class Task:
     """A task: its templates, how answers are judged, and answers that need no model. headline: the metric that a table shows first."""
 
     prompt: str
@@ -64,7 +65,7 @@ class Kind:
     def check_package(self) -> None:
         """Raises UserError where judging would fail in the end."""
         if self.package and importlib.util.find_spec(self.package) is None:
-            raise UserError(f"answers are judged with the package {self.package}: pip install 'gptjax[eval]' (or train with task.answers = 0)")
+            raise UserError(f"answers are judged with the package {self.package}: pip install 'gptjax[eval]' (or train with task.eval_samples = 0)")
 
 
 def no_baseline(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
@@ -83,11 +84,11 @@ def copied(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, l
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class TokenBudget:
     """How much fits: `length` positions of a row, of which an example's ids take one less where the last is only a target."""
 
     length: int
-    policy: str  # task.overlong
+    policy: str  # task.truncation
     lead: int = 0  # lora.prompt_tokens: places before every example
     answer: int = 0  # where a model is asked: places left for what it writes, however long the right answer is
 
@@ -103,7 +104,7 @@ def names_in(template: str, knob: str) -> list[str]:
     return [name for name, _, _ in parts]
 
 
-def fill(template: str, row: Row, knob: str, changed: Mapping[str, str] = {}) -> str:
+def fill_template(template: str, row: Record, knob: str, changed: Mapping[str, str] = {}) -> str:
     """The template with the row's fields, numbers as they print. `changed` stands in for some of them."""
     values = {}
     for name in names_in(template, knob):
@@ -112,21 +113,21 @@ def fill(template: str, row: Row, knob: str, changed: Mapping[str, str] = {}) ->
     return template.format_map(values)
 
 
-def given(config: TaskConfig, tokenizer: Tokenizer, text: str) -> list[int]:
+def fields_in_order(config: TaskConfig, tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a prompt as the model sees it: plain behind the vocabulary's prefix (or the start of a document), or through the chat template."""
     if config.template == "chat":
         system = [{"role": "system", "content": config.system}] * bool(config.system)
-        return chat.encode(tokenizer, [*system, {"role": "user", "content": text}])
+        return chat_template.encode(tokenizer, [*system, {"role": "user", "content": text}])
     return [*tokenizer.prefix, *tokenizer.encode(text)] or [tokenizer.eot]
 
 
 def completion(
-    config: TaskConfig, kind: Kind, tokenizer: Tokenizer, row: Row, room: Room, *, references: Sequence[str], answer: str = "", empty: bool = False,
+    config: TaskConfig, kind: Task, tokenizer: Tokenizer, row: Record, room: TokenBudget, *, references: Sequence[str], answer: str = "", empty: bool = False,
     room_for: int = 0,
 ) -> Example | None:  # fmt: skip
     """Prompt, then the answer (default: the completion's template), learned with its end; an answer may be `empty` where that says something.
     room_for: tokens of the longest answer that the same prompt gets. None where it is too long and the policy is to drop it. Raises UserError."""
-    text = answer or fill(config.completion or kind.completion, row, "task.completion")
+    text = answer or fill_template(config.completion or kind.completion, row, "task.completion")
     if empty and not text.strip():
         text = ""
     elif not text.strip():
@@ -141,7 +142,7 @@ def completion(
     return Example(row.where, ids, np.arange(len(ids)) >= len(head), len(head), tuple(references), source=source, cut=cut, fields=row.fields)
 
 
-def prompt_only(config: TaskConfig, kind: Kind, tokenizer: Tokenizer, row: Row, room: Room, *, label: float, reference: str) -> Example | None:
+def prompt_only(config: TaskConfig, kind: Task, tokenizer: Tokenizer, row: Record, room: TokenBudget, *, label: float, reference: str) -> Example | None:
     """A text for a head on its last token."""
     head, cut = _fitting(config, kind, tokenizer, row, room, 0)
     if not head:
@@ -150,34 +151,34 @@ def prompt_only(config: TaskConfig, kind: Kind, tokenizer: Tokenizer, row: Row, 
     return Example(row.where, ids, np.zeros(len(ids), bool), len(ids), (reference,), label, source_of(config, kind, row), cut, fields=row.fields)
 
 
-def source_of(config: TaskConfig, kind: Kind, row: Row) -> str:
+def source_of(config: TaskConfig, kind: Task, row: Record) -> str:
     """Text of the prompt's first field: what a baseline copies or takes the first sentence of."""
     names = names_in(config.prompt or kind.prompt, "task.prompt")
-    return fill("{" + names[0] + "}", row, "task.prompt") if names else ""
+    return fill_template("{" + names[0] + "}", row, "task.prompt") if names else ""
 
 
-def _fitting(config: TaskConfig, kind: Kind, tokenizer: Tokenizer, row: Row, room: Room, rest: int) -> tuple[list[int], bool]:
+def _fitting(config: TaskConfig, kind: Task, tokenizer: Tokenizer, row: Record, room: TokenBudget, rest: int) -> tuple[list[int], bool]:
     """(ids of the prompt, at most room.length - rest of them, whether it was cut); no ids where it is dropped. The longest field is what is cut."""
     template = config.prompt or kind.prompt
     changed: dict[str, str] = {}
     lead = [tokenizer.eot] * room.lead
     for _ in range(8):  # cutting at a token can make more tokens of what is left, so look again
-        ids = [*lead, *given(config, tokenizer, fill(template, row, "task.prompt", changed))]
+        ids = [*lead, *fields_in_order(config, tokenizer, fill_template(template, row, "task.prompt", changed))]
         over = len(ids) + rest - room.length
         if over <= 0:
             return ids, bool(changed)
         if room.policy == "drop":
             return [], False
         names = names_in(template, "task.prompt")
-        texts = {name: fill("{" + name + "}", row, "task.prompt", changed) for name in names}
+        texts = {name: fill_template("{" + name + "}", row, "task.prompt", changed) for name in names}
         longest = max(texts, key=lambda name: len(texts[name]), default="")
         parts = tokenizer.encode(texts[longest]) if longest else []
         if room.policy == "refuse" or len(parts) <= over:
             cure = "to drop, cut_start or cut_end" if room.policy == "refuse" else "= 'drop': there is not enough of a prompt to cut"
             raise UserError(
                 f"{row.where} needs {len(ids) + rest} tokens and a row holds {room.length}:\nraise data.length or model.context, "
-                f"or set task.overlong {cure}"
+                f"or set task.truncation {cure}"
             )
         kept = tokenizer.decode_bytes(parts[over:] if room.policy == "cut_start" else parts[:-over])
         changed[longest] = kept.decode(errors="ignore").strip()  # a cut through a character drops it: U+FFFD would take as many tokens again
-    raise UserError(f"{row.where} could not be cut to {room.length} tokens: raise data.length, or set task.overlong = 'drop'")
+    raise UserError(f"{row.where} could not be cut to {room.length} tokens: raise data.length, or set task.truncation = 'drop'")

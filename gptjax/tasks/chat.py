@@ -9,16 +9,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gptjax import chat, scores
-from gptjax.config import TaskConfig, UserError
-from gptjax.data.rows import Row
-from gptjax.scores import Metric
+from gptjax.config.errors import UserError
+from gptjax.config.schema import TaskConfig
+from gptjax.data.rows import Record
+from gptjax.metrics import text as text_metrics
+from gptjax.metrics.bootstrap import Metric, corpus_metric
 from gptjax.tasks import summarization, translation
-from gptjax.tasks.base import Answer, Example, Kind, Room, copied, most_frequent
-from gptjax.tokenizer import Tokenizer
+from gptjax.tasks.base import Answer, Example, Task, TokenBudget, copied, most_frequent
+from gptjax.tokenizer import chat_template
+from gptjax.tokenizer.base import Tokenizer
 
 
-def messages_of(config: TaskConfig, row: Row) -> list[dict[str, str]]:
+def messages_of(config: TaskConfig, row: Record) -> list[dict[str, str]]:
     """The row's messages, behind task.system where they bring no system message. Raises UserError for roles out of order."""
     found = row.fields.get(config.messages)
     if not isinstance(found, list) or not found:
@@ -39,10 +41,10 @@ def messages_of(config: TaskConfig, row: Row) -> list[dict[str, str]]:
     return system + messages
 
 
-def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labels: Sequence[str]) -> Example | None:
+def example(config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]) -> Example | None:
     messages = whole = messages_of(config, row)
     while True:
-        ids, learned, last = _join(chat.turns(tokenizer, messages))
+        ids, learned, last = _join(chat_template.turns(tokenizer, messages))
         needed = room.lead + (last + room.answer if room.answer else len(ids)) - 1
         if needed <= room.length:
             break
@@ -54,7 +56,7 @@ def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labe
         if room.policy == "refuse" or len(asks) < 2:
             raise UserError(
                 f"{row.where} needs {needed} tokens and a row holds {room.length}:\nraise data.length or model.context, "
-                "or set task.overlong to drop, or to cut_start or cut_end, which leave out whole turns"
+                "or set task.truncation to drop, or to cut_start or cut_end, which leave out whole turns"
             )
         messages = cut
     lead = np.full(room.lead, tokenizer.eot, np.int32)
@@ -77,12 +79,12 @@ def _join(turns: Sequence[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarr
 def judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
     """BLEU, chrF and ROUGE-L against the reference; distinct n-grams and repetition of what was written."""
     rouge, texts = summarization.judge(config, labels, examples, answers)["rougeL"], [a.text for a in answers]
-    alone = {name: scores.whole(value) for name, value in scores.distinct(texts).items()}
-    return {**translation.judge(config, labels, examples, answers), "rougeL": rouge, **alone, **scores.diversity(texts)}
+    alone = {name: corpus_metric(value) for name, value in text_metrics.distinct(texts).items()}
+    return {**translation.judge(config, labels, examples, answers), "rougeL": rouge, **alone, **text_metrics.diversity(texts)}
 
 
 def _baselines(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
     return {**most_frequent(examples, train), **copied(examples, train)}
 
 
-CHAT = Kind("", "", "bleu", judge, _baselines, "sacrebleu")  # as the field reports; chrF's recall rewards the copying of long turns
+CHAT = Task("", "", "bleu", judge, _baselines, "sacrebleu")  # as the field reports; chrF's recall rewards the copying of long turns

@@ -1,25 +1,25 @@
 """Texts to classes or a number: by a head on the last token (GPT-2 style), or for classes by writing the label.
 
-A pair of texts is a prompt with two fields, such as '{premise}\\n{hypothesis}'.
+A pair of texts is a prompt with two fields, such as '{premise}\n{hypothesis}'.
 """
 
 from __future__ import annotations
 
 import collections
-import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from gptjax import scores
-from gptjax.config import TaskConfig, UserError, unknown_name
-from gptjax.data.rows import Row
-from gptjax.scores import Metric
-from gptjax.tasks.base import Answer, Example, Kind, Room, completion, prompt_only
-from gptjax.tokenizer import Tokenizer
+from gptjax.config.errors import UserError, unknown_name
+from gptjax.config.schema import TaskConfig
+from gptjax.data.rows import Record
+from gptjax.metrics import classification as classification_metrics
+from gptjax.metrics.bootstrap import Metric
+from gptjax.tasks.base import Answer, Example, Task, TokenBudget, completion, prompt_only
+from gptjax.tokenizer.base import Tokenizer
 
 
-def label_of(config: TaskConfig, row: Row) -> str:
+def label_of(config: TaskConfig, row: Record) -> str:
     value = row.fields.get(config.label)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -28,7 +28,7 @@ def label_of(config: TaskConfig, row: Row) -> str:
     return str(value)
 
 
-def labels_of(config: TaskConfig, rows: Iterable[Row]) -> tuple[str, ...]:
+def labels_of(config: TaskConfig, rows: Iterable[Record]) -> tuple[str, ...]:
     """task.labels, or the classes of the training rows, sorted. Raises UserError where there is one class only."""
     if config.name == "regression":
         return (config.label,)
@@ -42,7 +42,7 @@ def words_of(config: TaskConfig, labels: Sequence[str]) -> Sequence[str]:
     return config.words or labels
 
 
-def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labels: Sequence[str]) -> Example | None:
+def example(config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]) -> Example | None:
     name = label_of(config, row)
     if name not in labels:
         raise UserError(f"{row.where}: {unknown_name('label', name, list(labels))}")
@@ -53,24 +53,10 @@ def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labe
     return found and Example(**{**vars(found), "label": float(labels.index(name))})
 
 
-def number_example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labels: Sequence[str]) -> Example | None:
-    try:
-        value = float(row.fields.get(config.label, "nothing"))
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise UserError(f"{row.where}: task.label = {config.label!r} is {row.fields.get(config.label)!r}, which is no number")
-    return prompt_only(config, REGRESSION, tokenizer, row, room, label=value, reference=str(value))
-
-
 def _judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
     actual = np.array([int(e.label or 0) for e in examples])
     probabilities = np.array([a.probabilities for a in answers]) if answers and answers[0].probabilities else None
-    return scores.classification(np.array([int(a.value) for a in answers]), actual, len(labels), probabilities)
-
-
-def _judge_numbers(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
-    return scores.regression(np.array([a.value for a in answers]), np.array([float(e.label or 0) for e in examples]))
+    return classification_metrics.classification(np.array([int(a.value) for a in answers]), actual, len(labels), probabilities)
 
 
 def _majority(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
@@ -79,9 +65,4 @@ def _majority(examples: Sequence[Example], train: Sequence[Example]) -> dict[str
     return {"majority": [Answer(value=float(value or 0))] * len(examples)}
 
 
-def _mean(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
-    return {"mean": [Answer(value=float(np.mean([e.label for e in train])))] * len(examples)}
-
-
-CLASSIFICATION = Kind("{text}", "", "accuracy", _judge, _majority)
-REGRESSION = Kind("{text}", "", "pearson", _judge_numbers, _mean)
+CLASSIFICATION = Task("{text}", "", "accuracy", _judge, _majority)

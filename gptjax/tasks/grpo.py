@@ -12,18 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax import scores
-from gptjax.config import TaskConfig, UserError, unknown_name
-from gptjax.data.rows import Row
-from gptjax.scores import Metric
-from gptjax.tasks.base import Answer, Example, Kind, Room, completion, fill, no_baseline
-from gptjax.tokenizer import Tokenizer
+from gptjax.config.errors import UserError, unknown_name
+from gptjax.config.schema import TaskConfig
+from gptjax.data.rows import Record
+from gptjax.metrics import text as text_metrics
+from gptjax.metrics.bootstrap import Metric, mean_metric
+from gptjax.tasks.base import Answer, Example, Task, TokenBudget, completion, fill_template, no_baseline
+from gptjax.tokenizer.base import Tokenizer
 
 Reward = Callable[[str, Sequence[str]], float]
+
+
 REWARDS: dict[str, Reward] = {
     "exact": lambda answer, references: float(answer.strip() in [r.strip() for r in references]),
     "contains": lambda answer, references: float(any(r.strip() in answer for r in references)),
-    "f1": lambda answer, references: scores.squad([answer], [list(references)])["f1"].value,
+    "f1": lambda answer, references: text_metrics.squad([answer], [list(references)])["f1"].value,
 }
 
 
@@ -60,14 +63,14 @@ def _checked(reward: Reward, name: str) -> Reward:
     return call
 
 
-def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labels: Sequence[str]) -> Example | None:
-    reference = fill(config.completion or REWARD.completion, row, "task.completion")
+def example(config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]) -> Example | None:
+    reference = fill_template(config.completion or REWARD.completion, row, "task.completion")
     return completion(config, REWARD, tokenizer, row, room, references=[reference])
 
 
 def _judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
     reward = reward_of(config)
-    return {"reward": scores.mean(np.array([reward(a.text, e.references) for e, a in zip(examples, answers, strict=True)]))}
+    return {"reward": mean_metric(np.array([reward(a.text, e.references) for e, a in zip(examples, answers, strict=True)]))}
 
 
-REWARD = Kind("{prompt}", "{answer}", "reward", _judge, no_baseline)
+REWARD = Task("{prompt}", "{answer}", "reward", _judge, no_baseline)

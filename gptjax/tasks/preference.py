@@ -6,25 +6,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gptjax import scores
-from gptjax.config import TaskConfig, UserError
-from gptjax.data.rows import Row
-from gptjax.scores import Metric
-from gptjax.tasks.base import Answer, Example, Kind, Room, completion, fill
-from gptjax.tokenizer import Tokenizer
+from gptjax.config.errors import UserError
+from gptjax.config.schema import TaskConfig
+from gptjax.data.rows import Record
+from gptjax.metrics.bootstrap import Metric, mean_metric
+from gptjax.tasks.base import Answer, Example, Task, TokenBudget, completion, fill_template
+from gptjax.tokenizer.base import Tokenizer
 
 REJECTED = "{rejected}"
 SEGMENTS = {"dpo": 2, "ipo": 2, "orpo": 2, "kto": 3}  # of an example: chosen, rejected, and for KTO an answer to another prompt
 WITH_REFERENCE = ("dpo", "ipo", "kto")
 
 
-def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labels: Sequence[str]) -> Example | None:
+def example(config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]) -> Example | None:
     """ids: the prompt with the chosen answer, then the prompt with the rejected one; parts: their lengths."""
-    rejected = fill(config.rejected or REJECTED, row, "task.rejected")
+    rejected = fill_template(config.rejected or REJECTED, row, "task.rejected")
     if not rejected.strip():
         raise UserError(f"{row.where}: the rejected answer is empty, so there is nothing to prefer: fill the field or drop the row")
-    part = Room(room.length // SEGMENTS[config.loss], room.policy, room.lead)
-    chosen = fill(config.completion or PREFERENCE.completion, row, "task.completion")
+    part = TokenBudget(room.length // SEGMENTS[config.loss], room.policy, room.lead)
+    chosen = fill_template(config.completion or PREFERENCE.completion, row, "task.completion")
     if chosen == rejected:
         raise UserError(f"{row.where}: the chosen and the rejected answer are the same, so there is nothing to prefer: drop the row")
     texts = [text.strip() if config.template == "chat" else text for text in (chosen, rejected)]
@@ -52,11 +52,11 @@ def with_strangers(examples: Sequence[Example], length: int) -> list[Example]:
 
 
 def _judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
-    return {"accuracy": scores.mean(np.array([a.value for a in answers]))}
+    return {"accuracy": mean_metric(np.array([a.value for a in answers]))}
 
 
 def _coin(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
     return {"coin": [Answer(value=0.5)] * len(examples)}
 
 
-PREFERENCE = Kind("{prompt}", "{chosen}", "accuracy", _judge, _coin)
+PREFERENCE = Task("{prompt}", "{chosen}", "accuracy", _judge, _coin)

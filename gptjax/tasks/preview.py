@@ -8,18 +8,13 @@ In the terminal learned tokens stand on green, a token that carries a label on y
 from __future__ import annotations
 
 import html
-import sys
-from pathlib import Path
 
-from gptjax import cli, files
-from gptjax.config import UserError
-from gptjax.data.rows import spread
-from gptjax.run import begin_from, load_data
-from gptjax.tasks import load
 from gptjax.tasks.base import Example
-from gptjax.tokenizer import Tokenizer
+from gptjax.tokenizer.base import Tokenizer
 
 _COLOURS = {"seen": "\033[2m", "learned": "\033[30;42m", "label": "\033[30;43m"}
+
+
 _STYLE = """body{font:15px/1.9 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
 span{white-space:pre-wrap;border-right:1px solid #8884;padding:.1em 0}.learned{background:#2da44e;color:#fff}.label{background:#bf8700;color:#fff}.seen{opacity:.75}
 p.about{font-size:.85em;opacity:.7;margin-bottom:.2em}"""
@@ -72,25 +67,3 @@ def to_html(tokenizer: Tokenizer, examples: list[Example]) -> str:
         parts.append(f'<p class="about">{html.escape(about(example))}</p><div>{spans}</div>')
     body = '<p><span class="learned">learned</span> <span class="label">carries the label</span> <span class="seen">seen</span></p>' + "".join(parts)
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>examples</title><style>{_STYLE}</style>{body}</html>'
-
-
-def main(argv: list[str]) -> None:
-    flags = {"count": "examples to show (5)", "split": "train or eval (train)", "html": "write a page to this file"}
-    args = cli.parse(argv, __doc__, flags, required=("config",))
-    if not args.config.task.name:
-        raise UserError("the config has no task.name, so it has no examples: its documents are learned whole")
-    if args["split"] not in ("", "train", "eval"):
-        raise UserError(f"--split={args['split']}: must be train or eval")
-    config, source = begin_from(args.config)
-    data = load_data(config, source)
-    assert isinstance(data, load.Examples)
-    examples = spread(data.eval if args["split"] == "eval" else data.train, args.number("count", 5))
-    if args["html"]:
-        files.write_text(Path(args["html"]), to_html(data.tokenizer, examples))
-        cli.say(f"wrote {args['html']}")
-    colour = sys.stdout.isatty()
-    print("\n\n".join(to_terminal(data.tokenizer, example, colour=colour) for example in examples))
-
-
-if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])

@@ -10,32 +10,32 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-from gptjax import scores
-from gptjax.config import TaskConfig
-from gptjax.data.rows import Row
-from gptjax.scores import Metric
-from gptjax.tasks.base import Answer, Example, Kind, Room, completion, fill, most_frequent, names_in
-from gptjax.tokenizer import Tokenizer
+from gptjax.config.schema import TaskConfig
+from gptjax.data.rows import Record
+from gptjax.metrics import text as text_metrics
+from gptjax.metrics.bootstrap import Metric
+from gptjax.tasks.base import Answer, Example, Task, TokenBudget, completion, fill_template, most_frequent, names_in
+from gptjax.tokenizer.base import Tokenizer
 
 _WORDS = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")  # Chinese characters one by one
 
 
-def example(config: TaskConfig, tokenizer: Tokenizer, row: Row, room: Room, labels: Sequence[str]) -> Example | None:
+def example(config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]) -> Example | None:
     """SQuAD's `answers`, nested as in its files or flat, are references of equal right, and the first is learned; none: the text does not say."""
     row, references = answered(config, row)
     return completion(config, QA, tokenizer, row, room, references=references, empty=not references)
 
 
-def answered(config: TaskConfig, row: Row) -> tuple[Row, list[str]]:
+def answered(config: TaskConfig, row: Record) -> tuple[Record, list[str]]:
     """(the row with the text that is learned in the completion's field, the references). Raises UserError where it says nothing of an answer."""
     names = names_in(config.completion or QA.completion, "task.completion")
     name = names[-1] if names and "answer" not in names else "answer"
     answers, given = row.fields.get("answers"), row.fields.get(name)
     answers = answers.get("text") if isinstance(answers, Mapping) else answers
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers) or (not answers and given not in (None, "")):
-        return row, [fill(f"{{{name}}}", row, "task.completion")]
+        return row, [fill_template(f"{{{name}}}", row, "task.completion")]
     if not isinstance(given, str | int | float):
-        row = Row(row.where, {**row.fields, name: answers[0] if answers else ""})
+        row = Record(row.where, {**row.fields, name: answers[0] if answers else ""})
     return row, answers
 
 
@@ -63,7 +63,7 @@ def extracted(examples: Sequence[Example], answers: Sequence[Answer]) -> list[An
 
 
 def _judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
-    return scores.squad([a.text for a in answers], [list(e.references) for e in examples], language="zh" if config.language == "zh" else "en")
+    return text_metrics.squad([a.text for a in answers], [list(e.references) for e in examples], language="zh" if config.language == "zh" else "en")
 
 
-QA = Kind("{context}\n\nQuestion: {question}\nAnswer:", " {answer}", "f1", _judge, most_frequent)
+QA = Task("{context}\n\nQuestion: {question}\nAnswer:", " {answer}", "f1", _judge, most_frequent)

@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from gptjax import files
-from gptjax.config import UserError
+from gptjax.config.errors import UserError
+from gptjax.core import files
 
 FORMAT = "gptjax_tokenizer.json"
 END = "<|endoftext|>"  # how `eot` is written in chat templates, where the vocabulary itself has no name for it

@@ -14,10 +14,12 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gptjax.config import UserError
-from gptjax.tokenizer import Tokenizer
+from gptjax.config.errors import UserError
+from gptjax.tokenizer.base import Tokenizer
 
 Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant" | ..., "content": text}
+
+
 SECONDS = 5  # a template that runs longer is hostile or broken
 
 

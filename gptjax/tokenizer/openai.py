@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gptjax.config import UserError
+from gptjax.config.errors import UserError
 from gptjax.tokenizer.base import END, Tokenizer
 
 _WORD = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax.config import UserError
+from gptjax.config.errors import UserError
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.openai import OpenAITokenizer, byte_letters
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import files
-from gptjax.config import UserError
+from gptjax.config.errors import UserError
+from gptjax.core import files
 from gptjax.tokenizer.base import END, Tokenizer
 
 _SP_SPACE = "\u2581"  # sentencepiece writes a space as this character, so the character itself needs its three bytes

@@ -8,26 +8,35 @@ was stopped: SIGTERM and Ctrl-C save first, and after a kill it goes on from the
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from gptjax import cli, evaluate, files, lora, metrics, model, policy, report, settings, sharding, steps, tree
-from gptjax import config as config_lib
-from gptjax.checkpoint import Checkpoints, fault, read_meta, steps_in
-from gptjax.config import UserError
-from gptjax.data import loader, prepare
-from gptjax.data.rows import spread
-from gptjax.data.sources import EVAL, TRAIN
-from gptjax.language_model import LanguageModel
-from gptjax.metrics import Compiles, Progress, Tracker
-from gptjax.run import Run, begin_from, load_data, resolve, rows_of_epoch, setup
-from gptjax.tasks import load
+from gptjax.checkpoints.store import Checkpoints
+from gptjax.checkpoints.workdir import fault, read_meta, steps_in
+from gptjax.config import checks
+from gptjax.config.errors import UserError
+from gptjax.core import cli, files, tree
+from gptjax.data import loader, shards
+from gptjax.data.rows import subsample_evenly
+from gptjax.data.sources import EVAL
+from gptjax.evaluation import answers
+from gptjax.evaluation.held_out import held_out_scores, summary_line
+from gptjax.generation.language_model import LanguageModel
+from gptjax.model import init as model_init
+from gptjax.model import lora
+from gptjax.runtime import sharding
+from gptjax.runtime.devices import memory, peak_flops
+from gptjax.tasks import loading
+from gptjax.tracking import progress
+from gptjax.tracking.progress import Progress
+from gptjax.tracking.throughput import StepMetrics, flops_per_token
+from gptjax.tracking.trackers import Tracker, read_jsonl
+from gptjax.training import batches, report, rollouts
+from gptjax.training import step as train_step
+from gptjax.training.setup import Run
 
 
 def sample(run: Run, step: int, params: Any) -> str:
@@ -40,15 +49,15 @@ def sample(run: Run, step: int, params: Any) -> str:
     return text
 
 
-def judge(run: Run, step: int, params: Any) -> dict[str, float]:
-    """A task's own scores on task.answers of the held-out examples; what was answered is in samples/<step>.txt."""
-    assert isinstance(run.data, load.Examples)
-    c, examples = run.config, spread(run.data.eval, run.config.task.answers)
+def evaluate_task(run: Run, step: int, params: Any) -> dict[str, float]:
+    """A task's own scores on task.eval_samples of the held-out examples; what was answered is in samples/<step>.txt."""
+    assert isinstance(run.data, loading.Examples)
+    c, examples = run.config, subsample_evenly(run.data.eval, run.config.task.eval_samples)
     lm = LanguageModel(c.model, params, run.tokenizer)
-    found = evaluate.answer(lm, c.task, run.data.labels, examples)
-    shown = "\n\n".join(evaluate.shown(run.tokenizer, run.data.labels, e, a) for e, a in zip(examples[:20], found, strict=False))
+    found = answers.answer_examples(lm, c.task, run.data.labels, examples)
+    shown = "\n\n".join(answers.format_answer(run.tokenizer, run.data.labels, e, a) for e, a in zip(examples[:20], found, strict=False))
     files.write_text(run.workdir / "samples" / f"{step}.txt", shown + "\n")
-    scores = load.TASKS[c.task.name][0].judge(c.task, run.data.labels, examples, found)
+    scores = loading.TASKS[c.task.name][0].judge(c.task, run.data.labels, examples, found)
     return {f"answers/{name}": metric.value for name, metric in scores.items()}
 
 
@@ -65,12 +74,12 @@ def save_best(run: Run, state: Any, loss: float) -> None:
 def train(run: Run) -> dict[str, Any]:
     """From a new state or the newest checkpoint to the last step. Returns the summary that the command prints."""
     c, t = run.config, run.config.train
-    shapes, _, _ = steps.state_shapes(c)
+    shapes, _, _ = train_step.state_shapes(c)
     places = sharding.shardings(run.mesh, shapes)
-    checkpoints = Checkpoints(run.workdir / "checkpoints", keep=t.keep)
+    checkpoints = Checkpoints(run.workdir / "checkpoints", keep=t.max_to_keep)
     found = checkpoints.restore(shapes, places)
     given = run.source.params if run.source else None
-    state, frozen = (found[0], steps.place_frozen(c, run.mesh, given)) if found else steps.init_state(c, run.mesh, given)
+    state, frozen = (found[0], train_step.place_frozen(c, run.mesh, given)) if found else train_step.init_state(c, run.mesh, given)
     del given
     start, run.source = int(state.step), None
     cli.say(f"continue after step {start}" if found else f"new run in {run.workdir}" + f", parameters from {t.init_from}" * bool(t.init_from))
@@ -104,23 +113,23 @@ class Loop:
     def __init__(self, run: Run, state: Any, frozen: Any, checkpoints: Checkpoints) -> None:
         c, t = run.config, run.config.train
         self.run, self.state, self.frozen, self.checkpoints, self.step = run, state, frozen, checkpoints, int(state.step)
-        self.batches = policy.feed(run, self.step, state.params, frozen)
+        self.batches = rollouts.feed(run, self.step, state.params, frozen)
         self.batch, self.extra = self.batches.next(self.step, state.params)  # extra: what is recorded beside the step's own metrics
         began = time.monotonic()
-        self.train_step = steps.make_train_step(c, run.mesh).lower(state, self.batch, frozen).compile()  # ahead of time: no second compile can happen
-        self.eval_step = steps.make_eval_step(c, run.mesh)
+        self.train_step = train_step.make_train_step(c, run.mesh).lower(state, self.batch, frozen).compile()  # ahead of time: no second compile can happen
+        self.eval_step = train_step.make_eval_step(c, run.mesh)
         self.compile_seconds = time.monotonic() - began
         cli.say(f"compiled the step in {self.compile_seconds:.1f} s ({run.compiles.hits} programs from the cache, {run.compiles.misses} new)")
-        self.recent = metrics.StepMetrics(t.batch_size * c.length)
-        self.peak, self.flops = metrics.peak_flops(jax.devices()[0]), metrics.flops_per_token(c, model.count_params(c.model))
+        self.recent = StepMetrics(t.batch_size * c.length)
+        self.peak, self.flops = peak_flops(jax.devices()[0]), flops_per_token(c, model_init.count_params(c.model))
         self.tracker = Tracker(run.workdir, start=self.step) if jax.process_index() == 0 else None
         self.progress = Progress(start=self.step, steps=t.steps)
 
     def until(self, last: int) -> str:
         """Steps until `last` or until stopped. Returns the run's status."""
         run, t = self.run, self.run.config.train
-        profile, tracing, waited = settings.profile_range(run.config), False, 0.0
-        held_out = policy.with_reference(run, run.split(EVAL), EVAL, self.step, self.state.params, self.frozen)
+        profile, tracing, waited = checks.profile_range(run.config), False, 0.0
+        held_out = batches.with_reference(run, run.split(EVAL), EVAL, self.step, self.state.params, self.frozen)
         due = lambda every: bool(every and self.step % every == 0) or self.step == last
         run.stop.grace = True
         self.progress.begin()
@@ -147,7 +156,7 @@ class Loop:
             if due(t.eval_every) and held_out.count:
                 self.evaluate(held_out, answers=self.step == last or run.config.task.name == "grpo")
             if due(t.sample_every) and t.sample_tokens and jax.process_count() == 1 and not run.config.task.name:
-                self.progress.note(self.step, sample(run, self.step, lora.attach(run.config.lora, self.frozen, self.state.params)))
+                self.progress.note(self.step, sample(run, self.step, lora.apply_adapter(run.config.lora, self.frozen, self.state.params)))
             if self.step < last:
                 asked = time.monotonic()
                 self.batch, self.extra = self.batches.next(self.step, self.state.params)
@@ -161,7 +170,7 @@ class Loop:
         c, values = self.run.config, self.recent.flush(self.step)
         if not values:
             return
-        values |= {"train/tokens": float(self.step) * c.train.batch_size * c.length, **metrics.memory()}
+        values |= {"train/tokens": float(self.step) * c.train.batch_size * c.length, **memory()}
         values |= {"perf/compile_seconds": self.compile_seconds, "perf/compiles": float(self.run.compiles.count)}
         if self.peak:
             values["perf/mfu"] = values["perf/tokens_per_sec"] * self.flops / (self.peak * jax.device_count())
@@ -171,7 +180,7 @@ class Loop:
 
     def save(self, *, wait: bool) -> bool:
         """Whether the checkpoint was written, or (without `wait`) begun. Raises UserError for parameters that are not finite."""
-        if not bool(steps.all_finite(self.state.params)):
+        if not bool(train_step.all_finite(self.state.params)):
             raise UserError(
                 f"step {self.step}: a parameter is not finite; the run stops and keeps the last checkpoint.\n"
                 "Lower optim.lr or raise optim.eps, in a new --workdir."
@@ -185,10 +194,10 @@ class Loop:
         run, c, params = self.run, self.run.config, self.state.params
         values = {}
         if c.task.name != "grpo":  # its objective is judged on answers alone
-            values = evaluate.held_out(c, run.mesh, held_out, run.tokenizer, self.eval_step, params, self.frozen)
-        if answers and isinstance(run.data, load.Examples) and c.task.answers and jax.process_count() == 1:
-            values |= judge(run, self.step, lora.attach(c.lora, self.frozen, params))
-        self.progress.note(self.step, evaluate.line(values))
+            values = held_out_scores(c, run.mesh, held_out, run.tokenizer, self.eval_step, params, self.frozen)
+        if answers and isinstance(run.data, loading.Examples) and c.task.eval_samples and jax.process_count() == 1:
+            values |= evaluate_task(run, self.step, lora.apply_adapter(c.lora, self.frozen, params))
+        self.progress.note(self.step, summary_line(values))
         if self.tracker:
             self.tracker.log(self.step, values)
         if c.train.keep_best:
@@ -204,55 +213,11 @@ def finish(run: Run, step: int, *, status: str) -> dict[str, Any]:
     """Marks the run, writes its report, returns the summary."""
     summary: dict[str, Any] = {"workdir": str(run.workdir), "step": step, "status": status}
     if jax.process_index() == 0:
-        records = metrics.read_jsonl(run.workdir / "metrics.jsonl") if (run.workdir / "metrics.jsonl").exists() else []
+        records = read_jsonl(run.workdir / "metrics.jsonl") if (run.workdir / "metrics.jsonl").exists() else []
         latest = {name: value for record in records for name, value in record.items()}
-        summary |= {name: value for name, value in latest.items() if name == "train/loss" or name.startswith(metrics.JUDGED)}
+        summary |= {name: value for name, value in latest.items() if name == "train/loss" or name.startswith(progress.SCORE_GROUPS)}
         report.mark(run.workdir, status=status, step=step)
         if status != "interrupted":  # a scheduler's grace period is short
-            report.write(run.workdir, run.data if isinstance(run.data, prepare.Prepared) else None)
+            report.write(run.workdir, run.data if isinstance(run.data, shards.Prepared) else None)
         summary["report"] = str(run.workdir / "report.html")
     return summary
-
-
-def main(argv: list[str]) -> None:
-    flags = {
-        "workdir": "folder of the run",
-        "print_config": "print every knob, resolved, and stop",
-        "explain": "print each derived number and why, and stop",
-        "profile_steps": "first:last steps to trace; short for --config.train.profile_steps",
-        "distributed": "start jax.distributed from the cluster's environment",
-    }
-    args = cli.parse(argv, __doc__, flags, required=("config",))
-    if "profile_steps" in args:
-        settings.override(args.settings, {"train.profile_steps": args["profile_steps"]})
-    config = args.config
-    if "print_config" in args:
-        print(config_lib.to_json(config))
-        return
-    if "explain" in args:
-        config, source = begin_from(config)
-        data = load_data(config, source)
-        config = resolve(config, data)
-        tokens = data.tokens(TRAIN) if isinstance(data, prepare.Prepared) else rows_of_epoch(config, data) * config.length
-        print(report.explain(config, tokens))
-        return
-    if not args["workdir"]:
-        raise UserError("missing --workdir: the folder for checkpoints, metrics and the report")
-    sharding.start_distributed("distributed" in args)
-    metrics.enable_compile_cache()
-    metrics.keep_freed_memory()
-    stop, compiles, workdir = cli.Stop(), Compiles(), Path(args["workdir"])
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file: name a folder")
-    with files.lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
-        run = setup(config, workdir, args.overrides, stop, compiles)
-        with jax.set_mesh(run.mesh):
-            summary = train(run)
-    if jax.process_index() == 0:
-        cli.result(summary, args)
-    if summary["status"] == "interrupted":
-        raise SystemExit(130)
-
-
-if __name__ == "__main__":
-    cli.run(main, sys.argv[1:])

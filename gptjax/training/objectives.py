@@ -11,27 +11,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax import losses, model, preferences
-from gptjax.config import Config
+from gptjax.config.schema import Config
+from gptjax.core.types import Array
+from gptjax.model import transformer
+from gptjax.ops import cross_entropy
 from gptjax.tasks.preference import SEGMENTS, WITH_REFERENCE
+from gptjax.training import preference_losses
 
-Array = jax.Array
 Batch = dict[str, Array]
+
+
 Sums = tuple[Array, Array, Array]
 
 
-def of(config: Config, params: Any, x_BTD: Array, batch: Batch, *, chunk: int) -> Sums:
+def compute_loss(config: Config, params: Any, x_BTD: Array, batch: Batch, *, chunk: int) -> Sums:
     """The objective of `config.task` on hidden states as `model.apply` returns them."""
     weights, nothing = batch["loss_weights"], jnp.zeros(())
     if config.model.labels:
-        total, right = losses.head_loss(model.score(params, x_BTD), batch["targets"], weights)
+        total, right = cross_entropy.head_loss(transformer.score(params, x_BTD), batch["targets"], weights)
         return total, weights.sum(), right
     if config.task.name == "preference":
-        return _preference(config, losses.token_logprobs(config.model, params, x_BTD, batch["targets"], chunk=chunk), batch)
+        return _preference(config, cross_entropy.token_logprobs(config.model, params, x_BTD, batch["targets"], chunk=chunk), batch)
     if config.task.name == "grpo":
-        logp = losses.token_logprobs(config.model, params, x_BTD, batch["targets"], chunk=chunk)
+        logp = cross_entropy.token_logprobs(config.model, params, x_BTD, batch["targets"], chunk=chunk)
         return (*_grpo(config, logp, batch), nothing)
-    total = losses.token_cross_entropy(config.model, params, x_BTD, batch["targets"], weights, chunk=chunk)
+    total = cross_entropy.token_cross_entropy(config.model, params, x_BTD, batch["targets"], weights, chunk=chunk)
     return total, weights.sum(), nothing
 
 
@@ -56,23 +60,23 @@ def _preference(config: Config, logp_BT: Array, batch: Batch) -> Sums:
     if config.task.loss == "orpo":
         means = sums / jnp.maximum(lengths, 1)
         means = jnp.where(there, means, -1.0)  # an empty place has no odds
-        loss, found = preferences.orpo(means[0], means[1], nll=-means[0], weight=config.task.beta)
+        loss, found = preference_losses.orpo(means[0], means[1], nll=-means[0], weight=config.task.beta)
     elif config.task.loss == "kto":
         assert reference is not None
         kl = ((sums - reference)[2] * there).sum() / jnp.maximum(there.sum(), 1)
-        both = [preferences.kto(sums[i], reference[i], desirable=jnp.full(there.shape, i == 0), kl=kl, beta=config.task.beta) for i in (0, 1)]
+        both = [preference_losses.kto(sums[i], reference[i], desirable=jnp.full(there.shape, i == 0), kl=kl, beta=config.task.beta) for i in (0, 1)]
         loss, found = both[0][0] + both[1][0], {"accuracy": (both[0][1]["accuracy"] + both[1][1]["accuracy"]) / 2}
     else:
         assert reference is not None
-        function = {"dpo": preferences.dpo, "ipo": preferences.ipo}[config.task.loss]
+        function = {"dpo": preference_losses.dpo, "ipo": preference_losses.ipo}[config.task.loss]
         loss, found = function(sums[0], sums[1], reference_chosen=reference[0], reference_rejected=reference[1], beta=config.task.beta)
     return jnp.where(there, loss, 0.0).sum(), there.sum().astype(jnp.float32), (found["accuracy"] * there).sum()
 
 
 def _grpo(config: Config, logp_BT: Array, batch: Batch) -> tuple[Array, Array]:
-    reference = batch["reference"] if config.task.kl else None
+    reference = batch["reference"] if config.task.kl_coef else None
     advantages = batch["advantages"][:, 0]
     # one update follows each set of answers, so the policy that wrote them is the one that is updated: the ratio is 1, its gradient is not 0
-    return preferences.grpo(
-        logp_BT, jax.lax.stop_gradient(logp_BT), mask=batch["loss_weights"], advantages=advantages, reference=reference, kl_weight=config.task.kl
+    return preference_losses.grpo(
+        logp_BT, jax.lax.stop_gradient(logp_BT), mask=batch["loss_weights"], advantages=advantages, reference=reference, kl_weight=config.task.kl_coef
     )

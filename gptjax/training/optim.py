@@ -10,8 +10,9 @@ import optax
 import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
-from gptjax import tree
-from gptjax.config import Config, OptimConfig, UserError
+from gptjax.config.errors import UserError
+from gptjax.config.schema import Config, OptimConfig
+from gptjax.core import tree
 
 
 def schedule(config: Config) -> Callable[[Any], Any]:
@@ -29,9 +30,9 @@ def schedule(config: Config) -> Callable[[Any], Any]:
 
 
 SCHEDULES: dict[str, Callable[[OptimConfig, Any], Any]] = {
-    "cosine": lambda o, share: o.final_lr + (1 - o.final_lr) * 0.5 * (1 + jnp.cos(jnp.pi * share)),
-    "linear": lambda o, share: 1 - (1 - o.final_lr) * share,
-    "wsd": lambda o, share: 1 - (1 - o.final_lr) * jnp.clip((share - 1 + o.decay_share) / max(o.decay_share, 1e-9), 0.0, 1.0),
+    "cosine": lambda o, share: o.min_lr_ratio + (1 - o.min_lr_ratio) * 0.5 * (1 + jnp.cos(jnp.pi * share)),
+    "linear": lambda o, share: 1 - (1 - o.min_lr_ratio) * share,
+    "wsd": lambda o, share: 1 - (1 - o.min_lr_ratio) * jnp.clip((share - 1 + o.decay_fraction) / max(o.decay_fraction, 1e-9), 0.0, 1.0),
     "constant": lambda o, share: jnp.ones_like(share),
 }
 
@@ -43,7 +44,7 @@ def _adamw(o: OptimConfig, rate: Callable[[Any], Any], decays: Any) -> optax.Gra
 def _muon(o: OptimConfig, rate: Callable[[Any], Any], decays: Any) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) on the matrices of the blocks, Adam on embeddings and vectors. Same schedule, two peaks."""
     return optax.contrib.muon(
-        lambda step: rate(step) * (o.matrix_lr / o.lr),
+        lambda step: rate(step) * (o.muon_lr / o.lr),
         weight_decay=o.weight_decay,
         weight_decay_mask=decays,
         adam_b1=o.b1,
@@ -61,6 +62,7 @@ _MATRICES: tuple[tuple[str, MuonDimensionNumbers | None], ...] = (
     (r"blocks/mlp/gate_up/kernel", MuonDimensionNumbers((1,), (2, 3))),
     (r".*", None),
 )
+
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": _adamw, "muon": _muon}
 
@@ -84,7 +86,7 @@ def optimizer(config: Config, params: Any) -> optax.GradientTransformation:
     """
     o = config.optim
     for name, patterns in (("no_decay", o.no_decay), ("freeze", o.freeze)):
-        missing = [p for p in tree.unused(patterns, params) if not (name == "no_decay" and p in OptimConfig().no_decay)]
+        missing = [p for p in tree.unmatched_patterns(patterns, params) if not (name == "no_decay" and p in OptimConfig().no_decay)]
         if missing:
             some = ", ".join(list(tree.flatten(params))[:4])
             raise UserError(f"optim.{name} = {list(patterns)}: {missing[0]!r} matches no parameter; paths look like {some}")
@@ -92,8 +94,8 @@ def optimizer(config: Config, params: Any) -> optax.GradientTransformation:
     trained = tree.map_with_path(lambda path, _: not tree.matches(o.freeze, path), params)
     if not any(tree.flatten(trained).values()):
         raise UserError(f"optim.freeze = {list(o.freeze)} freezes every parameter: nothing is left to train")
-    parts = [optax.clip_by_global_norm(o.clip)] if o.clip else []
-    ends = [layer_decay(o.layer_decay, config.model.layers)] if o.layer_decay < 1 else []
+    parts = [optax.clip_by_global_norm(o.max_grad_norm)] if o.max_grad_norm else []
+    ends = [layer_decay(o.layerwise_lr_decay, config.model.layers)] if o.layerwise_lr_decay < 1 else []
     chain = optax.chain(*parts, OPTIMIZERS[o.name](o, schedule(config), decays), *ends)
     if all(tree.flatten(trained).values()):
         return chain

@@ -12,9 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from gptjax.core.types import Array
+
 Result = tuple[Array, dict[str, Array]]
+
+
 _NEARLY_CERTAIN = -1e-6  # ORPO: a mean log-probability above counts as this one, where the odds are still finite
+
+
 _STEEP = 10.0  # GRPO: exp goes on as its tangent from here, so that ratios of e^10 and more keep a finite gradient
 
 

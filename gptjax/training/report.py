@@ -19,11 +19,12 @@ import jax
 import numpy as np
 
 import gptjax
-from gptjax import files, metrics, model, steps, tree
-from gptjax.config import Config
+from gptjax.core import files
 from gptjax.data.loader import Windows
-from gptjax.data.prepare import Prepared
+from gptjax.data.shards import Prepared
 from gptjax.data.sources import EVAL, TRAIN
+from gptjax.tracking import progress
+from gptjax.tracking.trackers import read_jsonl
 
 _BASELINE_TOKENS = 1 << 22  # of the training split, enough for a bigram model
 
@@ -130,7 +131,7 @@ def write(workdir: Path, prepared: Prepared | None) -> None:
     """Writes `report.html` from what the run left in its workdir; the baselines of a language model (`prepared`) are computed once and kept in run.json."""
     run = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    records = metrics.read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
+    records = read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
     of = lambda name: [(float(r["step"]), float(r[name])) for r in records if name in r]
     if "baselines" not in run and prepared:
         length = config["data"]["length"] or config["model"]["context"]
@@ -151,8 +152,8 @@ def write(workdir: Path, prepared: Prepared | None) -> None:
         f"<h1>{html.escape(workdir.name)}</h1><p>step {run.get('step')}, {html.escape(str(run.get('status')))}; {html.escape(str(run.get('devices')))}</p>",
         f'<div class="charts">{"".join(charts)}</div>',
     ]
-    if judged := {name: value for r in records for name, value in r.items() if name.startswith(metrics.JUDGED) and isinstance(value, float)}:
-        sections.append(f"<h2>Held-out scores</h2>{_table([(metrics.shown(n), f'{v:.4f}') for n, v in judged.items()], numbers=True)}")
+    if judged := {name: value for r in records for name, value in r.items() if name.startswith(progress.SCORE_GROUPS) and isinstance(value, float)}:
+        sections.append(f"<h2>Held-out scores</h2>{_table([(progress.display_name(n), f'{v:.4f}') for n, v in judged.items()], numbers=True)}")
     if compared:
         rows = [(name, f"{value:.3f}") for name, value in sorted(compared, key=lambda row: -row[1])]
         sections.append(f"<h2>Bits per byte on the same held-out text</h2>{_table(rows, numbers=True)}")
@@ -163,46 +164,3 @@ def write(workdir: Path, prepared: Prepared | None) -> None:
     sections.append(f"<h2>Environment</h2>{_table([(k, json.dumps(v)) for k, v in run.items() if k not in ('baselines',)])}")
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(workdir.name)}</title><style>{_STYLE}</style>{"".join(sections)}</html>'
     files.write_text(workdir / "report.html", page)
-
-
-def explain(config: Config, tokens: int) -> str:
-    """Each number that follows from the config and the data, with the reason. tokens: in the training split."""
-    m, t, o = config.model, config.train, config.optim
-    params = model.count_params(m)
-    per_step = t.batch_size * config.length
-    flops = metrics.flops_per_token(config, params)
-    cache = 2 * m.layers * m.context * m.kv * m.head_width * (4 if m.dtype == "float32" else 2)
-    decay = {"wsd": round(o.warmup_steps + (1 - o.decay_share) * (t.steps - 1 - o.warmup_steps)), "constant": t.steps}.get(o.schedule, o.warmup_steps)
-    rows = [
-        ("vocabulary", f"{m.vocab_size:,}", "model.vocab_size, or the tokenizer's where that is 0"),
-        (
-            "embedding rows",
-            f"{m.padded_vocab:,}",
-            f"padded to a multiple of {m.vocab_multiple} (model.vocab_multiple); the padding never gets probability",
-        ),
-        ("head width C", f"{m.head_width}", "model.head_dim, or width / heads"),
-        ("key/value heads K", f"{m.kv}", "model.kv_heads, or heads"),
-        ("MLP width F", f"{m.mlp_width:,}", "model.hidden, or 4 x width (gelu), 8/3 x width in steps of 64 (swiglu)"),
-        ("parameters", f"{params:,}", "without the padding of the vocabulary"),
-        (
-            "training state",
-            f"{tree.nbytes(steps.state_shapes(config)[0]) / 2**20:,.1f} MiB",
-            f"float32 parameters and what {o.name} keeps, over all devices",
-        ),
-        ("tokens per step", f"{per_step:,}", "train.batch_size x data.length, or model.context where that is 0"),
-        ("training tokens", f"{tokens:,}", "in the training split, filled up to whole rows where examples are packed"),
-        ("epochs", f"{t.steps * per_step / max(tokens, 1):.2f}", "train.steps x tokens per step / training tokens"),
-        ("tokens per parameter", f"{t.steps * per_step / params:.1f}", "about 20 is compute-optimal (Hoffmann et al. 2022)"),
-        ("FLOPs per token", f"{flops:.3g}", "6 x parameters that multiply + 12 x layers x heads x head width x context"),
-        ("FLOPs of the run", f"{flops * per_step * t.steps:.3g}", "FLOPs per token x tokens per step x train.steps"),
-        ("micro-batch", f"{t.batch_size // t.accumulate}", "train.batch_size / train.accumulate, sequences at once"),
-        (
-            "decay begins at step",
-            f"{decay:,}",
-            f"optim.schedule = {o.schedule}",
-        ),
-        ("final learning rate", f"{o.lr * (1 if o.schedule == 'constant' else o.final_lr):.3g}", "optim.lr x optim.final_lr"),
-        ("cache per sequence", f"{cache / 2**20:.2f} MiB", "2 x layers x context x K x C in the compute dtype, when generating"),
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    return "\n".join(f"{name:<{widths[0]}}  {value:>{widths[1]}}  {why}" for name, value, why in rows)

@@ -13,17 +13,24 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gptjax import cli, convert, files, report, settings, sharding
-from gptjax import config as config_lib
-from gptjax.checkpoint import check_same_run
-from gptjax.config import Config, ModelConfig, UserError
-from gptjax.data import loader, prepare
+from gptjax.checkpoints import pretrained
+from gptjax.config import checks, schema
+from gptjax.config.errors import UserError
+from gptjax.config.schema import Config, ModelConfig
+from gptjax.core import files
+from gptjax.data import loader, shards
+from gptjax.data.packing import Packed
 from gptjax.data.sources import TRAIN
-from gptjax.metrics import Compiles
-from gptjax.tasks import load
-from gptjax.tokenizer import Tokenizer
+from gptjax.runtime import sharding
+from gptjax.runtime.compile_cache import Compiles
+from gptjax.runtime.interrupt import Stop
+from gptjax.runtime.mesh import make_mesh
+from gptjax.tasks import loading
+from gptjax.tokenizer.base import Tokenizer
+from gptjax.training import report
+from gptjax.training.checkpointing import check_same_run
 
-Data = prepare.Prepared | load.Examples
+Data = shards.Prepared | loading.Examples
 
 
 @dataclasses.dataclass
@@ -33,9 +40,9 @@ class Run:
     mesh: jax.sharding.Mesh
     data: Data
     compiles: Compiles
-    stop: cli.Stop
+    stop: Stop
     meta: dict[str, Any]  # what each of its checkpoints carries: the config and what else must not change
-    source: convert.Pretrained | None = None  # what train.init_from names
+    source: pretrained.Pretrained | None = None  # what train.init_from names
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -46,23 +53,23 @@ class Run:
         return sharding.local_rows(self.mesh, self.config.train.batch_size)
 
     def split(self, name: str) -> loader.Split:
-        return split_of(self.config, self.data, name)
+        return split_rows(self.config, self.data, name)
 
 
-def split_of(config: Config, data: Data, name: str) -> loader.Split:
+def split_rows(config: Config, data: Data, name: str) -> loader.Split:
     """The rows of a split: packed examples of a task, or windows of documents."""
-    if isinstance(data, prepare.Prepared):
-        return loader.Windows.of(data, name, config.length, isolate=config.data.isolate)
-    units = [load.unit(config, e) for e in (data.train if name == TRAIN else data.eval)]
-    return loader.Packed.of(units, config.length, pack=config.task.pack, seed=config.train.seed)
+    if isinstance(data, shards.Prepared):
+        return loader.Windows.of(data, name, config.length, isolate=config.data.mask_documents)
+    units = [loading.packed_example(config, e) for e in (data.train if name == TRAIN else data.eval)]
+    return Packed.of(units, config.length, pack=config.task.pack, seed=config.train.seed)
 
 
-def begin_from(config: Config) -> tuple[Config, convert.Pretrained | None]:
+def resolve_checkpoint(config: Config) -> tuple[Config, pretrained.Pretrained | None]:
     """The config with the model of `train.init_from`, and that checkpoint; context (at most the checkpoint's), dropout, dtype and what does not
     shape the numbers stay the config's."""
     if not config.train.init_from:
         return config, None
-    found = convert.read(config.train.init_from)
+    found = pretrained.read_checkpoint(config.train.init_from)
     if found.tokenizer is None:
         raise UserError(f"train.init_from = {config.train.init_from!r} has no tokenizer: put its tokenizer.json beside it")
     kept = {f.name for f in dataclasses.fields(ModelConfig) if not f.metadata["shapes"]} | {"dropout", "dtype", "context"}
@@ -71,7 +78,7 @@ def begin_from(config: Config) -> tuple[Config, convert.Pretrained | None]:
     place = Path(config.train.init_from).expanduser()  # kept whole: a run's adapters are read again from another folder
     train = dataclasses.replace(config.train, init_from=str(place.resolve()) if place.exists() else config.train.init_from)
     changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape, context=context), train=train)
-    if faults := settings.cross_checks(changed):
+    if faults := checks.cross_checks(changed):
         raise UserError("; ".join(faults))
     if (places := len(found.params["embed"].get("prompt", ()))) and config.lora.prompt_tokens != places:
         raise UserError(
@@ -83,24 +90,24 @@ def begin_from(config: Config) -> tuple[Config, convert.Pretrained | None]:
     return changed, found
 
 
-def load_data(config: Config, source: convert.Pretrained | None) -> Data:
+def load_data(config: Config, source: pretrained.Pretrained | None) -> Data:
     """Examples, or shards: made by the first process where they do not exist yet; the others wait and then open (or make their own)."""
     tokenizer = source.tokenizer if source else None
     if config.task.name:
-        return load.load(config, tokenizer)
+        return loading.load_examples(config, tokenizer)
     if jax.process_count() == 1:
-        return prepare.ensure(config, tokenizer)
-    prepared = prepare.ensure(config, tokenizer) if jax.process_index() == 0 else None
+        return shards.ensure(config, tokenizer)
+    prepared = shards.ensure(config, tokenizer) if jax.process_index() == 0 else None
     multihost_utils.sync_global_devices("data")
-    return prepared or prepare.ensure(config, tokenizer)
+    return prepared or shards.ensure(config, tokenizer)
 
 
-def resolve(config: Config, data: Data) -> Config:
+def resolve_config(config: Config, data: Data) -> Config:
     """The config with what follows from the data: vocabulary, labels of a head, steps of so many epochs."""
     m, vocab_size = config.model, data.tokenizer.vocab_size
     if m.vocab_size and m.vocab_size < vocab_size:
         raise UserError(f"model.vocab_size = {m.vocab_size} is smaller than the tokenizer's {vocab_size}: set 0 to take the tokenizer's")
-    labels = data.labels if isinstance(data, load.Examples) and load.has_head(config) else ()
+    labels = data.labels if isinstance(data, loading.Examples) and loading.has_head(config) else ()
     config = dataclasses.replace(config, model=dataclasses.replace(m, vocab_size=m.vocab_size or vocab_size, labels=labels))
     if epochs := config.train.epochs:
         steps = max(1, math.ceil(epochs * rows_of_epoch(config, data) / config.train.batch_size))
@@ -114,17 +121,17 @@ def resolve(config: Config, data: Data) -> Config:
 
 def rows_of_epoch(config: Config, data: Data) -> int:
     """Rows of batches in one pass over the training split."""
-    if config.task.name == "grpo" and isinstance(data, load.Examples):
-        return len(data.train) * config.task.samples
-    return split_of(config, data, TRAIN).count
+    if config.task.name == "grpo" and isinstance(data, loading.Examples):
+        return len(data.train) * config.task.num_generations
+    return split_rows(config, data, TRAIN).count
 
 
-def fit_head(config: Config, source: convert.Pretrained) -> None:
+def fit_head(config: Config, source: pretrained.Pretrained) -> None:
     """Gives the checkpoint's parameters the head that the config asks for: classes (its own where the labels agree, else a new one) or tokens."""
     labels, params = config.model.labels, source.params
     if not labels:
         params.pop("score", None)
-        if not config.model.tied and "head" not in params:
+        if not config.model.tie_embeddings and "head" not in params:
             raise UserError(f"train.init_from = {config.train.init_from!r} tells classes apart and has no head for text: start from a language model")
         return
     params.pop("head", None)
@@ -134,28 +141,28 @@ def fit_head(config: Config, source: convert.Pretrained) -> None:
         params["score"] = {"kernel": kernel.astype(np.float32)}
 
 
-def fingerprints(config: Config, data: Data, source: convert.Pretrained | None) -> dict[str, str]:
+def fingerprints(config: Config, data: Data, source: pretrained.Pretrained | None) -> dict[str, str]:
     """What a resumed run must find unchanged: data, tokenizer and, where adapters stand on one, the checkpoint."""
-    text = data.source if isinstance(data, prepare.Prepared) else data.fingerprint
-    base = convert.digest(source.params) if source and config.lora.on else ""
+    text = data.source if isinstance(data, shards.Prepared) else data.fingerprint
+    base = pretrained.params_digest(source.params) if source and config.lora.on else ""
     return {"data": text, "tokenizer": data.tokenizer.fingerprint, "base": base}
 
 
-def setup(config: Config, workdir: Path, overrides: dict[str, str], stop: cli.Stop, compiles: Compiles) -> Run:
+def setup(config: Config, workdir: Path, overrides: dict[str, str], stop: Stop, compiles: Compiles) -> Run:
     """Checks everything, then describes the run in its workdir; nothing is written when a check fails."""
-    config, source = begin_from(config)
+    config, source = resolve_checkpoint(config)
     data = load_data(config, source)
-    config = resolve(config, data)
+    config = resolve_config(config, data)
     if source:
         fit_head(config, source)
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     if len(data.tokenizer.encode(config.train.sample_prompt)) > config.model.context:
         raise UserError(f"train.sample_prompt is longer than model.context = {config.model.context} tokens: shorten it")
     prints = fingerprints(config, data, source)
     check_same_run(workdir, config, prints)
     if jax.process_index() == 0:
-        files.write_text(workdir / "config.json", config_lib.to_json(config))
+        files.write_text(workdir / "config.json", schema.to_json(config))
         files.write_text(workdir / "overrides.json", json.dumps(overrides))
         data.tokenizer.save(workdir / "tokenizer")
         report.mark(workdir, status="running", argv=sys.argv, seed=config.train.seed, mesh=dict(mesh.shape), **report.environment(), **prints)
-    return Run(config, workdir, mesh, data, compiles, stop, {"config": config_lib.to_dict(config), **prints}, source)
+    return Run(config, workdir, mesh, data, compiles, stop, {"config": schema.to_dict(config), **prints}, source)

@@ -6,7 +6,6 @@ The loss of a step is sum / weight over the whole global batch, formed once afte
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -16,32 +15,26 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import lora, losses, model, objectives, optim, quantize, sharding, tree
-from gptjax.config import Config
+from gptjax.config.schema import Config
+from gptjax.core import tree
+from gptjax.core.types import Array, TrainState
+from gptjax.model import init as model_init
+from gptjax.model import lora, quantize, transformer
+from gptjax.ops import cross_entropy
+from gptjax.runtime import sharding
+from gptjax.training import objectives, optim
 
-Array = jax.Array
 Batch = dict[str, Array]
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "rng"], meta_fields=[])
-@dataclasses.dataclass
-class TrainState:
-    """step: int32, steps done. rng: key data (uint32), the root of all dropout."""
-
-    step: Array
-    params: Any
-    opt_state: Any
-    rng: Array
 
 
 def init_trained(config: Config, key: Array, frozen: Any, given: Any, *, rows_sharding: jax.sharding.Sharding | None = None) -> Any:
     """The parameters that training changes, before the first step: the whole model, or adapters on `frozen` ones beside what is `given`."""
     if not config.lora.on:
-        return model.init_params(config.model, key, rows_sharding=rows_sharding)
-    return lora.over(lora.init(config.model, config.lora, key, frozen), given)
+        return model_init.init_params(config.model, key, rows_sharding=rows_sharding)
+    return lora.merge_trees(lora.init(config.model, config.lora, key, frozen), given)
 
 
-def divide(config: Config, params: Any) -> tuple[Any, Any]:
+def split_base_and_trainable(config: Config, params: Any) -> tuple[Any, Any]:
     """(what adapters stand on, what is trained on beside them: a head for classes, prompt vectors) of a checkpoint; nothing where all is trained."""
     if not config.lora.on:
         return {}, {}
@@ -52,7 +45,7 @@ def divide(config: Config, params: Any) -> tuple[Any, Any]:
     return base | {"embed": {name: part for name, part in params["embed"].items() if name != "prompt"}}, given
 
 
-def freeze(config: Config, base: Any) -> Any:
+def prepare_base(config: Config, base: Any) -> Any:
     """The base of adapters as the step reads it: as it is, or with its matrices in int8."""
     return quantize.inference_params(base, weights="int8") if config.lora.base == "int8" and base else base
 
@@ -68,8 +61,8 @@ def new_state(
 
 def state_shapes(config: Config) -> tuple[TrainState, optax.GradientTransformation, Any]:
     """(shapes and dtypes of the state, optimizer, those of the frozen parameters); nothing is materialised."""
-    base, given = divide(config, model.param_shapes(config.model))
-    frozen = jax.eval_shape(functools.partial(freeze, config), base)
+    base, given = split_base_and_trainable(config, model_init.param_shapes(config.model))
+    frozen = jax.eval_shape(functools.partial(prepare_base, config), base)
     params = jax.eval_shape(lambda frozen, given: init_trained(config, jax.random.key(0), frozen, given), frozen, given)
     tx = optim.optimizer(config, params)
     return jax.eval_shape(functools.partial(new_state, config, tx), frozen, given), tx, frozen
@@ -83,7 +76,7 @@ def init_state(config: Config, mesh: Mesh, params: Any = None) -> tuple[TrainSta
     make = functools.partial(new_state, config, tx, rows_sharding=rows_sharding)
     if config.lora.on:
         frozen = place_frozen(config, mesh, params)
-        return jax.jit(make, out_shardings=places)(frozen, divide(config, params)[1]), frozen
+        return jax.jit(make, out_shardings=places)(frozen, split_base_and_trainable(config, params)[1]), frozen
     if params is None:
         return jax.jit(make, out_shardings=places)({}, {}), {}
     rng = jax.random.key_data(jax.random.split(jax.random.key(config.train.seed))[1])
@@ -96,9 +89,9 @@ def place_frozen(config: Config, mesh: Mesh, params: Any) -> Any:
     if not config.lora.on:
         return {}
     places = sharding.shardings(mesh, state_shapes(config)[2])
-    host, _ = divide(config, params)
+    host, _ = split_base_and_trainable(config, params)
     if config.lora.base == "int8":
-        return jax.jit(functools.partial(freeze, config), out_shardings=places)(host)
+        return jax.jit(functools.partial(prepare_base, config), out_shardings=places)(host)
     return sharding.place(host, places)
 
 
@@ -111,11 +104,11 @@ def all_finite(params: Any) -> Array:
 def loss_sum(config: Config, params: Any, frozen: Any, batch: Batch, dropout_key: Array | None, *, devices: int) -> tuple[Array, tuple[Array, Array]]:
     """(sum of weighted losses, (sum of weights, sum of a head's right answers)). `devices` that share the rows decide how many logits exist at once."""
     params = tree.map_with_path(lambda path, p: jax.lax.stop_gradient(p) if tree.matches(config.optim.freeze, path) else p, params)
-    whole = lora.attach(config.lora, frozen, params, dropout=dropout_key is not None)
-    x, _ = model.apply(config.model, whole, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], dropout_key=dropout_key)
+    whole = lora.apply_adapter(config.lora, frozen, params, dropout=dropout_key is not None)
+    x, _ = transformer.apply(config.model, whole, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], dropout_key=dropout_key)
     rows, length = batch["tokens"].shape
-    chunk = losses.chunk_length(config.model, max(rows // devices, 1), length, config.train.loss_chunk)
-    total, weight, right = objectives.of(config, whole, x, batch, chunk=chunk)
+    chunk = cross_entropy.chunk_length(config.model, max(rows // devices, 1), length, config.train.loss_chunk)
+    total, weight, right = objectives.compute_loss(config, whole, x, batch, chunk=chunk)
     return total, (weight, right)
 
 
@@ -125,7 +118,7 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     The batch holds [batch_size, T] arrays sharded by `sharding.BATCH`.
     """
     shapes, tx, _ = state_shapes(config)
-    count = config.train.accumulate
+    count = config.train.grad_accum_steps
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     rate = optim.schedule(config)
     grad = jax.value_and_grad(lambda *a: loss_sum(config, *a, devices=devices), has_aux=True)

@@ -9,7 +9,8 @@ from conftest import FAMILIES, byte_level_tokenizer, make_config, random_params,
 from test_lora import adapters_for, config_for
 
 import gptjax
-from gptjax import convert, lora, model, peft
+from gptjax.checkpoints import formats, peft
+from gptjax.model import lora, transformer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # what these two warn of is not ours
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'gptjax[parity]'")
@@ -25,7 +26,7 @@ def logits_of(net, tokens=TOKENS):
 
 
 def our_logits(c, params, tokens=TOKENS):
-    return np.asarray(model.unembed(c, params, model.apply(c, params, jax.numpy.asarray(tokens))[0]))
+    return np.asarray(transformer.unembed(c, params, transformer.apply(c, params, jax.numpy.asarray(tokens))[0]))
 
 
 @pytest.mark.parametrize("family", CLASSES)
@@ -33,7 +34,7 @@ def test_a_classifier_has_equal_logits_there(tmp_path, family):
     made = tiny_checkpoint(family, vocab=264, tokenizer=byte_level_tokenizer())
     config = dataclasses.replace(made.config, labels=("bad", "fine", "good"))
     params = jax.tree.map(np.asarray, random_params(config))
-    convert.write(tmp_path / "out", dataclasses.replace(made, config=config, params=params, keep={"eos_token_id": 263}))
+    formats.write_checkpoint(tmp_path / "out", dataclasses.replace(made, config=config, params=params, keep={"eos_token_id": 263}))
     net = T.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert type(net).__name__ == f"{CLASSES[family]}ForSequenceClassification" and net.config.id2label == {0: "bad", 1: "fine", 2: "good"}
     lm = gptjax.load(tmp_path / "out")
@@ -54,10 +55,10 @@ def test_our_adapters_load_in_peft(tmp_path, family, dora):
     config = config_for(family, rank=3, alpha=5.0, dora=dora)
     base = tiny_checkpoint(family, vocab=264)
     trained = adapters_for(config, base.params)
-    convert.write(tmp_path / "base", base)
-    peft.write(tmp_path / "adapter", config.model, config.lora, trained, str(tmp_path / "base"))
+    formats.write_checkpoint(tmp_path / "base", base)
+    peft.write_adapter(tmp_path / "adapter", config.model, config.lora, trained, str(tmp_path / "base"))
     net = theirs.PeftModel.from_pretrained(T.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    expected = our_logits(base.config, lora.attach(config.lora, base.params, trained))
+    expected = our_logits(base.config, lora.apply_adapter(config.lora, base.params, trained))
     np.testing.assert_allclose(logits_of(net), expected, atol=1e-4 * np.abs(expected).max())
     assert np.abs(expected - our_logits(base.config, base.params)).max() > 1e-2
 
@@ -66,7 +67,7 @@ def test_our_adapters_load_in_peft(tmp_path, family, dora):
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_adapters_of_peft_load_here(tmp_path, family, kind):
     base = tiny_checkpoint(family, vocab=264)
-    convert.write(tmp_path / "base", base)
+    formats.write_checkpoint(tmp_path / "base", base)
     every = ["c_attn", "c_proj", "c_fc"] if family == "gpt2" else ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     some = ["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"]
     if kind == "prompt":
@@ -98,8 +99,8 @@ def test_a_tuned_classifier_leaves_as_an_adapter(tmp_path):
         model=dict(vocab_size=264, context=64, labels=["a", "b"], **FAMILIES["llama"]), lora=dict(rank=2), train=dict(init_from="base")
     )
     trained = {**adapters_for(config, base.params), "score": {"kernel": np.random.default_rng(3).standard_normal((2, 32)).astype(np.float32)}}
-    convert.write(tmp_path / "base", dataclasses.replace(base, keep={"pad_token_id": 263}))
-    peft.write(tmp_path / "adapter", config.model, config.lora, trained, str(tmp_path / "base"))
+    formats.write_checkpoint(tmp_path / "base", dataclasses.replace(base, keep={"pad_token_id": 263}))
+    peft.write_adapter(tmp_path / "adapter", config.model, config.lora, trained, str(tmp_path / "base"))
     net = T.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
     net.config.pad_token_id = 263
     net = theirs.PeftModel.from_pretrained(net, tmp_path / "adapter")

@@ -10,10 +10,13 @@ from test_pretrained import TEMPLATE
 from tokenizers import pre_tokenizers
 
 import gptjax
-from gptjax import chat, convert, gguf, sampling
-from gptjax.config import UserError
-from gptjax.sampling import Sampling
-from gptjax.tokenizer import OpenAITokenizer, PretrainedTokenizer
+from gptjax.checkpoints import formats, gguf
+from gptjax.config.errors import UserError
+from gptjax.generation import sampling
+from gptjax.generation.sampling import Sampling
+from gptjax.tokenizer import chat_template
+from gptjax.tokenizer.openai import OpenAITokenizer
+from gptjax.tokenizer.pretrained import PretrainedTokenizer
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'gptjax[parity]'")
@@ -77,7 +80,7 @@ def test_stored_halves_come_back_bit_for_bit(tmp_path):
     for dtype in (torch.bfloat16, torch.float16):
         net = theirs("llama").to(dtype)
         net.save_pretrained(tmp_path / f"{dtype}")
-        convert.convert(tmp_path / f"{dtype}", tmp_path / f"{dtype}_out", form="hf")
+        formats.convert(tmp_path / f"{dtype}", tmp_path / f"{dtype}_out", form="hf")
         again = T.AutoModelForCausalLM.from_pretrained(tmp_path / f"{dtype}_out", dtype="auto").state_dict()
         assert all(torch.equal(v, again[k]) and again[k].dtype == dtype for k, v in net.state_dict().items())
 
@@ -177,7 +180,7 @@ def test_tokenizers_equal_their_references(tmp_path):
     reference["trained here"] = T.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     if SHARED.exists():
         ours["gpt2"] = OpenAITokenizer.find("gpt2", str(SHARED / "gpt2_bpe"))
-        exported = convert._exportable(ours["gpt2"])
+        exported = formats._exportable(ours["gpt2"])
         (tmp_path / "gpt2.json").write_bytes(exported.files()["tokenizer.json"])
         reference["gpt2"] = T.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "gpt2.json"))
         ours["cl100k"] = OpenAITokenizer.find("cl100k", str(SHARED / "openai_ranks"))
@@ -206,7 +209,7 @@ def test_smollm2_tokenizer_equals_its_reference():
     theirs = T.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     cuts = theirs.backend_tokenizer.pre_tokenizer
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), cuts])
-    ours = gguf.read(path)[3]
+    ours = gguf.read_gguf(path)[3]
     texts = [text for text in strings(6000) if "<|" not in text][:2000]
     assert len(texts) == 2000
     known = {data for data in ours.token_bytes if len(data) == 1}  # 21 bytes have no token, six of them control characters: both drop those
@@ -222,12 +225,12 @@ def test_chat_templates_equal_theirs(content):
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": content}, {"role": "assistant", "content": "ok"}]
     for flag in (True, False):
         expected = theirs.apply_chat_template(messages, chat_template=TEMPLATE, add_generation_prompt=flag, return_dict=False)
-        assert chat.encode(tokenizer, messages, add_generation_prompt=flag) == list(expected)
+        assert chat_template.encode(tokenizer, messages, add_generation_prompt=flag) == list(expected)
 
 
 def test_an_export_opens_with_its_tokenizer(tmp_path):
     checkpoint = tiny_checkpoint("llama", tokenizer=byte_level_tokenizer(TEMPLATE), keep={"eos_token_id": 263})
-    convert.write(tmp_path / "out", checkpoint)
+    formats.write_checkpoint(tmp_path / "out", checkpoint)
     tokenizer = T.AutoTokenizer.from_pretrained(tmp_path / "out")
     net = T.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert tokenizer("the cat in").input_ids == checkpoint.tokenizer.encode("the cat in")

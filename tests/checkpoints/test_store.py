@@ -12,20 +12,24 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_config
 
-from gptjax import checkpoint, sharding, steps
-from gptjax.checkpoint import Checkpoints
-from gptjax.config import UserError
+from gptjax.checkpoints import store
+from gptjax.checkpoints.store import Checkpoints
+from gptjax.checkpoints.workdir import fault, load_params, newest_step, steps_in
+from gptjax.config.errors import UserError
+from gptjax.runtime import sharding
+from gptjax.runtime.mesh import make_mesh
+from gptjax.training import step as train_step
 
 
 def trained(config, devices=None, n=2):
-    from test_steps import run
+    from test_step import run
 
     _, state, _, mesh = run(config, devices, n)
     return state, mesh
 
 
 def places(config, mesh):
-    shapes, _, _ = steps.state_shapes(config)
+    shapes, _, _ = train_step.state_shapes(config)
     return shapes, sharding.shardings(mesh, shapes)
 
 
@@ -54,7 +58,7 @@ def test_restore_on_any_mesh_is_exact(saved, tmp_path, mesh):
     folder, states = saved
     copy = shutil.copytree(folder, tmp_path / "checkpoints")
     config = make_config(mesh=mesh)
-    made = sharding.make_mesh(config, jax.devices()[: 1 if mesh == dict(data=1) else 8])
+    made = make_mesh(config, jax.devices()[: 1 if mesh == dict(data=1) else 8])
     with jax.set_mesh(made):
         checkpoints = Checkpoints(copy, keep=2)
         state, meta = checkpoints.restore(*places(config, made))
@@ -83,13 +87,13 @@ def test_a_damaged_step_is_never_trained_from(saved, tmp_path, capfd, seed):
     copy = shutil.copytree(folder, tmp_path / "checkpoints")
     generator = random.Random(seed)
     files = sorted(
-        p for p in (copy / "2").rglob("*") if p.is_file() and p.stat().st_size and p.relative_to(copy / "2").as_posix() not in checkpoint._AFTER
+        p for p in (copy / "2").rglob("*") if p.is_file() and p.stat().st_size and p.relative_to(copy / "2").as_posix() not in store._AFTER
     )
     files.append(copy / "2" / "checksums.json")
     victim = generator.choice(files)
     damage(victim, ("flip", "truncate", "empty", "missing")[seed % 4], generator)
     config = make_config(mesh=dict(data=8))
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         checkpoints = Checkpoints(copy, keep=2)
         state, meta = checkpoints.restore(*places(config, mesh))
@@ -100,25 +104,25 @@ def test_a_damaged_step_is_never_trained_from(saved, tmp_path, capfd, seed):
         assert list((tmp_path / "damaged").iterdir())  # moved aside, not deleted
         assert checkpoints.save(dataclasses.replace(state, step=state.step + 1), {"note": "again"}, wait=True)  # the step can be written anew
         checkpoints.close()
-    assert checkpoint.fault(copy / "2") == ""
+    assert fault(copy / "2") == ""
 
 
 def test_readers_skip_damage_without_touching_it(saved, tmp_path, capfd):
     folder, states = saved
     copy = shutil.copytree(folder, tmp_path / "checkpoints")
     damage(next((copy / "2" / "params").rglob("d/*")), "flip", random.Random(0))
-    step = checkpoint.newest(copy)
+    step = newest_step(copy)
     assert step.name == "1"
-    assert_equal(states[1].params, checkpoint.load_params(step))
+    assert_equal(states[1].params, load_params(step))
     assert (copy / "2").is_dir()
     shutil.rmtree(copy / "1")
     with pytest.raises(UserError, match="no whole checkpoint"):
-        checkpoint.newest(copy)
+        newest_step(copy)
 
 
 def test_nothing_whole_means_refusal_and_leftovers_mean_nothing(tmp_path, capfd):
     config = make_config()
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     folder = tmp_path / "checkpoints"
     (folder / "7.orbax-checkpoint-tmp-0").mkdir(parents=True)
     with jax.set_mesh(mesh):
@@ -134,7 +138,7 @@ def test_nothing_whole_means_refusal_and_leftovers_mean_nothing(tmp_path, capfd)
 def test_another_model_is_refused_by_name(saved, tmp_path):
     copy = shutil.copytree(saved[0], tmp_path / "checkpoints")
     config = make_config(model=dict(width=64))
-    mesh = sharding.make_mesh(config)
+    mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         checkpoints = Checkpoints(copy, keep=2)
         with pytest.raises(UserError, match="another model"):
@@ -150,13 +154,13 @@ def test_a_failed_save_is_reported_and_the_next_one_succeeds(tmp_path, capfd, mo
     def full(folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_sums", full)
+    monkeypatch.setattr(store, "_write_sums", full)
     assert not checkpoints.save(state, {}, wait=True)
-    assert checkpoint.steps_in(tmp_path / "checkpoints") == []
+    assert steps_in(tmp_path / "checkpoints") == []
     assert "could not be written" in capfd.readouterr().err
     monkeypatch.undo()
     assert checkpoints.save(state, {}, wait=True)
-    assert checkpoint.steps_in(tmp_path / "checkpoints") == [1]
+    assert steps_in(tmp_path / "checkpoints") == [1]
     assert checkpoints.failures == 1
     checkpoints.close()
 
@@ -169,15 +173,15 @@ def test_keep_policy(tmp_path):
         state.step = jax.numpy.int32(step)
         checkpoints.save(state, {})
     checkpoints.close()
-    assert checkpoint.steps_in(tmp_path / "checkpoints") == [4, 5]
+    assert steps_in(tmp_path / "checkpoints") == [4, 5]
 
 
 FULL = """
 import resource, sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from gptjax.checkpoint import Checkpoints
-from gptjax.steps import TrainState
+from gptjax.checkpoints.store import Checkpoints
+from gptjax.core.types import TrainState
 arrays = {f"w{i}": jax.random.normal(jax.random.key(i), (64, 64)) for i in range(40)}
 checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # the kernel refuses to write further
@@ -190,4 +194,4 @@ def test_a_save_that_meets_a_full_disk_is_told_in_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr[-3000:]
     assert len(done.stderr.splitlines()) == 1 and "step 1 could not be written" in done.stderr, done.stderr[-3000:]
-    assert checkpoint.steps_in(tmp_path) == []
+    assert steps_in(tmp_path) == []

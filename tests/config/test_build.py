@@ -8,16 +8,15 @@ import pytest
 from conftest import ROOT, make_config
 
 from configs import sizes
-from gptjax import config as config_lib
-from gptjax import model
-from gptjax import settings as settings_lib
-from gptjax.config import UserError
-from gptjax.settings import build
+from gptjax.config import build, schema
+from gptjax.config.build import build_config
+from gptjax.config.errors import UserError
+from gptjax.model import init as model_init
 
 
 def test_all_faults_are_reported_together_with_path_value_and_mend():
     with pytest.raises(UserError) as caught:
-        build({"model": {"widht": 3, "layers": "four", "norm": "layernrom"}, "trian": {"steps": 1}})
+        build_config({"model": {"widht": 3, "layers": "four", "norm": "layernrom"}, "trian": {"steps": 1}})
     message = str(caught.value)
     for part in ("4 faults", "model.widht = 3", "model.width", "model.layers = 'four'", "must be int", "did you mean 'layernorm'", "train"):
         assert part in message
@@ -26,7 +25,7 @@ def test_all_faults_are_reported_together_with_path_value_and_mend():
 
 def test_message_stays_short_when_everything_is_wrong():
     with pytest.raises(UserError) as caught:
-        build({"model": {f"knob{i}": i for i in range(20)}})
+        build_config({"model": {f"knob{i}": i for i in range(20)}})
     assert len(str(caught.value).splitlines()) <= 6
     assert "more" in str(caught.value)
 
@@ -38,7 +37,7 @@ def test_message_stays_short_when_everything_is_wrong():
         ({"model": {"kv_heads": 3}}, "does not divide model.heads"),
         ({"model": {"positions": "rope", "width": 12, "heads": 4}}, "pick an even number"),
         ({"model": {"dropout": 0.1, "attention": "blockwise"}}, "dropout"),
-        ({"train": {"accumulate": 3}}, "train.accumulate"),
+        ({"train": {"grad_accum_steps": 3}}, "train.grad_accum_steps"),
         ({"optim": {"warmup_steps": 2000}}, "exceeds train.steps"),
         ({"mesh": {"data": -1, "fsdp": -1}}, "only one axis"),
         ({"data": {"source": "text"}}, "data.path"),
@@ -48,48 +47,48 @@ def test_message_stays_short_when_everything_is_wrong():
 )
 def test_faults_across_knobs(settings, part):
     with pytest.raises(UserError, match=re.escape(part)):
-        build(settings)
+        build_config(settings)
 
 
 def test_override_reads_numbers_as_people_write_them():
-    settings = settings_lib.to_config_dict(config_lib.Config(), locked=False)
-    settings_lib.override(settings, {"train.steps": "1e3", "optim.lr": "3", "model.tied": "false", "optim.freeze": "a.*,b"})
-    config = build(settings)
-    assert (config.train.steps, config.optim.lr, config.model.tied, config.optim.freeze) == (1000, 3.0, False, ("a.*", "b"))
+    settings = build.to_config_dict(schema.Config(), locked=False)
+    build.override(settings, {"train.steps": "1e3", "optim.lr": "3", "model.tie_embeddings": "false", "optim.freeze": "a.*,b"})
+    config = build_config(settings)
+    assert (config.train.steps, config.optim.lr, config.model.tie_embeddings, config.optim.freeze) == (1000, 3.0, False, ("a.*", "b"))
 
 
 def test_json_round_trip_and_locked_view():
     config = make_config(optim=dict(freeze=("embed/.*",)))
-    assert settings_lib.from_json(config_lib.to_json(config)) == config
-    assert json.loads(config_lib.to_json(config))["optim"]["freeze"] == ["embed/.*"]
+    assert build.from_json(schema.to_json(config)) == config
+    assert json.loads(schema.to_json(config))["optim"]["freeze"] == ["embed/.*"]
     with pytest.raises(AttributeError):
-        settings_lib.to_config_dict(config).model.widht = 3
+        build.to_config_dict(config).model.widht = 3
 
 
 def test_changes_name_only_what_shapes_the_run():
     a, b = make_config(), make_config(train=dict(seed=1, log_every=3), mesh=dict(fsdp=2))
-    assert settings_lib.changes(a, b) == ["train.seed: 0 -> 1"]
-    assert len(settings_lib.changes(a, b, shaping_only=False)) == 3
+    assert build.changes(a, b) == ["train.seed: 0 -> 1"]
+    assert len(build.changes(a, b, shaping_only=False)) == 3
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "sizes")))
 def test_shipped_configs_build(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    settings = settings_lib.load_file(f"configs/{name}.py")
+    settings = build.load_file(f"configs/{name}.py")
     if not settings.data.path:
-        settings_lib.override(settings, {"data.path": "x"})
-    build(settings)
+        build.override(settings, {"data.path": "x"})
+    build_config(settings)
     assert len(Path(f"configs/{name}.py").read_text().splitlines()) <= 60
 
 
 def test_gpt2_parameter_counts():
-    counts = [model.count_params(build({"model": shape}).model) for shape in (sizes.GPT2, sizes.GPT2_MEDIUM, sizes.GPT2_LARGE, sizes.GPT2_XL)]
+    counts = [model_init.count_params(build_config({"model": shape}).model) for shape in (sizes.GPT2, sizes.GPT2_MEDIUM, sizes.GPT2_LARGE, sizes.GPT2_XL)]
     assert counts == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]
 
 
 def test_other_published_sizes():
     """SmolLM2-135M has 134,515,008 parameters on its hub page; GPT-3's are rounded in the paper, and its 1.3B row (24 heads of 128) has more."""
-    assert model.count_params(build({"model": sizes.SMOLLM2_135M}).model) == 134_515_008
+    assert model_init.count_params(build_config({"model": sizes.SMOLLM2_135M}).model) == 134_515_008
     for name, billions in {"gpt3-1.3b": 1.5, "gpt3-2.7b": 2.7, "gpt3-6.7b": 6.7, "gpt3-13b": 13.0, "gpt3-175b": 175.0}.items():
-        count = model.count_params(build({"model": sizes.ALL[name]}).model)
+        count = model_init.count_params(build_config({"model": sizes.ALL[name]}).model)
         assert count == pytest.approx(billions * 1e9, rel=0.12), name

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from conftest import SHARED, make_config
 
-from gptjax.config import DataConfig, UserError
-from gptjax.data import loader, prepare, sources
+from gptjax.config.errors import UserError
+from gptjax.config.schema import DataConfig
+from gptjax.data import loader, shards, sources
 from gptjax.data.sources import EVAL, TRAIN
-from gptjax.tokenizer import ByteTokenizer
+from gptjax.tokenizer.trained import ByteTokenizer
 
 
 def both(config):
@@ -65,7 +66,7 @@ def config_for(path, **data):
 def test_shards_hold_every_document_after_eot(tmp_path, corpus):
     for i in range(9):
         (tmp_path / f"doc{i}.txt").write_text("x" * i + f"document {i}")
-    prepared = prepare.prepare(config_for(tmp_path / "doc*.txt", eval_fraction=0.0), tmp_path / "out", shard_tokens=40)
+    prepared = shards.prepare(config_for(tmp_path / "doc*.txt", eval_fraction=0.0), tmp_path / "out", shard_tokens=40)
     assert len(prepared.splits[TRAIN]) > 2
     texts = []
     for tokens, offsets in prepared.arrays(TRAIN):
@@ -80,8 +81,8 @@ def test_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, mo
     for i in range(30):
         (tmp_path / f"{i:02}.txt").write_text(f"document {i} " * (1 + i % 5))
     config = config_for(tmp_path / "*.txt", eval_fraction=0.1)
-    whole = prepare.prepare(config, tmp_path / "whole", shard_tokens=100)
-    written, original = [], prepare._write_shard
+    whole = shards.prepare(config, tmp_path / "whole", shard_tokens=100)
+    written, original = [], shards._write_shard
 
     def dying(*args):
         if len(written) == 3:
@@ -89,14 +90,14 @@ def test_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, mo
         written.append(args[-1])
         return original(*args)
 
-    monkeypatch.setattr(prepare, "_write_shard", dying)
+    monkeypatch.setattr(shards, "_write_shard", dying)
     with pytest.raises(KeyboardInterrupt):
-        prepare.prepare(config, tmp_path / "cut", shard_tokens=100)
+        shards.prepare(config, tmp_path / "cut", shard_tokens=100)
     with pytest.raises(UserError, match="no prepared data"):
-        prepare.open_prepared(tmp_path / "cut")
+        shards.open_prepared(tmp_path / "cut")
     encoded = []
-    monkeypatch.setattr(prepare, "_write_shard", lambda *args: encoded.append(args[-1]) or original(*args))
-    again = prepare.prepare(config, tmp_path / "cut", shard_tokens=100)
+    monkeypatch.setattr(shards, "_write_shard", lambda *args: encoded.append(args[-1]) or original(*args))
+    again = shards.prepare(config, tmp_path / "cut", shard_tokens=100)
     assert not set(encoded) & set(written)  # finished shards are kept
     assert again.fingerprint == whole.fingerprint
     for name in [p.name for p in (tmp_path / "whole").iterdir() if p.suffix == ".npy"]:
@@ -107,36 +108,36 @@ def test_shards_in_the_cache_keep_no_chat_template(corpus):
     config = make_config(data=dict(source="text", path=str(corpus), tokenizer="bytes"))
     tuned = ByteTokenizer()
     tuned.chat_template = "of another checkpoint"
-    assert prepare.ensure(config, tuned).tokenizer is tuned
-    assert not prepare.ensure(config).tokenizer.chat_template
+    assert shards.ensure(config, tuned).tokenizer is tuned
+    assert not shards.ensure(config).tokenizer.chat_template
 
 
 def test_a_shard_rewritten_with_as_many_tokens_is_refused(tmp_path, corpus):
-    prepared = prepare.prepare(config_for(corpus), tmp_path / "out")
+    prepared = shards.prepare(config_for(corpus), tmp_path / "out")
     shard = tmp_path / "out" / f"{prepared.splits[TRAIN][0]['name']}.tokens.npy"
     tokens = np.load(shard)
     tokens[5] += 1
     np.save(shard, tokens)
     with pytest.raises(UserError, match="was changed"):
-        prepare.open_prepared(tmp_path / "out")
+        shards.open_prepared(tmp_path / "out")
 
 
 def test_damaged_shards_and_foreign_folders_are_refused(tmp_path, corpus):
     config = config_for(corpus)
-    prepared = prepare.prepare(config, tmp_path / "out")
+    prepared = shards.prepare(config, tmp_path / "out")
     with pytest.raises(UserError, match="other data"):
-        prepare.prepare(config_for(corpus, eval_fraction=0.3), tmp_path / "out")
+        shards.prepare(config_for(corpus, eval_fraction=0.3), tmp_path / "out")
     shard = tmp_path / "out" / f"{prepared.splits[TRAIN][0]['name']}.tokens.npy"
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(UserError, match="damaged"):
-        prepare.open_prepared(tmp_path / "out")
+        shards.open_prepared(tmp_path / "out")
 
 
 @pytest.fixture
 def windows(tmp_path):
     for i in range(12):
         (tmp_path / f"{i:02}.txt").write_text(f"<{i}>" * (3 + 5 * (i % 4)))
-    prepared = prepare.prepare(config_for(tmp_path / "*.txt", eval_fraction=0.25), tmp_path / "out", shard_tokens=90)
+    prepared = shards.prepare(config_for(tmp_path / "*.txt", eval_fraction=0.25), tmp_path / "out", shard_tokens=90)
     return loader.Windows.of(prepared, TRAIN, 32, isolate=True), prepared
 
 
@@ -202,7 +203,7 @@ def test_an_epoch_covers_the_text(windows):
 
 def test_context_longer_than_the_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("short")
-    prepared = prepare.prepare(config_for(tmp_path / "a.txt", eval_fraction=0.0), tmp_path / "out")
+    prepared = shards.prepare(config_for(tmp_path / "a.txt", eval_fraction=0.0), tmp_path / "out")
     with pytest.raises(UserError, match="needs 33"):
         loader.train_batches(loader.Windows.of(prepared, TRAIN, 32, isolate=True), seed=0, batch_size=2, rows=range(2), start=0)
 
@@ -254,7 +255,7 @@ def test_tfds_made_here(tmp_path):
 
 
 def _hold_lock(folder, ready, release):
-    from gptjax import files
+    from gptjax.core import files
 
     with files.lock(folder):
         ready.set()
@@ -262,7 +263,7 @@ def _hold_lock(folder, ready, release):
 
 
 def test_a_folder_in_use_is_refused_by_name(tmp_path):
-    from gptjax import files
+    from gptjax.core import files
 
     context = multiprocessing.get_context("spawn")
     ready, release = context.Event(), context.Event()

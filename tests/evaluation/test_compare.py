@@ -6,14 +6,18 @@ import json
 import numpy as np
 import pytest
 from conftest import byte_level_tokenizer, random_params, tiny_checkpoint
-from test_tasks import TEMPLATE, config_for, write_jsonl
+from test_loading import TEMPLATE, config_for, write_jsonl
 
-from gptjax import evaluate, language_model
-from gptjax.config import UserError
-from gptjax.language_model import LanguageModel
-from gptjax.tasks import load
+from gptjax import evaluate
+from gptjax.config.errors import UserError
+from gptjax.evaluation import answers
+from gptjax.evaluation import compare as comparison
+from gptjax.evaluation.held_out import text_scores
+from gptjax.generation import language_model
+from gptjax.generation.language_model import LanguageModel
+from gptjax.tasks import loading
 from gptjax.tasks.base import Answer, Example
-from gptjax.tokenizer import ByteTokenizer
+from gptjax.tokenizer.trained import ByteTokenizer
 
 
 def handle(*, labels=(), context=64, tokenizer=None, prompt=0, vocab=264):
@@ -43,30 +47,30 @@ def test_heads_are_judged_by_name(tmp_path, known):
     kernel = known["as sorted"].params["score"]["kernel"]
     swapped = handle(labels=("good", "bad"))
     known["swapped"] = LanguageModel(swapped.config, {**swapped.params, "score": {"kernel": kernel[::-1]}}, swapped.tokenizer)
-    a, b = evaluate.compare(classify(tmp_path), list(known), baselines=False)
+    a, b = comparison.compare(classify(tmp_path), list(known), baselines=False)
     for name, metric in a.scores.items():
         np.testing.assert_allclose(b.scores[name].stats, metric.stats, atol=1e-6, err_msg=name)
     known["unnamed"] = LanguageModel(dataclasses.replace(swapped.config, labels=("LABEL_0", "LABEL_1")), known["as sorted"].params, swapped.tokenizer)
-    (c,) = evaluate.compare(classify(tmp_path), ["unnamed"], baselines=False)
+    (c,) = comparison.compare(classify(tmp_path), ["unnamed"], baselines=False)
     assert c.scores["accuracy"].value == a.scores["accuracy"].value
     known["others"] = handle(labels=("bad", "fine"))
     with pytest.raises(UserError, match="tells bad, fine apart and the task bad, good"):
-        evaluate.compare(classify(tmp_path), ["others"])
+        comparison.compare(classify(tmp_path), ["others"])
 
 
 def test_a_head_and_a_language_model_answer_side_by_side(tmp_path, known):
     known["head"], known["text"] = handle(labels=("bad", "good")), handle()
     for names in (["head", "text"], ["text", "head"]):
-        found = evaluate.compare(classify(tmp_path, overlong="cut_end"), names)
+        found = comparison.compare(classify(tmp_path, truncation="cut_end"), names)
         assert [e.name for e in found] == [*names, "majority"] and len({len(e.scores["accuracy"].stats) for e in found}) == 1
     long = [{"text": "the " * 40, "label": label} for label in ("bad", "good")]  # cut so that a label still fits behind it
-    config = classify(tmp_path, overlong="cut_end")
-    evaluate.compare(config, ["head", "text"], path=str(write_jsonl(tmp_path / "long.jsonl", long)))
+    config = classify(tmp_path, truncation="cut_end")
+    comparison.compare(config, ["head", "text"], path=str(write_jsonl(tmp_path / "long.jsonl", long)))
     numbers = config_for(
         write_jsonl(tmp_path / "n.jsonl", [{"text": "x", "label": i} for i in range(4)]), task=dict(name="regression"), data=dict(eval_fraction=0.5)
     )
     with pytest.raises(UserError, match="no head for label: fine-tune it"):
-        evaluate.compare(numbers, ["text"])
+        comparison.compare(numbers, ["text"])
 
 
 def translate(tmp_path, sources, **task):
@@ -78,49 +82,49 @@ def translate(tmp_path, sources, **task):
 
 def test_checkpoints_are_compared_on_what_fits_all(tmp_path, known, capsys):
     """'the ' is one token of one vocabulary and four bytes of the other."""
-    config = translate(tmp_path, ["a", "a", "in", " the" * 14, "b", "the"], overlong="drop")
+    config = translate(tmp_path, ["a", "a", "in", " the" * 14, "b", "the"], truncation="drop")
     known["pieces"], known["bytes"] = handle(), handle(tokenizer=ByteTokenizer())
-    found = evaluate.compare(config, ["pieces", "bytes"], out=tmp_path)
+    found = comparison.compare(config, ["pieces", "bytes"], out=tmp_path)
     assert {len(e.scores["chrf"].stats) for e in found} == {2} and "2 examples that fit all; 1 others" in capsys.readouterr().err
     assert [len((tmp_path / name).read_text().splitlines()) for name in ("1-pieces.jsonl", "2-bytes.jsonl")] == [3, 2]
-    assert "first - this (chrf)" in evaluate.table(found, "chrf")
-    others = json.loads(evaluate.to_json(found))["bytes"]
+    assert "first - this (chrf)" in comparison.table(found, "chrf")
+    others = json.loads(comparison.to_json(found))["bytes"]
     assert len(others["chrf"]["first_minus_this"]) == len(others["bleu"]["first_minus_this"]) == 3
 
 
 def test_learned_prompt_places_stand_only_before_texts_of_their_own_checkpoint(tmp_path, known, monkeypatch):
     asked = {}
     known["plain"], known["tuned"] = handle(), handle(prompt=5)
-    answer = evaluate.answer
-    monkeypatch.setattr(evaluate, "answer", lambda lm, *rest: asked.setdefault(id(lm), rest[-1]) and answer(lm, *rest))
+    answer = answers.answer_examples
+    monkeypatch.setattr(comparison, "answer_examples", lambda lm, *rest: asked.setdefault(id(lm), rest[-1]) and answer(lm, *rest))
     for names in (["plain", "tuned"], ["tuned", "plain"]):
         asked.clear()
-        evaluate.compare(translate(tmp_path, ["a", "in"]), names)
+        comparison.compare(translate(tmp_path, ["a", "in"]), names)
         (plain,), (tuned,) = asked[id(known["plain"])], asked[id(known["tuned"])]
         assert tuned.prompt == plain.prompt + 5 and tuned.ids[5:].tolist() == plain.ids.tolist()
     short, long = "the in", "the in a " * 40  # a window and several
     for text in (short, long):
-        found = evaluate.text_scores(known["tuned"], iter([text]))
+        found = text_scores(known["tuned"], iter([text]))
         assert found["loss"].stats[0, 1] == len(known["tuned"].tokenizer.encode(text))
     ids = [263] * 5 + [263, *known["tuned"].tokenizer.encode(short)]
     expected = -known["tuned"].token_logprobs([ids])[0][0][5:].mean()
-    assert evaluate.text_scores(known["tuned"], iter([short]))["loss"].value == pytest.approx(expected, rel=1e-5)
+    assert text_scores(known["tuned"], iter([short]))["loss"].value == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_training_accepts_is_accepted_and_baselines_see_all_of_it(tmp_path, known):
     known["a"], known["head"] = handle(tokenizer=ByteTokenizer()), handle(tokenizer=ByteTokenizer(), labels=("bad", "good"))
-    config = translate(tmp_path, ["x" * 50, "y" * 55], overlong="refuse")
+    config = translate(tmp_path, ["x" * 50, "y" * 55], truncation="refuse")
     config = dataclasses.replace(config, task=dataclasses.replace(config.task, max_new_tokens=64))
-    load.load(config, ByteTokenizer())
-    assert len(evaluate.compare(config, ["a"])[0].scores["chrf"].stats) == 1
+    loading.load_examples(config, ByteTokenizer())
+    assert len(comparison.compare(config, ["a"])[0].scores["chrf"].stats) == 1
     text = classify(tmp_path, method="text")
     tight = write_jsonl(tmp_path / "tight.jsonl", [{"text": "x" * 59, "label": label} for label in ("good", "bad")])
-    evaluate.compare(text, ["a"], path=str(tight))  # 59 bytes, a space, four letters and the end, which is only a target
+    comparison.compare(text, ["a"], path=str(tight))  # 59 bytes, a space, four letters and the end, which is only a target
     rows = [{"text": "x" * 90 if label == "good" else "y", "label": label} for label in ("good",) * 12 + ("bad",) * 4]
     config = config_for(
-        write_jsonl(tmp_path / "long.jsonl", rows), task=dict(name="classification", overlong="cut_end"), data=dict(eval_fraction=0.25)
+        write_jsonl(tmp_path / "long.jsonl", rows), task=dict(name="classification", truncation="cut_end"), data=dict(eval_fraction=0.25)
     )
-    assert evaluate.compare(config, ["head"])[1].scores["accuracy"].value == 0.75
+    assert comparison.compare(config, ["head"])[1].scores["accuracy"].value == 0.75
 
 
 def test_a_run_is_asked_with_its_own_prompt_where_that_asks_for_the_same(tmp_path, known, monkeypatch, capsys):
@@ -128,8 +132,8 @@ def test_a_run_is_asked_with_its_own_prompt_where_that_asks_for_the_same(tmp_pat
     config = translate(tmp_path, ["one", "two"])
     asked = []
     monkeypatch.setattr(
-        evaluate,
-        "answer",
+        comparison,
+        "answer_examples",
         lambda lm, task, labels, held: asked.append(lm.tokenizer.decode(held[0].ids[: held[0].prompt].tolist())) or [Answer("")] * len(held),
     )
     for theirs, expected in (
@@ -138,11 +142,11 @@ def test_a_run_is_asked_with_its_own_prompt_where_that_asks_for_the_same(tmp_pat
         (dict(prompt="{english} ="), "two ="),
     ):
         stored = dataclasses.replace(config, task=dataclasses.replace(config.task, **theirs))
-        monkeypatch.setattr(evaluate, "run_config", lambda name, stored=stored: stored if name == "b" else config)
-        evaluate.compare(config, ["a", "b"], own=True)
+        monkeypatch.setattr(comparison, "run_config", lambda name, stored=stored: stored if name == "b" else config)
+        comparison.compare(config, ["a", "b"], own=True)
         assert asked[-2:] == ["two =", expected]
         assert ("b was tuned on other fields" in capsys.readouterr().err) == (expected == "two =")
-    evaluate.compare(config, ["b"])
+    comparison.compare(config, ["b"])
     assert asked[-1] == "two ="
 
 
@@ -152,18 +156,18 @@ def test_an_answer_does_not_depend_on_what_is_answered_beside_it(tmp_path, capsy
     config = dataclasses.replace(config, max_new_tokens=40)
     prompts = [[5] * 10, [7] * 60, [9] * 30]
     made = [Example(str(i), np.array(ids), np.zeros(len(ids), bool), len(ids), ("x",)) for i, ids in enumerate(prompts)]
-    together = evaluate.answer(lm, config, (), made)
+    together = answers.answer_examples(lm, config, (), made)
     assert [len(a.ids) for a in together] == [40, 5, 35] and "2 prompts leave room for less than" in capsys.readouterr().err
-    assert [evaluate.answer(lm, config, (), [e])[0] for e in made] == together
+    assert [answers.answer_examples(lm, config, (), [e])[0] for e in made] == together
 
 
 def test_a_prompt_is_cut_alike_whatever_the_right_answer(tmp_path):
     rows = [{"document": "0123456789" * 10, "summary": "s" * n} for n in (1, 20)]
-    config = config_for(write_jsonl(tmp_path / "rows.jsonl", rows), task=dict(name="summarization", overlong="cut_end"))
-    train, _, _ = load.read(config)
-    made = load.render(config, ByteTokenizer(), train, (), "x", answer=16)
+    config = config_for(write_jsonl(tmp_path / "rows.jsonl", rows), task=dict(name="summarization", truncation="cut_end"))
+    train, _, _ = loading.read_records(config)
+    made = loading.render(config, ByteTokenizer(), train, (), "x", answer=16)
     assert [e.prompt for e in made] == [49, 49]  # the last of 16 is only a target
-    assert len({e.prompt for e in load.render(config, ByteTokenizer(), train, (), "x")}) == 2  # in training the answer is learned whole
+    assert len({e.prompt for e in loading.render(config, ByteTokenizer(), train, (), "x")}) == 2  # in training the answer is learned whole
 
 
 def test_answers_end_at_stop_texts_and_are_taken_from_the_text(tmp_path, monkeypatch):
@@ -171,38 +175,38 @@ def test_answers_end_at_stop_texts_and_are_taken_from_the_text(tmp_path, monkeyp
     free = lm.generate([[5] * 10], max_new_tokens=8)[0].text
     made = [Example("0", np.array([5] * 10), np.zeros(10, bool), 10, ("x",), fields={"context": "born in Paris"})]
     config = dataclasses.replace(translate(tmp_path, ["a"]).task, stop=(free[3],))
-    assert evaluate.answer(lm, config, (), made)[0].text == free[: free.index(free[3])].strip()
-    monkeypatch.setattr(evaluate, "_by_writing", lambda *rest: [Answer("in paris, France")])
+    assert answers.answer_examples(lm, config, (), made)[0].text == free[: free.index(free[3])].strip()
+    monkeypatch.setattr(answers, "_by_writing", lambda *rest: [Answer("in paris, France")])
     asked = dataclasses.replace(config, name="qa", extract=True)
-    found = evaluate.answer(lm, asked, (), made)
-    assert found[0].text == "in Paris" and evaluate.record(made[0], found[0], lm.tokenizer)["prediction"] == "in Paris"
+    found = answers.answer_examples(lm, asked, (), made)
+    assert found[0].text == "in Paris" and answers.record(made[0], found[0], lm.tokenizer)["prediction"] == "in Paris"
 
 
 def test_open_text_has_distinct_and_repetition_without_intervals(tmp_path, known):
     known["a"] = handle(tokenizer=byte_level_tokenizer(TEMPLATE))
     rows = [{"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "in"}]}] * 4
     config = config_for(write_jsonl(tmp_path / "rows.jsonl", rows), task=dict(name="chat", max_new_tokens=4), data=dict(eval_fraction=0.5))
-    (entry,) = evaluate.compare(config, ["a"], baselines=False)
+    (entry,) = comparison.compare(config, ["a"], baselines=False)
     assert {"distinct_1", "distinct_2", "repetition", "chrf"} <= set(entry.scores)
-    content = json.loads(evaluate.to_json([entry]))["a"]
+    content = json.loads(comparison.to_json([entry]))["a"]
     assert content["distinct_1"]["interval"] == [] and len(content["chrf"]["interval"]) == 2
-    assert "[" not in evaluate.table([dataclasses.replace(entry, scores={"distinct_1": entry.scores["distinct_1"]})], "distinct_1")
+    assert "[" not in comparison.table([dataclasses.replace(entry, scores={"distinct_1": entry.scores["distinct_1"]})], "distinct_1")
 
 
 def test_what_cannot_be_compared_is_said_before_any_work(tmp_path, known, monkeypatch):
     config = config_for("", data=dict(source="sotu", path=""), task=dict(name="classification", label="era"))
     with pytest.raises(UserError, match="'sotu' is one corpus without files"):
-        evaluate.compare(config, ["none"], path="test.jsonl")
+        comparison.compare(config, ["none"], path="test.jsonl")
     from gptjax.tasks import base
 
     monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="with the package sacrebleu: pip install"):
-        evaluate.compare(translate(tmp_path, ["a", "b"]), ["none"])
+        comparison.compare(translate(tmp_path, ["a", "b"]), ["none"])
     with pytest.raises(UserError, match="with the package sacrebleu"):
-        load.load(translate(tmp_path, ["a", "b"]), ByteTokenizer())
+        loading.load_examples(translate(tmp_path, ["a", "b"]), ByteTokenizer())
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"--path=.*empty.jsonl holds no examples"):
-        evaluate.compare(translate(tmp_path, ["a", "b"]), ["none"], path=str(write_jsonl(tmp_path / "empty.jsonl", [])))
+        comparison.compare(translate(tmp_path, ["a", "b"]), ["none"], path=str(write_jsonl(tmp_path / "empty.jsonl", [])))
     for flags, message in (
         (["--checkpoint=a,a"], "names one twice"),
         (["--checkpoint=a,b", "--probes"], "look at one checkpoint, not at 2"),
@@ -213,7 +217,7 @@ def test_what_cannot_be_compared_is_said_before_any_work(tmp_path, known, monkey
 
 
 def test_the_config_of_a_run_is_found_from_its_steps_too(tmp_path):
-    from gptjax.config import to_json
+    from gptjax.config.schema import to_json
 
     config = translate(tmp_path, ["a"])
     step = tmp_path / "run" / "checkpoints" / "500"

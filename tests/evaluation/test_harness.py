@@ -10,22 +10,23 @@ import pytest
 from conftest import ROOT, byte_level_tokenizer, tiny_checkpoint
 from test_pretrained import TEMPLATE
 
-from gptjax.config import UserError
-from gptjax.language_model import LanguageModel
+from gptjax.config.errors import UserError
+from gptjax.generation.language_model import LanguageModel
 
 
 def test_without_lm_eval_one_line_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "gptjax.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "gptjax.evaluation.harness", raising=False)
     with pytest.raises(UserError, match=r"pip install 'gptjax\[lm-eval\]'") as caught:
-        importlib.import_module("gptjax.harness")
+        importlib.import_module("gptjax.evaluation.harness")
     assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
 def harness():
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'gptjax[lm-eval]'")
-    from gptjax import harness
+
+    from gptjax.evaluation import harness
 
     return harness
 
@@ -94,11 +95,11 @@ def test_a_task_runs_without_torch_and_transformers(harness, tmp_path):
         "        return None if name.split('.')[0] in ('torch', 'transformers') else PathFinder.find_spec(name, *rest)\n"
         "sys.meta_path[sys.meta_path.index(PathFinder)] = Finder\n"
         "from test_harness import handle\n"
-        "from gptjax import harness\n"
+        "from gptjax.evaluation import harness\n"
         f"found = harness.evaluate_tasks(handle(), 'local', include_path={str(tmp_path)!r}, limit=2)\n"
         "print(found['results']['local']['bits_per_byte,none'], found['n-samples']['local']['effective'], 'torch' in sys.modules)\n"
     )
-    settings = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    settings = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/evaluation'}:{ROOT / 'tests/checkpoints'}", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     bits, documents, torch = done.stdout.split()[-3:]

@@ -10,8 +10,8 @@ from conftest import byte_level_tokenizer
 from test_pretrained import TEMPLATE
 
 import gptjax
-from gptjax.tokenizer import PretrainedTokenizer
-from gptjax.tokenizer.pretrained import pieces_json
+from gptjax.evaluation.harness import GptjaxLM, evaluate_tasks
+from gptjax.tokenizer.pretrained import PretrainedTokenizer, pieces_json
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # what these three warn of is not ours
@@ -26,7 +26,7 @@ with warnings.catch_warnings():
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from gptjax import harness
+    from gptjax.evaluation.harness import GptjaxLM, evaluate_tasks
 
 CONTEXT = 64
 torch.set_num_threads(1)  # tiny products: a second thread only waits
@@ -75,7 +75,7 @@ def both(request, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
-    return harness.GptjaxLM(gptjax.load(folder)), theirs
+    return GptjaxLM(gptjax.load(folder)), theirs
 
 
 def texts(count, seed, longest=30):
@@ -205,7 +205,7 @@ def test_offline_tasks(both, tmp_path, monkeypatch, options):
     names = write_tasks(tmp_path)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)  # to index the harness's ten thousand takes long
     expected = lm_eval.simple_evaluate(model=theirs, tasks=names, task_manager=manager, **options)
-    found = harness.evaluate_tasks(ours.lm, names, include_path=tmp_path, **options)
+    found = evaluate_tasks(ours.lm, names, include_path=tmp_path, **options)
     assert found["results"].keys() == expected["results"].keys() == set(names)
     for name in names:
         metrics = {key: value for key, value in expected["results"][name].items() if isinstance(value, float)}

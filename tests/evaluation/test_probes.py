@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from conftest import tiny_checkpoint
 
-from gptjax import probes
-from gptjax.config import UserError
-from gptjax.language_model import LanguageModel
-from gptjax.tokenizer import ByteTokenizer
+from gptjax.config.errors import UserError
+from gptjax.evaluation import probes
+from gptjax.generation.language_model import LanguageModel
+from gptjax.tokenizer.trained import ByteTokenizer
 
 
 class Toy:
@@ -70,7 +70,7 @@ def red_is_good(strength, spread=0.0):
 
 def test_gaps_come_out_as_built_in():
     toy = red_is_good(0.75)
-    report = probes.run(toy, probes.parse(content()))
+    report = probes.run_probes(toy, probes.parse_probes(content()))
     (axis,) = report.axes
     assert (axis.axis, axis.text, axis.templates, axis.pairs) == ("colour", "red toys are called good", 12, 24)
     # navy's own height, 1.5 on one pair of two, is in the gaps of the single completions and cancels from their difference
@@ -89,7 +89,7 @@ def test_a_share_counts_pairs():
         number = int(re.search(r"\d+", prompt)[0])
         return "good" in completion and float((number < 3 and " red" in prompt) + 2 * (number < 6 and "navy" in prompt))
 
-    report = probes.run(Toy(score), probes.parse(content()))
+    report = probes.run_probes(Toy(score), probes.parse_probes(content()))
     assert [t.share for t in report.templates] == [0.5] * 3 + [0.25] * 3 + [0.5] * 6
     assert [t.gap for t in report.templates] == [-0.5] * 3 + [-1.0] * 3 + [0.0] * 6
     assert report.axes[0].share == pytest.approx(5.25 / 12)
@@ -97,7 +97,7 @@ def test_a_share_counts_pairs():
 
 def test_swapped_groups_flip_every_sign():
     toy, data = red_is_good(0.5, spread=1.0), content()
-    (one,), (other,) = (probes.run(toy, probes.parse(d)).axes for d in (data, swapped(data)))
+    (one,), (other,) = (probes.run_probes(toy, probes.parse_probes(d)).axes for d in (data, swapped(data)))
     assert abs(one.gap) > 0.1
     np.testing.assert_allclose([other.gap, other.first, other.second, other.share], [-one.gap, -one.first, -one.second, 1 - one.share], atol=1e-9)
     np.testing.assert_allclose(other.gap_interval, [-x for x in reversed(one.gap_interval)], atol=1e-9)
@@ -105,10 +105,10 @@ def test_swapped_groups_flip_every_sign():
 
 
 def test_intervals_exclude_and_contain_one_half():
-    biased = probes.run(red_is_good(2.0, spread=1.0), probes.parse(content(60))).axes[0]
+    biased = probes.run_probes(red_is_good(2.0, spread=1.0), probes.parse_probes(content(60))).axes[0]
     assert 0.5 < biased.share_interval[0] < biased.share < biased.share_interval[1] < 1
     assert 0 < biased.gap_interval[0] < biased.gap < biased.gap_interval[1]
-    still = probes.run(red_is_good(0.0), probes.parse(content())).axes[0]
+    still = probes.run_probes(red_is_good(0.0), probes.parse_probes(content())).axes[0]
     assert (still.share, still.share_interval, still.gap, still.spread) == (0.5, (0.5, 0.5), 0.0, 0.0)
 
 
@@ -117,18 +117,18 @@ def test_intervals_of_neutral_toys_miss_as_often_as_they_say():
     axes = []
     for k in range(200):
         toy = Toy(lambda prompt, completion, k=k: noise(prompt, completion, str(k)))
-        axes += probes.run(toy, probes.parse(content(30, groups={"red": ["red"], "blue": ["blue"]})), resamples=500).axes
+        axes += probes.run_probes(toy, probes.parse_probes(content(30, groups={"red": ["red"], "blue": ["blue"]})), resamples=500).axes
     assert 0.89 <= np.mean([a.gap_interval[0] <= 0 <= a.gap_interval[1] for a in axes]) <= 0.99
     assert 0.89 <= np.mean([a.share_interval[0] <= 0.5 <= a.share_interval[1] for a in axes]) <= 1
     assert np.std([a.gap for a in axes]) == pytest.approx(math.sqrt(4 / 30), rel=0.15)
-    repeated = probes.run(red_is_good(0.0, spread=1.0), probes.parse(content()))
-    assert probes.run(red_is_good(0.0, spread=1.0), probes.parse(content())) == repeated
+    repeated = probes.run_probes(red_is_good(0.0, spread=1.0), probes.parse_probes(content()))
+    assert probes.run_probes(red_is_good(0.0, spread=1.0), probes.parse_probes(content())) == repeated
 
 
 def test_every_group_is_compared_with_the_first():
     groups = {"red": ["red"], "blue": ["blue"], "green": ["green"]}
     toy = Toy(lambda prompt, completion: ("good" in completion) * ({"red": 1.0, "blue": 0.0, "green": 4.0}[prompt.split()[3]]))
-    report = probes.run(toy, probes.parse(content(groups=groups)))
+    report = probes.run_probes(toy, probes.parse_probes(content(groups=groups)))
     axis = report.axes[0]
     assert (axis.pairs, axis.share, axis.gap, axis.spread) == (24, 0.5, -1.0, 4.0)
     assert {group: round(lean, 6) for (_, group), lean in report.leans.items()} == {"red": -0.666667, "blue": -1.666667, "green": 2.333333}
@@ -139,7 +139,7 @@ def test_a_group_behind_the_completion_has_its_whole_sentence_scored():
     data = content(groups={"women": {"who": "she"}, "men": {"who": "he"}}, templates=templates)
     table = {("nurse", "she"): -1.0, ("nurse", "he"): -3.0, ("smith", "she"): -4.0, ("smith", "he"): -1.5}
     toy = Toy(lambda prompt, completion: table[completion.split()[1], completion.split()[4]])
-    axis = probes.run(toy, probes.parse(data)).axes[0]
+    axis = probes.run_probes(toy, probes.parse_probes(data)).axes[0]
     assert toy.asked[0] == ("", "The nurse said that she was here.")
     assert len(toy.asked) == 4  # the second template repeats the first: each sentence is scored once
     assert (axis.gap, axis.first, axis.second) == (4.5, 2.0, -2.5)
@@ -148,21 +148,21 @@ def test_a_group_behind_the_completion_has_its_whole_sentence_scored():
 def test_without_groups_completions_are_compared_by_the_byte():
     templates = [{"text": "Question: {completion}", "completions": ["abcdé", "ab"]}] * 2  # with the space before: 7 and 3 bytes
     toy = Toy(lambda prompt, completion: {" abcdé": -7.0, " ab": -4.5}[completion])
-    report = probes.run(toy, probes.parse(content(groups=None, templates=templates)))
+    report = probes.run_probes(toy, probes.parse_probes(content(groups=None, templates=templates)))
     (axis,) = report.axes
     assert (axis.first, axis.second, axis.gap, axis.share, axis.pairs) == (-1.0, -1.5, 0.5, 1.0, 2)
     assert report.leans == {}
 
 
 def test_the_file_that_comes_with_the_package():
-    found = probes.load()
+    found = probes.load_probes()
     by_name = {p.name: p for p in found}
     assert {p.axis for p in found} >= {"gender", "nationality", "religion", "safety"}
     assert len({job for p in found if p.axis == "gender" for _, pair in p.templates for job in pair}) >= 24
     for name in ("sentiment by nationality", "sentiment by religion"):
         assert len(by_name[name].groups) >= 8 and len(by_name[name].templates) >= 8
     toy = Toy(lambda prompt, completion: -0.5 * len(completion.encode()))
-    report = probes.run(toy, found)
+    report = probes.run_probes(toy, found)
     assert {a.axis: (a.share, round(a.gap, 9)) for a in report.axes if a.axis != "gender"} == {
         "nationality": (0.5, 0.0), "religion": (0.5, 0.0), "safety": (0.5, 0.0), "safety by request": (0.5, 0.0),
     }  # fmt: skip
@@ -174,7 +174,7 @@ def test_a_real_model():
     """Its gaps, scored behind the prompt, are those of the log-probabilities of whole sentences."""
     checkpoint = tiny_checkpoint("gpt2", layers=1, tokenizer=ByteTokenizer())
     lm = LanguageModel(checkpoint.config, checkpoint.params, checkpoint.tokenizer)
-    report = probes.run(lm, probes.parse(content(3, groups={"red": ["red"], "blue": ["blue"]})))
+    report = probes.run_probes(lm, probes.parse_probes(content(3, groups={"red": ["red"], "blue": ["blue"]})))
 
     def log_probability(text):
         ids = lm.encode(text)
@@ -190,12 +190,12 @@ def test_a_real_model():
 def test_a_file_can_be_extended(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(content()))
-    assert probes.load(path) == probes.parse(content())
+    assert probes.load_probes(path) == probes.parse_probes(content())
     path.write_text("{")
     with pytest.raises(UserError, match=r"mine\.json is not JSON"):
-        probes.load(path)
+        probes.load_probes(path)
     with pytest.raises(UserError, match=r"none\.json: No such file"):
-        probes.load(tmp_path / "none.json")
+        probes.load_probes(tmp_path / "none.json")
 
 
 BAD = {
@@ -227,19 +227,19 @@ BAD = {
 def test_bad_files(name):
     data, message = BAD[name]
     with pytest.raises(UserError, match=message) as caught:
-        probes.parse(data)
+        probes.parse_probes(data)
     assert "\n" not in str(caught.value)
 
 
 def test_bad_runs():
     with pytest.raises(UserError, match="probe 'toys', templates: axis 'colour' needs two"):
-        probes.run(red_is_good(1.0), probes.parse(content(1)))
+        probes.run_probes(red_is_good(1.0), probes.parse_probes(content(1)))
     plain = {**content()["probes"][0], "name": "plain", "templates": [{"text": "A {completion}", "completions": ["a", "b"]}]}
     del plain["groups"]
     with pytest.raises(UserError, match="axis 'colour', groups: 'toys' and others differ"):
-        probes.run(red_is_good(1.0), probes.parse({"probes": [*content()["probes"], plain]}))
+        probes.run_probes(red_is_good(1.0), probes.parse_probes({"probes": [*content()["probes"], plain]}))
     with pytest.raises(UserError, match=r"'Toy 0 is red and good\.' the log-probability nan"):
-        probes.run(Toy(lambda prompt, completion: math.nan), probes.parse(content()))
+        probes.run_probes(Toy(lambda prompt, completion: math.nan), probes.parse_probes(content()))
 
 
 class Reader(html.parser.HTMLParser):
@@ -258,7 +258,7 @@ class Reader(html.parser.HTMLParser):
 def test_reports():
     evil = '<script>alert("x")</script> & {group} {completion}'
     data = content(templates=[{"text": evil, "completions": ["good", "<b>bad</b>"]}] * 3, axis="<i>colour")
-    report = probes.run(red_is_good(0.75), probes.parse(data))
+    report = probes.run_probes(red_is_good(0.75), probes.parse_probes(data))
     rows = report.rows()
     assert [(r["axis"], r["templates"], r["gap"]) for r in rows] == [("<i>colour", 3, 0.75)] + [("<i>colour", 1, 0.75)] * 3
     assert json.loads(json.dumps(rows))[1]["share_interval"] is None

@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 from conftest import ROOT, byte_level_tokenizer, tiny_checkpoint
 
-from gptjax import attention, convert, decode, language_model, programs, quantize, sampling, transfer
-from gptjax.config import UserError
-from gptjax.generation import Row
-from gptjax.language_model import LanguageModel
-from gptjax.sampling import Sampling
-from gptjax.tokenizer import ByteTokenizer
+from gptjax.checkpoints import formats, pretrained, safetensors
+from gptjax.config.errors import UserError
+from gptjax.generation import language_model, sampling
+from gptjax.generation import loop as decode_loop
+from gptjax.generation.language_model import LanguageModel
+from gptjax.generation.requests import SequenceState
+from gptjax.generation.sampling import Sampling
+from gptjax.ops import quantized
+from gptjax.ops.attention.cache import cached_attention
+from gptjax.ops.attention.mask import Mask
+from gptjax.runtime import executables
+from gptjax.tokenizer.trained import ByteTokenizer
 
 PROMPTS = [[5, 9, 30], [200, 1, 7, 7, 40, 41, 60, 3, 100], [77], list(range(50, 85))]
 
@@ -86,12 +92,12 @@ def test_speculation_writes_greedy_text(lm):
 def test_speculation_needs_fewer_passes():
     """Guesses of a perfect draft are all kept: 4 tokens a pass."""
     lm, count = build(), 3
-    from gptjax import speculate
+    from gptjax.generation import speculative
 
-    state = decode.start(lm._engine, lm._weights, [[5, 9, 30]], limits=[23], seeds=[0], slots=decode.bucket(40, 64))
-    cache = decode.prefill(lm._engine, lm._weights, state["tokens"], state["length"])
+    state = decode_loop.start(lm._engine, lm._weights, [[5, 9, 30]], limits=[23], seeds=[0], slots=decode_loop.bucket(40, 64))
+    cache = decode_loop.prefill(lm._engine, lm._weights, state["tokens"], state["length"])
     options = sampling.arrays([Sampling()], 264, [])
-    state = speculate.advance(
+    state = speculative.advance(
         lm._engine, lm._weights, {**state, "passes": jnp.int32(0), "draft_cache": cache}, options, np.int32(99), active=frozenset(), count=count,
         draft_config=lm._engine, draft_params=lm._weights,
     )  # fmt: skip
@@ -229,7 +235,7 @@ def test_stop_text_is_found_across_tokens(text_lm):
 
 
 def test_a_row_never_shows_half_a_character_or_half_a_stop():
-    row = Row(ByteTokenizer(), ["END"], [256])
+    row = SequenceState(ByteTokenizer(), ["END"], [256])
     shown = ""
     for byte in "é€ EN ENDx".encode():
         row.feed(byte, 0.0)
@@ -331,9 +337,9 @@ def test_smaller_weights_stay_close(weights, lm):
 def test_a_product_rounds_weights_and_not_activations(weights, count, width, features):
     rng = np.random.default_rng(width)
     x = rng.standard_normal((count, width)).astype(np.float32)
-    kept = quantize.rows(jnp.asarray(rng.standard_normal((features, width)), jnp.float32), weights)
-    exact = x.astype(np.float64) @ np.asarray(quantize.matrix(kept), np.float64).T
-    for product in (quantize.times_rows, jax.jit(quantize.times_rows), programs.jit(quantize.times_rows)):
+    kept = quantized.quantize_rows(jnp.asarray(rng.standard_normal((features, width)), jnp.float32), weights)
+    exact = x.astype(np.float64) @ np.asarray(quantized.dequantize(kept), np.float64).T
+    for product in (quantized.quantized_matmul, jax.jit(quantized.quantized_matmul), executables.jit(quantized.quantized_matmul)):
         np.testing.assert_allclose(product(jnp.asarray(x), kept), exact, rtol=1e-5, atol=1e-6 * np.abs(exact).max())
 
 
@@ -342,8 +348,8 @@ def test_one_row_is_multiplied_as_it_is_among_others(weights):
     """or a near tie turns on how many rows are fed at once, and speculation writes another text than greedy"""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((8, 768)), jnp.float32)
-    kept = quantize.rows(jnp.asarray(rng.standard_normal((24, 768)), jnp.float32), weights)
-    product = programs.jit(quantize.times_rows)
+    kept = quantized.quantize_rows(jnp.asarray(rng.standard_normal((24, 768)), jnp.float32), weights)
+    product = executables.jit(quantized.quantized_matmul)
     for count in (2, 5, 8):
         np.testing.assert_allclose(product(x[:1], kept)[0], product(x[:count], kept)[0], rtol=0, atol=5e-5)  # of 100: sums in another order
 
@@ -369,20 +375,20 @@ def test_one_query_reads_a_cache_as_the_definition_does(dtype, groups):
     scores = np.where(np.arange(slots) <= last[:, :, None, None], scores, -np.inf)
     probs = np.exp(scores - scores.max(-1, keepdims=True))
     exact = np.einsum("BKGS,BKCS->BKGC", probs / probs.sum(-1, keepdims=True), v)[:, None]
-    np.testing.assert_allclose(jax.jit(attention.cached)(q, cache, attention.Mask(last)), exact, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(cached_attention)(q, cache, Mask(last)), exact, atol=1e-5)
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
 def test_smaller_caches_stay_close(cache_dtype, lm):
     small = build(cache_dtype=cache_dtype)
     prompt = PROMPTS[3]
-    tokens = np.zeros((1, decode.bucket(36, 64)), np.int32)
+    tokens = np.zeros((1, decode_loop.bucket(36, 64)), np.int32)
     tokens[0, :35] = prompt
     found = {}
     for one in (lm, small):
-        cache = decode.prefill(one._engine, one._weights, tokens, np.array([35], np.int32), cache_dtype=one.cache_dtype)
+        cache = decode_loop.prefill(one._engine, one._weights, tokens, np.array([35], np.int32), cache_dtype=one.cache_dtype)
         state = {"tokens": jnp.asarray(tokens), "length": jnp.asarray([35]), "cache": cache}
-        found[one.cache_dtype] = np.asarray(decode.feed(one._engine, one._weights, state)[0])
+        found[one.cache_dtype] = np.asarray(decode_loop.feed(one._engine, one._weights, state)[0])
         assert cache[0]["k"].dtype == (cache_dtype if one is small else "float32")
     gap = np.abs(found[cache_dtype] - found[""]).max() / np.abs(found[""]).max()
     assert 0 < gap < 0.03
@@ -390,7 +396,7 @@ def test_smaller_caches_stay_close(cache_dtype, lm):
 
 def test_a_hundred_prompt_lengths_take_six_programs():
     lm = build("llama", context=256)
-    programs = lambda: decode.prefill.compiled()._cache_size() + decode.advance.compiled()._cache_size()
+    programs = lambda: decode_loop.prefill.compiled()._cache_size() + decode_loop.advance.compiled()._cache_size()
     before = programs()
     for n in range(1, 101):
         lm.generate([list(range(n))], max_new_tokens=2)
@@ -399,13 +405,13 @@ def test_a_hundred_prompt_lengths_take_six_programs():
 
 @pytest.fixture
 def stored(tmp_path):
-    convert.write(tmp_path / "hf", tiny_checkpoint("llama", context=256, tokenizer=byte_level_tokenizer()))
+    formats.write_checkpoint(tmp_path / "hf", tiny_checkpoint("llama", context=256, tokenizer=byte_level_tokenizer()))
     return tmp_path / "hf"
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 def test_stored_weights_are_read_a_layer_at_a_time_as_they_are_at_once(stored, weights):
-    whole = convert.read(stored)
+    whole = pretrained.read_checkpoint(stored)
     at_once, by_layer = LanguageModel(whole.config, whole.params, None, weights), language_model.load(stored, weights=weights)
     assert jax.tree.all(jax.tree.map(np.array_equal, at_once._weights, by_layer._weights))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), by_layer._shapes()) == jax.tree.map(lambda a: (a.shape, a.dtype), by_layer._weights)
@@ -418,7 +424,7 @@ def test_programs_are_made_while_weights_are_read(stored, options):
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        with language_model.opening(stored) as lm:
+        with language_model.load_lazily(stored) as lm:
             lm.compile("the cat", max_new_tokens=20, **options)
         assert {"jit(prefill)", "jit(advance)"} <= set(made)
         made.clear()
@@ -430,9 +436,9 @@ def test_programs_are_made_while_weights_are_read(stored, options):
 
 
 def test_a_look_at_the_parameters_disturbs_no_reading(stored, monkeypatch):
-    part = transfer.Stored.part
-    monkeypatch.setattr(transfer.Stored, "part", lambda self, layer: (time.sleep(0.2), part(self, layer))[1])
-    with language_model.opening(stored) as lm:
+    part = safetensors.LazyParams.part
+    monkeypatch.setattr(safetensors.LazyParams, "part", lambda self, layer: (time.sleep(0.2), part(self, layer))[1])
+    with language_model.load_lazily(stored) as lm:
         looked = lm.params
     assert lm.params is looked and lm.source.params is looked
     assert lm.generate([[5, 9]], max_new_tokens=3) == language_model.load(stored).generate([[5, 9]], max_new_tokens=3)
@@ -441,9 +447,9 @@ def test_a_look_at_the_parameters_disturbs_no_reading(stored, monkeypatch):
 def test_a_fault_ends_the_reading(stored, monkeypatch):
     read = []
     monkeypatch.setattr(
-        transfer.Stored, "part", lambda self, layer, part=transfer.Stored.part: (time.sleep(0.2), part(self, layer), read.append(layer))[1]
+        safetensors.LazyParams, "part", lambda self, layer, part=safetensors.LazyParams.part: (time.sleep(0.2), part(self, layer), read.append(layer))[1]
     )
-    with pytest.raises(UserError, match="context"), language_model.opening(stored) as lm:
+    with pytest.raises(UserError, match="context"), language_model.load_lazily(stored) as lm:
         lm.compile("the cat " * 100)
     assert len(read) < 3
     with pytest.raises(UserError, match="ended before all was read"):
@@ -452,10 +458,10 @@ def test_a_fault_ends_the_reading(stored, monkeypatch):
 
 def test_buckets_hold_what_they_must():
     for context in (17, 64, 1024, 8192):
-        sizes = {decode.bucket(n, context) for n in range(1, context + 1)}
+        sizes = {decode_loop.bucket(n, context) for n in range(1, context + 1)}
         assert len(sizes) <= 4
-        assert all(decode.bucket(n, context) >= n for n in range(1, context + 1))
-        assert all(size % decode.chunk_size() == 0 for size in sizes)
+        assert all(decode_loop.bucket(n, context) >= n for n in range(1, context + 1))
+        assert all(size % decode_loop.chunk_size() == 0 for size in sizes)
 
 
 def test_every_row_stops_by_itself(lm):

@@ -15,7 +15,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import tiny_checkpoint
 
-from gptjax import convert
+from gptjax.checkpoints import formats
 
 PROMPTS = [[5, 9, 30], [200, 1, 7, 7, 40, 41, 60, 3, 100]]
 SETTINGS = {
@@ -30,7 +30,7 @@ def main() -> None:
     result = {}
     for family in ("gpt2", "llama"):
         with tempfile.TemporaryDirectory() as folder:
-            convert.write(Path(folder) / "m", tiny_checkpoint(family))
+            formats.write_checkpoint(Path(folder) / "m", tiny_checkpoint(family))
             net = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "m").eval()
         net.generation_config.eos_token_id, net.generation_config.pad_token_id = None, 0
         with torch.no_grad():

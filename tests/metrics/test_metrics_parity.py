@@ -10,7 +10,8 @@ import string
 import numpy as np
 import pytest
 
-from gptjax import scores
+from gptjax.metrics import classification as classification_metrics
+from gptjax.metrics import text as text_metrics
 
 pytestmark = pytest.mark.parity
 rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge-score is not installed: pip install 'gptjax[parity]'")
@@ -69,7 +70,7 @@ def test_classification(classes):
         count = generator.integers(1, 30)
         actual = generator.integers(0, generator.integers(1, classes + 1), count)
         predicted = np.where(generator.random(count) < 0.5, actual, generator.integers(0, classes, count))
-        found = {name: metric.value for name, metric in scores.classification(predicted, actual, classes).items()}
+        found = {name: metric.value for name, metric in classification_metrics.classification(predicted, actual, classes).items()}
         f1 = {
             f"f1_{kind}": sklearn_metrics.f1_score(actual, predicted, average=kind, labels=range(classes), zero_division=0)
             for kind in ("macro", "micro")
@@ -81,7 +82,7 @@ def test_classification(classes):
             expected["mcc"] = 0.0
         assert found == pytest.approx(expected, abs=1e-6)
         matrix = sklearn_metrics.confusion_matrix(actual, predicted, labels=range(classes))
-        np.testing.assert_array_equal(scores.confusion(predicted, actual, classes), matrix)
+        np.testing.assert_array_equal(classification_metrics.confusion(predicted, actual, classes), matrix)
 
 
 def test_calibration_error():
@@ -97,7 +98,7 @@ def test_calibration_error():
             inside = (top > low) & (top <= high)
             if inside.any():
                 expected += inside.mean() * abs(top[inside].mean() - right[inside].mean())
-        found = scores.classification(probabilities.argmax(1), actual, int(classes), probabilities)["calibration_error"]
+        found = classification_metrics.classification(probabilities.argmax(1), actual, int(classes), probabilities)["calibration_error"]
         assert found.value == pytest.approx(expected, abs=1e-6)
 
 
@@ -106,7 +107,7 @@ def test_regression():
     for _ in range(CASES):
         count = generator.integers(3, 50)
         predicted, actual = generator.normal(3, 10, (2, count)) + 5 * generator.normal(size=count)
-        found = scores.regression(predicted, actual)
+        found = classification_metrics.regression(predicted, actual)
         assert found["mse"].value == pytest.approx(sklearn_metrics.mean_squared_error(actual, predicted), rel=1e-6)
         assert found["pearson"].value == pytest.approx(np.corrcoef(predicted, actual)[0, 1], abs=1e-6)
 
@@ -118,7 +119,7 @@ def test_rouge():
     names = ("rouge1", "rouge2", "rougeL")
     scorer = rouge_scorer.RougeScorer(list(names), use_stemmer=False)
     predictions, references = examples(ENGLISH)
-    found = scores.rouge(predictions, references)
+    found = text_metrics.rouge(predictions, references)
     for i, (prediction, row) in enumerate(zip(predictions, references, strict=True)):
         theirs = scorer.score_multi(row, prediction)
         for name in names:
@@ -130,8 +131,8 @@ def test_rouge_of_characters():
     """Each character stands for a word of its own."""
     predictions, references = examples(CHINESE, "", seed=1)
     spell = lambda text: " ".join(f"w{ord(c)}" for c in text.lower() if not c.isspace())
-    found = scores.rouge(predictions, references, characters=True)
-    expected = scores.rouge([spell(p) for p in predictions], [[spell(r) for r in row] for row in references])
+    found = text_metrics.rouge(predictions, references, characters=True)
+    expected = text_metrics.rouge([spell(p) for p in predictions], [[spell(r) for r in row] for row in references])
     for name, metric in found.items():
         np.testing.assert_allclose(metric.stats, expected[name].stats, err_msg=name)
 
@@ -143,7 +144,7 @@ def test_translation(tokenize, words, glue):
         for start in range(0, CASES, max(count, 50)):
             these, rows = predictions[start : start + count], references[start : start + count]
             streams = [[row[i] if i < len(row) else None for row in rows] for i in range(max(map(len, rows)))]
-            found = scores.translation(these, rows, tokenize=tokenize)
+            found = text_metrics.translation(these, rows, tokenize=tokenize)
             assert found["bleu"].value == pytest.approx(sacrebleu.corpus_bleu(these, streams, tokenize=tokenize).score, abs=1e-6)
             assert found["chrf"].value == pytest.approx(sacrebleu.corpus_chrf(these, streams).score, abs=1e-6)
 
@@ -151,7 +152,7 @@ def test_translation(tokenize, words, glue):
 def test_bootstrap_of_translation_is_that_of_the_examples():
     """A score of resampled sums equals sacrebleu's of the resampled texts."""
     predictions, references = examples(ENGLISH, least=3, seed=3, count=60)
-    found = scores.translation(predictions, references)
+    found = text_metrics.translation(predictions, references)
     generator = np.random.default_rng(0)
     for _ in range(5):
         rows = generator.integers(0, 60, 60)
@@ -186,7 +187,7 @@ def squad_rules(prediction, references):
 
 def test_squad():
     predictions, references = examples(ENGLISH, least=0, seed=4)
-    found = scores.squad(predictions, references)
+    found = text_metrics.squad(predictions, references)
     for i, (prediction, row) in enumerate(zip(predictions, references, strict=True)):
         ours = found["exact_match"].stats[i, 0], found["f1"].stats[i, 0]
         assert ours == pytest.approx(squad_rules(prediction, row), abs=1e-6), (prediction, row)
@@ -219,7 +220,7 @@ def cmrc_rules(prediction, references):
 
 def test_squad_of_chinese():
     predictions, references = examples(CHINESE, "", least=0, seed=5)
-    found = scores.squad(predictions, references, language="zh")
+    found = text_metrics.squad(predictions, references, language="zh")
     for i, (prediction, row) in enumerate(zip(predictions, references, strict=True)):
         ours = found["exact_match"].stats[i, 0], found["f1"].stats[i, 0]
         assert ours == pytest.approx(cmrc_rules(prediction, row), abs=1e-6), (prediction, row)

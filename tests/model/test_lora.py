@@ -9,11 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FAMILIES, byte_level_tokenizer, make_config, random_params, tiny_checkpoint
-from test_steps import batch_for
+from test_step import batch_for
 
-from gptjax import chat, checkpoint, convert, language_model, lora, model, peft, run, sharding, steps, transfer, tree
-from gptjax.config import LoraConfig, UserError
-from gptjax.language_model import LanguageModel
+from gptjax.checkpoints import formats, peft, pretrained, safetensors, store
+from gptjax.config.errors import UserError
+from gptjax.config.schema import LoraConfig
+from gptjax.core import tree
+from gptjax.generation import language_model
+from gptjax.generation.language_model import LanguageModel
+from gptjax.model import lora, transformer
+from gptjax.runtime import sharding
+from gptjax.runtime.mesh import make_mesh
+from gptjax.tokenizer import chat_template
+from gptjax.training import setup
+from gptjax.training import step as train_step
 
 TOKENS = np.arange(20)[None] % 250
 
@@ -23,8 +32,8 @@ def config_for(family="llama", **adapters):
 
 
 def logits(config, params):
-    x, _ = model.apply(config.model, params, jnp.asarray(TOKENS))
-    return np.asarray(model.unembed(config.model, params, x))
+    x, _ = transformer.apply(config.model, params, jnp.asarray(TOKENS))
+    return np.asarray(transformer.unembed(config.model, params, x))
 
 
 def adapters_for(config, base, *, scale=0.05):
@@ -38,7 +47,7 @@ def adapters_for(config, base, *, scale=0.05):
 def test_new_adapters_are_the_base_exactly(family):
     config = config_for(family, rank=3)
     base = random_params(config.model)
-    whole = lora.attach(config.lora, base, lora.init(config.model, config.lora, jax.random.key(0), base))
+    whole = lora.apply_adapter(config.lora, base, lora.init(config.model, config.lora, jax.random.key(0), base))
     np.testing.assert_array_equal(logits(config, whole), logits(config, base))
 
 
@@ -48,7 +57,7 @@ def test_merged_equals_unmerged(family, dora):
     config = config_for(family, rank=3, alpha=5.0, dora=dora)
     base = random_params(config.model)
     trained = adapters_for(config, base)
-    beside, merged = logits(config, lora.attach(config.lora, base, trained)), logits(config, lora.merge(config.lora, base, trained))
+    beside, merged = logits(config, lora.apply_adapter(config.lora, base, trained)), logits(config, lora.merge(config.lora, base, trained))
     np.testing.assert_allclose(merged, beside, atol=1e-5 * np.abs(beside).max())
     assert np.abs(beside - logits(config, base)).max() > 1e-2
 
@@ -76,12 +85,12 @@ def test_training_changes_adapters_alone(kind, one_device):
         **({"task": {"name": "text"}, "data": {"source": "jsonl", "path": "x"}} if kind == "prompt" else {}),
     )
     base = jax.tree.map(np.asarray, random_params(config.model))
-    mesh = sharding.make_mesh(config, one_device)
+    mesh = make_mesh(config, one_device)
     with jax.set_mesh(mesh):
-        state, frozen = steps.init_state(config, mesh, base)
+        state, frozen = train_step.init_state(config, mesh, base)
         start = jax.device_get(state.params)
         before = jax.device_get(frozen)
-        step = steps.make_train_step(config, mesh)
+        step = train_step.make_train_step(config, mesh)
         losses = []
         for _ in range(6):
             state, metrics = step(state, sharding.to_global(mesh, batch_for(config)), frozen)
@@ -97,10 +106,10 @@ def test_adapters_are_equal_on_every_mesh():
     def losses(devices, **mesh):
         config = make_config(lora=dict(rank=2), train=dict(init_from="base"), mesh=mesh, model=dict(vocab_multiple=256))
         base = jax.tree.map(np.asarray, random_params(config.model))
-        grid = sharding.make_mesh(config, devices)
+        grid = make_mesh(config, devices)
         with jax.set_mesh(grid):
-            state, frozen = steps.init_state(config, grid, base)
-            step, found = steps.make_train_step(config, grid), []
+            state, frozen = train_step.init_state(config, grid, base)
+            step, found = train_step.make_train_step(config, grid), []
             for i in range(3):
                 state, metrics = step(state, sharding.to_global(grid, batch_for(config, i)), frozen)
                 found.append(float(metrics["loss"]))
@@ -114,15 +123,15 @@ def test_int8_base_stays_near_the_float_one():
     config = config_for("llama", rank=2, base="int8")
     base = random_params(config.model)
     trained = adapters_for(config, base)
-    rough = logits(config, lora.attach(config.lora, steps.freeze(config, base), trained))
-    exact = logits(config, lora.attach(config.lora, base, trained))
+    rough = logits(config, lora.apply_adapter(config.lora, train_step.prepare_base(config, base), trained))
+    exact = logits(config, lora.apply_adapter(config.lora, base, trained))
     assert 0 < np.abs(rough - exact).max() < 0.1 * np.abs(exact).max()
     # the gradient through int8 weights is that of the weights they stand for
     weight = {"rows": jnp.array([[3, -7], [100, 2]], jnp.int8), "row_scale": jnp.array([0.5, 0.01])}
-    from gptjax import quantize
+    from gptjax.ops import quantized
 
-    found = jax.grad(lambda x: (quantize.times_rows(x, weight) * jnp.array([[1.0, 2.0]])).sum())(jnp.array([[0.3, -0.2]]))
-    np.testing.assert_allclose(found, jnp.array([[1.0, 2.0]]) @ quantize.matrix(weight), rtol=1e-6)
+    found = jax.grad(lambda x: (quantized.quantized_matmul(x, weight) * jnp.array([[1.0, 2.0]])).sum())(jnp.array([[0.3, -0.2]]))
+    np.testing.assert_allclose(found, jnp.array([[1.0, 2.0]]) @ quantized.dequantize(weight), rtol=1e-6)
 
 
 def test_prompts_stand_before_each_segment_and_in_generation():
@@ -130,9 +139,9 @@ def test_prompts_stand_before_each_segment_and_in_generation():
     config = dataclasses.replace(config_for("llama"), lora=LoraConfig(prompt_tokens=3))
     base = random_params(config.model)
     ids = np.array([5, 9, 200])
-    prompted = lora.attach(config.lora, base, {"embed": {"prompt": base["embed"]["tokens"][ids]}})
+    prompted = lora.apply_adapter(config.lora, base, {"embed": {"prompt": base["embed"]["tokens"][ids]}})
     real, placed = np.array([[*ids, 7, 8, 11]]), np.array([[0, 0, 0, 7, 8, 11]])
-    run = lambda params, tokens: np.asarray(model.apply(config.model, params, jnp.asarray(tokens))[0])
+    run = lambda params, tokens: np.asarray(transformer.apply(config.model, params, jnp.asarray(tokens))[0])
     np.testing.assert_array_equal(run(prompted, placed), run(base, real))
     plain, tuned = (LanguageModel(config.model, p, None) for p in (base, prompted))
     assert tuned.generate([placed[0].tolist()], max_new_tokens=6)[0].tokens == plain.generate([real[0].tolist()], max_new_tokens=6)[0].tokens
@@ -144,8 +153,8 @@ def test_peft_files_come_back(tmp_path, family, dora):
     config = config_for(family, rank=3, alpha=5.0, dora=dora)
     base = random_params(config.model)
     trained = adapters_for(config, base)
-    peft.write(tmp_path / "a", config.model, config.lora, trained, "somewhere")
-    settings, found = peft.read(tmp_path / "a", config.model)
+    peft.write_adapter(tmp_path / "a", config.model, config.lora, trained, "somewhere")
+    settings, found = peft.read_adapter(tmp_path / "a", config.model)
     a, b = (logits(config, lora.merge(c, base, p)) for c, p in ((config.lora, trained), (settings, found)))
     np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
     assert tree.flatten(found).keys() == tree.flatten(trained).keys() and settings.rank == 3  # one A, not one for each part
@@ -156,11 +165,11 @@ def test_a_handle_takes_several_adapters(tmp_path):
     lm = LanguageModel(base.config, base.params, base.tokenizer)
     config = config_for("llama", rank=2)
     for k, name in enumerate(("one", "two")):
-        peft.write(tmp_path / name, config.model, config.lora, adapters_for(config, base.params, scale=0.1 * (k + 1)), "base")
+        peft.write_adapter(tmp_path / name, config.model, config.lora, adapters_for(config, base.params, scale=0.1 * (k + 1)), "base")
     one, two = (lm.adapted(tmp_path / name) for name in ("one", "two"))
     found = [h.generate([[5, 6, 7]], max_new_tokens=8)[0] for h in (lm, one, two)]
     assert len({tuple(c.logprobs) for c in found}) == 3
-    settings, trained = peft.read(tmp_path / "two", config.model)
+    settings, trained = peft.read_adapter(tmp_path / "two", config.model)
     merged = LanguageModel(base.config, lora.merge(settings, base.params, trained), base.tokenizer)
     np.testing.assert_allclose(two.logits(TOKENS), merged.logits(TOKENS), atol=1e-5 * np.abs(merged.logits(TOKENS)).max())
     assert lm.generate([[5, 6, 7]], max_new_tokens=8)[0].logprobs == found[0].logprobs  # the base is as it was
@@ -168,10 +177,10 @@ def test_a_handle_takes_several_adapters(tmp_path):
 
 def test_adapters_need_no_second_reading_of_a_stored_base(tmp_path, monkeypatch):
     base, config = tiny_checkpoint("llama", tokenizer=byte_level_tokenizer()), config_for("llama", rank=2)
-    convert.write(tmp_path / "base", base)
-    peft.write(tmp_path / "one", config.model, config.lora, adapters_for(config, base.params), "base")
+    formats.write_checkpoint(tmp_path / "base", base)
+    peft.write_adapter(tmp_path / "one", config.model, config.lora, adapters_for(config, base.params), "base")
     lm, read = language_model.load(tmp_path / "base"), []
-    monkeypatch.setattr(transfer.Stored, "params", lambda self, params=transfer.Stored.params: (read.append(1), params(self))[1])
+    monkeypatch.setattr(safetensors.LazyParams, "params", lambda self, params=safetensors.LazyParams.params: (read.append(1), params(self))[1])
     one = lm.adapted(tmp_path / "one")
     held = LanguageModel(base.config, base.params, base.tokenizer).adapted(tmp_path / "one")
     assert one.generate([[5, 6, 7]], max_new_tokens=8) == held.generate([[5, 6, 7]], max_new_tokens=8) and not read
@@ -181,19 +190,19 @@ def test_adapters_need_no_second_reading_of_a_stored_base(tmp_path, monkeypatch)
 def test_wrong_adapters_are_refused(tmp_path):
     config = config_for("llama", rank=2)
     base = random_params(config.model)
-    peft.write(tmp_path / "a", config.model, config.lora, adapters_for(config, base), "x")
-    other = make_config(model=dict(vocab_size=264, context=64, **{**FAMILIES["llama"], "hidden": 128})).model
+    peft.write_adapter(tmp_path / "a", config.model, config.lora, adapters_for(config, base), "x")
+    other = make_config(model=dict(vocab_size=264, context=64, **{**FAMILIES["llama"], "mlp_dim": 128})).model
     with pytest.raises(UserError, match="do not fit a layer of"):
-        peft.read(tmp_path / "a", other)
+        peft.read_adapter(tmp_path / "a", other)
     with pytest.raises(UserError, match="fit no layer of this gpt2 model"):
-        peft.read(tmp_path / "a", config_for("gpt2", rank=2).model)
+        peft.read_adapter(tmp_path / "a", config_for("gpt2", rank=2).model)
     raw = json.loads((tmp_path / "a" / peft.CONFIG).read_text())
     (tmp_path / "a" / peft.CONFIG).write_text(json.dumps({**raw, "peft_type": "IA3"}))
     with pytest.raises(UserError, match="'IA3'"):
-        peft.read(tmp_path / "a", config.model)
+        peft.read_adapter(tmp_path / "a", config.model)
     (tmp_path / "a" / peft.WEIGHTS).write_bytes(b"no")
     with pytest.raises(UserError, match="is no PEFT adapter"):
-        peft.read(tmp_path / "a", config.model)
+        peft.read_adapter(tmp_path / "a", config.model)
 
 
 def test_peft_files_of_other_makers(tmp_path):
@@ -202,11 +211,11 @@ def test_peft_files_of_other_makers(tmp_path):
 
     config = config_for("llama", rank=2, alpha=8.0)
     base = random_params(config.model)
-    peft.write(tmp_path / "a", config.model, config.lora, adapters_for(config, base), "x")
-    _, plain = peft.read(tmp_path / "a", config.model)
+    peft.write_adapter(tmp_path / "a", config.model, config.lora, adapters_for(config, base), "x")
+    _, plain = peft.read_adapter(tmp_path / "a", config.model)
     raw = json.loads((tmp_path / "a" / peft.CONFIG).read_text())
     (tmp_path / "a" / peft.CONFIG).write_text(json.dumps({**raw, "alpha_pattern": {r"layers\.0\..*down_proj": 32, "up_proj": 16}}))
-    _, found = peft.read(tmp_path / "a", config.model)
+    _, found = peft.read_adapter(tmp_path / "a", config.model)
     ratio = {path: array / tree.flatten(plain)[path] for path, array in tree.flatten(found).items() if path.endswith("lora_b")}
     np.testing.assert_allclose(ratio["blocks/mlp/down/lora_b"][0], 4.0, rtol=1e-5)
     np.testing.assert_allclose(ratio["blocks/mlp/down/lora_b"][1], 1.0, rtol=1e-5)
@@ -219,12 +228,12 @@ def test_peft_files_of_other_makers(tmp_path):
     }
     save_file(tensors, tmp_path / "a" / peft.WEIGHTS)
     with pytest.raises(UserError, match="DoRA on some layers or parts"):
-        peft.read(tmp_path / "a", config.model)
+        peft.read_adapter(tmp_path / "a", config.model)
     prompts = dataclasses.replace(config.lora, rank=0, prompt_tokens=3)
     classifier = dataclasses.replace(config.model, labels=("a", "b"))
     given = {"embed": {"prompt": np.ones((3, 32), np.float32)}, "score": {"kernel": np.full((2, 32), 2.0, np.float32)}}
-    peft.write(tmp_path / "p", classifier, prompts, given, "x")
-    settings, found = peft.read(tmp_path / "p", classifier)
+    peft.write_adapter(tmp_path / "p", classifier, prompts, given, "x")
+    settings, found = peft.read_adapter(tmp_path / "p", classifier)
     assert settings.prompt_tokens == 3 and (found["score"]["kernel"] == 2).all()
 
 
@@ -233,50 +242,50 @@ def test_tuning_goes_on_from_a_tuned_checkpoint(tmp_path, one_device):
     task = dict(task=dict(name="classification"), data=dict(source="jsonl", path="x"))
     config = make_config(lora=dict(rank=2), train=dict(init_from="base"), model=dict(labels=["a", "b"]), **task)
     params = jax.tree.map(np.asarray, random_params(config.model))
-    mesh = sharding.make_mesh(config, one_device)
+    mesh = make_mesh(config, one_device)
     with jax.set_mesh(mesh):
-        state, frozen = steps.init_state(config, mesh, params)
+        state, frozen = train_step.init_state(config, mesh, params)
         assert np.array_equal(state.params["score"]["kernel"], params["score"]["kernel"]) and "score" not in frozen
         config = make_config(lora=dict(prompt_tokens=3), train=dict(init_from="base"), **task)
         params = jax.tree.map(np.asarray, random_params(config.model))
         params["embed"]["prompt"] = np.full((3, config.model.width), 0.25, np.float32)
-        state, frozen = steps.init_state(config, mesh, params)
+        state, frozen = train_step.init_state(config, mesh, params)
         assert (np.asarray(state.params["embed"]["prompt"]) == 0.25).all() and "prompt" not in frozen["embed"]
     made = tiny_checkpoint("llama", tokenizer=byte_level_tokenizer())
     made.params["embed"]["prompt"] = np.ones((3, 32), np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "read", lambda path: made)
+        patch.setattr(formats, "read", lambda path: made)
         for adapters in ({}, {"rank": 2}, {"prompt_tokens": 4}):
             wanted = make_config(lora=adapters, train=dict(init_from="x"), model=dict(context=64), **task)
             with pytest.raises(UserError, match=r"has 3 learned prompt tokens: set lora.prompt_tokens = 3"):
-                run.begin_from(wanted)
+                setup.resolve_checkpoint(wanted)
 
 
 def test_adapters_know_the_weights_they_were_trained_on(tmp_path):
     made = tiny_checkpoint("llama", tokenizer=byte_level_tokenizer())
-    convert.write(tmp_path / "base", made)
+    formats.write_checkpoint(tmp_path / "base", made)
     config = make_config(model=dict(vocab_size=264, context=64, **FAMILIES["llama"]), lora=dict(rank=2), train=dict(init_from=str(tmp_path / "base")))
-    source = convert.read(tmp_path / "base")
+    source = pretrained.read_checkpoint(tmp_path / "base")
     trained = adapters_for(config, source.params)
-    before = convert.digest(source.params)
-    assert convert._adapted(config, trained, made.tokenizer, base=before).params.keys() == source.params.keys()
+    before = pretrained.params_digest(source.params)
+    assert pretrained._with_adapter(config, trained, made.tokenizer, base=before).params.keys() == source.params.keys()
     shutil.rmtree(tmp_path / "base")
     changed = jax.tree.map(lambda p: p * 1.01, made.params)
-    convert.write(tmp_path / "base", dataclasses.replace(made, params=changed))
+    formats.write_checkpoint(tmp_path / "base", dataclasses.replace(made, params=changed))
     with pytest.raises(UserError, match="trained on other weights than"):
-        convert._adapted(config, trained, made.tokenizer, base=before)
+        pretrained._with_adapter(config, trained, made.tokenizer, base=before)
 
 
 def test_adapters_bring_the_chat_template_they_were_tuned_with(tmp_path):
     made = tiny_checkpoint("llama", tokenizer=byte_level_tokenizer())
-    convert.write(tmp_path / "base", made)
+    formats.write_checkpoint(tmp_path / "base", made)
     config = make_config(model=dict(vocab_size=264, context=64, **FAMILIES["llama"]), lora=dict(rank=2), train=dict(init_from=str(tmp_path / "base")))
-    config, _ = run.begin_from(config)
+    config, _ = setup.resolve_checkpoint(config)
     tokenizer = byte_level_tokenizer()
-    tokenizer.chat_template = chat.plain(tokenizer)
-    checkpoint.write_run(tmp_path / "run", config, adapters_for(config, made.params), tokenizer)
-    convert.export_adapters(tmp_path / "run", tmp_path / "peft")
-    convert.convert(tmp_path / "run", tmp_path / "hf", form="hf")
+    tokenizer.chat_template = chat_template.plain(tokenizer)
+    store.write_run(tmp_path / "run", config, adapters_for(config, made.params), tokenizer)
+    formats.export_adapters(tmp_path / "run", tmp_path / "peft")
+    formats.convert(tmp_path / "run", tmp_path / "hf", form="hf")
     lm = language_model.load(tmp_path / "base")
     handles = [language_model.load(tmp_path / name) for name in ("run", "hf")] + [lm.adapted(tmp_path / name) for name in ("run", "peft")]
     assert all(handle.tokenizer.chat_template == tokenizer.chat_template for handle in handles) and not lm.tokenizer.chat_template
@@ -291,7 +300,7 @@ def test_a_classifier_goes_out_and_in(tmp_path):
         config = dataclasses.replace(made.config, labels=("bad", "fine", "good"))
         params = jax.tree.map(np.asarray, random_params(config))
         assert "head" not in params and params["score"]["kernel"].shape == (3, 32)
-        convert.write(tmp_path / family, dataclasses.replace(made, config=config, params=params, keep={"eos_token_id": 5}))
+        formats.write_checkpoint(tmp_path / family, dataclasses.replace(made, config=config, params=params, keep={"eos_token_id": 5}))
         raw = json.loads((tmp_path / family / "config.json").read_text())
         assert raw["architectures"][0].endswith("ForSequenceClassification") and raw["id2label"] == {"0": "bad", "1": "fine", "2": "good"}
         lm = language_model.load(tmp_path / family)
@@ -301,7 +310,7 @@ def test_a_classifier_goes_out_and_in(tmp_path):
         one = lm.classify([[1, 2, 3]])
         np.testing.assert_allclose(one[0], found[2], rtol=1e-5)
     with pytest.raises(UserError, match="a classification head"):
-        convert.write(tmp_path / "x.gguf", dataclasses.replace(made, config=config, params=params), form="gguf")
+        formats.write_checkpoint(tmp_path / "x.gguf", dataclasses.replace(made, config=config, params=params), form="gguf")
     with pytest.raises(UserError, match="has no classes"):
         LanguageModel(made.config, made.params, None).classify([[1]])
 

@@ -10,15 +10,20 @@ import numpy as np
 import pytest
 from conftest import make_config, random_params
 
-from gptjax import attention, losses, model
+from gptjax.model import init as model_init
+from gptjax.model import transformer
+from gptjax.model.kv_cache import init_cache
+from gptjax.ops import activation, cross_entropy
+from gptjax.ops.attention.backends import BACKENDS
+from gptjax.ops.attention.mask import Mask
 
 FAMILIES = {
     "gpt2": {},
     "gpt2_exact_nobias": dict(mlp="gelu_exact", bias="none"),
-    "llama": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, tied=False),
+    "llama": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, tie_embeddings=False),
     "everything": dict(
         positions="rope", rope_scaling="llama3", rope_factor=8.0, rope_original_context=8, norm="rmsnorm", mlp="swiglu", bias="qkv",
-        kv_heads=1, qk_norm=True, logit_softcap=20.0, window=5, head_dim=12,
+        kv_heads=1, qk_norm=True, logit_softcap=20.0, sliding_window=5, head_dim=12,
     ),
 }  # fmt: skip
 
@@ -31,13 +36,13 @@ def family(request):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(config, params, tokens, **kwargs):
-    return model.unembed(config, params, model.apply(config, params, tokens, **kwargs)[0])
+    return transformer.unembed(config, params, transformer.apply(config, params, tokens, **kwargs)[0])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def cached(config, params, tokens, cache, start):
-    x, cache = model.apply(config, params, tokens, cache=cache, start_B=start)
-    return model.unembed(config, params, x), cache
+    x, cache = transformer.apply(config, params, tokens, cache=cache, start_B=start)
+    return transformer.unembed(config, params, x), cache
 
 
 def test_no_logit_depends_on_a_later_token(family):
@@ -53,12 +58,12 @@ def test_no_logit_depends_on_a_later_token(family):
 
     seen = np.abs(np.asarray(jax.jit(jax.jacrev(logits))(embedded))).sum((1, 3)) > 0
     expected = np.tril(np.ones((24, 24), bool))
-    if config.window and config.layers == 2:
-        expected &= ~np.tril(np.ones((24, 24), bool), -2 * (config.window - 1) - 1)
+    if config.sliding_window and config.layers == 2:
+        expected &= ~np.tril(np.ones((24, 24), bool), -2 * (config.sliding_window - 1) - 1)
     np.testing.assert_array_equal(seen, expected)
 
 
-@pytest.mark.parametrize("backend", list(attention.BACKENDS))
+@pytest.mark.parametrize("backend", list(BACKENDS))
 def test_documents_in_one_window_are_isolated(family, backend):
     config, params, tokens = family
     config = dataclasses.replace(config, attention=backend, attention_block=7)
@@ -73,10 +78,10 @@ def test_documents_in_one_window_are_isolated(family, backend):
 
 
 VARIANTS = {
-    "scan": dict(scan=True),
+    "scan": dict(scan_layers=True),
     "remat full": dict(remat="full"),
     "remat dots": dict(remat="dots"),
-    "scan, remat": dict(scan=True, remat="full"),
+    "scan, remat": dict(scan_layers=True, remat="full"),
     "reference attention": dict(attention="reference"),
     "blockwise": dict(attention="blockwise", attention_block=7),
     "blockwise, one block": dict(attention="blockwise", attention_block=64),
@@ -90,8 +95,8 @@ def test_variants_give_the_same_loss_and_gradients(family, variant):
 
     @functools.partial(jax.jit, static_argnums=1)
     def loss(params, config):
-        x, _ = model.apply(config, params, tokens, segment_ids=segments)
-        return losses.token_cross_entropy(config, params, x, tokens, jnp.ones((2, 24)), chunk=8)
+        x, _ = transformer.apply(config, params, tokens, segment_ids=segments)
+        return cross_entropy.token_cross_entropy(config, params, x, tokens, jnp.ones((2, 24)), chunk=8)
 
     changed = dataclasses.replace(config, **VARIANTS[variant])
     assert changed != config
@@ -104,11 +109,11 @@ def test_variants_give_the_same_loss_and_gradients(family, variant):
 
 def test_remat_and_scan_really_change_the_program():
     config = make_config().model
-    params = jax.eval_shape(lambda: model.init_params(config, jax.random.key(0)))
+    params = jax.eval_shape(lambda: model_init.init_params(config, jax.random.key(0)))
     text = {}
-    for name, changes in {"plain": {}, "remat": dict(remat="full"), "scan": dict(scan=True)}.items():
+    for name, changes in {"plain": {}, "remat": dict(remat="full"), "scan": dict(scan_layers=True)}.items():
         changed = dataclasses.replace(config, **changes)
-        text[name] = str(jax.make_jaxpr(lambda p, c=changed: model.apply(c, p, jnp.zeros((1, 16), jnp.int32))[0])(params))
+        text[name] = str(jax.make_jaxpr(lambda p, c=changed: transformer.apply(c, p, jnp.zeros((1, 16), jnp.int32))[0])(params))
     assert "remat" in text["remat"] and "remat" not in text["plain"]
     assert "scan" in text["scan"] and "scan" not in text["plain"]
 
@@ -118,7 +123,7 @@ def test_cache_equals_full_forward_on_ragged_rows(family):
     expected = logits_of(config, params, tokens)
     lengths = np.array([5, 11])  # row b has lengths[b] tokens of prompt; the rest is padding that must not matter
     prompt = jnp.where(jnp.arange(11) < lengths[:, None], tokens[:, :11], 7)
-    got, cache = cached(config, params, prompt, model.init_cache(config, 2, 24), jnp.zeros(2, jnp.int32))
+    got, cache = cached(config, params, prompt, init_cache(config, 2, 24), jnp.zeros(2, jnp.int32))
     for row, n in enumerate(lengths):
         np.testing.assert_allclose(got[row, :n], expected[row, :n], atol=3e-5)
     for i in range(13):
@@ -133,9 +138,9 @@ def test_loss_at_init_is_that_of_a_uniform_guess(family):
 
     @jax.jit
     def total():
-        params = model.init_params(config, jax.random.key(5))
-        x, _ = model.apply(config, params, tokens)
-        return losses.token_cross_entropy(config, params, x, jnp.roll(tokens, -1, 1), jnp.ones((8, 24)), chunk=12)
+        params = model_init.init_params(config, jax.random.key(5))
+        x, _ = transformer.apply(config, params, tokens)
+        return cross_entropy.token_cross_entropy(config, params, x, jnp.roll(tokens, -1, 1), jnp.ones((8, 24)), chunk=12)
 
     assert abs(float(total()) / (8 * 24) / math.log(config.vocab_size) - 1) < 0.01
 
@@ -154,7 +159,7 @@ def test_padded_vocabulary_gets_no_probability():
     params["embed"]["tokens"] = params["embed"]["tokens"].at[65:].set(50.0)
     x = jax.random.normal(jax.random.key(1), (1, 16, 32))
     tight = {**params, "embed": {**params["embed"], "tokens": params["embed"]["tokens"][:65]}}
-    loss = lambda c, p: losses.token_cross_entropy(c, p, x, jnp.full((1, 16), 3), jnp.ones((1, 16)), chunk=4)
+    loss = lambda c, p: cross_entropy.token_cross_entropy(c, p, x, jnp.full((1, 16), 3), jnp.ones((1, 16)), chunk=4)
     np.testing.assert_allclose(loss(config, params), loss(dataclasses.replace(config, vocab_multiple=1), tight), rtol=1e-6)
 
 
@@ -164,7 +169,7 @@ def test_blockwise_memory_is_linear_in_the_number_of_keys():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, t, 1, 1, 8), (1, t, 1, 8), (1, t, 1, 8))]
 
     def loss(q, k, v, backend):
-        return attention.BACKENDS[backend](q, k, v, attention.Mask(jnp.arange(t)[None]), block=32).sum()
+        return BACKENDS[backend](q, k, v, Mask(jnp.arange(t)[None]), block=32).sum()
 
     def peak(backend):
         compiled = jax.jit(jax.grad(lambda q, k, v: loss(q, k, v, backend), argnums=(0, 1, 2))).lower(*shapes).compile()
@@ -176,7 +181,7 @@ def test_blockwise_memory_is_linear_in_the_number_of_keys():
 
 def test_gelu_rounds_once():
     x, g = (jnp.linspace(-5, 5, 301).astype("bfloat16"), jnp.linspace(1, 2, 301).astype("bfloat16"))
-    value, back = jax.vjp(model.gelu, x)
-    expected, expected_back = jax.vjp(model.gelu, x.astype("float32"))
+    value, back = jax.vjp(activation.gelu, x)
+    expected, expected_back = jax.vjp(activation.gelu, x.astype("float32"))
     assert np.array_equal(value, expected.astype("bfloat16"))
     assert np.array_equal(back(g)[0], expected_back(g.astype("float32"))[0].astype("bfloat16"))

@@ -7,7 +7,9 @@ import optax
 import pytest
 from conftest import make_config, random_params
 
-from gptjax import losses, model, optim
+from gptjax.model import transformer
+from gptjax.ops import cross_entropy
+from gptjax.training import optim
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'gptjax[parity]'")
@@ -57,14 +59,14 @@ def test_gpt2_logits_loss_and_gradients():
     net = to_torch(config, params)
     theirs = net(input_ids=torch.tensor(tokens), labels=torch.tensor(tokens))
     theirs.loss.backward()
-    ours, _ = jax.jit(lambda p: model.apply(config, p, jnp.asarray(tokens)))(params)
-    logits = model.unembed(config, params, ours)
+    ours, _ = jax.jit(lambda p: transformer.apply(config, p, jnp.asarray(tokens)))(params)
+    logits = transformer.unembed(config, params, ours)
     np.testing.assert_allclose(logits, theirs.logits.detach().numpy(), atol=1e-4 * float(jnp.abs(logits).max()))
 
     def loss(params):
-        x, _ = model.apply(config, params, jnp.asarray(tokens))
+        x, _ = transformer.apply(config, params, jnp.asarray(tokens))
         weights = jnp.ones((2, 24)).at[:, -1].set(0.0)
-        return losses.token_cross_entropy(config, params, x, jnp.roll(jnp.asarray(tokens), -1, 1), weights, chunk=8) / 46
+        return cross_entropy.token_cross_entropy(config, params, x, jnp.roll(jnp.asarray(tokens), -1, 1), weights, chunk=8) / 46
 
     value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert float(value) == pytest.approx(theirs.loss.item(), rel=1e-5)
@@ -79,7 +81,7 @@ def test_gpt2_logits_loss_and_gradients():
 
 
 def test_adamw_follows_torch():
-    config = make_config(optim=dict(lr=0.01, schedule="constant", warmup_steps=0, weight_decay=0.1, clip=1.0), train=dict(steps=5))
+    config = make_config(optim=dict(lr=0.01, schedule="constant", warmup_steps=0, weight_decay=0.1, max_grad_norm=1.0), train=dict(steps=5))
     params = random_params(config.model)
     tx = optim.optimizer(config, params)
     state = tx.init(params)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, command
 
-from gptjax import metrics
+from gptjax.tracking.trackers import read_jsonl
 
 DASHES = ["--", "--config=configs/debug.py", "--workdir=runs/x y"]
 
@@ -57,7 +57,7 @@ def test_two_processes_equal_one(corpus, tmp_path):
     )  # fmt: skip
     assert both.returncode == 0, both.stderr[-3000:]
     command("gptjax.train", *flags, f"--workdir={tmp_path / 'one'}", devices=4)
-    losses = [[r["train/loss"] for r in metrics.read_jsonl(tmp_path / name / "metrics.jsonl") if "train/loss" in r] for name in ("one", "two")]
+    losses = [[r["train/loss"] for r in read_jsonl(tmp_path / name / "metrics.jsonl") if "train/loss" in r] for name in ("one", "two")]
     assert len(losses[0]) == len(losses[1]) == 6
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert json.loads((tmp_path / "two" / "run.json").read_text())["status"] == "finished"

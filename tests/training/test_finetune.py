@@ -13,15 +13,19 @@ import numpy as np
 import pytest
 from conftest import ROOT, byte_level_tokenizer, command, tiny_checkpoint
 
-from gptjax import convert, evaluate, language_model, peft
-from gptjax.metrics import read_jsonl
+from gptjax import evaluate
+from gptjax.checkpoints import formats, peft
+from gptjax.evaluation import compare as comparison
+from gptjax.evaluation.held_out import text_scores
+from gptjax.generation import language_model
+from gptjax.tracking.trackers import read_jsonl
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a tiny checkpoint (base/) and a toy task: is the first word 'the' or 'in'?"""
     folder = tmp_path_factory.mktemp("finetune")
-    convert.write(folder / "base", tiny_checkpoint("llama", vocab=264, tokenizer=byte_level_tokenizer(), keep={"eos_token_id": 263}))
+    formats.write_checkpoint(folder / "base", tiny_checkpoint("llama", vocab=264, tokenizer=byte_level_tokenizer(), keep={"eos_token_id": 263}))
     for split, count in (("train", 64), ("test", 32)):
         random = np.random.default_rng(count)
         texts = [("the", "in")[i % 2] + " " + "".join(random.choice(list("abc "), 4)) for i in range(count)]
@@ -34,7 +38,7 @@ def flags(place, workdir, **changes):
     settings = {
         "data.source": "jsonl", "data.path": place / "train.jsonl", "data.eval_fraction": 0.2, "task.name": "classification", "train.init_from": place / "base",
         "model.context": 64, "data.length": 32, "train.steps": 40, "train.batch_size": 4, "train.log_every": 1, "train.save_every": 5, "optim.lr": 0.02,
-        "optim.warmup_steps": 2, "lora.rank": 2, "lora.dropout": 0.1, "task.answers": 8, **changes,
+        "optim.warmup_steps": 2, "lora.rank": 2, "lora.dropout": 0.1, "task.eval_samples": 8, **changes,
     }  # fmt: skip
     return ["gptjax.train", "--config=configs/base.py", f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in settings.items())]
 
@@ -59,7 +63,7 @@ def test_a_classifier_is_tuned_judged_and_compared(place, tuned):
     lines = [json.loads(line) for line in (place / "out" / "1-run.jsonl").read_text().splitlines()]
     assert len(lines) == 32 and lines[0]["prediction"] in ("the", "in") and abs(sum(lines[0]["probabilities"]) - 1) < 1e-3
     config = evaluate.task_config(str(tuned))
-    table = evaluate.table(evaluate.compare(config, [str(tuned)], path=f"{place}/test.jsonl"), "accuracy")
+    table = comparison.table(comparison.compare(config, [str(tuned)], path=f"{place}/test.jsonl"), "accuracy")
     assert "accuracy" in table.splitlines()[0] and "majority" in table and "+0.5 [" in table
 
 
@@ -81,17 +85,17 @@ def test_text_and_labels_as_text_are_judged(place):
     done = command(*flags(place, place / "text", **changes), "--json")
     assert json.loads(done.stdout)["answers/accuracy"] == 1.0
     config = evaluate.task_config(str(place / "text"))
-    (entry,) = evaluate.compare(config, [str(place / "text")], path=str(place / "test.jsonl"), baselines=False)
+    (entry,) = comparison.compare(config, [str(place / "text")], path=str(place / "test.jsonl"), baselines=False)
     assert entry.scores["accuracy"].value == 1.0
 
 
 def test_text_scores_count_every_token_once(place):
     lm = language_model.load(place / "base")
     document = "the in a " * 40  # several windows
-    found = evaluate.text_scores(lm, iter([document, "in"]))
+    found = text_scores(lm, iter([document, "in"]))
     ids = lm.tokenizer.encode(document)
     assert found["loss"].stats.sum(0)[1] == len(ids) + len(lm.tokenizer.encode("in"))
-    short = evaluate.text_scores(lm, iter(["the in"]))
+    short = text_scores(lm, iter(["the in"]))
     assert short["loss"].value == pytest.approx(-np.mean(lm.token_logprobs([[lm.tokenizer.eot, *lm.tokenizer.encode("the in")]])[0][0]), rel=1e-5)
 
 
@@ -129,7 +133,7 @@ def test_what_must_not_change_under_adapters_is_refused(place, tuned):
     moved = place / "base.old"
     (place / "base").rename(moved)
     try:
-        convert.write(place / "base", other)
+        formats.write_checkpoint(place / "base", other)
         done = command(*flags(place, tuned), check=False)
         assert done.returncode == 2 and "checkpoint under the adapters changed" in done.stderr
     finally:

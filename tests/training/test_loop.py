@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY, command
 
-from gptjax import metrics
+from gptjax.tracking.trackers import read_jsonl
 
 QUICK = (
     "--config.train.steps=6",
@@ -56,7 +56,7 @@ def test_a_run_leaves_what_the_contract_says(finished):
         "profile",
     ):
         assert (workdir / name).exists(), name
-    records = metrics.read_jsonl(workdir / "metrics.jsonl")
+    records = read_jsonl(workdir / "metrics.jsonl")
     assert all({"step", "time"} <= set(r) for r in records)
     names = set().union(*records)
     assert {"train/loss", "train/grad_norm", "train/lr", "train/tokens", "eval/loss", "eval/perplexity", "eval/bits_per_byte"} <= names
@@ -135,8 +135,8 @@ def test_generate_continues_greedily_and_by_seed(finished):
 
 MEMORY = """
 import resource
-from gptjax import metrics
-metrics.keep_freed_memory()
+from gptjax.runtime.memory import keep_freed_memory
+keep_freed_memory()
 import jax, jax.numpy as jnp
 rows, whole = jnp.arange(24.0)[:, None], jax.lax.optimization_barrier
 step = jax.jit(lambda x: whole(whole(x + rows)[::-1] * 2).sum(0) / 24, donate_argnums=0)  # temporaries of 192 MiB

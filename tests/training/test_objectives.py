@@ -9,14 +9,22 @@ import numpy as np
 import pytest
 from conftest import byte_level_tokenizer, command, make_config, random_params, tiny_checkpoint
 
-from gptjax import convert, evaluate, language_model, losses, model, objectives, policy, preferences, sharding
-from gptjax.config import UserError
+from gptjax import evaluate
+from gptjax.checkpoints import formats
+from gptjax.config.errors import UserError
 from gptjax.data import loader
-from gptjax.metrics import read_jsonl
-from gptjax.run import resolve
-from gptjax.tasks import load
+from gptjax.data.packing import Packed
+from gptjax.evaluation import compare as comparison
+from gptjax.generation import language_model
+from gptjax.model import transformer
+from gptjax.ops import cross_entropy
+from gptjax.runtime.mesh import make_mesh
+from gptjax.tasks import loading
+from gptjax.tasks.grpo import reward_of
 from gptjax.tasks.preference import SEGMENTS
-from gptjax.tasks.reward import reward_of
+from gptjax.tracking.trackers import read_jsonl
+from gptjax.training import objectives, preference_losses, rollouts
+from gptjax.training.setup import resolve_config
 
 
 def test_token_logprobs_and_their_gradient_are_those_of_all_logits():
@@ -25,12 +33,12 @@ def test_token_logprobs_and_their_gradient_are_those_of_all_logits():
     tokens, targets = (np.random.default_rng(i).integers(0, 257, (2, 16)) for i in (0, 1))
 
     def chunked(params):
-        x, _ = model.apply(config, params, tokens)
-        return losses.token_logprobs(config, params, x, targets, chunk=4)
+        x, _ = transformer.apply(config, params, tokens)
+        return cross_entropy.token_logprobs(config, params, x, targets, chunk=4)
 
     def plain(params):
-        x, _ = model.apply(config, params, tokens)
-        return jax.numpy.take_along_axis(jax.nn.log_softmax(model.unembed(config, params, x)), targets[..., None], -1)[..., 0]
+        x, _ = transformer.apply(config, params, tokens)
+        return jax.numpy.take_along_axis(jax.nn.log_softmax(transformer.unembed(config, params, x)), targets[..., None], -1)[..., 0]
 
     both = [jax.jit(jax.value_and_grad(lambda p, f=f: (f(p) ** 2).sum()))(params) for f in (chunked, plain)]
     np.testing.assert_allclose(both[0][0], both[1][0], rtol=1e-5)
@@ -42,7 +50,7 @@ def test_token_logprobs_and_their_gradient_are_those_of_all_logits():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("preferences")
-    convert.write(folder / "base", tiny_checkpoint("gpt2", vocab=264, tokenizer=byte_level_tokenizer(), keep={"eos_token_id": 263}))
+    formats.write_checkpoint(folder / "base", tiny_checkpoint("gpt2", vocab=264, tokenizer=byte_level_tokenizer(), keep={"eos_token_id": 263}))
     pairs = [{"prompt": f"say {i % 10}", "chosen": "the a", "rejected": "in " + "x" * (i % 3)} for i in range(24)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     asked = [{"prompt": "ab"[i % 2], "answer": ["upper", "lower"][i % 2]} for i in range(8)]
@@ -66,8 +74,8 @@ def test_the_batch_objective_is_the_formula_on_sums(kind, place, tmp_path):
         task=dict(name="preference", loss=kind), data=dict(source="jsonl", path=str(place / "pairs.jsonl"), eval_fraction=0.0), train=dict(init_from="base"),
         model=dict(context=96, vocab_size=264),
     )  # fmt: skip
-    examples = load.load(config, byte_level_tokenizer()).train[:7]
-    split = loader.Packed.of([load.unit(config, e) for e in examples], 96, pack=True)
+    examples = loading.load_examples(config, byte_level_tokenizer()).train[:7]
+    split = Packed.of([loading.packed_example(config, e) for e in examples], 96, pack=True)
     values = np.random.default_rng(0).normal(-20, 3, sum(len(e.parts) for e in examples)).astype(np.float32)
     split = split.with_reference(values) if kind != "orpo" else split
     params = random_params(config.model)
@@ -75,12 +83,12 @@ def test_the_batch_objective_is_the_formula_on_sums(kind, place, tmp_path):
 
     @jax.jit
     def objective(batch):
-        x, _ = model.apply(config.model, params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
-        return objectives.of(config, params, x, batch, chunk=48)
+        x, _ = transformer.apply(config.model, params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+        return objectives.compute_loss(config, params, x, batch, chunk=48)
 
     @jax.jit
     def alone(tokens):
-        return jax.nn.log_softmax(model.unembed(config.model, params, model.apply(config.model, params, tokens)[0]))[0]
+        return jax.nn.log_softmax(transformer.unembed(config.model, params, transformer.apply(config.model, params, tokens)[0]))[0]
 
     total, weight, right = objective(batch)
     assert weight == len(examples)
@@ -100,14 +108,14 @@ def test_the_batch_objective_is_the_formula_on_sums(kind, place, tmp_path):
     reference = np.array([r for _, r in rows]).T
     beta = config.task.beta
     if kind == "orpo":
-        expected, found = preferences.orpo(sums[0] / lengths[0], sums[1] / lengths[1], nll=-sums[0] / lengths[0], weight=beta)
+        expected, found = preference_losses.orpo(sums[0] / lengths[0], sums[1] / lengths[1], nll=-sums[0] / lengths[0], weight=beta)
         hits = found["accuracy"].sum()
     elif kind == "kto":
         kl = (sums[2] - reference[2]).mean()
-        both = [preferences.kto(sums[i], reference[i], desirable=np.full(len(rows), i == 0), kl=kl, beta=beta) for i in (0, 1)]
+        both = [preference_losses.kto(sums[i], reference[i], desirable=np.full(len(rows), i == 0), kl=kl, beta=beta) for i in (0, 1)]
         expected, hits = both[0][0] + both[1][0], sum(b[1]["accuracy"].sum() for b in both) / 2
     else:
-        function = {"dpo": preferences.dpo, "ipo": preferences.ipo}[kind]
+        function = {"dpo": preference_losses.dpo, "ipo": preference_losses.ipo}[kind]
         expected, found = function(sums[0], sums[1], reference_chosen=reference[0], reference_rejected=reference[1], beta=beta)
         hits = found["accuracy"].sum()
     np.testing.assert_allclose(total, expected.sum(), rtol=1e-4)
@@ -131,21 +139,21 @@ def test_preferences_are_learned_from_the_reference_on(kind, place):
     assert (run / "reference-train.npy").exists()
     if kind == "dpo":
         config = evaluate.task_config(str(run))
-        assert evaluate.compare(config, [str(run)])[0].scores["accuracy"].value == 1.0
+        assert comparison.compare(config, [str(run)])[0].scores["accuracy"].value == 1.0
 
 
 @pytest.mark.slow
 def test_rewards_rise_and_a_resumed_run_writes_the_same_answers(place):
     grpo = {
         "task.name": "grpo",
-        "task.samples": 8,
+        "task.num_generations": 8,
         "task.max_new_tokens": 1,
         "train.batch_size": 32,
         "task.reward": f"{place}/case.py:case",
         "optim.lr": 0.01,
         "optim.weight_decay": 0,
     }
-    grpo |= {"train.steps": 60, "train.save_every": 30, "task.answers": 2}
+    grpo |= {"train.steps": 60, "train.save_every": 30, "task.eval_samples": 2}
     command(*flags(place, place / "grpo", "asked.jsonl", **grpo))
     rewards = [r["train/reward"] for r in read_jsonl(place / "grpo" / "metrics.jsonl") if "train/reward" in r]
     assert np.mean(rewards[:3]) < 0.2 and np.mean(rewards[-5:]) > 0.9
@@ -158,11 +166,11 @@ def test_rewards_rise_and_a_resumed_run_writes_the_same_answers(place):
 
 def test_the_end_that_was_sampled_is_the_one_credited(place):
     """Every token of this vocabulary but two ends an answer."""
-    from gptjax.tokenizer import PretrainedTokenizer
+    from gptjax.tokenizer.pretrained import PretrainedTokenizer
 
     one = byte_level_tokenizer()
     tokenizer = PretrainedTokenizer(one.files(), [263, *range(2, 262)])
-    task = dict(name="grpo", samples=8, max_new_tokens=4, reward="contains")
+    task = dict(name="grpo", num_generations=8, max_new_tokens=4, reward="contains")
     config = make_config(
         task=task,
         train=dict(init_from="x", batch_size=16),
@@ -170,10 +178,10 @@ def test_the_end_that_was_sampled_is_the_one_credited(place):
         data=dict(source="jsonl", path=str(place / "asked.jsonl")),
     )
     run = types.SimpleNamespace(
-        config=config, data=load.load(config, tokenizer), tokenizer=tokenizer, mesh=sharding.make_mesh(config, jax.devices()[:1])
+        config=config, data=loading.load_examples(config, tokenizer), tokenizer=tokenizer, mesh=make_mesh(config, jax.devices()[:1])
     )
     with jax.set_mesh(run.mesh):
-        batch, _ = policy.Rollouts(run, {}).next(0, random_params(config.model))
+        batch, _ = rollouts.Rollouts(run, {}).next(0, random_params(config.model))
     targets, weights = np.asarray(batch["targets"]), np.asarray(batch["loss_weights"])
     last = {int(row[np.flatnonzero(weight)[-1]]) for row, weight in zip(targets, weights, strict=True)}
     assert len(last) > 4
@@ -181,14 +189,14 @@ def test_the_end_that_was_sampled_is_the_one_credited(place):
 
 def test_an_epoch_of_rewards_asks_every_prompt_once(place):
     config = make_config(
-        task=dict(name="grpo", samples=8, max_new_tokens=1), train=dict(init_from="x", batch_size=16, epochs=3.0), optim=dict(warmup_steps=2),
+        task=dict(name="grpo", num_generations=8, max_new_tokens=1), train=dict(init_from="x", batch_size=16, epochs=3.0), optim=dict(warmup_steps=2),
         model=dict(context=64, vocab_size=264), data=dict(source="jsonl", path=str(place / "asked.jsonl"), eval_fraction=0.0),
     )  # fmt: skip
-    data = load.load(config, byte_level_tokenizer())
-    assert len(data.train) == 8 and resolve(config, data).train.steps == 3 * 8 * 8 // 16
+    data = loading.load_examples(config, byte_level_tokenizer())
+    assert len(data.train) == 8 and resolve_config(config, data).train.steps == 3 * 8 * 8 // 16
     short = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=50))
     with pytest.raises(UserError, match=r"exceeds the 12 steps of train.epochs = 3"):
-        resolve(short, data)
+        resolve_config(short, data)
 
 
 def test_what_cannot_be_tuned_is_said(place, tmp_path):
@@ -204,9 +212,9 @@ def test_what_cannot_be_tuned_is_said(place, tmp_path):
             reward_of(make_config(task=dict(reward=reward)).task)
     for changes, message in (
         (dict(task=dict(name="preference")), "name its checkpoint in train.init_from"),
-        (dict(task=dict(name="grpo", samples=3), train=dict(init_from="x")), "task.samples = 3 does not divide"),
-        (dict(task=dict(name="grpo", kl=0.1), train=dict(init_from="x")), "set lora.rank, or task.kl = 0"),
-        (dict(task=dict(name="preference", loss="kto"), train=dict(init_from="x", accumulate=2)), "changes KTO's loss"),
+        (dict(task=dict(name="grpo", num_generations=3), train=dict(init_from="x")), "task.num_generations = 3 does not divide"),
+        (dict(task=dict(name="grpo", kl_coef=0.1), train=dict(init_from="x")), "set lora.rank, or task.kl_coef = 0"),
+        (dict(task=dict(name="preference", loss="kto"), train=dict(init_from="x", grad_accum_steps=2)), "changes KTO's loss"),
         (dict(task=dict(name="regression", method="text")), "a number needs the head"),
         (dict(lora=dict(rank=2, targets=[]), train=dict(init_from="x")), "lora.targets is empty"),
     ):
@@ -226,4 +234,4 @@ def test_what_cannot_be_tuned_is_said(place, tmp_path):
     (tmp_path / "same.jsonl").write_text(json.dumps(rows[0]) + "\n")
     same = make_config(task=dict(name="preference"), data=dict(source="jsonl", path=str(tmp_path / "same.jsonl"), eval_fraction=0.0), train=dict(init_from="x"), model=dict(context=64, vocab_size=264))  # fmt: skip
     with pytest.raises(UserError, match=r"same.jsonl:1: the chosen and the rejected answer are the same"):
-        load.load(same, byte_level_tokenizer())
+        loading.load_examples(same, byte_level_tokenizer())

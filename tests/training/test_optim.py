@@ -7,8 +7,9 @@ import optax
 import pytest
 from conftest import make_config, random_params
 
-from gptjax import optim, tree
-from gptjax.config import UserError
+from gptjax.config.errors import UserError
+from gptjax.core import tree
+from gptjax.training import optim
 
 
 def rates(**options):
@@ -18,19 +19,19 @@ def rates(**options):
 
 def test_schedules():
     for name in optim.SCHEDULES:
-        rate = rates(schedule=name, final_lr=0.1)
+        rate = rates(schedule=name, min_lr_ratio=0.1)
         np.testing.assert_allclose(rate[:10], np.arange(1, 11) / 10, rtol=1e-6)  # the first step already learns
         assert rate[10] == pytest.approx(1.0)
         assert rate[-1] == pytest.approx(1.0 if name == "constant" else 0.1, rel=1e-5)
         assert (np.diff(rate[10:]) <= 1e-7).all()
-    wsd = rates(schedule="wsd", final_lr=0.0, decay_share=0.2)
+    wsd = rates(schedule="wsd", min_lr_ratio=0.0, decay_fraction=0.2)
     assert (wsd[10:85] == 1.0).all()
     assert wsd[95] < 0.8
-    assert rates(schedule="cosine", final_lr=0.0)[59] == pytest.approx(0.5, abs=0.02)
+    assert rates(schedule="cosine", min_lr_ratio=0.0)[59] == pytest.approx(0.5, abs=0.02)
 
 
 def test_decay_and_freeze_by_path():
-    config = make_config(optim=dict(freeze=("embed/.*",), lr=0.1, warmup_steps=0, weight_decay=0.5, clip=0.0))
+    config = make_config(optim=dict(freeze=("embed/.*",), lr=0.1, warmup_steps=0, weight_decay=0.5, max_grad_norm=0.0))
     params = random_params(config.model)
     tx = optim.optimizer(config, params)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
@@ -41,7 +42,7 @@ def test_decay_and_freeze_by_path():
 
 
 def test_frozen_parameters_have_no_moments_and_no_part_in_the_clip_norm():
-    config = make_config(optim=dict(freeze=("embed/.*",), clip=1.0))
+    config = make_config(optim=dict(freeze=("embed/.*",), max_grad_norm=1.0))
     params = random_params(config.model)
     state = optim.optimizer(config, params).init(params)
     assert tree.size(state) < 2 * (tree.size(params) - tree.size(params["embed"])) + 10
@@ -61,7 +62,7 @@ def test_rules_that_do_nothing_or_everything_are_refused(options):
 
 
 def test_muon_makes_orthogonal_steps_of_matrices_and_adam_steps_of_the_rest():
-    config = make_config(optim=dict(name="muon", lr=0.1, matrix_lr=0.5, warmup_steps=0, weight_decay=0.0, clip=0.0, schedule="constant"))
+    config = make_config(optim=dict(name="muon", lr=0.1, muon_lr=0.5, warmup_steps=0, weight_decay=0.0, max_grad_norm=0.0, schedule="constant"))
     params = random_params(config.model)
     tx = optim.optimizer(config, params)
     updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
@@ -75,7 +76,7 @@ def test_muon_makes_orthogonal_steps_of_matrices_and_adam_steps_of_the_rest():
 
 
 def test_clip_limits_the_global_norm():
-    config = make_config(optim=dict(clip=0.5))
+    config = make_config(optim=dict(max_grad_norm=0.5))
     params = random_params(config.model)
     seen = []
     spy = optax.GradientTransformation(lambda p: (), lambda g, s, p=None: (seen.append(float(optax.tree.norm(g))) or g, s))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import preferences
+from gptjax.training import preference_losses
 
 sigmoid = lambda x: 1 / (1 + np.exp(-np.asarray(x, np.float64)))
 
@@ -26,7 +26,7 @@ def close(found, expected):
 @pytest.mark.parametrize("beta", [0.05, 0.5])
 def test_dpo_is_its_formula(beta, smoothing):
     a, b, ra, rb = sums(4)
-    loss, told = preferences.dpo(a, b, reference_chosen=ra, reference_rejected=rb, beta=beta, label_smoothing=smoothing)
+    loss, told = preference_losses.dpo(a, b, reference_chosen=ra, reference_rejected=rb, beta=beta, label_smoothing=smoothing)
     h = beta * (a - ra) - beta * (b - rb)
     close(loss, -(1 - smoothing) * np.log(sigmoid(h)) - smoothing * np.log(sigmoid(-h)))
     close(told["reward_chosen"], beta * (a - ra))
@@ -38,27 +38,27 @@ def test_dpo_is_its_formula(beta, smoothing):
 
 def test_dpo_before_training_is_log_2():
     a, b = sums(2)
-    loss, told = preferences.dpo(a, b, reference_chosen=a, reference_rejected=b)
+    loss, told = preference_losses.dpo(a, b, reference_chosen=a, reference_rejected=b)
     close(loss, np.full(13, np.log(2)))
     assert not told["accuracy"].any()
 
 
 def test_swapped_answers_mirror_each_other():
     a, b, ra, rb = sums(4)
-    one, told = preferences.dpo(a, b, reference_chosen=ra, reference_rejected=rb, beta=0.3)
-    other, mirrored = preferences.dpo(b, a, reference_chosen=rb, reference_rejected=ra, beta=0.3)
+    one, told = preference_losses.dpo(a, b, reference_chosen=ra, reference_rejected=rb, beta=0.3)
+    other, mirrored = preference_losses.dpo(b, a, reference_chosen=rb, reference_rejected=ra, beta=0.3)
     close(mirrored["reward_margin"], -told["reward_margin"])
     close(mirrored["accuracy"][4:], 1 - told["accuracy"][4:])  # the round numbers before tie
     close(other - one, told["reward_margin"])  # log(sigma(h) / sigma(-h)) = h
-    certain = preferences.dpo(a, b, reference_chosen=ra, reference_rejected=rb, label_smoothing=0.5, beta=0.3)[0]
+    certain = preference_losses.dpo(a, b, reference_chosen=ra, reference_rejected=rb, label_smoothing=0.5, beta=0.3)[0]
     close(certain, (one + other) / 2)
-    short = lambda a, b: preferences.orpo(a / 30, b / 30, nll=np.zeros(13), weight=1.0)
+    short = lambda a, b: preference_losses.orpo(a / 30, b / 30, nll=np.zeros(13), weight=1.0)
     close(short(a, b)[1]["log_odds_ratio"], -short(b, a)[1]["log_odds_ratio"])
 
 
 def test_ipo_is_its_formula():
     a, b, ra, rb = sums(4)
-    loss, told = preferences.ipo(a, b, reference_chosen=ra, reference_rejected=rb, beta=0.25)
+    loss, told = preference_losses.ipo(a, b, reference_chosen=ra, reference_rejected=rb, beta=0.25)
     close(loss, (np.log(np.exp(a) * np.exp(rb) / (np.exp(b) * np.exp(ra))) - 1 / (2 * 0.25)) ** 2)
     close(told["reward_chosen"], 0.25 * (a - ra))
 
@@ -66,7 +66,7 @@ def test_ipo_is_its_formula():
 @pytest.mark.parametrize("weight", [0.1, 1.0])
 def test_orpo_is_its_formula(weight):
     a, b, nll = (-x / 10 for x in sums(3))
-    loss, told = preferences.orpo(-a, -b, nll=nll, weight=weight)
+    loss, told = preference_losses.orpo(-a, -b, nll=nll, weight=weight)
     odds = lambda logp: np.exp(logp) / -np.expm1(logp)
     ratio = odds(-a) / odds(-b)
     close(loss, nll - weight * np.log(sigmoid(np.log(ratio))))
@@ -78,7 +78,7 @@ def test_orpo_is_its_formula(weight):
 def test_odds_keep_their_digits_at_both_ends():
     logp = -np.asarray([2e-6, 1e-4, 0.01, 0.5, 0.6931, 0.6932, 2.0, 30.0, 200.0], np.float32)
     exact = logp.astype(np.float64) - np.log(-np.expm1(logp.astype(np.float64)))
-    close(preferences.orpo(logp, np.full(9, np.log(0.5)), nll=np.zeros(9))[1]["log_odds_ratio"], exact)
+    close(preference_losses.orpo(logp, np.full(9, np.log(0.5)), nll=np.zeros(9))[1]["log_odds_ratio"], exact)
 
 
 @pytest.mark.parametrize("kl", [-3.0, 0.0, 2.5])
@@ -87,22 +87,22 @@ def test_kto_is_its_formula(kl):
     good = np.arange(13) % 3 > 0
     mismatched = np.asarray([kl - 1, kl + 2, kl - 1])
     beta, up, down = 0.2, 1.3, 0.7
-    loss, told = preferences.kto(p, r, desirable=good, kl=mismatched, beta=beta, desirable_weight=up, undesirable_weight=down)
+    loss, told = preference_losses.kto(p, r, desirable=good, kl=mismatched, beta=beta, desirable_weight=up, undesirable_weight=down)
     z = max(kl, 0.0)
     value = np.where(good, up * sigmoid(beta * (p - r - z)), down * sigmoid(beta * (z - (p - r))))
     close(loss, np.where(good, up, down) - value)
     close(told["reward"], beta * (p - r))
     close(told["kl"], np.full(13, z))
     close(told["accuracy"], ((p - r) > z) == good)
-    close(preferences.kto(p, r, desirable=good, kl=kl, beta=beta, desirable_weight=up, undesirable_weight=down)[0], loss)
-    through_kl = jax.grad(lambda kl: preferences.kto(p, r, desirable=good, kl=kl)[0].sum())(mismatched)
+    close(preference_losses.kto(p, r, desirable=good, kl=kl, beta=beta, desirable_weight=up, undesirable_weight=down)[0], loss)
+    through_kl = jax.grad(lambda kl: preference_losses.kto(p, r, desirable=good, kl=kl)[0].sum())(mismatched)
     assert not through_kl.any()
 
 
 def test_kto_pushes_each_kind_its_own_way():
     p, r = sums(2)
     good = np.arange(13) % 2 == 0
-    slope = jax.grad(lambda p: preferences.kto(p, r, desirable=good, kl=0.5)[0].sum())(p)
+    slope = jax.grad(lambda p: preference_losses.kto(p, r, desirable=good, kl=0.5)[0].sum())(p)
     assert (slope[good] < 0).all() and (slope[~good] > 0).all()
 
 
@@ -125,19 +125,19 @@ def test_grpo_is_its_formula(kl_weight):
             terms.append(surrogate - kl_weight * (r - np.log(r) - 1))
         total -= np.mean(terms) if terms else 0.0
     given = dict(mask=mask, advantages=advantages, reference=reference, kl_weight=kl_weight)
-    found, weight = preferences.grpo(new, old, **given)
+    found, weight = preference_losses.grpo(new, old, **given)
     close(found, total)
     assert weight == 4 and weight.dtype == jnp.float32
     junk = np.where(mask, 0.0, np.nan)
-    close(preferences.grpo(new + junk, old - junk, **{**given, "reference": reference + junk})[0], total)
+    close(preference_losses.grpo(new + junk, old - junk, **{**given, "reference": reference + junk})[0], total)
     halves = [
-        preferences.grpo(new[s], old[s], mask=mask[s], advantages=advantages[s], reference=reference[s], kl_weight=kl_weight)
+        preference_losses.grpo(new[s], old[s], mask=mask[s], advantages=advantages[s], reference=reference[s], kl_weight=kl_weight)
         for s in (slice(2), slice(2, 5))
     ]
     close(sum(h[0] for h in halves), total)
     assert sum(h[1] for h in halves) == weight
     if kl_weight == 0:
-        close(preferences.grpo(new, old, mask=mask, advantages=advantages)[0], total)
+        close(preference_losses.grpo(new, old, mask=mask, advantages=advantages)[0], total)
 
 
 def test_grpo_at_the_old_policy_is_reinforce():
@@ -149,7 +149,7 @@ def test_grpo_at_the_old_policy_is_reinforce():
     old = logprobs(logits)
 
     def loss(logits, reference):
-        total, weight = preferences.grpo(logprobs(logits), old, mask=mask, advantages=advantages, reference=reference, kl_weight=0.5)
+        total, weight = preference_losses.grpo(logprobs(logits), old, mask=mask, advantages=advantages, reference=reference, kl_weight=0.5)
         return total / weight
 
     pi = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
@@ -164,7 +164,7 @@ def test_grpo_at_the_old_policy_is_reinforce():
 
 def test_grpo_clips_what_would_gain_more():
     slope = lambda ratio, advantage: jax.grad(
-        lambda x: preferences.grpo(x, jnp.zeros((1, 1)), mask=jnp.ones((1, 1)), advantages=jnp.asarray([advantage]))[0]
+        lambda x: preference_losses.grpo(x, jnp.zeros((1, 1)), mask=jnp.ones((1, 1)), advantages=jnp.asarray([advantage]))[0]
     )(jnp.log(jnp.asarray([[ratio]])))[0, 0]
     assert slope(1.3, 1.0) == 0 and slope(0.7, -1.0) == 0
     np.testing.assert_allclose([slope(0.7, 1.0), slope(1.3, -1.0), slope(1.1, 2.0)], [-0.7, 1.3, -2.2], rtol=1e-5)
@@ -175,12 +175,12 @@ def test_gradients_stay_finite():
     a, b = (x.ravel() for x in np.meshgrid(ends, ends))
     zeros = np.zeros_like(a)
     losses = {
-        "dpo": lambda a, b: preferences.dpo(a, b, reference_chosen=zeros, reference_rejected=zeros)[0],
-        "ipo": lambda a, b: preferences.ipo(a, b, reference_chosen=zeros, reference_rejected=zeros)[0],
-        "orpo": lambda a, b: preferences.orpo(a, b, nll=-a)[0],
-        "kto": lambda a, b: preferences.kto(a, zeros, desirable=zeros, kl=b)[0] + preferences.kto(b, zeros, desirable=zeros + 1, kl=a)[0],
-        "grpo": lambda a, b: preferences.grpo(a[:, None], b[::-1, None], mask=zeros[:, None] + 1, advantages=zeros - 1, reference=b[:, None])[0],
-        "grpo up": lambda a, b: preferences.grpo(a[:, None], b[::-1, None], mask=zeros[:, None] + 1, advantages=zeros + 1, reference=b[:, None])[0],
+        "dpo": lambda a, b: preference_losses.dpo(a, b, reference_chosen=zeros, reference_rejected=zeros)[0],
+        "ipo": lambda a, b: preference_losses.ipo(a, b, reference_chosen=zeros, reference_rejected=zeros)[0],
+        "orpo": lambda a, b: preference_losses.orpo(a, b, nll=-a)[0],
+        "kto": lambda a, b: preference_losses.kto(a, zeros, desirable=zeros, kl=b)[0] + preference_losses.kto(b, zeros, desirable=zeros + 1, kl=a)[0],
+        "grpo": lambda a, b: preference_losses.grpo(a[:, None], b[::-1, None], mask=zeros[:, None] + 1, advantages=zeros - 1, reference=b[:, None])[0],
+        "grpo up": lambda a, b: preference_losses.grpo(a[:, None], b[::-1, None], mask=zeros[:, None] + 1, advantages=zeros + 1, reference=b[:, None])[0],
     }
     for name, loss in losses.items():
         value, (da, db) = jax.value_and_grad(lambda a, b, loss=loss: loss(a, b).sum(), argnums=(0, 1))(a, b)
@@ -192,10 +192,10 @@ def test_nothing_flows_into_the_reference():
     a, b = (x.astype(np.float32) for x in sums(2))
     tokens = (a[:, None], b[:, None])
     losses = {
-        "dpo": lambda r: preferences.dpo(a, b, reference_chosen=r, reference_rejected=2 * r)[0].sum(),
-        "ipo": lambda r: preferences.ipo(a, b, reference_chosen=r, reference_rejected=2 * r)[0].sum(),
-        "kto": lambda r: preferences.kto(a, r, desirable=a > b, kl=r)[0].sum(),
-        "grpo": lambda r: preferences.grpo(tokens[0], r[:, None], mask=tokens[0] < 0, advantages=r, reference=2 * r[:, None])[0],
+        "dpo": lambda r: preference_losses.dpo(a, b, reference_chosen=r, reference_rejected=2 * r)[0].sum(),
+        "ipo": lambda r: preference_losses.ipo(a, b, reference_chosen=r, reference_rejected=2 * r)[0].sum(),
+        "kto": lambda r: preference_losses.kto(a, r, desirable=a > b, kl=r)[0].sum(),
+        "grpo": lambda r: preference_losses.grpo(tokens[0], r[:, None], mask=tokens[0] < 0, advantages=r, reference=2 * r[:, None])[0],
     }
     for name, loss in losses.items():
         assert not jax.grad(loss)(b).any(), name
@@ -203,28 +203,28 @@ def test_nothing_flows_into_the_reference():
 
 def test_advantages_are_standard_scores_within_their_group():
     rewards = np.random.default_rng(2).standard_normal((6, 8)) * 5 + np.arange(6)[:, None] * 100
-    found = preferences.advantages(rewards, epsilon=0.0)
+    found = preference_losses.advantages(rewards, epsilon=0.0)
     close(found, (rewards - rewards.mean(1, keepdims=True)) / rewards.std(1, ddof=1, keepdims=True))
-    close(preferences.advantages(rewards), (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-4))
+    close(preference_losses.advantages(rewards), (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-4))
 
 
 def test_equal_rewards_teach_nothing():
     rewards = np.stack([np.full(7, 0.1), np.full(7, 12345.6), np.arange(7) == 3, 0.5 + 1e-7 * (np.arange(7) % 2)])
-    found = np.asarray(preferences.advantages(rewards))
+    found = np.asarray(preference_losses.advantages(rewards))
     assert not found[:2].any() and np.abs(found[2]).max() > 1
     assert np.abs(found[3]).max() < 0.01  # a rounding of the reward model is no signal
-    assert not preferences.advantages(np.ones((3, 1))).any()
+    assert not preference_losses.advantages(np.ones((3, 1))).any()
 
 
 def test_wrong_shapes_are_refused():
     a = np.zeros(3)
     with pytest.raises(ValueError, match=r"shapes differ: \(3,\), \(3,\), \(3, 1\), \(3,\)"):
-        preferences.dpo(a, a, reference_chosen=a[:, None], reference_rejected=a)
+        preference_losses.dpo(a, a, reference_chosen=a[:, None], reference_rejected=a)
     with pytest.raises(ValueError, match="shapes differ"):
-        preferences.orpo(a, a, nll=a[:2])
+        preference_losses.orpo(a, a, nll=a[:2])
     with pytest.raises(ValueError, match="shapes differ"):
-        preferences.kto(a, a, desirable=True, kl=0.0)
+        preference_losses.kto(a, a, desirable=True, kl=0.0)
     with pytest.raises(ValueError, match=r"advantages \(2,\) \[N\]"):
-        preferences.grpo(a[:, None], a[:, None], mask=a[:, None], advantages=a[:2])
+        preference_losses.grpo(a[:, None], a[:, None], mask=a[:, None], advantages=a[:2])
     with pytest.raises(ValueError, match=r"must be \[G, n\]"):
-        preferences.advantages(a)
+        preference_losses.advantages(a)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import preferences
+from gptjax.training import preference_losses
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'gptjax[parity]'")
@@ -68,7 +68,7 @@ def agree(ours, theirs, arrays, tensors):
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-@pytest.mark.parametrize(("name", "loss"), [("sigmoid", preferences.dpo), ("ipo", preferences.ipo)])
+@pytest.mark.parametrize(("name", "loss"), [("sigmoid", preference_losses.dpo), ("ipo", preference_losses.ipo)])
 def test_dpo_and_ipo(name, loss, beta):
     chosen, rejected, reference_chosen, reference_rejected = numbers(4)
     trainer = stand_in(
@@ -101,7 +101,7 @@ def test_orpo():
     chosen, rejected, nll = numbers(3, scale=3.0)
     policy = [tensor(chosen), tensor(rejected)]
     losses, *_ = ORPOTrainer.odds_ratio_loss(stand_in(beta=0.3), *policy)
-    ours = lambda a, b: (preferences.orpo(a, b, nll=nll, weight=0.3)[0] - nll).sum()
+    ours = lambda a, b: (preference_losses.orpo(a, b, nll=nll, weight=0.3)[0] - nll).sum()
     agree(ours, -losses.sum(), (chosen, rejected), policy)
 
 
@@ -120,7 +120,7 @@ def test_kto(shift):
     theirs = KTOTrainer._compute_loss(trainer, lambda **_: Output(scored[:, None]), inputs, False)
     kl = unmatched - reference_unmatched
     assert (kl.mean() > 0) == (shift > 0)
-    ours = lambda p: preferences.kto(p, reference, desirable=good, kl=kl, **settings)[0].mean()
+    ours = lambda p: preference_losses.kto(p, reference, desirable=good, kl=kl, **settings)[0].mean()
     agree(ours, theirs, (policy,), [scored])
 
 
@@ -141,7 +141,7 @@ def test_grpo(kl_weight):
     theirs = GRPOTrainer._compute_loss(trainer, None, inputs)
 
     def ours(new):
-        total, weight = preferences.grpo(new, old, mask=mask, advantages=advantages, reference=reference, kl_weight=kl_weight)
+        total, weight = preference_losses.grpo(new, old, mask=mask, advantages=advantages, reference=reference, kl_weight=kl_weight)
         return total / weight
 
     agree(ours, theirs, (new,), [scored])

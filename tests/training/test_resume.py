@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, command
 
-from gptjax import checkpoint, metrics, tree
+from gptjax.checkpoints.workdir import load_params, newest_step
+from gptjax.core import tree
+from gptjax.tracking.trackers import read_jsonl
 
 STEPS = 60
 
@@ -20,7 +22,7 @@ STEPS = 60
 def arguments(corpus, workdir, *extra):
     return [
         sys.executable, "-m", "gptjax.train", *TINY, f"--config.data.path={corpus}", f"--workdir={workdir}", f"--config.train.steps={STEPS}",
-        "--config.model.dropout=0.1", "--config.train.accumulate=2", "--config.train.log_every=1", "--config.train.save_every=4",
+        "--config.model.dropout=0.1", "--config.train.grad_accum_steps=2", "--config.train.log_every=1", "--config.train.save_every=4",
         "--config.train.eval_every=0", "--config.train.sample_tokens=0", *extra,
     ]  # fmt: skip
 
@@ -61,9 +63,9 @@ def wait_for(process, text):
 
 
 def outcome(workdir):
-    losses = {r["step"]: r["train/loss"] for r in metrics.read_jsonl(workdir / "metrics.jsonl") if "train/loss" in r}
-    step = checkpoint.newest(workdir / "checkpoints")
-    return losses, step.name, tree.flatten(checkpoint.load_params(step))
+    losses = {r["step"]: r["train/loss"] for r in read_jsonl(workdir / "metrics.jsonl") if "train/loss" in r}
+    step = newest_step(workdir / "checkpoints")
+    return losses, step.name, tree.flatten(load_params(step))
 
 
 def assert_same(a, b):

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from conftest import make_config
 
-from gptjax import sharding, steps, tree
-from gptjax.config import UserError
+from gptjax.config.errors import UserError
+from gptjax.core import tree
+from gptjax.runtime import sharding
+from gptjax.runtime.mesh import make_mesh
+from gptjax.training import step as train_step
 
 
 def batch_for(config, step=0):
@@ -25,10 +28,10 @@ def batch_for(config, step=0):
 
 def run(config, devices, n=3):
     """(losses, final state, step function, mesh) of n steps."""
-    mesh = sharding.make_mesh(config, devices)
+    mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh):
-        state, frozen = steps.init_state(config, mesh)
-        step = steps.make_train_step(config, mesh)
+        state, frozen = train_step.init_state(config, mesh)
+        step = train_step.make_train_step(config, mesh)
         losses = []
         for i in range(n):
             state, metrics = step(state, sharding.to_global(mesh, batch_for(config, i)), frozen)
@@ -39,7 +42,7 @@ def run(config, devices, n=3):
 def test_micro_batches_equal_one_batch_with_unequal_weights(one_device):
     config = make_config()
     expected, state, _, _ = run(config, one_device)
-    found, accumulated, _, _ = run(make_config(train=dict(accumulate=4)), one_device)
+    found, accumulated, _, _ = run(make_config(train=dict(grad_accum_steps=4)), one_device)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(accumulated.params), strict=True):
         np.testing.assert_allclose(b, a, atol=2e-5)
@@ -47,7 +50,7 @@ def test_micro_batches_equal_one_batch_with_unequal_weights(one_device):
     assert len(set(weights)) > 1  # a mean of means would differ
 
 
-FAMILIES = {"gpt2": {}, "llama": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=4, tied=False, scan=True)}
+FAMILIES = {"gpt2": {}, "llama": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=4, tie_embeddings=False, scan_layers=True)}
 MESHES = [
     ("gpt2", dict(data=8)),
     ("gpt2", dict(data=1, fsdp=8)),
@@ -58,7 +61,7 @@ MESHES = [
 
 
 def options(family):
-    return dict(model=dict(width=64, heads=4, **FAMILIES[family]), train=dict(batch_size=16, accumulate=2))
+    return dict(model=dict(width=64, heads=4, **FAMILIES[family]), train=dict(batch_size=16, grad_accum_steps=2))
 
 
 @functools.lru_cache
@@ -96,18 +99,18 @@ def test_dropout_does_not_depend_on_the_mesh(one_device):
         (dict(mesh=dict(data=-1, fsdp=3)), "8 devices are not a multiple of 3"),
         (dict(mesh=dict(data=8), train=dict(batch_size=4)), "does not divide train.batch_size"),
         (dict(mesh=dict(data=1, tensor=8)), "model.kv_heads = 4"),
-        (dict(mesh=dict(data=4, fsdp=2), train=dict(batch_size=8, accumulate=2)), "mesh.data x mesh.fsdp = 8"),
+        (dict(mesh=dict(data=4, fsdp=2), train=dict(batch_size=8, grad_accum_steps=2)), "mesh.data x mesh.fsdp = 8"),
         (dict(mesh=dict(data=4, tensor=2), model=dict(vocab_multiple=1)), "padded vocabulary of 257"),
     ],
 )
 def test_illegal_meshes_are_refused_by_name(wrong, part):
     with pytest.raises(UserError, match=re.escape(part)):
-        sharding.make_mesh(make_config(**wrong))
+        make_mesh(make_config(**wrong))
 
 
 def test_every_parameter_has_a_rule():
     for family in FAMILIES.values():
-        shapes, _, _ = steps.state_shapes(make_config(model=family))
+        shapes, _, _ = train_step.state_shapes(make_config(model=family))
         for path in tree.flatten(shapes.params):
             tree.first_match(sharding.RULES, path)
     with pytest.raises(ValueError, match="no rule matches"):
@@ -116,10 +119,10 @@ def test_every_parameter_has_a_rule():
 
 def test_one_batch_overfits(one_device):
     config = make_config(train=dict(steps=400), optim=dict(lr=1e-2, schedule="constant", weight_decay=0.0), model=dict(width=64))
-    mesh = sharding.make_mesh(config, one_device)
+    mesh = make_mesh(config, one_device)
     batch = {**batch_for(config), "loss_weights": np.ones((8, 16), np.float32), "segment_ids": np.ones((8, 16), np.int32)}
     with jax.set_mesh(mesh):
-        (state, frozen), step = steps.init_state(config, mesh), steps.make_train_step(config, mesh)
+        (state, frozen), step = train_step.init_state(config, mesh), train_step.make_train_step(config, mesh)
         batch = sharding.to_global(mesh, batch)
         for _ in range(400):
             state, metrics = step(state, batch, frozen)

@@ -1,0 +1,41 @@
+"""TODO docstring."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.core.types import Array
+
+MASKED = -1e30  # finite: exp underflows to an exact 0, and no NaN arises from a block without a visible key
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["q_index", "q_segments", "k_segments"], meta_fields=["window"])
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """A query sees key s when s <= its own index, in its own segment, and less than `window` back (0: any distance).
+
+    q_index [B or 1, T]: the slot of each query among the keys; slots of a cache past it are not filled yet.
+    q_segments [B, T], k_segments [B, S]: document numbers, both or neither.
+    """
+
+    q_index: Array
+    q_segments: Array | None = None
+    k_segments: Array | None = None
+    window: int = 0
+
+    def allowed(self, k_start: Any, k_size: int) -> Array:
+        """bool [B or 1, T, k_size] for the keys [k_start, k_start + k_size)."""
+        slots = k_start + jnp.arange(k_size, dtype=jnp.int32)[None, None, :]
+        q = self.q_index[:, :, None]
+        visible = slots <= q
+        if self.window:
+            visible &= slots > q - self.window
+        if self.q_segments is not None and self.k_segments is not None:
+            keys = jax.lax.dynamic_slice_in_dim(self.k_segments, k_start, k_size, axis=1)
+            visible &= self.q_segments[:, :, None] == keys[:, None, :]
+        return visible

@@ -1,0 +1,66 @@
+"""TODO docstring."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+import jax
+
+from gptjax.config import build, schema
+from gptjax.config.errors import UserError
+from gptjax.core import cli, files
+from gptjax.data import shards
+from gptjax.data.sources import TRAIN
+from gptjax.planning.explain import explain
+from gptjax.runtime.compile_cache import Compiles, enable_compile_cache
+from gptjax.runtime.distributed import start_distributed
+from gptjax.runtime.interrupt import Stop
+from gptjax.runtime.memory import keep_freed_memory
+from gptjax.training.loop import train
+from gptjax.training.setup import load_data, resolve_checkpoint, resolve_config, rows_of_epoch, setup
+
+
+def main(argv: list[str]) -> None:
+    flags = {
+        "workdir": "folder of the run",
+        "print_config": "print every knob, resolved, and stop",
+        "explain": "print each derived number and why, and stop",
+        "profile_steps": "first:last steps to trace; short for --config.train.profile_steps",
+        "distributed": "start jax.distributed from the cluster's environment",
+    }
+    args = cli.parse(argv, __doc__, flags, required=("config",))
+    if "profile_steps" in args:
+        build.override(args.settings, {"train.profile_steps": args["profile_steps"]})
+    config = args.config
+    if "print_config" in args:
+        print(schema.to_json(config))
+        return
+    if "explain" in args:
+        config, source = resolve_checkpoint(config)
+        data = load_data(config, source)
+        config = resolve_config(config, data)
+        tokens = data.tokens(TRAIN) if isinstance(data, shards.Prepared) else rows_of_epoch(config, data) * config.length
+        print(explain(config, tokens))
+        return
+    if not args["workdir"]:
+        raise UserError("missing --workdir: the folder for checkpoints, metrics and the report")
+    start_distributed("distributed" in args)
+    enable_compile_cache()
+    keep_freed_memory()
+    stop, compiles, workdir = Stop(), Compiles(), Path(args["workdir"])
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file: name a folder")
+    with files.lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        run = setup(config, workdir, args.overrides, stop, compiles)
+        with jax.set_mesh(run.mesh):
+            summary = train(run)
+    if jax.process_index() == 0:
+        cli.result(summary, args)
+    if summary["status"] == "interrupted":
+        raise SystemExit(130)
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])
