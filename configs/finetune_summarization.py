@@ -12,11 +12,29 @@ from configs import base
 
 def get_config():
     c = base.get_config()
-    c.train.update(init_from="runs/smollm2.gguf", epochs=1.0, batch_size=2, eval_every=0, save_every=50, log_every=10)
+    c.train.update(
+        init_from="runs/smollm2.gguf",
+        epochs=1.0,
+        batch_size=2,
+        eval_every=0,
+        save_every=50,
+        log_every=10,
+    )
     c.model.update(context=8192, scan_layers=True, dtype="bfloat16")
-    c.data.update(source="jsonl", path="data/scitldr_a/train.jsonl", eval_path="data/scitldr_a/dev.jsonl", length=512)
+    c.data.update(
+        source="jsonl",
+        path="data/scitldr_a/train.jsonl",
+        eval_path="data/scitldr_a/dev.jsonl",
+        length=512,
+    )
     c.data.update(train_limit=800, eval_limit=50)
-    c.task.update(name="summarization", template="chat", system="Summarize the paper in one sentence.", prompt="{source}", completion="{target}")
+    c.task.update(
+        name="summarization",
+        template="chat",
+        system="Summarize the paper in one sentence.",
+        prompt="{source}",
+        completion="{target}",
+    )
     c.task.update(truncation="cut_end", eval_samples=0)
     c.lora.update(rank=16, alpha=32.0)
     c.optim.update(lr=5e-4, schedule="linear", warmup_steps=20, min_lr_ratio=0.0, weight_decay=0.0)

@@ -12,7 +12,13 @@ def get_config():
     c = base.get_config()
     c.train.update(epochs=4.0, batch_size=16, eval_every=0, save_every=250, log_every=50)
     c.model.update(layers=2, width=128, heads=4, context=256, dropout=0.2)
-    c.data.update(source="jsonl", path="data/reuters8/train.jsonl", eval_fraction=0.1, tokenizer="sentencepiece", tokenizer_vocab=6000)
+    c.data.update(
+        source="jsonl",
+        path="data/reuters8/train.jsonl",
+        eval_fraction=0.1,
+        tokenizer="sentencepiece",
+        tokenizer_vocab=6000,
+    )
     c.task.update(name="classification", prompt="{text}", truncation="cut_end", eval_samples=0)
     c.optim.update(lr=1e-3, schedule="linear", warmup_steps=50, min_lr_ratio=0.0, weight_decay=0.1)
     return c

@@ -11,9 +11,26 @@ from configs import base, sizes
 
 def get_config():
     c = base.get_config()
-    c.model.update(**sizes.LLAMA_1B, dtype="bfloat16", scan_layers=True, remat="dots", attention="blockwise", attention_block=512)
-    c.data.update(source="shards", tokenizer="sentencepiece", tokenizer_vocab=32000, eval_fraction=0.001)
+    c.model.update(
+        **sizes.LLAMA_1B,
+        dtype="bfloat16",
+        scan_layers=True,
+        remat="dots",
+        attention="blockwise",
+        attention_block=512,
+    )
+    c.data.update(
+        source="shards", tokenizer="sentencepiece", tokenizer_vocab=32000, eval_fraction=0.001
+    )
     c.optim.update(lr=4e-4, schedule="wsd", warmup_steps=2000, min_lr_ratio=0.0, b2=0.95)
-    c.train.update(steps=50_000, batch_size=256, grad_accum_steps=2, eval_every=1000, eval_batches=20, save_every=500, keep_best=True)
+    c.train.update(
+        steps=50_000,
+        batch_size=256,
+        grad_accum_steps=2,
+        eval_every=1000,
+        eval_batches=20,
+        save_every=500,
+        keep_best=True,
+    )
     c.mesh.update(data=1, fsdp=-1)
     return c

@@ -22,12 +22,44 @@ GPT3_175B = GPT3_125M | dict(layers=96, width=12288, heads=96)
 
 LLAMA = dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none")
 
-SMOLLM2_135M = LLAMA | dict(layers=30, width=576, heads=9, kv_heads=3, mlp_dim=1536, context=8192, vocab_size=49152, rope_theta=1e5, tie_embeddings=True)
-LLAMA_1B = LLAMA | dict(layers=16, width=2048, heads=32, kv_heads=8, head_dim=64, mlp_dim=8192, context=4096, vocab_size=0, rope_theta=5e5, tie_embeddings=True)
+SMOLLM2_135M = LLAMA | dict(
+    layers=30,
+    width=576,
+    heads=9,
+    kv_heads=3,
+    mlp_dim=1536,
+    context=8192,
+    vocab_size=49152,
+    rope_theta=1e5,
+    tie_embeddings=True,
+)
+LLAMA_1B = LLAMA | dict(
+    layers=16,
+    width=2048,
+    heads=32,
+    kv_heads=8,
+    head_dim=64,
+    mlp_dim=8192,
+    context=4096,
+    vocab_size=0,
+    rope_theta=5e5,
+    tie_embeddings=True,
+)
 
 ALL = {
-    "gpt1": GPT1, "gpt2": GPT2, "gpt2-medium": GPT2_MEDIUM, "gpt2-large": GPT2_LARGE, "gpt2-xl": GPT2_XL,
-    "gpt3-125m": GPT3_125M, "gpt3-350m": GPT3_350M, "gpt3-760m": GPT3_760M, "gpt3-1.3b": GPT3_1_3B, "gpt3-2.7b": GPT3_2_7B,
-    "gpt3-6.7b": GPT3_6_7B, "gpt3-13b": GPT3_13B, "gpt3-175b": GPT3_175B,
-    "smollm2-135m": SMOLLM2_135M, "llama-1b": LLAMA_1B,
-}  # fmt: skip
+    "gpt1": GPT1,
+    "gpt2": GPT2,
+    "gpt2-medium": GPT2_MEDIUM,
+    "gpt2-large": GPT2_LARGE,
+    "gpt2-xl": GPT2_XL,
+    "gpt3-125m": GPT3_125M,
+    "gpt3-350m": GPT3_350M,
+    "gpt3-760m": GPT3_760M,
+    "gpt3-1.3b": GPT3_1_3B,
+    "gpt3-2.7b": GPT3_2_7B,
+    "gpt3-6.7b": GPT3_6_7B,
+    "gpt3-13b": GPT3_13B,
+    "gpt3-175b": GPT3_175B,
+    "smollm2-135m": SMOLLM2_135M,
+    "llama-1b": LLAMA_1B,
+}

@@ -27,7 +27,9 @@ def main(argv: list[str]) -> None:
     if form not in FORMATS:
         raise UserError(f"--format={form}: {unknown_name('format', form, [*FORMATS, 'peft'])}")
     if args["dtype"] and args["dtype"] not in TOLERANCE:
-        raise UserError(f"--dtype={args['dtype']}: {unknown_name('dtype', args['dtype'], list(TOLERANCE))}")
+        raise UserError(
+            f"--dtype={args['dtype']}: {unknown_name('dtype', args['dtype'], list(TOLERANCE))}"
+        )
     return_freed_memory()
     cli.result(convert(args["from"], target, form=form, dtype=args["dtype"]), args)
 

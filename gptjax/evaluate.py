@@ -29,7 +29,9 @@ def task_config(checkpoint: str) -> Config:
     """The config of a run that tuned a task. Raises UserError."""
     config = run_config(checkpoint)
     if config is None or not config.task.name:
-        raise UserError(f"{checkpoint} names no task: give --config=configs/..., or --text, --probes or --harness")
+        raise UserError(
+            f"{checkpoint} names no task: give --config=configs/..., or --text, --probes or --harness"
+        )
     return config
 
 
@@ -53,14 +55,22 @@ def main(argv: list[str]) -> None:
     out = Path(args["out"]) if args["out"] else None
     if args["text"]:
         if out:
-            raise UserError("--out is for predictions and probes, and --text makes none: leave it out")
-        documents = rows.subsample_evenly([p.read_bytes() for p in rows.paths_of(args["text"], (".txt", ".md", ".text"))], limit)
+            raise UserError(
+                "--out is for predictions and probes, and --text makes none: leave it out"
+            )
+        documents = rows.subsample_evenly(
+            [p.read_bytes() for p in rows.paths_of(args["text"], (".txt", ".md", ".text"))], limit
+        )
         texts = [files.decode(data, args["text"]) for data in documents]
-        entries = [Comparison(name, text_scores(language_model.load(name), iter(texts))) for name in names]
+        entries = [
+            Comparison(name, text_scores(language_model.load(name), iter(texts))) for name in names
+        ]
         headline = "bits_per_byte"
     elif "probes" in args or "harness" in args:
         if len(names) > 1:
-            raise UserError(f"--probes and --harness look at one checkpoint, not at {len(names)}: run them for each")
+            raise UserError(
+                f"--probes and --harness look at one checkpoint, not at {len(names)}: run them for each"
+            )
         _others(args, names[0], limit, out)
         return
     else:
@@ -76,7 +86,6 @@ def main(argv: list[str]) -> None:
 def _others(args: cli.Args, name: str, limit: int, out: Path | None) -> None:
     lm = language_model.load(name)
     if "harness" in args:
-
         from gptjax.evaluation.harness import evaluate_tasks  # lm_eval is an extra
 
         found = evaluate_tasks(lm, args["harness"].split(","), limit=limit or None)
@@ -84,7 +93,9 @@ def _others(args: cli.Args, name: str, limit: int, out: Path | None) -> None:
         return
     from gptjax.evaluation import probes
 
-    report = probes.run_probes(lm, probes.load_probes(probes.PROBES if args["probes"] == "true" else Path(args["probes"])))
+    report = probes.run_probes(
+        lm, probes.load_probes(probes.PROBES if args["probes"] == "true" else Path(args["probes"]))
+    )
     if out:
         files.write_text(out / "probes.html", probes.to_html(report))
         cli.say(f"wrote {out / 'probes.html'}")

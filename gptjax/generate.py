@@ -26,16 +26,29 @@ if __name__ == "__main__":
 
 def complete(lm: LanguageModel, args: cli.Args) -> None:
     """One prompt, streamed; as JSON, or with several completions, at its end."""
-    settings, prompt, n, limit = options(args), args["prompt"], args.number("n", 1), new_tokens(lm, args)
+    settings, prompt, n, limit = (
+        options(args),
+        args["prompt"],
+        args.number("n", 1),
+        new_tokens(lm, args),
+    )
     if "json" in args or n > 1 or settings.get("num_beams"):
         found = lm.generate([prompt], max_new_tokens=limit, n=n, **settings)
         for one in found:
-            data = {"prompt": prompt, "text": one.text, "tokens": one.tokens, "logprobs": one.logprobs, "finish_reason": one.finish_reason}
+            data = {
+                "prompt": prompt,
+                "text": one.text,
+                "tokens": one.tokens,
+                "logprobs": one.logprobs,
+                "finish_reason": one.finish_reason,
+            }
             print(json.dumps(data) if "json" in args else prompt + one.text)
         return
     pieces = lm.stream(prompt, max_new_tokens=limit, **settings)
     echo = prompt
-    for piece in pieces:  # the first piece comes after all checks: the prompt is echoed once they passed
+    for (
+        piece
+    ) in pieces:  # the first piece comes after all checks: the prompt is echoed once they passed
         sys.stdout.write(echo + piece)
         sys.stdout.flush()
         echo = ""
@@ -46,9 +59,19 @@ def main(argv: list[str]) -> None:
     args = cli.parse(argv, __doc__, FLAGS, required=("checkpoint",))
     settings, n = options(args), args.number("n", 1)  # wrong numbers before the model is read
     enable_compile_cache()
-    with language_model.load_lazily(args["checkpoint"], weights=args["weights"] or "float32", cache_dtype=args["cache_dtype"]) as lm:
-        if not (args["adapter"] or "chat" in args or settings.keys() & {"num_beams", "speculate_tokens"}):
-            lm.compile(args["prompt"], folder=files.cache_path("programs"), n=n, max_new_tokens=new_tokens(lm, args), **settings)
+    with language_model.load_lazily(
+        args["checkpoint"], weights=args["weights"] or "float32", cache_dtype=args["cache_dtype"]
+    ) as lm:
+        if not (
+            args["adapter"] or "chat" in args or settings.keys() & {"num_beams", "speculate_tokens"}
+        ):
+            lm.compile(
+                args["prompt"],
+                folder=files.cache_path("programs"),
+                n=n,
+                max_new_tokens=new_tokens(lm, args),
+                **settings,
+            )
     if not gc.isenabled():
         gc.freeze()  # what is here now stays
         gc.enable()

@@ -19,7 +19,13 @@ from gptjax.runtime.distributed import start_distributed
 from gptjax.runtime.interrupt import Stop
 from gptjax.runtime.memory import keep_freed_memory
 from gptjax.training.loop import train
-from gptjax.training.setup import load_data, resolve_checkpoint, resolve_config, rows_of_epoch, setup
+from gptjax.training.setup import (
+    load_data,
+    resolve_checkpoint,
+    resolve_config,
+    rows_of_epoch,
+    setup,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -41,7 +47,11 @@ def main(argv: list[str]) -> None:
         config, source = resolve_checkpoint(config)
         data = load_data(config, source)
         config = resolve_config(config, data)
-        tokens = data.tokens(TRAIN) if isinstance(data, shards.Prepared) else rows_of_epoch(config, data) * config.length
+        tokens = (
+            data.tokens(TRAIN)
+            if isinstance(data, shards.Prepared)
+            else rows_of_epoch(config, data) * config.length
+        )
         print(explain(config, tokens))
         return
     if not args["workdir"]:

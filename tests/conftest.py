@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 # Optimisation level 0 halves the time to compile; what the tests compare holds at every level, and CI's second lane runs at the default.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
@@ -21,13 +23,17 @@ from gptjax.model import init as model_init
 from gptjax.runtime.compile_cache import enable_compile_cache
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"  # real data sets on the developers' machines; tests that want it skip without
+SHARED = (
+    ROOT.parent / "shared" / "data"
+)  # real data sets on the developers' machines; tests that want it skip without
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"  # one for all workers
+    folder = (
+        base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    ) / "cache"  # one for all workers
     folder.mkdir(exist_ok=True)
     os.environ["GPTJAX_CACHE"] = str(folder)
     enable_compile_cache()
@@ -57,14 +63,26 @@ def random_params(config):
     generator = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model_init.init_params(config, jax.random.key(0)))
     start = tree.map_with_path(lambda path, s: np.float32(path.endswith("scale")), shapes)
-    return jax.tree.map(lambda s, at: jnp.asarray(at + 0.1 * generator.standard_normal(s.shape, np.float32)), shapes, start)
+    return jax.tree.map(
+        lambda s, at: jnp.asarray(at + 0.1 * generator.standard_normal(s.shape, np.float32)),
+        shapes,
+        start,
+    )
 
 
 def command(*args, check=True, devices=1, env=None, **kwargs):
     """Runs `python -m gptjax.<args>` as a user would; returns the finished process with its output as text."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # as above
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **(env or {})}
-    done = subprocess.run([sys.executable, "-m", *map(str, args)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, **kwargs)
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, args)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        **kwargs,
+    )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -73,14 +91,25 @@ def command(*args, check=True, devices=1, env=None, **kwargs):
 def corpus(tmp_path):
     """A text file of about 20 kB with structure that a tiny model can learn."""
     path = tmp_path / "corpus.txt"
-    path.write_text("".join(f"Line {i}: the quick brown fox jumps over {i % 7} lazy dogs.\n" for i in range(400)))
+    path.write_text(
+        "".join(
+            f"Line {i}: the quick brown fox jumps over {i % 7} lazy dogs.\n" for i in range(400)
+        )
+    )
     return path
 
 
 TINY = (
-    "--config=configs/debug.py", "--config.model.layers=1", "--config.model.width=16", "--config.model.heads=2", "--config.model.context=16",
-    "--config.data.source=text", "--config.data.tokenizer=bytes", "--config.data.eval_fraction=0.1", "--config.train.sample_tokens=4",
-)  # fmt: skip
+    "--config=configs/debug.py",
+    "--config.model.layers=1",
+    "--config.model.width=16",
+    "--config.model.heads=2",
+    "--config.model.context=16",
+    "--config.data.source=text",
+    "--config.data.tokenizer=bytes",
+    "--config.data.eval_fraction=0.1",
+    "--config.train.sample_tokens=4",
+)
 
 
 def byte_level_tokenizer(template=""):
@@ -90,11 +119,21 @@ def byte_level_tokenizer(template=""):
 
     letters = list(byte_letters())
     merges = ["t h", "th e", "Ġ the", "Ġ a", "i n"]
-    words = [*letters, *(m.replace(" ", "") for m in merges), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    words = [
+        *letters,
+        *(m.replace(" ", "") for m in merges),
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+    ]
     ids = {word: i for i, word in enumerate(words)}
     control = words[-3:]
     content = {"tokenizer.json": byte_level_json(ids, merges, control=control, digits=False)}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "bos_token": "<|endoftext|>",
+    }
     content["tokenizer_config.json"] = json.dumps(settings).encode()
     if template:
         content["chat_template.jinja"] = template.encode()
@@ -104,22 +143,72 @@ def byte_level_tokenizer(template=""):
 FAMILIES = {
     "gpt2": {},
     "gpt2_untied": dict(tie_embeddings=False, mlp_dim=48, mlp="gelu_exact"),
-    "gpt_neox": dict(positions="rope", rotary_fraction=0.5, parallel=True, mlp="gelu_exact", tie_embeddings=False),
-    "llama": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, mlp_dim=64, tie_embeddings=False),
-    "llama3": dict(
-        positions="rope", norm="rmsnorm", mlp="swiglu", bias="attention", mlp_dim=64, rope_scaling="llama3", rope_factor=8.0, rope_original_context=16
+    "gpt_neox": dict(
+        positions="rope", rotary_fraction=0.5, parallel=True, mlp="gelu_exact", tie_embeddings=False
     ),
-    "yarn": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", mlp_dim=64, rope_scaling="yarn", rope_factor=4.0, rope_original_context=16),
-    "mistral": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, mlp_dim=64, sliding_window=5, tie_embeddings=False),
-    "qwen2": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="qkv", kv_heads=2, mlp_dim=64),
-    "qwen3": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, mlp_dim=64, head_dim=16, qk_norm=True),
-}  # fmt: skip
+    "llama": dict(
+        positions="rope",
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias="none",
+        kv_heads=2,
+        mlp_dim=64,
+        tie_embeddings=False,
+    ),
+    "llama3": dict(
+        positions="rope",
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias="attention",
+        mlp_dim=64,
+        rope_scaling="llama3",
+        rope_factor=8.0,
+        rope_original_context=16,
+    ),
+    "yarn": dict(
+        positions="rope",
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias="none",
+        mlp_dim=64,
+        rope_scaling="yarn",
+        rope_factor=4.0,
+        rope_original_context=16,
+    ),
+    "mistral": dict(
+        positions="rope",
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias="none",
+        kv_heads=2,
+        mlp_dim=64,
+        sliding_window=5,
+        tie_embeddings=False,
+    ),
+    "qwen2": dict(
+        positions="rope", norm="rmsnorm", mlp="swiglu", bias="qkv", kv_heads=2, mlp_dim=64
+    ),
+    "qwen3": dict(
+        positions="rope",
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias="none",
+        kv_heads=2,
+        mlp_dim=64,
+        head_dim=16,
+        qk_norm=True,
+    ),
+}
 
 
 def tiny_checkpoint(family="gpt2", *, vocab=264, context=64, layers=2, tokenizer=None, keep=None):
     """A `convert.Pretrained` with random weights."""
     from gptjax.checkpoints import pretrained
 
-    config = make_config(model=dict(vocab_size=vocab, context=context, layers=layers, vocab_multiple=128, **FAMILIES[family])).model
+    config = make_config(
+        model=dict(
+            vocab_size=vocab, context=context, layers=layers, vocab_multiple=128, **FAMILIES[family]
+        )
+    ).model
     params = jax.tree.map(np.asarray, random_params(config))
     return pretrained.Pretrained(config, params, tokenizer, keep=keep or {})

@@ -20,10 +20,18 @@ import numpy as np
 import turns
 
 CONTENDERS = (
-    "gptjax float32", "gptjax bfloat16", "gptjax int8", "transformers float32", "transformers bfloat16", "ctranslate2 float32", "ctranslate2 int8",
-)  # fmt: skip
+    "gptjax float32",
+    "gptjax bfloat16",
+    "gptjax int8",
+    "transformers float32",
+    "transformers bfloat16",
+    "ctranslate2 float32",
+    "ctranslate2 int8",
+)
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-WEIGHTS = 12 * 12 * 768**2 + 50257 * 768  # matrices that a step reads; the rest is a hundredth of them
+WEIGHTS = (
+    12 * 12 * 768**2 + 50257 * 768
+)  # matrices that a step reads; the rest is a hundredth of them
 
 
 def bandwidth() -> float:
@@ -50,8 +58,12 @@ def prepare(folder: Path) -> None:
     from gptjax.config import build
     from gptjax.model import init as model_init
 
-    c = build.build_config({"model": dict(layers=12, width=768, heads=12, context=1024, vocab_size=50257)}).model
-    params = jax.tree.map(np.asarray, jax.jit(lambda: model_init.init_params(c, jax.random.key(0)))())
+    c = build.build_config(
+        {"model": dict(layers=12, width=768, heads=12, context=1024, vocab_size=50257)}
+    ).model
+    params = jax.tree.map(
+        np.asarray, jax.jit(lambda: model_init.init_params(c, jax.random.key(0)))()
+    )
     ids = {"bos_token_id": 50256, "eos_token_id": 50256}
     formats.write_checkpoint(folder / "hf", pretrained.Pretrained(c, params, None, keep=ids))
     try:
@@ -60,7 +72,9 @@ def prepare(folder: Path) -> None:
         print(f"no CTranslate2: {error}", file=sys.stderr)
         return
     state = {name: make() for name, _, make in mapping.from_params(c, params)}
-    spec = transformer_spec.TransformerDecoderModelSpec.from_config(12, 12, pre_norm=True, activation=common_spec.Activation.GELUTanh)
+    spec = transformer_spec.TransformerDecoderModelSpec.from_config(
+        12, 12, pre_norm=True, activation=common_spec.Activation.GELUTanh
+    )
     d = spec.decoder
     d.scale_embeddings = False
     d.embeddings.weight = d.projection.weight = state["transformer.wte.weight"]
@@ -103,22 +117,38 @@ def worker(folder: str, name: str, batch: int, prompt: int, new: int) -> None:
         import torch
         import transformers
 
-        net = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/hf", dtype=getattr(torch, dtype)).eval()
+        net = transformers.AutoModelForCausalLM.from_pretrained(
+            f"{folder}/hf", dtype=getattr(torch, dtype)
+        ).eval()
         net.generation_config.eos_token_id, net.generation_config.pad_token_id = None, 0
         ids = torch.tensor(prompts)
 
         def step(new: int = new) -> None:
             with torch.inference_mode():
-                out = net.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new)
+                out = net.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                )
             assert out.shape[1] == prompt + new
     else:
         import ctranslate2
 
-        generator = ctranslate2.Generator(f"{folder}/ct2", compute_type=dtype, inter_threads=1, intra_threads=2)
+        generator = ctranslate2.Generator(
+            f"{folder}/ct2", compute_type=dtype, inter_threads=1, intra_threads=2
+        )
         words = [[f"t{i}" for i in row] for row in prompts]
 
         def step(new: int = new) -> None:
-            out = generator.generate_batch(words, max_length=new, min_length=new, sampling_topk=1, include_prompt_in_result=False)
+            out = generator.generate_batch(
+                words,
+                max_length=new,
+                min_length=new,
+                sampling_topk=1,
+                include_prompt_in_result=False,
+            )
             assert all(len(o.sequences_ids[0]) == new for o in out)
 
     def first() -> float:
@@ -134,7 +164,9 @@ def report(batch: int, new: int, found: dict[str, list[tuple[float, tuple[float,
     """tokens/s of the whole call, prompt and all; a step is what each further token takes, and is what the floor is of."""
     rate = statistics.median(r for rows in found.values() for _, (r, _) in rows)
     print(f"\nbatch {batch}: read bandwidth {rate / 1e9:.1f} GB/s")
-    print(f"{'':<24}{'tokens/s':>10}{'prompt, ms':>12}{'ms/step':>9}{'floor':>8}{'of floor':>10}   gptjax at equal precision is")
+    print(
+        f"{'':<24}{'tokens/s':>10}{'prompt, ms':>12}{'ms/step':>9}{'floor':>8}{'of floor':>10}   gptjax at equal precision is"
+    )
     times = {name: [s for s, _ in rows] for name, rows in found.items()}
     for name, seconds in times.items():
         dtype, middle = name.split()[1], statistics.median(seconds)
@@ -142,7 +174,11 @@ def report(batch: int, new: int, found: dict[str, list[tuple[float, tuple[float,
         step = statistics.median((s - f) / max(1, new - 1) for s, (_, f) in found[name])
         floor = WEIGHTS * BYTES[dtype] / rate
         ours = times.get(f"gptjax {dtype}")
-        ratio = statistics.median(t / o for t, o in zip(seconds, ours, strict=True)) if ours else float("nan")
+        ratio = (
+            statistics.median(t / o for t, o in zip(seconds, ours, strict=True))
+            if ours
+            else float("nan")
+        )
         print(
             f"{name:<24}{batch * new / middle:>10.1f}{1e3 * first:>12.0f}{1e3 * step:>9.1f}{1e3 * floor:>8.1f}{floor / step:>10.0%}{ratio:>10.2f}x",
             flush=True,
@@ -157,9 +193,25 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         for batch in map(int, flags.get("batches", "1,8").split(",")):
-            python = lambda name: torch_python if name.startswith("transformers") else sys.executable
-            commands = {name: [python(name), __file__, "--worker", json.dumps([folder, name, batch, prompt, new])] for name in wanted}
-            report(batch, new, turns.measure(commands, int(flags.get("rounds", 5)), float(flags.get("seconds", 4))))
+            python = lambda name: (
+                torch_python if name.startswith("transformers") else sys.executable
+            )
+            commands = {
+                name: [
+                    python(name),
+                    __file__,
+                    "--worker",
+                    json.dumps([folder, name, batch, prompt, new]),
+                ]
+                for name in wanted
+            }
+            report(
+                batch,
+                new,
+                turns.measure(
+                    commands, int(flags.get("rounds", 5)), float(flags.get("seconds", 4))
+                ),
+            )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,14 @@ def gptjax_worker(shape: str, dtype: str):
     layers, width, heads, batch, context, vocab = SHAPES[shape]
     c = build.build_config(
         {
-            "model": dict(layers=layers, width=width, heads=heads, context=context, vocab_size=vocab, dtype=dtype),
+            "model": dict(
+                layers=layers,
+                width=width,
+                heads=heads,
+                context=context,
+                vocab_size=vocab,
+                dtype=dtype,
+            ),
             "train": dict(batch_size=batch),
             "optim": dict(lr=3e-4),
         }
@@ -55,9 +62,12 @@ def gptjax_worker(shape: str, dtype: str):
     ids = np.random.default_rng(0).integers(0, vocab, (batch, context + 1)).astype(np.int32)
     ones = np.ones((batch, context), np.int32)
     data = {
-        "tokens": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": ones.astype(np.float32), "segment_ids": ones,
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "loss_weights": ones.astype(np.float32),
+        "segment_ids": ones,
         "positions": np.broadcast_to(np.arange(context, dtype=np.int32), (batch, context)),
-    }  # fmt: skip
+    }
     with jax.set_mesh(mesh):
         state, _ = train_step.init_state(c, mesh)
         data = sharding.to_global(mesh, data)
@@ -125,14 +135,24 @@ def torch_worker(shape: str, mode: str, dtype: str):
 
 def worker(shape: str, name: str) -> None:
     library, *mode = name.split()
-    turns.work(*(gptjax_worker(shape, *mode) if library == "gptjax" else torch_worker(shape, *mode)))
+    turns.work(
+        *(gptjax_worker(shape, *mode) if library == "gptjax" else torch_worker(shape, *mode))
+    )
 
 
-def measure(shape: str, rounds: int, seconds: float, torch_python: str, wanted: list[str]) -> dict[str, tuple[list[float], float]]:
+def measure(
+    shape: str, rounds: int, seconds: float, torch_python: str, wanted: list[str]
+) -> dict[str, tuple[list[float], float]]:
     """{contender: (seconds a step, one per round; median matrix rate)}."""
-    commands = {name: [sys.executable if name in OURS else torch_python, __file__, "--worker", shape, name] for name in wanted}
+    commands = {
+        name: [sys.executable if name in OURS else torch_python, __file__, "--worker", shape, name]
+        for name in wanted
+    }
     found = turns.measure(commands, rounds, seconds)
-    return {name: ([s for s, _ in rows], statistics.median(r for _, r in rows)) for name, rows in found.items()}
+    return {
+        name: ([s for s, _ in rows], statistics.median(r for _, r in rows))
+        for name, rows in found.items()
+    }
 
 
 def model_flops(shape: str) -> float:
@@ -147,7 +167,9 @@ def report(shape: str, found: dict[str, tuple[list[float], float]]) -> None:
     print(f"\n{shape}: {batch} x {context} tokens a step, {model_flops(shape) / 1e9:.1f} GFLOP")
     running = [name for name in OURS if name in found]
     ours = found[running[0]][0]
-    print(f"{'':<24}{'ms/step':>10}{'tokens/s':>11}{'GFLOP/s':>9}{'own matmul':>12}{'share':>7}{running[0] + ' is':>20}")
+    print(
+        f"{'':<24}{'ms/step':>10}{'tokens/s':>11}{'GFLOP/s':>9}{'own matmul':>12}{'share':>7}{running[0] + ' is':>20}"
+    )
     for name, (times, rate) in found.items():
         middle = statistics.median(times)
         speed = model_flops(shape) / middle
@@ -155,7 +177,9 @@ def report(shape: str, found: dict[str, tuple[list[float], float]]) -> None:
         print(
             f"{name:<24}{1e3 * middle:>10.1f}{batch * context / middle:>11,.0f}{speed / 1e9:>9.0f}{rate / 1e9:>12.0f}{speed / rate:>7.0%}{ratio:>19.2f}x"
         )
-    for name, (label, names) in itertools.product(running, (("float32", TORCH_FLOAT32), ("bfloat16", TORCH_BFLOAT16))):
+    for name, (label, names) in itertools.product(
+        running, (("float32", TORCH_FLOAT32), ("bfloat16", TORCH_BFLOAT16))
+    ):
         if rows := [found[n][0] for n in names if n in found]:
             best = [min(turn) for turn in zip(*rows, strict=True)]
             print(
@@ -165,9 +189,21 @@ def report(shape: str, found: dict[str, tuple[list[float], float]]) -> None:
 
 def main(argv: list[str]) -> None:
     flags = dict(arg[2:].split("=", 1) for arg in argv)
-    torch_python, wanted = flags.get("torch_python", sys.executable), flags.get("only", ",".join(CONTENDERS)).split(",")
+    torch_python, wanted = (
+        flags.get("torch_python", sys.executable),
+        flags.get("only", ",".join(CONTENDERS)).split(","),
+    )
     for shape in flags.get("shapes", ",".join(SHAPES)).split(","):
-        report(shape, measure(shape, int(flags.get("rounds", 7)), float(flags.get("seconds", 3)), torch_python, wanted))
+        report(
+            shape,
+            measure(
+                shape,
+                int(flags.get("rounds", 7)),
+                float(flags.get("seconds", 3)),
+                torch_python,
+                wanted,
+            ),
+        )
 
 
 if __name__ == "__main__":

@@ -23,17 +23,28 @@ def work(step: Callable[[], None], aside: Callable[[], Any]) -> None:
         print(json.dumps([seconds, aside()]), flush=True)
 
 
-def measure(commands: dict[str, list[str]], rounds: int, seconds: float) -> dict[str, list[tuple[float, Any]]]:
+def measure(
+    commands: dict[str, list[str]], rounds: int, seconds: float
+) -> dict[str, list[tuple[float, Any]]]:
     """{contender: (seconds a step, aside) of each round}; those that do not start are named and left out. `seconds` is the length of a turn."""
     processes = {}
     for name, command in commands.items():
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         while (line := process.stdout.readline()) and line.strip() != "ready":
             continue
         if line:
             processes[name] = process
         else:
-            print(f"{name} did not start: {process.stderr.read().strip().splitlines()[-1:]}", file=sys.stderr)
+            print(
+                f"{name} did not start: {process.stderr.read().strip().splitlines()[-1:]}",
+                file=sys.stderr,
+            )
 
     def ask(name: str, count: int) -> tuple[float, Any]:
         processes[name].stdin.write(f"{count}\n")

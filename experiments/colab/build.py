@@ -37,7 +37,12 @@ def notebook(name: str) -> str:
     text = (FOLDER / f"{name}.py").read_text(encoding="utf-8").replace("@REPOSITORY@", REPOSITORY)
     content = []
     for number, (kind, source) in enumerate(cells(text), 1):
-        cell = {"cell_type": kind, "id": f"{name}-{number:02d}", "metadata": {}, "source": source.splitlines(keepends=True)}
+        cell = {
+            "cell_type": kind,
+            "id": f"{name}-{number:02d}",
+            "metadata": {},
+            "source": source.splitlines(keepends=True),
+        }
         content.append(cell | ({"execution_count": None, "outputs": []} if kind == "code" else {}))
     metadata = {
         "colab": {"provenance": []},

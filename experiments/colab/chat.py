@@ -37,30 +37,54 @@ def find_gptjax():
 
 ROOT = find_gptjax()
 if ROOT is None:
-    clone = Path.cwd() / "gptjax-main"  # not "gptjax": Python would take the clone's folder for the package in it
+    clone = (
+        Path.cwd() / "gptjax-main"
+    )  # not "gptjax": Python would take the clone's folder for the package in it
     around = [Path.cwd(), *Path.cwd().parents, clone]
-    ROOT = next((folder for folder in around if (folder / "configs" / "quickstart.py").is_file()), None)
+    ROOT = next(
+        (folder for folder in around if (folder / "configs" / "quickstart.py").is_file()), None
+    )
     commands = []
     if ROOT is None:
         ROOT = clone
-        commands.append(["git", "clone", "--quiet", "--depth=1", "https://github.com/@REPOSITORY@", str(ROOT)])
+        commands.append(
+            ["git", "clone", "--quiet", "--depth=1", "https://github.com/@REPOSITORY@", str(ROOT)]
+        )
     there = {each.name for each in importlib.metadata.distributions() if each.name}
-    held = [f"{name}=={importlib.metadata.version(name)}" for name in sorted(there) if name == "numpy" or name.startswith("jax")]
+    held = [
+        f"{name}=={importlib.metadata.version(name)}"
+        for name in sorted(there)
+        if name == "numpy" or name.startswith("jax")
+    ]
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("".join(f"{each}\n" for each in held))
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}{EXTRA}", "--constraint", str(constraints)]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--editable",
+            f"{ROOT}{EXTRA}",
+            "--constraint",
+            str(constraints),
+        ]
         for command in [*commands, pip]:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed, where {', '.join(held)} must stay:\n{done.stderr}")
+                raise RuntimeError(
+                    f"{' '.join(command)} failed, where {', '.join(held)} must stay:\n{done.stderr}"
+                )
     sys.path.insert(0, str(ROOT))  # this process began before the installation
     importlib.invalidate_caches()
     for name in [name for name in sys.modules if name.partition(".")[0] == "gptjax"]:
         del sys.modules[name]  # what the failed attempt above left half imported
     ROOT = find_gptjax()
     if ROOT is None:
-        raise RuntimeError("gptjax is installed and still cannot be imported: restart the runtime and run this cell again")
+        raise RuntimeError(
+            "gptjax is installed and still cannot be imported: restart the runtime and run this cell again"
+        )
 print(f"gptjax is in {ROOT}")
 
 # %%
@@ -69,8 +93,12 @@ import signal
 
 FAST = bool(os.environ.get("GPTJAX_FAST"))  # a rehearsal of a minute, whose numbers mean nothing
 RUNS = Path("runs/colab-fast" if FAST else "runs/colab")
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # for the commands below
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this notebook and the commands share one GPU
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+)  # for the commands below
+os.environ.setdefault(
+    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+)  # this notebook and the commands share one GPU
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of a file that it does not need
 
 
@@ -87,7 +115,9 @@ def run(*arguments):
             process.send_signal(signal.SIGINT)
             print(process.stdout.read(), end="")
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} ended with code {process.returncode}: see above")
+        raise RuntimeError(
+            f"{' '.join(command[1:])} ended with code {process.returncode}: see above"
+        )
 
 
 # %% [markdown]
@@ -103,7 +133,9 @@ CHECKPOINT = RUNS / "smollm2.gguf"
 run(ROOT / "experiments" / "smollm2" / "fetch.py", f"--to={CHECKPOINT}")
 lm = gptjax.load(CHECKPOINT)
 shape = lm.config
-print(f"{shape.layers} layers, width {shape.width}, {shape.vocab_size:,} tokens, a context of {shape.context:,}")
+print(
+    f"{shape.layers} layers, width {shape.width}, {shape.vocab_size:,} tokens, a context of {shape.context:,}"
+)
 
 # %% [markdown]
 # ## What comes next?
@@ -120,7 +152,10 @@ odds = np.exp(logits - logits.max())
 odds /= odds.sum()
 best = np.argsort(odds)[::-1][:10]
 words = [repr(lm.tokenizer.decode([int(i)])) for i in best]
-print(f"after {prompt!r}: " + ", ".join(f"{word} {odds[i]:.1%}" for word, i in zip(words[:3], best[:3], strict=True)))
+print(
+    f"after {prompt!r}: "
+    + ", ".join(f"{word} {odds[i]:.1%}" for word, i in zip(words[:3], best[:3], strict=True))
+)
 try:
     import matplotlib.pyplot as plt
 except ImportError:
@@ -140,7 +175,9 @@ else:
 
 # %%
 endings = [" Paris", " Rome", " a city in the north of the country", " banana"]
-for ending, (score, greedy) in zip(endings, lm.score([prompt] * len(endings), endings), strict=True):
+for ending, (score, greedy) in zip(
+    endings, lm.score([prompt] * len(endings), endings), strict=True
+):
     print(f"{score:8.2f}  {prompt}{ending}" + "  (what it would write)" * greedy)
 
 # %% [markdown]
@@ -154,7 +191,9 @@ from gptjax.tokenizer import chat_template
 
 history = [{"role": "user", "content": "What is the capital of France?"}]
 ids = chat_template.encode(lm.tokenizer, history)
-print(f"{len(ids)} tokens:\n{chat_template.render(lm.tokenizer.chat_template, history, **lm.tokenizer.special)}")
+print(
+    f"{len(ids)} tokens:\n{chat_template.render(lm.tokenizer.chat_template, history, **lm.tokenizer.special)}"
+)
 
 
 # %%
@@ -162,7 +201,9 @@ def ask(question, history, **options):
     """Appends the question and the model's answer to the conversation, and prints the answer as it comes."""
     history.append({"role": "user", "content": question})
     answer = ""
-    for piece in lm.stream(chat_template.encode(lm.tokenizer, history), max_new_tokens=24 if FAST else 200, **options):
+    for piece in lm.stream(
+        chat_template.encode(lm.tokenizer, history), max_new_tokens=24 if FAST else 200, **options
+    ):
         answer += piece
         print(piece, end="", flush=True)
     history.append({"role": "assistant", "content": answer})
@@ -170,7 +211,11 @@ def ask(question, history, **options):
 
 
 # The second question makes sense only with the first: the model has to look back. Temperature 0, the default, takes the likeliest token.
-questions = ["What is the capital of France?", "Which river flows through it?", "Write one sentence about the sea."]
+questions = [
+    "What is the capital of France?",
+    "Which river flows through it?",
+    "Write one sentence about the sea.",
+]
 history = []
 for question in questions[: 2 if FAST else None]:
     print(f"> {question}")

@@ -37,30 +37,54 @@ def find_gptjax():
 
 ROOT = find_gptjax()
 if ROOT is None:
-    clone = Path.cwd() / "gptjax-main"  # not "gptjax": Python would take the clone's folder for the package in it
+    clone = (
+        Path.cwd() / "gptjax-main"
+    )  # not "gptjax": Python would take the clone's folder for the package in it
     around = [Path.cwd(), *Path.cwd().parents, clone]
-    ROOT = next((folder for folder in around if (folder / "configs" / "quickstart.py").is_file()), None)
+    ROOT = next(
+        (folder for folder in around if (folder / "configs" / "quickstart.py").is_file()), None
+    )
     commands = []
     if ROOT is None:
         ROOT = clone
-        commands.append(["git", "clone", "--quiet", "--depth=1", "https://github.com/@REPOSITORY@", str(ROOT)])
+        commands.append(
+            ["git", "clone", "--quiet", "--depth=1", "https://github.com/@REPOSITORY@", str(ROOT)]
+        )
     there = {each.name for each in importlib.metadata.distributions() if each.name}
-    held = [f"{name}=={importlib.metadata.version(name)}" for name in sorted(there) if name == "numpy" or name.startswith("jax")]
+    held = [
+        f"{name}=={importlib.metadata.version(name)}"
+        for name in sorted(there)
+        if name == "numpy" or name.startswith("jax")
+    ]
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("".join(f"{each}\n" for each in held))
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}{EXTRA}", "--constraint", str(constraints)]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--editable",
+            f"{ROOT}{EXTRA}",
+            "--constraint",
+            str(constraints),
+        ]
         for command in [*commands, pip]:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed, where {', '.join(held)} must stay:\n{done.stderr}")
+                raise RuntimeError(
+                    f"{' '.join(command)} failed, where {', '.join(held)} must stay:\n{done.stderr}"
+                )
     sys.path.insert(0, str(ROOT))  # this process began before the installation
     importlib.invalidate_caches()
     for name in [name for name in sys.modules if name.partition(".")[0] == "gptjax"]:
         del sys.modules[name]  # what the failed attempt above left half imported
     ROOT = find_gptjax()
     if ROOT is None:
-        raise RuntimeError("gptjax is installed and still cannot be imported: restart the runtime and run this cell again")
+        raise RuntimeError(
+            "gptjax is installed and still cannot be imported: restart the runtime and run this cell again"
+        )
 print(f"gptjax is in {ROOT}")
 
 # %%
@@ -69,8 +93,12 @@ import signal
 
 FAST = bool(os.environ.get("GPTJAX_FAST"))  # a rehearsal of a minute, whose numbers mean nothing
 RUNS = Path("runs/colab-fast" if FAST else "runs/colab")
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # for the commands below
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this notebook and the commands share one GPU
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+)  # for the commands below
+os.environ.setdefault(
+    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+)  # this notebook and the commands share one GPU
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of a file that it does not need
 
 
@@ -87,7 +115,9 @@ def run(*arguments):
             process.send_signal(signal.SIGINT)
             print(process.stdout.read(), end="")
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} ended with code {process.returncode}: see above")
+        raise RuntimeError(
+            f"{' '.join(command[1:])} ended with code {process.returncode}: see above"
+        )
 
 
 # %% [markdown]
@@ -100,9 +130,20 @@ def run(*arguments):
 BASE = RUNS / "quickstart"
 flags = ["--config.train.eval_every=86"]  # as in the first notebook
 if FAST:
-    flags = ["--config.train.steps=30", "--config.train.log_every=5", "--config.train.eval_every=15", "--config.train.eval_batches=8"]
+    flags = [
+        "--config.train.steps=30",
+        "--config.train.log_every=5",
+        "--config.train.eval_every=15",
+        "--config.train.eval_batches=8",
+    ]
 if not (BASE / "report.html").exists():  # the last thing that a run writes
-    run("-m", "gptjax.train", f"--config={ROOT / 'configs' / 'quickstart.py'}", f"--workdir={BASE}", *flags)
+    run(
+        "-m",
+        "gptjax.train",
+        f"--config={ROOT / 'configs' / 'quickstart.py'}",
+        f"--workdir={BASE}",
+        *flags,
+    )
 
 # %% [markdown]
 # ## The task
@@ -133,12 +174,20 @@ from gptjax.tokenizer.kinds import load_tokenizer
 
 changes = {"train.init_from": str(BASE)}
 if FAST:
-    changes |= {"train.epochs": "1", "data.train_limit": "640", "data.eval_limit": "120", "optim.warmup_steps": "2", "train.log_every": "10"}
+    changes |= {
+        "train.epochs": "1",
+        "data.train_limit": "640",
+        "data.eval_limit": "120",
+        "optim.warmup_steps": "2",
+        "train.log_every": "10",
+    }
 knobs = build.load_file(str(CONFIG))
 build.override(knobs, changes)
 config = build.build_config(knobs)
 data = loading.load_examples(config, load_tokenizer(BASE / "tokenizer"))
-print(f"{len(data.train):,} examples to learn from, {len(data.eval):,} held out, {len(data.labels)} classes: {', '.join(data.labels)}")
+print(
+    f"{len(data.train):,} examples to learn from, {len(data.eval):,} held out, {len(data.labels)} classes: {', '.join(data.labels)}"
+)
 shown = subsample_evenly(data.train, 4)
 try:
     from IPython.display import HTML, display
@@ -147,7 +196,11 @@ except ImportError:
         print("\n" + preview.to_terminal(data.tokenizer, example, colour=False))
 else:  # in a frame, so that the page's style does not reach the notebook's
     page = html.escape(preview.to_html(data.tokenizer, shown))
-    display(HTML(f'<div><iframe srcdoc="{page}" style="width:100%;height:420px;border:0;background:white"></iframe></div>'))
+    display(
+        HTML(
+            f'<div><iframe srcdoc="{page}" style="width:100%;height:420px;border:0;background:white"></iframe></div>'
+        )
+    )
 
 # %% [markdown]
 # ## Train
@@ -157,7 +210,13 @@ else:  # in a frame, so that the page's style does not reach the notebook's
 
 # %%
 WORKDIR = RUNS / "eras"
-run("-m", "gptjax.train", f"--config={CONFIG}", f"--workdir={WORKDIR}", *(f"--config.{name}={value}" for name, value in changes.items()))
+run(
+    "-m",
+    "gptjax.train",
+    f"--config={CONFIG}",
+    f"--workdir={WORKDIR}",
+    *(f"--config.{name}={value}" for name, value in changes.items()),
+)
 
 # %% [markdown]
 # ## What it gets right, and what it confuses
@@ -179,7 +238,9 @@ counts = classification_metrics.confusion(predicted, actual, len(data.labels))
 low, high = accuracy.interval()
 labels = [int(e.label) for e in data.train]
 commonest = max(range(len(data.labels)), key=labels.count)
-print(f"accuracy {accuracy.value:.3f} [{low:.3f}, {high:.3f}]; always {data.labels[commonest]}: {actual.count(commonest) / len(actual):.3f}")
+print(
+    f"accuracy {accuracy.value:.3f} [{low:.3f}, {high:.3f}]; always {data.labels[commonest]}: {actual.count(commonest) / len(actual):.3f}"
+)
 try:
     import matplotlib.pyplot as plt
 except ImportError:
@@ -190,7 +251,13 @@ else:
     axes.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
         axes.text(column, row, str(count), ha="center", va="center")
-    axes.set(xlabel="predicted", ylabel="actual", xticks=range(len(counts)), yticks=range(len(counts)), yticklabels=data.labels)
+    axes.set(
+        xlabel="predicted",
+        ylabel="actual",
+        xticks=range(len(counts)),
+        yticks=range(len(counts)),
+        yticklabels=data.labels,
+    )
     axes.set_xticklabels(data.labels, rotation=45, ha="right")
     plt.show()
 

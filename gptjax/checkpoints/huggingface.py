@@ -36,7 +36,13 @@ BUFFERS = re.compile(r"(.*\.)?(attn|attention)\.(bias|masked_bias)|.*rotary_emb\
 def family_of(c: ModelConfig) -> str:
     """The family that holds a model of this config. Raises UserError where none does."""
     plain = not c.logit_softcap and c.rotary_fraction == 1.0 and not c.parallel
-    square = c.kv == c.heads and c.head_width * c.heads == c.width and not c.sliding_window and not c.qk_norm and not c.logit_softcap
+    square = (
+        c.kv == c.heads
+        and c.head_width * c.heads == c.width
+        and not c.sliding_window
+        and not c.qk_norm
+        and not c.logit_softcap
+    )
     if c.norm == "layernorm" and c.mlp != "swiglu" and c.bias == "all" and square:
         if c.positions == "learned" and not c.parallel:
             return "gpt2"
@@ -64,7 +70,9 @@ def read_config(raw: Raw) -> ModelConfig:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"config.json: {unknown_name('architecture', str(kind), list(FAMILIES))}")
     try:
-        return build.build_config({"model": {**FAMILIES[kind].read(raw), "labels": _labels(raw)}}).model
+        return build.build_config(
+            {"model": {**FAMILIES[kind].read(raw), "labels": _labels(raw)}}
+        ).model
     except KeyError as error:
         raise UserError(f"config.json has no {error}, which a {kind} model needs") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
@@ -75,7 +83,9 @@ def read_config(raw: Raw) -> ModelConfig:
 
 def _labels(raw: Raw) -> list[str]:
     """Names of the classes of a `...ForSequenceClassification`; none of a language model."""
-    if not any(str(name).endswith("ForSequenceClassification") for name in raw.get("architectures") or []):
+    if not any(
+        str(name).endswith("ForSequenceClassification") for name in raw.get("architectures") or []
+    ):
         return []
     names = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}
     return [str(names[key]) for key in sorted(names, key=int)]
@@ -88,11 +98,27 @@ def write_config(c: ModelConfig, dtype: str, extra: Mapping[str, Any]) -> dict[s
     architecture = family.architecture
     if c.labels:
         architecture = re.sub("LMHeadModel|ForCausalLM", "ForSequenceClassification", architecture)
-        names = {"id2label": dict(enumerate(c.labels)), "label2id": {name: i for i, name in enumerate(c.labels)}}
+        names = {
+            "id2label": dict(enumerate(c.labels)),
+            "label2id": {name: i for i, name in enumerate(c.labels)},
+        }
         kind_of = "regression" if len(c.labels) == 1 else "single_label_classification"
-        eos = extra.get("eos_token_id")  # theirs finds each row's last token by what is no padding, so there must be some
-        extra = {"pad_token_id": eos[0] if isinstance(eos, list) else eos, **extra, **names, "problem_type": kind_of}
+        eos = extra.get(
+            "eos_token_id"
+        )  # theirs finds each row's last token by what is no padding, so there must be some
+        extra = {
+            "pad_token_id": eos[0] if isinstance(eos, list) else eos,
+            **extra,
+            **names,
+            "problem_type": kind_of,
+        }
     return {
-        "architectures": [architecture], "model_type": kind, **family.write(c, kind), "vocab_size": c.vocab_size,
-        "tie_word_embeddings": c.tie_embeddings, "initializer_range": c.init_std, "torch_dtype": dtype, **extra,
-    }  # fmt: skip
+        "architectures": [architecture],
+        "model_type": kind,
+        **family.write(c, kind),
+        "vocab_size": c.vocab_size,
+        "tie_word_embeddings": c.tie_embeddings,
+        "initializer_range": c.init_std,
+        "torch_dtype": dtype,
+        **extra,
+    }

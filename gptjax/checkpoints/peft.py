@@ -25,7 +25,11 @@ from gptjax.core.files import decode
 from gptjax.model import init as model_init
 from gptjax.model import quantize
 
-CONFIG, WEIGHTS, TEMPLATE = "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"
+CONFIG, WEIGHTS, TEMPLATE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+)
 
 
 _HEAD = "base_model."
@@ -56,10 +60,14 @@ def _parts(c: ModelConfig, row: TensorMap, b: np.ndarray, inputs: int) -> list[n
     return [np.ascontiguousarray(part.T if _conv(c) else part) for part in found]
 
 
-def write_adapter(folder: Path, c: ModelConfig, config: LoraConfig, trained: Any, base: str) -> None:
+def write_adapter(
+    folder: Path, c: ModelConfig, config: LoraConfig, trained: Any, base: str
+) -> None:
     """The adapters as a folder that PEFT's `PeftModel.from_pretrained(base, folder)` reads. Raises UserError."""
     if config.rank and config.prompt_tokens:
-        raise UserError("PEFT keeps adapters and prompts in separate folders: train one of lora.rank and lora.prompt_tokens at a time to export it")
+        raise UserError(
+            "PEFT keeps adapters and prompts in separate folders: train one of lora.rank and lora.prompt_tokens at a time to export it"
+        )
     flat = {path: np.asarray(leaf) for path, leaf in tree.flatten(trained).items()}
     tensors: dict[str, np.ndarray] = {}
     modules: set[str] = set()
@@ -69,26 +77,56 @@ def write_adapter(folder: Path, c: ModelConfig, config: LoraConfig, trained: Any
         inputs = quantize.input_axes(path)
         for layer in range(c.layers):
             a, b = flat[f"{path}/lora_a"][layer], flat[f"{path}/lora_b"][layer]
-            lengths = _parts(c, row, flat[f"{path}/lora_m"][layer][None], inputs) if config.dora else []
-            for k, (theirs, part) in enumerate(zip(row.theirs, _parts(c, row, b, inputs), strict=True)):
+            lengths = (
+                _parts(c, row, flat[f"{path}/lora_m"][layer][None], inputs) if config.dora else []
+            )
+            for k, (theirs, part) in enumerate(
+                zip(row.theirs, _parts(c, row, b, inputs), strict=True)
+            ):
                 name = f"{_HEAD}model.{theirs.format(layer).removesuffix('.weight')}"
                 modules.add(name.rpartition(".")[2])
-                tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, a.shape[-1]).T)
+                tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(
+                    a.reshape(-1, a.shape[-1]).T
+                )
                 tensors[f"{name}.lora_B.weight"] = part
                 if lengths:
                     tensors[f"{name}.lora_magnitude_vector"] = lengths[k].reshape(-1)
-    task: dict[str, Any] = {"base_model_name_or_path": base, "task_type": "SEQ_CLS" if c.labels else "CAUSAL_LM", "inference_mode": True}
+    task: dict[str, Any] = {
+        "base_model_name_or_path": base,
+        "task_type": "SEQ_CLS" if c.labels else "CAUSAL_LM",
+        "inference_mode": True,
+    }
     if config.rank:
-        task |= {"peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "target_modules": sorted(modules)}
-        task |= {"bias": "none", "use_dora": config.dora, "fan_in_fan_out": _conv(c), "modules_to_save": ["score"] if c.labels else None}
+        task |= {
+            "peft_type": "LORA",
+            "r": config.rank,
+            "lora_alpha": config.alpha,
+            "lora_dropout": config.dropout,
+            "target_modules": sorted(modules),
+        }
+        task |= {
+            "bias": "none",
+            "use_dora": config.dora,
+            "fan_in_fan_out": _conv(c),
+            "modules_to_save": ["score"] if c.labels else None,
+        }
     else:
         tensors["prompt_embeddings"] = flat["embed/prompt"]
-        task |= {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": config.prompt_tokens, "token_dim": c.width, "num_layers": c.layers}
+        task |= {
+            "peft_type": "PROMPT_TUNING",
+            "num_virtual_tokens": config.prompt_tokens,
+            "token_dim": c.width,
+            "num_layers": c.layers,
+        }
         task |= {"num_attention_heads": c.heads, "num_transformer_submodules": 1}
     if "score/kernel" in flat:
         tensors[_SCORE] = flat["score/kernel"]
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.write_safetensors(folder / WEIGHTS, [(name, array.shape, tensors[name].copy) for name, array in tensors.items()], "float32")
+    safetensors.write_safetensors(
+        folder / WEIGHTS,
+        [(name, array.shape, tensors[name].copy) for name, array in tensors.items()],
+        "float32",
+    )
     files.write_text(folder / CONFIG, json.dumps(task, indent=1))
 
 
@@ -106,11 +144,20 @@ def read_adapter(folder: Path, c: ModelConfig) -> tuple[LoraConfig, Any]:
     if kind == "PROMPT_TUNING":
         prompt = tensors.get("prompt_embeddings", np.zeros((0, 0), np.float32))
         if prompt.shape != (raw.get("num_virtual_tokens"), c.width):
-            raise UserError(f"{folder}: prompt_embeddings are {prompt.shape} and the model's width is {c.width}")
-        head = {"score": {"kernel": tensors[_SCORE].astype(np.float32)}} if _SCORE in tensors else {}
-        return LoraConfig(prompt_tokens=len(prompt)), {"embed": {"prompt": prompt.astype(np.float32)}, **head}
+            raise UserError(
+                f"{folder}: prompt_embeddings are {prompt.shape} and the model's width is {c.width}"
+            )
+        head = (
+            {"score": {"kernel": tensors[_SCORE].astype(np.float32)}} if _SCORE in tensors else {}
+        )
+        return LoraConfig(prompt_tokens=len(prompt)), {
+            "embed": {"prompt": prompt.astype(np.float32)},
+            **head,
+        }
     if kind != "LORA" or raw.get("bias", "none") != "none":
-        raise UserError(f"{folder}: peft_type = {kind!r}, bias = {raw.get('bias')!r} is not supported; LORA without biases and PROMPT_TUNING are")
+        raise UserError(
+            f"{folder}: peft_type = {kind!r}, bias = {raw.get('bias')!r} is not supported; LORA without biases and PROMPT_TUNING are"
+        )
     flat: dict[str, np.ndarray] = {}
     used: set[str] = set()
     for path, row, shape in _layers(c):
@@ -123,17 +170,23 @@ def read_adapter(folder: Path, c: ModelConfig) -> tuple[LoraConfig, Any]:
         raise UserError(
             f"{folder}: {len(rest)} tensors fit no layer of this {huggingface.family_of(c)} model, such as {rest[0]} {list(tensors[rest[0]].shape)}"
         )
-    rank = max((array.shape[-1] for path, array in flat.items() if path.endswith("lora_a")), default=0)
+    rank = max(
+        (array.shape[-1] for path, array in flat.items() if path.endswith("lora_a")), default=0
+    )
     if not rank:
         raise UserError(f"{folder} holds no adapter for this model's layers")
-    return LoraConfig(rank=rank, alpha=float(rank), dora=bool(raw.get("use_dora"))), tree.nested(flat)
+    return LoraConfig(rank=rank, alpha=float(rank), dora=bool(raw.get("use_dora"))), tree.nested(
+        flat
+    )
 
 
 def find(path: Path, c: ModelConfig) -> tuple[LoraConfig, Any, str]:
     """(config, adapters, chat template or "") of a run's workdir or of a PEFT folder. Raises UserError where they are not for this model."""
     if (path / CONFIG).is_file():
         template = path / TEMPLATE
-        return *read_adapter(path, c), decode(template.read_bytes(), str(template)) if template.is_file() else ""
+        return *read_adapter(path, c), decode(
+            template.read_bytes(), str(template)
+        ) if template.is_file() else ""
     from gptjax.checkpoints.workdir import load_run  # orbax takes a second to import
 
     config, trained, tokenizer, _ = load_run(path)
@@ -147,7 +200,15 @@ def find(path: Path, c: ModelConfig) -> tuple[LoraConfig, Any, str]:
 
 # What may differ between the model that adapters were trained on and the one they are put on.
 _FREE: dict[str, Any] = dict(
-    labels=(), dropout=0.0, dtype="float32", context=1, attention="xla", attention_block=1, scan_layers=False, remat="none", init_std=0.0
+    labels=(),
+    dropout=0.0,
+    dtype="float32",
+    context=1,
+    attention="xla",
+    attention_block=1,
+    scan_layers=False,
+    remat="none",
+    init_std=0.0,
 )
 
 
@@ -162,14 +223,29 @@ def _scale(raw: Mapping[str, Any], name: str, rank: int) -> float:
     """What a module's B A is multiplied by: alpha / r, or alpha / sqrt(r), with its own alpha where a pattern names one."""
     module = name.removeprefix(f"{_HEAD}model.")
     try:
-        alpha = next((v for key, v in (raw.get("alpha_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?({key})", module)), raw.get("lora_alpha", 8))
+        alpha = next(
+            (
+                v
+                for key, v in (raw.get("alpha_pattern") or {}).items()
+                if re.fullmatch(rf"(.*\.)?({key})", module)
+            ),
+            raw.get("lora_alpha", 8),
+        )
     except re.error as error:
-        raise UserError(f"{CONFIG}: alpha_pattern is no table of regular expressions: {error}") from None
+        raise UserError(
+            f"{CONFIG}: alpha_pattern is no table of regular expressions: {error}"
+        ) from None
     return alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
 
 
 def _read_layer(
-    c: ModelConfig, raw: Mapping[str, Any], tensors: Mapping[str, np.ndarray], path: str, row: TensorMap, shape: tuple[int, ...], used: set[str]
+    c: ModelConfig,
+    raw: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    path: str,
+    row: TensorMap,
+    shape: tuple[int, ...],
+    used: set[str],
 ) -> dict[str, np.ndarray]:
     """lora_a, lora_b (scaled) and lora_m of one of our layers, [L, ...]; nothing where the file has none of its parts."""
     inputs = quantize.input_axes(path)
@@ -177,15 +253,21 @@ def _read_layer(
     sizes = [part.shape[0] for part in _parts(c, row, np.zeros((1, *outs), np.float32), inputs)]
     each: list[dict[str, np.ndarray]] = []
     for layer in range(c.layers):
-        names = [f"{_HEAD}model.{theirs.format(layer).removesuffix('.weight')}" for theirs in row.theirs]
+        names = [
+            f"{_HEAD}model.{theirs.format(layer).removesuffix('.weight')}" for theirs in row.theirs
+        ]
         pairs, lengths = [], []
         for k, name in enumerate(names):
             a, b = (tensors.get(f"{name}.lora_{x}.weight") for x in "AB")
             if a is None or b is None:
                 continue
             if a.shape != (b.shape[1], math.prod(ins)) or b.shape[0] != sizes[k]:
-                raise UserError(f"{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit a layer of {math.prod(ins)} to {sizes[k]}")
-            pairs.append((k, a.astype(np.float32), b.astype(np.float32) * _scale(raw, name, len(a))))
+                raise UserError(
+                    f"{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit a layer of {math.prod(ins)} to {sizes[k]}"
+                )
+            pairs.append(
+                (k, a.astype(np.float32), b.astype(np.float32) * _scale(raw, name, len(a)))
+            )
             used |= {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
             if (length := tensors.get(f"{name}.lora_magnitude_vector")) is not None:
                 lengths.append(length.reshape(-1, 1).astype(np.float32))
@@ -194,7 +276,10 @@ def _read_layer(
     if not any(each):
         return {}
     rank = max(one["lora_a"].shape[-1] for one in each if one)
-    empty = {"lora_a": np.zeros((*ins, rank), np.float32), "lora_b": np.zeros((rank, *outs), np.float32)}
+    empty = {
+        "lora_a": np.zeros((*ins, rank), np.float32),
+        "lora_b": np.zeros((rank, *outs), np.float32),
+    }
     if any("lora_m" in one for one in each) and not all("lora_m" in one for one in each):
         raise UserError(_PARTS_OF_DORA)
     filled = [one or empty for one in each]
@@ -206,13 +291,21 @@ def _grown(array: np.ndarray, leaf: str, rank: int) -> np.ndarray:
     if leaf == "lora_m":
         return array
     axis = array.ndim - 1 if leaf == "lora_a" else 0
-    return np.pad(array, [(0, rank - array.shape[axis] if i == axis else 0) for i in range(array.ndim)])
+    return np.pad(
+        array, [(0, rank - array.shape[axis] if i == axis else 0) for i in range(array.ndim)]
+    )
 
 
 def _join(
-    c: ModelConfig, row: TensorMap, pairs: list[tuple[int, np.ndarray, np.ndarray]], lengths: list[np.ndarray], sizes: list[int],
-    ins: tuple[int, ...], outs: tuple[int, ...], inputs: int,
-) -> dict[str, np.ndarray]:  # fmt: skip
+    c: ModelConfig,
+    row: TensorMap,
+    pairs: list[tuple[int, np.ndarray, np.ndarray]],
+    lengths: list[np.ndarray],
+    sizes: list[int],
+    ins: tuple[int, ...],
+    outs: tuple[int, ...],
+    inputs: int,
+) -> dict[str, np.ndarray]:
     """Our adapter of one layer from the (part, A [r, in], B [out, r]) of theirs; lengths: DoRA's magnitudes [out, 1] of every part."""
     if not pairs:
         return {}
@@ -220,7 +313,9 @@ def _join(
     def ours(parts: dict[int, np.ndarray], rank: int) -> np.ndarray:
         whole = [parts.get(k, np.zeros((size, rank), np.float32)) for k, size in enumerate(sizes)]
         one = [1] * (inputs - 1)
-        return row.load(c, (rank, *one, *outs), *(p.T if _conv(c) else p for p in whole)).reshape(rank, *outs)
+        return row.load(c, (rank, *one, *outs), *(p.T if _conv(c) else p for p in whole)).reshape(
+            rank, *outs
+        )
 
     first = pairs[0][1]
     if all(np.array_equal(a, first) for _, a, _ in pairs):

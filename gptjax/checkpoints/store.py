@@ -20,12 +20,20 @@ from gptjax.core import cli, files, tree
 from gptjax.core.types import TrainState
 from gptjax.tokenizer.base import Tokenizer
 
-_AFTER = {CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt"}  # written after the checksums, by orbax or as them
+_AFTER = {
+    CHECKSUMS,
+    "_CHECKPOINT_METADATA",
+    "commit_success.txt",
+}  # written after the checksums, by orbax or as them
 
 
 def _write_sums(folder: Path) -> None:
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    sums = {name: ((folder / name).stat().st_size, files.sha256(folder / name)) for name in names if name not in _AFTER}
+    sums = {
+        name: ((folder / name).stat().st_size, files.sha256(folder / name))
+        for name in names
+        if name not in _AFTER
+    }
     text = json.dumps(sums, sort_keys=True)
     files.write_text(folder / CHECKSUMS, json.dumps({"self": files.digest(text), "files": sums}))
 
@@ -35,7 +43,10 @@ _other_unraisable = sys.unraisablehook
 
 def _unraisable(problem: Any) -> None:
     """When one write of a save fails, as on a full disk, orbax closes the loop that its other writes, tens of them, report to: each would print a traceback."""
-    if not (isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"):
+    if not (
+        isinstance(problem.exc_value, RuntimeError)
+        and str(problem.exc_value) == "Event loop is closed"
+    ):
         _other_unraisable(problem)
 
 
@@ -56,7 +67,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             # in the main thread: a folder that cannot be made must raise here, not hang the process at its exit
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False, post_finalization_callback=self._sign),
+            async_options=ocp.AsyncOptions(
+                create_directories_asynchronously=False, post_finalization_callback=self._sign
+            ),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -72,7 +85,11 @@ class Checkpoints:
         self._collect()
         if step not in steps_in(self.folder):
             self._pending = step
-            optimizer = {"step": state.step, "rng": state.rng, "opt_state": tree.flatten(state.opt_state)}
+            optimizer = {
+                "step": state.step,
+                "rng": state.rng,
+                "opt_state": tree.flatten(state.opt_state),
+            }
             args = ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave(optimizer),
@@ -89,7 +106,10 @@ class Checkpoints:
     def save_params(self, params: Any, meta: dict[str, Any]) -> None:
         """Parameters alone as step 0, waited for."""
         self._pending = 0
-        items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave({**meta, "format": FORMAT, "step": 0})}
+        items = {
+            "params": ocp.args.StandardSave(params),
+            "meta": ocp.args.JsonSave({**meta, "format": FORMAT, "step": 0}),
+        }
         self._manager.save(0, args=ocp.args.Composite(**items), force=True)
         self._manager.wait_until_finished()
 
@@ -102,12 +122,16 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
-        cli.say(f"warning: the checkpoint of step {self._pending} could not be written: {(str(error) or repr(error)).splitlines()[0][:300]}")
+        cli.say(
+            f"warning: the checkpoint of step {self._pending} could not be written: {(str(error) or repr(error)).splitlines()[0][:300]}"
+        )
         for leftover in self.folder.glob(f"{self._pending}.orbax-checkpoint-tmp*"):
             shutil.rmtree(leftover, ignore_errors=True)
         self._manager.reload()
 
-    def restore(self, target: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(
+        self, target: TrainState, shardings: TrainState
+    ) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole step onto `shardings`, or None in an empty folder. Damaged steps are named and moved aside, never deleted.
 
         target: shapes and dtypes. Raises UserError when there are steps and none is whole, or when shapes differ.
@@ -123,11 +147,17 @@ class Checkpoints:
                 return self._restore(step, target, shardings), meta
             damaged[step] = problem
         listed = "; ".join(f"step {s}: {p}" for s, p in list(damaged.items())[:3])
-        raise UserError(f"{self.folder}: no checkpoint is whole ({listed})\nRestore one from a copy, or start over in another --workdir.")
+        raise UserError(
+            f"{self.folder}: no checkpoint is whole ({listed})\nRestore one from a copy, or start over in another --workdir."
+        )
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         for step, problem in damaged.items():
-            target = self.folder.parent / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6}"
+            target = (
+                self.folder.parent
+                / "damaged"
+                / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6}"
+            )
             cli.say(f"warning: skipped the checkpoint of step {step}: {problem}; moved to {target}")
             if jax.process_index() == 0:
                 target.parent.mkdir(exist_ok=True)
@@ -147,8 +177,12 @@ class Checkpoints:
         }
         for name, shapes in wanted.items():
             if rows := tree.difference(shapes, stored_shapes(self.folder / str(step) / name)):
-                raise UserError(f"{self.folder}/{step} is of another model or optimizer: {'; '.join(rows[:4])}")
-        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(shapes) for name, shapes in wanted.items()})
+                raise UserError(
+                    f"{self.folder}/{step} is of another model or optimizer: {'; '.join(rows[:4])}"
+                )
+        args = ocp.args.Composite(
+            **{name: ocp.args.StandardRestore(shapes) for name, shapes in wanted.items()}
+        )
         found = self._manager.restore(step, args=args)
         rest = found["optimizer"]
         opt_state = tree.map_with_path(lambda path, _: rest["opt_state"][path], target.opt_state)
@@ -160,7 +194,9 @@ class Checkpoints:
 
 
 def _abstract(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings
+    )
 
 
 def write_run(workdir: Path, config: Config, params: Any, text_tokenizer: Tokenizer) -> None:

@@ -17,7 +17,9 @@ Raw = Mapping[str, Any]
 Load = Callable[..., np.ndarray]  # (config, our shape, *their arrays) -> our array (of one layer)
 
 
-Dump = Callable[[ModelConfig, Any], tuple[Any, ...]]  # (config, our array of one layer) -> their arrays
+Dump = Callable[
+    [ModelConfig, Any], tuple[Any, ...]
+]  # (config, our array of one layer) -> their arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,12 @@ class TensorMap:
 
 
 def same(ours: str, theirs: str) -> TensorMap:
-    return TensorMap(ours, (theirs,), lambda c, shape, a: a.reshape(shape), lambda c, x: (x.reshape(-1) if ours.endswith("bias") else x,))
+    return TensorMap(
+        ours,
+        (theirs,),
+        lambda c, shape, a: a.reshape(shape),
+        lambda c, x: (x.reshape(-1) if ours.endswith("bias") else x,),
+    )
 
 
 def table(ours: str, theirs: str) -> TensorMap:
@@ -46,21 +53,30 @@ def linear(ours: str, theirs: str, *, inputs: int = 1, transposed: bool = True) 
         flat = x.reshape(math.prod(x.shape[:inputs]), -1)
         return (flat.T if transposed else flat,)
 
-    return TensorMap(ours, (theirs,), lambda c, shape, a: (a.T if transposed else a).reshape(shape), dump)
+    return TensorMap(
+        ours, (theirs,), lambda c, shape, a: (a.T if transposed else a).reshape(shape), dump
+    )
 
 
 def split_qkv(ours: str, *theirs: str) -> TensorMap:
     """q [H C, D], k and v [K C, D] (or biases) as our [D, K, G + 2, C]: each key/value head beside its own queries."""
 
-    def load(c: ModelConfig, shape: tuple[int, ...], q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    def load(
+        c: ModelConfig, shape: tuple[int, ...], q: np.ndarray, k: np.ndarray, v: np.ndarray
+    ) -> np.ndarray:
         rest = q.shape[1:]
-        heads = np.concatenate([a.reshape(c.kv, -1, c.head_width, *rest) for a in (q, k, v)], axis=1)
+        heads = np.concatenate(
+            [a.reshape(c.kv, -1, c.head_width, *rest) for a in (q, k, v)], axis=1
+        )
         return heads.transpose(3, 0, 1, 2) if rest else heads
 
     def dump(c: ModelConfig, x: Any) -> tuple[Any, ...]:
         heads = x.transpose(1, 2, 3, 0) if x.ndim == 4 else x
         groups, rest = c.heads // c.kv, heads.shape[3:]
-        return tuple(part.reshape(-1, *rest) for part in (heads[:, :groups], heads[:, groups : groups + 1], heads[:, groups + 1 :]))
+        return tuple(
+            part.reshape(-1, *rest)
+            for part in (heads[:, :groups], heads[:, groups : groups + 1], heads[:, groups + 1 :])
+        )
 
     return TensorMap(ours, theirs, load, dump)
 
@@ -77,7 +93,9 @@ def fused_qkv(ours: str, theirs: str, *, conv: bool) -> TensorMap:
     def dump(c: ModelConfig, x: Any) -> tuple[Any, ...]:
         if conv:
             return (x.swapaxes(-2, -3).reshape(*x.shape[:-3], -1),)
-        return ((x.transpose(1, 2, 3, 0).reshape(-1, x.shape[0]) if x.ndim == 4 else x.reshape(-1)),)
+        return (
+            (x.transpose(1, 2, 3, 0).reshape(-1, x.shape[0]) if x.ndim == 4 else x.reshape(-1)),
+        )
 
     return TensorMap(ours, (theirs,), load, dump)
 
@@ -88,7 +106,9 @@ def gate_up_maps(ours: str, gate: str, up: str) -> TensorMap:
 
 
 def norm_maps(ours: str, theirs: str, bias: bool) -> list[TensorMap]:
-    return [same(f"{ours}/scale", f"{theirs}.weight")] + ([same(f"{ours}/bias", f"{theirs}.bias")] if bias else [])
+    return [same(f"{ours}/scale", f"{theirs}.weight")] + (
+        [same(f"{ours}/bias", f"{theirs}.bias")] if bias else []
+    )
 
 
 def head_maps(c: ModelConfig, theirs: str) -> list[TensorMap]:

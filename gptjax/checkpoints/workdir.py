@@ -29,7 +29,11 @@ FORMAT = 1
 
 def steps_in(folder: Path) -> list[int]:
     """Committed steps, whole or not, oldest first."""
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
+    return (
+        sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
+        if folder.is_dir()
+        else []
+    )
 
 
 def fault(step: Path, parts: tuple[str, ...] = ()) -> str:
@@ -40,7 +44,11 @@ def fault(step: Path, parts: tuple[str, ...] = ()) -> str:
         return f"{CHECKSUMS} is missing"
     except (ValueError, OSError):
         return f"{CHECKSUMS} is damaged"
-    expected = files.digest(json.dumps(sums.get("files"), sort_keys=True)) if isinstance(sums, dict) else ""
+    expected = (
+        files.digest(json.dumps(sums.get("files"), sort_keys=True))
+        if isinstance(sums, dict)
+        else ""
+    )
     if not expected or sums.get("self") != expected:
         return f"{CHECKSUMS} is damaged"
     for name, (size, checksum) in sums["files"].items():
@@ -60,7 +68,9 @@ def read_meta(step: Path) -> dict[str, Any]:
     """The JSON that `save` was given, with `format` and `step`."""
     meta = json.loads((step / "meta" / "metadata").read_text(encoding="utf-8"))
     if meta["format"] != FORMAT:
-        raise UserError(f"{step} is a checkpoint of format {meta['format']}, this version reads {FORMAT}")
+        raise UserError(
+            f"{step} is a checkpoint of format {meta['format']}, this version reads {FORMAT}"
+        )
     return meta
 
 
@@ -70,7 +80,9 @@ def newest_step(folder: Path) -> Path:
         if not (problem := fault(folder / str(step), ("params/", "meta/"))):
             return folder / str(step)
         cli.say(f"warning: skipped the checkpoint of step {step}: {problem}")
-    raise UserError(f"{folder} holds no whole checkpoint; train first, or point --checkpoint at a run's workdir")
+    raise UserError(
+        f"{folder} holds no whole checkpoint; train first, or point --checkpoint at a run's workdir"
+    )
 
 
 def workdir_of(path: Path) -> tuple[Path, Path | None]:
@@ -81,16 +93,25 @@ def workdir_of(path: Path) -> tuple[Path, Path | None]:
 
 def load_run(path: Path) -> tuple[Config, Any, Tokenizer, str]:
     """(config, parameters, tokenizer, `convert.digest` of what its adapters stand on) of a run's workdir (its newest whole step) or of one step's folder."""
-    path = path.expanduser().resolve()  # orbax finds nothing under a relative path, and says nothing
+    path = (
+        path.expanduser().resolve()
+    )  # orbax finds nothing under a relative path, and says nothing
     workdir, step = workdir_of(path)
     if not (workdir / "config.json").is_file():
-        raise UserError(f"--checkpoint={path}: no config.json, so this is no workdir of gptjax.train (or the run has not started)")
+        raise UserError(
+            f"--checkpoint={path}: no config.json, so this is no workdir of gptjax.train (or the run has not started)"
+        )
     if step is None:
         step = newest_step(workdir / "checkpoints")
     elif problem := fault(step, ("params/", "meta/")):
         raise UserError(f"--checkpoint={path}: {problem}; pick another step")
     meta = read_meta(step)
-    return from_stored(meta["config"]), load_params(step), load_tokenizer(workdir / "tokenizer"), meta.get("base", "")
+    return (
+        from_stored(meta["config"]),
+        load_params(step),
+        load_tokenizer(workdir / "tokenizer"),
+        meta.get("base", ""),
+    )
 
 
 def stored_shapes(item: Path) -> Any:
@@ -101,5 +122,8 @@ def stored_shapes(item: Path) -> Any:
 def load_params(step: Path) -> Any:
     """The parameters of a step as host arrays on the default device, without its optimizer state."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place), stored_shapes(step / "params"))
+    target = jax.tree.map(
+        lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=place),
+        stored_shapes(step / "params"),
+    )
     return ocp.StandardCheckpointer().restore(step / "params", target)

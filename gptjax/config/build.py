@@ -72,7 +72,13 @@ def parse(text: str, kind: Any) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
         if kind is int:
             number = float(text)
-            return int(text) if text.lstrip("+-").isdigit() else int(number) if number.is_integer() else text
+            return (
+                int(text)
+                if text.lstrip("+-").isdigit()
+                else int(number)
+                if number.is_integer()
+                else text
+            )
         if kind is float:
             return float(text)
         if get_origin(kind) is tuple:
@@ -103,9 +109,15 @@ def _typed(path: str, value: Any, kind: Any, field: dataclasses.Field, faults: l
         return field.default
     if meta["choices"] and value not in meta["choices"]:
         near = nearest(value, list(meta["choices"]))
-        faults.append(f"{shown}: must be one of {', '.join(meta['choices'])}" + (f"; did you mean {near!r}?" if near else ""))
+        faults.append(
+            f"{shown}: must be one of {', '.join(meta['choices'])}"
+            + (f"; did you mean {near!r}?" if near else "")
+        )
         return field.default
-    for bound, bad, word in ((meta["low"], lambda v, b: v < b, "least"), (meta["high"], lambda v, b: v > b, "most")):
+    for bound, bad, word in (
+        (meta["low"], lambda v, b: v < b, "least"),
+        (meta["high"], lambda v, b: v > b, "most"),
+    ):
         if bound is not None and bad(value, bound):
             faults.append(f"{shown}: must be at {word} {bound:g}")
             return field.default
@@ -122,19 +134,29 @@ def build_config(settings: Mapping[str, Any] | ml_collections.ConfigDict) -> Con
     for section, content in settings.items():
         if section not in SECTIONS or not isinstance(content, Mapping):
             near = nearest(str(section), list(SECTIONS)) or nearest(f"x.{section}", list(known))
-            faults.append(f"{section} = {content!r}: no such section" + (f"; did you mean {near}?" if near else f"; there are {', '.join(SECTIONS)}"))
+            faults.append(
+                f"{section} = {content!r}: no such section"
+                + (f"; did you mean {near}?" if near else f"; there are {', '.join(SECTIONS)}")
+            )
             continue
         for name, value in content.items():
             path = f"{section}.{name}"
             if path not in known:
                 near = nearest(path, list(known))
-                faults.append(f"{path} = {value!r}: no such knob" + (f"; did you mean {near}?" if near else ""))
+                faults.append(
+                    f"{path} = {value!r}: no such knob"
+                    + (f"; did you mean {near}?" if near else "")
+                )
                 continue
             values[section][name] = _typed(path, value, *known[path], faults)
     config = Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()})
     faults += cross_checks(config) if not faults else []
     if faults:
-        shown = faults if len(faults) <= 5 else [*faults[:4], f"and {len(faults) - 4} more; mend these first"]
+        shown = (
+            faults
+            if len(faults) <= 5
+            else [*faults[:4], f"and {len(faults) - 4} more; mend these first"]
+        )
         head = "" if len(faults) == 1 else f"{len(faults)} faults in the configuration:\n  "
         raise UserError(head + "\n  ".join(shown))
     return config
@@ -145,9 +167,16 @@ def load_file(spec: str) -> ml_collections.ConfigDict:
     name, _, arg = spec.partition(":")
     path = Path(name).resolve()
     if not path.is_file():
-        here = sorted(p.as_posix() for p in Path("configs").glob("*.py")) if Path("configs").is_dir() else []
+        here = (
+            sorted(p.as_posix() for p in Path("configs").glob("*.py"))
+            if Path("configs").is_dir()
+            else []
+        )
         near = nearest(name, here)
-        raise UserError(f"--config={spec}: no such file" + (f"; did you mean {near}?" if near else f"; the working directory is {Path.cwd()}"))
+        raise UserError(
+            f"--config={spec}: no such file"
+            + (f"; did you mean {near}?" if near else f"; the working directory is {Path.cwd()}")
+        )
     root = str(path.parent.parent)
     if root not in sys.path:  # configs import one another as `from configs import base`
         sys.path.insert(0, root)
@@ -159,7 +188,9 @@ def load_file(spec: str) -> ml_collections.ConfigDict:
         module_spec.loader.exec_module(module)
         settings = module.get_config(arg) if arg else module.get_config()
         if not isinstance(settings, ml_collections.ConfigDict):
-            raise UserError(f"--config={spec}: get_config() returned {settings!r:.80}; it must return base.get_config() with changes")
+            raise UserError(
+                f"--config={spec}: get_config() returned {settings!r:.80}; it must return base.get_config() with changes"
+            )
         return settings
     except UserError:
         raise
@@ -178,7 +209,9 @@ def override(settings: ml_collections.ConfigDict, pairs: dict[str, str]) -> None
             settings[section] = {}
         target = settings[section]
         if not isinstance(target, ml_collections.ConfigDict) or not name:
-            raise UserError(f"--config.{path}={text}: name a section and a knob, such as --config.train.steps=100")
+            raise UserError(
+                f"--config.{path}={text}: name a section and a knob, such as --config.train.steps=100"
+            )
         target[name] = parse(text, kinds.get(path, str))
 
 

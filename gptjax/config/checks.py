@@ -11,9 +11,13 @@ def cross_checks(c: Config) -> list[str]:
     """Faults that concern several knobs at once."""
     m, o, t, faults = c.model, c.optim, c.train, []
     if not m.head_dim and m.width % m.heads:
-        faults.append(f"model.heads = {m.heads} does not divide model.width = {m.width}: pick a divisor or set model.head_dim")
+        faults.append(
+            f"model.heads = {m.heads} does not divide model.width = {m.width}: pick a divisor or set model.head_dim"
+        )
     if m.heads % m.kv:
-        faults.append(f"model.kv_heads = {m.kv} does not divide model.heads = {m.heads}: pick a divisor")
+        faults.append(
+            f"model.kv_heads = {m.kv} does not divide model.heads = {m.heads}: pick a divisor"
+        )
     if m.positions == "rope" and (m.rotary_width % 2 or not m.rotary_width):
         faults.append(
             f"RoPE turns pairs and model.head_dim = {m.head_width} with model.rotary_fraction = {m.rotary_fraction} has {m.rotary_width} dims: pick an even number"
@@ -21,36 +25,68 @@ def cross_checks(c: Config) -> list[str]:
     if m.rope_scaling != "none" and m.positions != "rope":
         faults.append(f"model.rope_scaling = {m.rope_scaling!r} needs model.positions = 'rope'")
     if m.rope_scaling == "llama3" and m.rope_high_freq_factor <= m.rope_low_freq_factor:
-        faults.append(f"model.rope_high_freq_factor = {m.rope_high_freq_factor} must exceed model.rope_low_freq_factor = {m.rope_low_freq_factor}")
+        faults.append(
+            f"model.rope_high_freq_factor = {m.rope_high_freq_factor} must exceed model.rope_low_freq_factor = {m.rope_low_freq_factor}"
+        )
     if m.dropout and m.attention == "blockwise":
-        faults.append(f"model.dropout = {m.dropout} needs model.attention = 'xla': blockwise attention has no dropout on its weights")
+        faults.append(
+            f"model.dropout = {m.dropout} needs model.attention = 'xla': blockwise attention has no dropout on its weights"
+        )
     if t.batch_size % t.grad_accum_steps:
-        faults.append(f"train.grad_accum_steps = {t.grad_accum_steps} does not divide train.batch_size = {t.batch_size}: pick a divisor")
-    if o.warmup_steps > t.steps and not (t.epochs and c.task.name):  # then asked again, when the data have said how many
-        faults.append(f"optim.warmup_steps = {o.warmup_steps} exceeds train.steps = {t.steps}: warm up for fewer steps")
+        faults.append(
+            f"train.grad_accum_steps = {t.grad_accum_steps} does not divide train.batch_size = {t.batch_size}: pick a divisor"
+        )
+    if o.warmup_steps > t.steps and not (
+        t.epochs and c.task.name
+    ):  # then asked again, when the data have said how many
+        faults.append(
+            f"optim.warmup_steps = {o.warmup_steps} exceeds train.steps = {t.steps}: warm up for fewer steps"
+        )
     if t.loss_chunk and c.length % t.loss_chunk:
-        faults.append(f"train.loss_chunk = {t.loss_chunk} does not divide the row of {c.length} tokens: pick a divisor or 0")
+        faults.append(
+            f"train.loss_chunk = {t.loss_chunk} does not divide the row of {c.length} tokens: pick a divisor or 0"
+        )
     if c.data.length > m.context:
-        faults.append(f"data.length = {c.data.length} exceeds model.context = {m.context}: shorten the rows")
+        faults.append(
+            f"data.length = {c.data.length} exceeds model.context = {m.context}: shorten the rows"
+        )
     if t.profile_steps and profile_range(c) is None:
-        faults.append(f"train.profile_steps = {t.profile_steps!r}: must be first:last, such as '10:15'")
-    for name, patterns in (("optim.no_decay", o.no_decay), ("optim.freeze", o.freeze), ("lora.targets", c.lora.targets)):
+        faults.append(
+            f"train.profile_steps = {t.profile_steps!r}: must be first:last, such as '10:15'"
+        )
+    for name, patterns in (
+        ("optim.no_decay", o.no_decay),
+        ("optim.freeze", o.freeze),
+        ("lora.targets", c.lora.targets),
+    ):
         for pattern in patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
-                faults.append(f"{name}: {pattern!r} is no regular expression ({error}); paths look like blocks/mlp/up/bias, so try '.*/bias'")
+                faults.append(
+                    f"{name}: {pattern!r} is no regular expression ({error}); paths look like blocks/mlp/up/bias, so try '.*/bias'"
+                )
     if [c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) > 1:
         faults.append("mesh: only one axis may be -1, the others need a number")
     for axis in ("data", "fsdp", "tensor"):
         if getattr(c.mesh, axis) == 0:
             faults.append(f"mesh.{axis} = 0: must be 1 or more, or -1 for all devices left")
-    if c.data.source in ("text", "shards", *ROW_SOURCES) and c.data.source not in ("tfds", "datasets") and not c.data.path:
-        faults.append(f"data.path is empty and data.source = {c.data.source!r} needs it: --config.data.path=FILE_OR_FOLDER")
+    if (
+        c.data.source in ("text", "shards", *ROW_SOURCES)
+        and c.data.source not in ("tfds", "datasets")
+        and not c.data.path
+    ):
+        faults.append(
+            f"data.path is empty and data.source = {c.data.source!r} needs it: --config.data.path=FILE_OR_FOLDER"
+        )
     if c.data.source == "tfds" and not c.data.name:
-        faults.append("data.name is empty and data.source = 'tfds' needs it: --config.data.name=c4/en:3.1.0")
+        faults.append(
+            "data.name is empty and data.source = 'tfds' needs it: --config.data.name=c4/en:3.1.0"
+        )
     if c.data.source == "datasets" and not (c.data.name or c.data.path):
-        faults.append("data.source = 'datasets' needs data.name (a name on the hub) or data.path (what save_to_disk wrote)")
+        faults.append(
+            "data.source = 'datasets' needs data.name (a name on the hub) or data.path (what save_to_disk wrote)"
+        )
     return faults + _task_checks(c)
 
 
@@ -62,31 +98,51 @@ def _task_checks(c: Config) -> list[str]:
             f"task.name = {task.name!r} reads rows of fields and data.source = {c.data.source!r} has none: one of sotu, {', '.join(ROW_SOURCES)}"
         )
     if not task.name:
-        for name, given in (("data.mixture", c.data.mixture), ("train.epochs", c.train.epochs), ("data.train_limit", c.data.train_limit)):
+        for name, given in (
+            ("data.mixture", c.data.mixture),
+            ("train.epochs", c.train.epochs),
+            ("data.train_limit", c.data.train_limit),
+        ):
             if given:
                 faults.append(f"{name} = {given!r} is for tasks: set task.name, or leave it out")
     if task.words and len(task.words) != len(task.labels):
-        faults.append(f"task.words = {list(task.words)} must give one text for each of task.labels = {list(task.labels)}")
+        faults.append(
+            f"task.words = {list(task.words)} must give one text for each of task.labels = {list(task.labels)}"
+        )
     if len(set(task.labels)) < len(task.labels):
         faults.append(f"task.labels = {list(task.labels)} names one twice")
     if c.lora.rank and not c.lora.targets:
-        faults.append("lora.targets is empty, so no kernel gets an adapter: name patterns such as '.*/attn/.*', or set lora.rank = 0")
+        faults.append(
+            "lora.targets is empty, so no kernel gets an adapter: name patterns such as '.*/attn/.*', or set lora.rank = 0"
+        )
     if task.name == "preference" and task.loss == "kto" and c.train.grad_accum_steps > 1:
-        faults.append(f"train.grad_accum_steps = {c.train.grad_accum_steps} changes KTO's loss, which compares the answers of a batch with one another: set 1")
+        faults.append(
+            f"train.grad_accum_steps = {c.train.grad_accum_steps} changes KTO's loss, which compares the answers of a batch with one another: set 1"
+        )
     if task.name == "regression" and task.method != "head":
         faults.append("task.method = 'text' is for classification: a number needs the head")
     if task.stop and task.num_beams > 1:
-        faults.append(f"task.stop = {list(task.stop)} does not go with task.num_beams = {task.num_beams}: leave one out")
+        faults.append(
+            f"task.stop = {list(task.stop)} does not go with task.num_beams = {task.num_beams}: leave one out"
+        )
     if task.name in ("preference", "grpo") and not c.train.init_from:
-        faults.append(f"task.name = {task.name!r} tunes a model that can answer: name its checkpoint in train.init_from")
+        faults.append(
+            f"task.name = {task.name!r} tunes a model that can answer: name its checkpoint in train.init_from"
+        )
     if task.name == "grpo" and task.kl_coef and not c.lora.on:
-        faults.append(f"task.kl_coef = {task.kl_coef} keeps near the frozen base of adapters: set lora.rank, or task.kl_coef = 0")
+        faults.append(
+            f"task.kl_coef = {task.kl_coef} keeps near the frozen base of adapters: set lora.rank, or task.kl_coef = 0"
+        )
     if task.name == "grpo" and c.train.batch_size % task.num_generations:
-        faults.append(f"task.num_generations = {task.num_generations} does not divide train.batch_size = {c.train.batch_size}, which counts answers: pick a divisor")
+        faults.append(
+            f"task.num_generations = {task.num_generations} does not divide train.batch_size = {c.train.batch_size}, which counts answers: pick a divisor"
+        )
     if c.lora.on and not c.train.init_from:
         faults.append("lora adapts a checkpoint: name one in train.init_from")
     if c.lora.on and c.optim.freeze:
-        faults.append("optim.freeze does nothing beside lora, which freezes all that it does not add: leave it out")
+        faults.append(
+            "optim.freeze does nothing beside lora, which freezes all that it does not add: leave it out"
+        )
     if c.lora.dora and (not c.lora.rank or c.lora.base != "float32"):
         faults.append("lora.dora needs lora.rank above 0 and lora.base = 'float32'")
     if c.lora.prompt_tokens and not task.name:

@@ -20,4 +20,6 @@ def nearest(name: str, names: list[str]) -> str:
 def unknown_name(what: str, name: str, names: list[str]) -> str:
     """One sentence for a misspelt name, used wherever a table is looked up."""
     near = nearest(name, names)
-    return f"no {what} {name!r}; " + (f"did you mean {near!r}?" if near else f"there are: {', '.join(names)}")
+    return f"no {what} {name!r}; " + (
+        f"did you mean {near!r}?" if near else f"there are: {', '.join(names)}"
+    )

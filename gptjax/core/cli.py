@@ -24,7 +24,11 @@ from gptjax.config.schema import Config
 VERBS = ("train", "generate", "evaluate", "convert", "data.prepare", "data.preview")
 
 
-_COMMON = {"help": "this text", "json": "machine-readable results on stdout", "debug": "show tracebacks"}
+_COMMON = {
+    "help": "this text",
+    "json": "machine-readable results on stdout",
+    "debug": "show tracebacks",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +55,26 @@ class Args:
             return default
         value = build.parse(self.flags[name], type(default))
         if not isinstance(value, type(default)) or value != value:
-            raise UserError(f"--{name}={self.flags[name]}: must be {type(default).__name__}, such as {default}")
+            raise UserError(
+                f"--{name}={self.flags[name]}: must be {type(default).__name__}, such as {default}"
+            )
         return value
 
 
-def parse(argv: Sequence[str], doc: str | None, known: dict[str, str], *, required: Sequence[str] = (), config: bool = False) -> Args:
+def parse(
+    argv: Sequence[str],
+    doc: str | None,
+    known: dict[str, str],
+    *,
+    required: Sequence[str] = (),
+    config: bool = False,
+) -> Args:
     """`--name=value`, `--name value` and bare `--name` flags. `config` (or that name in `required`) allows `--config.a.b=value`."""
-    known = {**({"config": "configs/file.py[:argument]"} if config or "config" in required else {}), **known, **_COMMON}
+    known = {
+        **({"config": "configs/file.py[:argument]"} if config or "config" in required else {}),
+        **known,
+        **_COMMON,
+    }
     flags: dict[str, str] = {}
     overrides: dict[str, str] = {}
     rest = list(argv)
@@ -75,17 +92,26 @@ def parse(argv: Sequence[str], doc: str | None, known: dict[str, str], *, requir
         else:
             raise UserError(unknown_name("flag", f"--{name}", [f"--{n}" for n in known]))
     if "help" in flags:
-        print(f"{doc}\nFlags:\n" + "\n".join(f"  --{name:<18} {meaning}" for name, meaning in known.items()))
+        print(
+            f"{doc}\nFlags:\n"
+            + "\n".join(f"  --{name:<18} {meaning}" for name, meaning in known.items())
+        )
         if "config" in known:
             print("  --config.section.knob=value overrides one knob:")
             for path, kind, field in schema.all_settings():
-                print(f"      {path:<28} {field.metadata['meaning']} ({getattr(kind, '__name__', kind)}, {field.default!r})")
+                print(
+                    f"      {path:<28} {field.metadata['meaning']} ({getattr(kind, '__name__', kind)}, {field.default!r})"
+                )
         raise SystemExit(0)
-    if missing := [f"--{name}" for name in required if not flags.get(name) or flags[name] == "true"]:
+    if missing := [
+        f"--{name}" for name in required if not flags.get(name) or flags[name] == "true"
+    ]:
         raise UserError(f"missing {' and '.join(missing)}; see --help")
     settings = None
     if overrides and not flags.get("config"):
-        raise UserError("--config.section.knob=value changes a config, and there is no --config=FILE")
+        raise UserError(
+            "--config.section.knob=value changes a config, and there is no --config=FILE"
+        )
     if flags.get("config"):
         settings = build.load_file(flags["config"])
         build.override(settings, overrides)
@@ -100,7 +126,10 @@ def run(main: Callable[[list[str]], None], argv: Sequence[str]) -> None:
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
         _leave(0)
-    except (UserError, OSError) as error:  # OSError: a place that cannot be read or written, a full disk
+    except (
+        UserError,
+        OSError,
+    ) as error:  # OSError: a place that cannot be read or written, a full disk
         if "--debug" in argv:
             raise
         where = "" if isinstance(error, UserError) else f"{error.filename or 'input or output'}: "
@@ -143,9 +172,22 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
     done = 0
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn(what),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda n: bar.advance(task, n)
@@ -156,7 +198,11 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
         done += n
         if time.monotonic() - last > 10:
             last = time.monotonic()
-            say(f"{what}: {done:,}" + (f" of {total:,}" if total else "") + f" in {last - start:.0f} s")
+            say(
+                f"{what}: {done:,}"
+                + (f" of {total:,}" if total else "")
+                + f" in {last - start:.0f} s"
+            )
 
     yield advance
 

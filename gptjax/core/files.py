@@ -20,7 +20,9 @@ from gptjax.config.errors import UserError
 
 def cache_path(*parts: str) -> Path:
     """`$GPTJAX_CACHE`, else `$XDG_CACHE_HOME/gptjax`, else `~/.cache/gptjax`."""
-    root = os.environ.get("GPTJAX_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gptjax")
+    root = os.environ.get("GPTJAX_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gptjax"
+    )
     return Path(root, *parts)
 
 
@@ -84,7 +86,10 @@ def sha256(path: Path) -> str:
 def sha256_once(path: Path, expected: str) -> bool:
     """Whether the file has this sha256. Files that matched are remembered by size and time of change, and not read again."""
     found = path.stat()
-    known = cache_dir("verified") / digest(str(path.resolve()), str(found.st_size), str(found.st_mtime_ns), expected)[:32]
+    known = (
+        cache_dir("verified")
+        / digest(str(path.resolve()), str(found.st_size), str(found.st_mtime_ns), expected)[:32]
+    )
     if not known.exists():
         if sha256(path) != expected:
             return False
@@ -114,7 +119,11 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
                 f"{folder} is in use by another run: {file.read().strip() or 'unknown'}\nWait for it, stop it, or pick another --workdir."
             ) from None
         file.truncate(0)
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         file.write(json.dumps(holder))
         file.flush()
         yield
@@ -124,4 +133,6 @@ def decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it, for example with iconv") from None
+        raise UserError(
+            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it, for example with iconv"
+        ) from None

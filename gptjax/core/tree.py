@@ -28,7 +28,9 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """`function(path, leaf, *other leaves)` over the tree."""
-    return jax.tree_util.tree_map_with_path(lambda keys, *leaves: function(path_of(keys), *leaves), tree, *rest)
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, *leaves: function(path_of(keys), *leaves), tree, *rest
+    )
 
 
 def first_match(rules: Sequence[tuple[str, T]], path: str) -> T:
@@ -56,7 +58,10 @@ def size(tree: Any) -> int:
 
 def nbytes(tree: Any) -> int:
     """Bytes of all leaves, over all devices."""
-    return sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def bytes_on_device(tree: Any, device: jax.Device) -> int:
@@ -83,7 +88,10 @@ def unstack(blocks: Any) -> tuple[Any, ...]:
     return tuple(jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(length))
 
 
-unstack.defvjp(lambda blocks: (unstack(blocks), None), lambda _, grads: (jax.tree.map(lambda *g: jnp.stack(g), *grads),))
+unstack.defvjp(
+    lambda blocks: (unstack(blocks), None),
+    lambda _, grads: (jax.tree.map(lambda *g: jnp.stack(g), *grads),),
+)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

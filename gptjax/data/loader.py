@@ -48,7 +48,12 @@ class Windows:
     def of(cls, prepared: Prepared, split: str, length: int, *, isolate: bool) -> Windows:
         pairs = list(prepared.arrays(split))
         begins = np.cumsum([0, *(len(tokens) for tokens, _ in pairs)])
-        documents = np.concatenate([np.zeros(0, np.int64), *(offsets[:-1] + begin for (_, offsets), begin in zip(pairs, begins, strict=False))])
+        documents = np.concatenate(
+            [
+                np.zeros(0, np.int64),
+                *(offsets[:-1] + begin for (_, offsets), begin in zip(pairs, begins, strict=False)),
+            ]
+        )
         return cls([tokens for tokens, _ in pairs], begins, documents, length, isolate)
 
     @property
@@ -76,7 +81,9 @@ class Windows:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int32, across shard borders."""
         parts = []
-        for k in range(int(np.searchsorted(self.begins, start, side="right")) - 1, len(self.tokens)):
+        for k in range(
+            int(np.searchsorted(self.begins, start, side="right")) - 1, len(self.tokens)
+        ):
             if self.begins[k] >= stop:
                 break
             parts.append(self.tokens[k][max(start - self.begins[k], 0) : stop - self.begins[k]])
@@ -122,25 +129,43 @@ class _Steps:
         result = []
         for row in self._rows:
             example = step * self._batch_size + row
-            shift = np.random.Generator(np.random.Philox(key=(self._seed, example))).integers(self._split.length)
+            shift = np.random.Generator(np.random.Philox(key=(self._seed, example))).integers(
+                self._split.length
+            )
             result.append(self._split.row(int(self._order[example]), int(shift)))
         return stack(result)
 
 
-def train_batches(split: Split, *, seed: int, batch_size: int, rows: Sequence[int], start: int) -> grain.DatasetIterator[Batch]:
+def train_batches(
+    split: Split, *, seed: int, batch_size: int, rows: Sequence[int], start: int
+) -> grain.DatasetIterator[Batch]:
     """Endless batches from step `start` (0 is the first), read ahead by one thread. Close the iterator when done."""
     steps = grain.MapDataset.source(_Steps(split, seed, batch_size, rows))
-    return iter(steps[start:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    return iter(
+        steps[start:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+    )
 
 
-def eval_batches(split: Split, *, batch_size: int, rows: Sequence[int], limit: int = 0) -> Iterator[Batch]:
+def eval_batches(
+    split: Split, *, batch_size: int, rows: Sequence[int], limit: int = 0
+) -> Iterator[Batch]:
     """Every row of the split once, in order; the last batch is filled up with rows of weight 0."""
     batches = -(-split.count // batch_size)
     for b in range(min(batches, limit) if limit else batches):
         numbers = [b * batch_size + r for r in rows]
         found = [split.row(i) if i < split.count else nothing(split.length) for i in numbers]
         like = found[0]  # rows of weight 0 know neither labels nor references
-        yield stack([{name: row[name].astype(like[name].dtype) if name in row else np.zeros_like(like[name]) for name in like} for row in found])
+        yield stack(
+            [
+                {
+                    name: row[name].astype(like[name].dtype)
+                    if name in row
+                    else np.zeros_like(like[name])
+                    for name in like
+                }
+                for row in found
+            ]
+        )
 
 
 def nothing(length: int) -> Batch:

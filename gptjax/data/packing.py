@@ -35,8 +35,12 @@ class Packed:
         """First-fit in an order drawn by the seed, once; without `pack` one example a row, in their own order."""
         if not pack:
             return cls(examples, [[i] for i in range(len(examples))], length)
-        order = np.random.Generator(np.random.Philox(key=(seed, 0))).permutation(len(examples)).tolist()
-        return cls(examples, first_fit([len(examples[i].tokens) for i in order], order, length), length)
+        order = (
+            np.random.Generator(np.random.Philox(key=(seed, 0))).permutation(len(examples)).tolist()
+        )
+        return cls(
+            examples, first_fit([len(examples[i].tokens) for i in order], order, length), length
+        )
 
     @property
     def count(self) -> int:
@@ -50,21 +54,38 @@ class Packed:
         """The same rows, with `values` for the parts of all examples in order."""
         starts = np.cumsum([0, *(len(unit.parts) for unit in self.examples)])
         pieces = [tuple(values[a:b].tolist()) for a, b in itertools.pairwise(starts)]
-        return dataclasses.replace(self, examples=[unit._replace(reference=piece) for unit, piece in zip(self.examples, pieces, strict=True)])
+        return dataclasses.replace(
+            self,
+            examples=[
+                unit._replace(reference=piece)
+                for unit, piece in zip(self.examples, pieces, strict=True)
+            ],
+        )
 
     def row(self, i: int, shift: int = 0) -> Batch:
         first = self.examples[self.rows[i][0]]
-        row = {**nothing(self.length), "targets": np.zeros(self.length, first.targets.dtype), "segment_ids": np.zeros(self.length, np.int32)}
+        row = {
+            **nothing(self.length),
+            "targets": np.zeros(self.length, first.targets.dtype),
+            "segment_ids": np.zeros(self.length, np.int32),
+        }
         if first.reference:
             row["reference"] = np.zeros(self.length, np.float32)
         at = number = 0
         for k in self.rows[i]:
             unit = self.examples[k]
             here = slice(at, at + len(unit.tokens))
-            row["tokens"][here], row["targets"][here], row["loss_weights"][here] = unit.tokens, unit.targets, unit.weights
+            row["tokens"][here], row["targets"][here], row["loss_weights"][here] = (
+                unit.tokens,
+                unit.targets,
+                unit.weights,
+            )
             for part, size in enumerate(unit.parts):
                 number += 1
-                row["segment_ids"][at : at + size], row["positions"][at : at + size] = number, np.arange(size)
+                row["segment_ids"][at : at + size], row["positions"][at : at + size] = (
+                    number,
+                    np.arange(size),
+                )
                 if unit.reference:
                     row["reference"][at] = unit.reference[part]
                 at += size

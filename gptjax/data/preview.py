@@ -14,16 +14,24 @@ from gptjax.training.setup import load_data, resolve_checkpoint
 
 
 def main(argv: list[str]) -> None:
-    flags = {"count": "examples to show (5)", "split": "train or eval (train)", "html": "write a page to this file"}
+    flags = {
+        "count": "examples to show (5)",
+        "split": "train or eval (train)",
+        "html": "write a page to this file",
+    }
     args = cli.parse(argv, __doc__, flags, required=("config",))
     if not args.config.task.name:
-        raise UserError("the config has no task.name, so it has no examples: its documents are learned whole")
+        raise UserError(
+            "the config has no task.name, so it has no examples: its documents are learned whole"
+        )
     if args["split"] not in ("", "train", "eval"):
         raise UserError(f"--split={args['split']}: must be train or eval")
     config, source = resolve_checkpoint(args.config)
     data = load_data(config, source)
     assert isinstance(data, loading.Examples)
-    examples = subsample_evenly(data.eval if args["split"] == "eval" else data.train, args.number("count", 5))
+    examples = subsample_evenly(
+        data.eval if args["split"] == "eval" else data.train, args.number("count", 5)
+    )
     if args["html"]:
         files.write_text(Path(args["html"]), to_html(data.tokenizer, examples))
         cli.say(f"wrote {args['html']}")

@@ -43,9 +43,13 @@ class Record:
         if isinstance(value, bytes):
             value = decode(value, self.where)
         if not isinstance(value, str):
-            raise UserError(f"{self.where} has no text under {knob} = {name!r}; fields are {', '.join(map(str, self.fields))}")
+            raise UserError(
+                f"{self.where} has no text under {knob} = {name!r}; fields are {', '.join(map(str, self.fields))}"
+            )
         if _SURROGATE.search(value):
-            raise UserError(f"{self.where}: {knob} = {name!r} holds half of a UTF-16 pair, which is no character; mend or drop the row")
+            raise UserError(
+                f"{self.where}: {knob} = {name!r} holds half of a UTF-16 pair, which is no character; mend or drop the row"
+            )
         return value
 
 
@@ -68,9 +72,15 @@ def paths_of(path: str, suffixes: tuple[str, ...]) -> list[Path]:
     else:
         anchor = Path(root.anchor) if root.is_absolute() else Path()
         pattern = root.relative_to(anchor).as_posix() if root.is_absolute() else root.as_posix()
-        found = [p for p in anchor.glob(pattern) if p.is_file()] if any(c in path for c in "*?[") else []
+        found = (
+            [p for p in anchor.glob(pattern) if p.is_file()]
+            if any(c in path for c in "*?[")
+            else []
+        )
     if not found:
-        raise UserError(f"data.path = {path!r}: no file there (wanted {' '.join('*' + s for s in suffixes)}); the working directory is {Path.cwd()}")
+        raise UserError(
+            f"data.path = {path!r}: no file there (wanted {' '.join('*' + s for s in suffixes)}); the working directory is {Path.cwd()}"
+        )
     if irregular := [p for p in found if not p.is_file()]:
         raise UserError(f"data.path = {path!r}: {irregular[0]} is not a regular file")
     return sorted(found)
@@ -85,8 +95,14 @@ def _lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path} is no whole gzip file: {error}") from None
 
 
-def _of_files(found: list[Path], extra: str, read: Callable[[], Iterator[Record]], count: int = -1) -> SplitRecords:
-    return SplitRecords(sum(1 for _ in read()) if count < 0 else count, files.digest(extra, *(files.sha256(p) for p in found)), read)
+def _of_files(
+    found: list[Path], extra: str, read: Callable[[], Iterator[Record]], count: int = -1
+) -> SplitRecords:
+    return SplitRecords(
+        sum(1 for _ in read()) if count < 0 else count,
+        files.digest(extra, *(files.sha256(p) for p in found)),
+        read,
+    )
 
 
 def _jsonl(config: DataConfig, path: str, split: str) -> SplitRecords:
@@ -98,7 +114,9 @@ def _jsonl(config: DataConfig, path: str, split: str) -> SplitRecords:
                 if line.strip():
                     yield Record(f"{p}:{number}", _object(line, f"{p}:{number}"))
 
-    return _of_files(found, "", read, sum(bool(line.strip()) for p in found for _, line in _lines_of(p)))  # counted without reading JSON
+    return _of_files(
+        found, "", read, sum(bool(line.strip()) for p in found for _, line in _lines_of(p))
+    )  # counted without reading JSON
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
@@ -120,7 +138,11 @@ def _csv(config: DataConfig, path: str, split: str) -> SplitRecords:
         for p in found:
             tabs = p.name.removesuffix(".gz").endswith((".tsv", ".tab", ".txt"))
             text = (decode(line, f"{p}:{number}") for number, line in _lines_of(p))
-            reader = csv.reader(text, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+            reader = csv.reader(
+                text,
+                delimiter="\t" if tabs else ",",
+                quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+            )
             names = list(config.columns)
             try:
                 for values in reader:
@@ -129,8 +151,14 @@ def _csv(config: DataConfig, path: str, split: str) -> SplitRecords:
                     if not names:
                         names = values
                         continue
-                    if len(values) < len(names) or (len(values) > len(names) and not config.columns):
-                        hint = "" if tabs or len(values) < len(names) else "; text with commas stands in quotes"
+                    if len(values) < len(names) or (
+                        len(values) > len(names) and not config.columns
+                    ):
+                        hint = (
+                            ""
+                            if tabs or len(values) < len(names)
+                            else "; text with commas stands in quotes"
+                        )
                         raise UserError(
                             f"{p}:{reader.line_num} has {len(values)} fields and there are {len(names)} columns: {', '.join(names)}{hint}"
                         )
@@ -145,7 +173,9 @@ def _parallel(config: DataConfig, path: str, split: str) -> SplitRecords:
     """Files with a line each for the same record: train.en,train.de with data.columns = en,de."""
     found = [paths_of(part, (".txt", ".gz"))[0] for part in path.split(",")]
     if len(found) != len(config.columns):
-        raise UserError(f"data.path names {len(found)} files and data.columns = {list(config.columns)} {len(config.columns)} fields: one name a file")
+        raise UserError(
+            f"data.path names {len(found)} files and data.columns = {list(config.columns)} {len(config.columns)} fields: one name a file"
+        )
 
     def read() -> Iterator[Record]:
         streams = [_lines_of(p) for p in found]
@@ -156,8 +186,14 @@ def _parallel(config: DataConfig, path: str, split: str) -> SplitRecords:
                 return
             number = next(line[0] for line in lines if line)
             if ended:
-                raise UserError(f"{ended[0]} ends before line {number}, which {found[0]} or another file still has: they are not parallel")
-            texts = [decode(line[1], f"{p}:{number}").rstrip("\r\n") for p, line in zip(found, lines, strict=True) if line]
+                raise UserError(
+                    f"{ended[0]} ends before line {number}, which {found[0]} or another file still has: they are not parallel"
+                )
+            texts = [
+                decode(line[1], f"{p}:{number}").rstrip("\r\n")
+                for p, line in zip(found, lines, strict=True)
+                if line
+            ]
             yield Record(f"{found[0]}:{number}", dict(zip(config.columns, texts, strict=True)))
 
     return _of_files(found, json.dumps(config.columns), read)
@@ -175,10 +211,24 @@ def _squad(config: DataConfig, path: str, split: str) -> SplitRecords:
                     for paragraph in article["paragraphs"]:
                         for qa in paragraph["qas"]:
                             answers = [a["text"] for a in qa["answers"]]
-                            fields = {"id": qa["id"], "title": article.get("title", ""), "context": paragraph["context"], "question": qa["question"]}
-                            yield Record(f"{p} question {qa['id']}", {**fields, "answers": answers, "answer": answers[0] if answers else ""})
+                            fields = {
+                                "id": qa["id"],
+                                "title": article.get("title", ""),
+                                "context": paragraph["context"],
+                                "question": qa["question"],
+                            }
+                            yield Record(
+                                f"{p} question {qa['id']}",
+                                {
+                                    **fields,
+                                    "answers": answers,
+                                    "answer": answers[0] if answers else "",
+                                },
+                            )
             except (KeyError, TypeError, IndexError) as error:
-                raise UserError(f"{p} is not in SQuAD's form: {type(error).__name__} {error} (data / paragraphs / qas / answers / text)") from None
+                raise UserError(
+                    f"{p} is not in SQuAD's form: {type(error).__name__} {error} (data / paragraphs / qas / answers / text)"
+                ) from None
 
     return _of_files(found, "", read)
 
@@ -188,7 +238,9 @@ def _parquet(config: DataConfig, path: str, split: str) -> SplitRecords:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
-        raise UserError("data.source = 'parquet' needs pyarrow: pip install 'gptjax[parquet]'") from None
+        raise UserError(
+            "data.source = 'parquet' needs pyarrow: pip install 'gptjax[parquet]'"
+        ) from None
     found = paths_of(path, (".parquet",))
 
     def read() -> Iterator[Record]:
@@ -200,7 +252,9 @@ def _parquet(config: DataConfig, path: str, split: str) -> SplitRecords:
                         yield Record(f"{p} row {number}", fields)
                         number += 1
             except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(f"{p} is no whole parquet file: {str(error).splitlines()[0][:200]}") from None
+                raise UserError(
+                    f"{p} is no whole parquet file: {str(error).splitlines()[0][:200]}"
+                ) from None
 
     return _of_files(found, "", read)
 
@@ -209,18 +263,26 @@ def tfds_builder(config: DataConfig, path: str) -> Any:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise UserError(f"data.source = 'tfds' needs tensorflow-datasets: pip install 'gptjax[tfds]' ({error})") from None
+        raise UserError(
+            f"data.source = 'tfds' needs tensorflow-datasets: pip install 'gptjax[tfds]' ({error})"
+        ) from None
     where = {"data_dir": str(Path(path).expanduser())} if path else {}
     try:
         return tfds.builder(config.name, **where)
-    except Exception as error:  # tfds raises its own family of errors for names, versions and folders
-        raise UserError(f"data.name = {config.name!r} in data.path = {path!r}: {(str(error) or repr(error)).splitlines()[0][:300]}") from None
+    except (
+        Exception
+    ) as error:  # tfds raises its own family of errors for names, versions and folders
+        raise UserError(
+            f"data.name = {config.name!r} in data.path = {path!r}: {(str(error) or repr(error)).splitlines()[0][:300]}"
+        ) from None
 
 
 def _tfds(config: DataConfig, path: str, split: str) -> SplitRecords:
     builder = tfds_builder(config, path)
     if split not in builder.info.splits:
-        raise UserError(f"data.train_split = {split!r}: {config.name} has the splits {', '.join(builder.info.splits) or 'none (is it prepared?)'}")
+        raise UserError(
+            f"data.train_split = {split!r}: {config.name} has the splits {', '.join(builder.info.splits) or 'none (is it prepared?)'}"
+        )
     try:
         rows = builder.as_data_source(split)
     except (NotImplementedError, OSError, ValueError) as error:
@@ -230,9 +292,16 @@ def _tfds(config: DataConfig, path: str, split: str) -> SplitRecords:
 
     def read() -> Iterator[Record]:
         for i in range(len(rows)):
-            yield Record(f"{config.name} {split} row {i}", {k: _plain(v, f"{config.name} {split} row {i}") for k, v in rows[i].items()})
+            yield Record(
+                f"{config.name} {split} row {i}",
+                {k: _plain(v, f"{config.name} {split} row {i}") for k, v in rows[i].items()},
+            )
 
-    return SplitRecords(len(rows), files.digest(*(files.sha256(Path(f)) for f in builder.info.splits[split].filepaths)), read)
+    return SplitRecords(
+        len(rows),
+        files.digest(*(files.sha256(Path(f)) for f in builder.info.splits[split].filepaths)),
+        read,
+    )
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -249,9 +318,15 @@ def _open_dataset(config: DataConfig, path: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError("data.source = 'datasets' needs Hugging Face's datasets: pip install 'gptjax[datasets]'") from None
+        raise UserError(
+            "data.source = 'datasets' needs Hugging Face's datasets: pip install 'gptjax[datasets]'"
+        ) from None
     try:
-        return datasets.load_from_disk(str(Path(path).expanduser())) if path else datasets.load_dataset(*config.name.split(":"))
+        return (
+            datasets.load_from_disk(str(Path(path).expanduser()))
+            if path
+            else datasets.load_dataset(*config.name.split(":"))
+        )
     except Exception as error:  # network, name, folder: whatever the package raises
         raise UserError(
             f"data.source = 'datasets', name {config.name!r}, path {path!r}: {(str(error) or repr(error)).splitlines()[0][:200]}"
@@ -262,7 +337,9 @@ def _datasets(config: DataConfig, path: str, split: str) -> SplitRecords:
     rows = _open_dataset(config, path)
     if isinstance(rows, dict):
         if split not in rows:
-            raise UserError(f"{config.name or path} has no split {split!r}: it has {', '.join(rows)}; see data.train_split and data.eval_split")
+            raise UserError(
+                f"{config.name or path} has no split {split!r}: it has {', '.join(rows)}; see data.train_split and data.eval_split"
+            )
         rows = rows[split]
 
     def read() -> Iterator[Record]:
@@ -293,27 +370,46 @@ def _sotu(config: DataConfig, path: str, split: str) -> SplitRecords:
             era = f"{year // 50 * 50}-{year // 50 * 50 + 49}"
             for number, text in enumerate(re.split(r"\n\s*\n", decode(p.read_bytes(), str(p)))):
                 if len(text.strip()) >= _PARAGRAPH:
-                    yield Record(f"{p.name} paragraph {number}", {"text": text.strip(), **about, "year": year, "era": era})
+                    yield Record(
+                        f"{p.name} paragraph {number}",
+                        {"text": text.strip(), **about, "year": year, "era": era},
+                    )
 
     return _of_files([p for p, _ in messages], "", read)
 
 
 READERS: dict[str, Callable[[DataConfig, str, str], SplitRecords]] = {
-    "jsonl": _jsonl, "csv": _csv, "lines": _parallel, "squad": _squad, "parquet": _parquet, "tfds": _tfds, "datasets": _datasets,
+    "jsonl": _jsonl,
+    "csv": _csv,
+    "lines": _parallel,
+    "squad": _squad,
+    "parquet": _parquet,
+    "tfds": _tfds,
+    "datasets": _datasets,
     "sotu": _sotu,
-}  # fmt: skip
+}
 
 
 def has_eval_split(config: DataConfig) -> bool:
     """Whether a data set of named splits brings a held-out one of its own."""
     if config.source == "datasets":
-        return isinstance(found := _open_dataset(config, config.path), dict) and config.eval_split in found
-    return config.source == "tfds" and config.eval_split in tfds_builder(config, config.path).info.splits
+        return (
+            isinstance(found := _open_dataset(config, config.path), dict)
+            and config.eval_split in found
+        )
+    return (
+        config.source == "tfds"
+        and config.eval_split in tfds_builder(config, config.path).info.splits
+    )
 
 
 def subsample_evenly(items: list[Any], limit: int) -> list[Any]:
     """`limit` of the items, evenly spread over the list; all where limit is 0."""
-    return items if not limit or limit >= len(items) else [items[i * len(items) // limit] for i in range(limit)]
+    return (
+        items
+        if not limit or limit >= len(items)
+        else [items[i * len(items) // limit] for i in range(limit)]
+    )
 
 
 def held_out(count: int, fraction: float) -> Callable[[int], bool]:

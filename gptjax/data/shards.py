@@ -62,19 +62,33 @@ def open_prepared(folder: Path) -> Prepared:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} holds no prepared data (no meta.json); make it with python -m gptjax.data.prepare --out={folder}") from None
+        raise UserError(
+            f"{folder} holds no prepared data (no meta.json); make it with python -m gptjax.data.prepare --out={folder}"
+        ) from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{folder}/meta.json is damaged ({error}); prepare the data again") from None
+        raise UserError(
+            f"{folder}/meta.json is damaged ({error}); prepare the data again"
+        ) from None
     if meta["format"] != _FORMAT:
-        raise UserError(f"{folder} is of format {meta['format']}, this version reads {_FORMAT}; prepare the data again")
-    result = Prepared(folder, meta["fingerprint"], meta["source"], meta["splits"], load_tokenizer(folder / "tokenizer"))
+        raise UserError(
+            f"{folder} is of format {meta['format']}, this version reads {_FORMAT}; prepare the data again"
+        )
+    result = Prepared(
+        folder,
+        meta["fingerprint"],
+        meta["source"],
+        meta["splits"],
+        load_tokenizer(folder / "tokenizer"),
+    )
     if result.tokenizer.fingerprint != meta["tokenizer"]:
         raise UserError(f"{folder}: the tokenizer is not the one that the data was prepared with")
     for shard in (shard for split in result.splits.values() for shard in split):
         for suffix, checksum in shard["sha256"].items():
             path = folder / f"{shard['name']}{suffix}"
             if not path.is_file() or not files.sha256_once(path, checksum):
-                raise UserError(f"{path} is damaged or was changed after it was written; prepare the data again, in another folder")
+                raise UserError(
+                    f"{path} is damaged or was changed after it was written; prepare the data again, in another folder"
+                )
     return result
 
 
@@ -94,13 +108,20 @@ def ensure(config: Config, text_tokenizer: Tokenizer | None = None) -> Prepared:
     if config.data.source == "shards":
         prepared = open_prepared(Path(config.data.path).expanduser())
         if text_tokenizer and prepared.tokenizer.fingerprint != text_tokenizer.fingerprint:
-            raise UserError(f"{config.data.path} was prepared with another tokenizer than the checkpoint's: prepare the documents again")
+            raise UserError(
+                f"{config.data.path} was prepared with another tokenizer than the checkpoint's: prepare the documents again"
+            )
         return dataclasses.replace(prepared, tokenizer=text_tokenizer or prepared.tokenizer)
     source = sources.open_source(config.data)
     text_tokenizer = text_tokenizer or _make_tokenizer(config, source)
-    folder = files.cache_dir("data") / files.digest(str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint)[:32]
+    folder = (
+        files.cache_dir("data")
+        / files.digest(str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint)[:32]
+    )
     prepared = _prepare(config, source, text_tokenizer, folder, SHARD_TOKENS)
-    return dataclasses.replace(prepared, tokenizer=text_tokenizer)  # the same vocabulary; a chat template is this checkpoint's own
+    return dataclasses.replace(
+        prepared, tokenizer=text_tokenizer
+    )  # the same vocabulary; a chat template is this checkpoint's own
 
 
 def _make_tokenizer(config: Config, source: sources.Source) -> Tokenizer:
@@ -111,8 +132,16 @@ def _make_tokenizer(config: Config, source: sources.Source) -> Tokenizer:
     return create_tokenizer(config.data, source.documents(TRAIN), all_texts())
 
 
-def _prepare(config: Config, source: sources.Source, text_tokenizer: Tokenizer, folder: Path, shard_tokens: int) -> Prepared:
-    key = files.digest(str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint, str(shard_tokens))
+def _prepare(
+    config: Config,
+    source: sources.Source,
+    text_tokenizer: Tokenizer,
+    folder: Path,
+    shard_tokens: int,
+) -> Prepared:
+    key = files.digest(
+        str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint, str(shard_tokens)
+    )
     if (folder / "meta.json").exists():
         done = open_prepared(folder)
         if done.fingerprint != key:
@@ -124,14 +153,20 @@ def _prepare(config: Config, source: sources.Source, text_tokenizer: Tokenizer, 
         if (folder / "meta.json").exists():
             return _prepare(config, source, text_tokenizer, folder, shard_tokens)
         if (folder / "key").exists() and (folder / "key").read_text() != key:
-            raise UserError(f"{folder} holds an unfinished preparation of other data; remove it or pick another folder")
+            raise UserError(
+                f"{folder} holds an unfinished preparation of other data; remove it or pick another folder"
+            )
         files.write_text(folder / "key", key)
         text_tokenizer.save(folder / "tokenizer")
         splits = {}
         for split in (TRAIN, EVAL):
-            splits[split] = list(_write_split(source.documents(split), text_tokenizer, folder, split, shard_tokens))
+            splits[split] = list(
+                _write_split(source.documents(split), text_tokenizer, folder, split, shard_tokens)
+            )
         if not sum(shard["tokens"] for shard in splits[TRAIN]):
-            raise UserError(f"data.path = {config.data.path!r}: the training split is empty; lower data.eval_fraction = {config.data.eval_fraction}")
+            raise UserError(
+                f"data.path = {config.data.path!r}: the training split is empty; lower data.eval_fraction = {config.data.eval_fraction}"
+            )
         meta = {
             "format": _FORMAT,
             "fingerprint": key,
@@ -157,7 +192,9 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _write_split(documents: Iterator[str], text_tokenizer: Tokenizer, folder: Path, split: str, shard_tokens: int) -> Iterator[dict[str, Any]]:
+def _write_split(
+    documents: Iterator[str], text_tokenizer: Tokenizer, folder: Path, split: str, shard_tokens: int
+) -> Iterator[dict[str, Any]]:
     """Yields each shard's record; finished shards of an earlier try are kept and their documents passed over."""
     number = 0
     while (record := folder / f"{split}-{number:05d}.json").exists():
@@ -181,13 +218,17 @@ def _write_split(documents: Iterator[str], text_tokenizer: Tokenizer, folder: Pa
             yield _write_shard(pending, text_tokenizer, folder, f"{split}-{number:05d}")
 
 
-def _write_shard(documents: list[np.ndarray], text_tokenizer: Tokenizer, folder: Path, name: str) -> dict[str, Any]:
+def _write_shard(
+    documents: list[np.ndarray], text_tokenizer: Tokenizer, folder: Path, name: str
+) -> dict[str, Any]:
     dtype = np.uint16 if text_tokenizer.vocab_size <= 1 << 16 else np.uint32
     offsets = np.concatenate([[0], np.cumsum([len(d) + 1 for d in documents])]).astype(np.int64)
     tokens = np.empty(offsets[-1], dtype)
     for start, ids in zip(offsets, documents, strict=False):
         if len(ids) and not 0 <= ids.min() <= ids.max() < text_tokenizer.vocab_size:
-            raise ValueError(f"the tokenizer made id {ids.max()} and knows {text_tokenizer.vocab_size}")
+            raise ValueError(
+                f"the tokenizer made id {ids.max()} and knows {text_tokenizer.vocab_size}"
+            )
         tokens[start] = text_tokenizer.eot
         tokens[start + 1 : start + 1 + len(ids)] = ids
     for suffix, array in zip(_SUFFIXES, (tokens, offsets), strict=True):

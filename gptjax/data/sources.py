@@ -39,10 +39,14 @@ def open_source(config: DataConfig) -> Source:
     """Raises UserError for a missing path, an empty set, text that is not UTF-8 or a field that is not there."""
     main = OPENERS[config.source](config, config.path, config.train_split)
     if not main.count:
-        raise UserError(f"data.path = {config.path!r}: no documents in it; check the path and data.field")
+        raise UserError(
+            f"data.path = {config.path!r}: no documents in it; check the path and data.field"
+        )
     held_out = None
     if config.eval_path or rows.has_eval_split(config):
-        held_out = OPENERS[config.source](config, config.eval_path or config.path, config.eval_split)
+        held_out = OPENERS[config.source](
+            config, config.eval_path or config.path, config.eval_split
+        )
 
     def documents(split: str) -> Iterator[str]:
         if held_out is None:
@@ -101,4 +105,8 @@ def _sotu(config: DataConfig, path: str, split: str) -> _Documents:
     return _Documents(len(paths), files.digest(*(files.sha256(p) for p in paths)), read)
 
 
-OPENERS: dict[str, Callable[[DataConfig, str, str], _Documents]] = {"text": _text, "sotu": _sotu, **dict.fromkeys(ROW_SOURCES, _field)}
+OPENERS: dict[str, Callable[[DataConfig, str, str], _Documents]] = {
+    "text": _text,
+    "sotu": _sotu,
+    **dict.fromkeys(ROW_SOURCES, _field),
+}

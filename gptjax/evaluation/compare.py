@@ -31,7 +31,14 @@ class Comparison:
 
 
 def compare(
-    config: Config, checkpoints: Sequence[str], *, path: str = "", limit: int = 0, out: Path | None = None, baselines: bool = True, own: bool = False
+    config: Config,
+    checkpoints: Sequence[str],
+    *,
+    path: str = "",
+    limit: int = 0,
+    out: Path | None = None,
+    baselines: bool = True,
+    own: bool = False,
 ) -> list[Comparison]:
     """Scores of each checkpoint, then of the task's baselines, on the examples that fit all of them. out: where predictions go, a jsonl a
     checkpoint; own: runs of the same task are asked with their own prompt. Raises UserError."""
@@ -39,53 +46,97 @@ def compare(
     kind.check_package()
     train_rows, eval_rows, _ = loading.read_records(config)
     labels = loading.labels_of(config, train_rows)
-    test_rows = rows.subsample_evenly(loading.read_other_records(config, path) if path else eval_rows, limit)
+    test_rows = rows.subsample_evenly(
+        loading.read_other_records(config, path) if path else eval_rows, limit
+    )
     if not test_rows:
-        empty = f"--path={path} holds no examples" if path else "the held-out split is empty: raise data.eval_fraction"
+        empty = (
+            f"--path={path} holds no examples"
+            if path
+            else "the held-out split is empty: raise data.eval_fraction"
+        )
         raise UserError(f"{empty}, or name a file that has some with --path")
     judged: list[tuple[str, list[Example], list[Answer]]] = []
     for name in checkpoints:
         lm = language_model.load(name)
         mine = _asked(config, name, lm, test_rows[0].fields, own=own)
         room = _answer_room(mine, lm, labels)
-        length = min(config.length + room, lm.config.context)  # prompts as long as in training, and an answer, where the context has as much
-        held = loading.render(_of_length(mine, length), lm.text_tokenizer, test_rows, labels, path or "held-out", answer=room)
+        length = min(
+            config.length + room, lm.config.context
+        )  # prompts as long as in training, and an answer, where the context has as much
+        held = loading.render(
+            _of_length(mine, length),
+            lm.text_tokenizer,
+            test_rows,
+            labels,
+            path or "held-out",
+            answer=room,
+        )
         cli.say(f"{name}: {len(held):,} examples")
         judged.append((name, held, answer_examples(lm, mine.task, labels, held)))
         if out:  # before anything else may fail
-            lines = [json.dumps(record(e, a, lm.text_tokenizer), ensure_ascii=False) for e, a in zip(*judged[-1][1:], strict=True)]
-            files.write_text(out / f"{len(judged)}-{Path(name).name}.jsonl", "\n".join(lines) + "\n")
+            lines = [
+                json.dumps(record(e, a, lm.text_tokenizer), ensure_ascii=False)
+                for e, a in zip(*judged[-1][1:], strict=True)
+            ]
+            files.write_text(
+                out / f"{len(judged)}-{Path(name).name}.jsonl", "\n".join(lines) + "\n"
+            )
         if len(judged) == 1 and baselines:
-            train = loading.render(_of_length(mine, 1 << 30), lm.text_tokenizer, train_rows, labels, "training")  # all of it, however long
+            train = loading.render(
+                _of_length(mine, 1 << 30), lm.text_tokenizer, train_rows, labels, "training"
+            )  # all of it, however long
             rivals = [(rival, held, found) for rival, found in kind.baselines(held, train).items()]
     judged += rivals if baselines else []
     fit = set.intersection(*({e.where for e in held} for _, held, _ in judged))
     if not fit:
-        raise UserError("no example fits all checkpoints: set task.truncation to cut_start or cut_end")
+        raise UserError(
+            "no example fits all checkpoints: set task.truncation to cut_start or cut_end"
+        )
     if len(fit) < len(test_rows):
-        cli.say(f"compared on the {len(fit):,} examples that fit all; {len(test_rows) - len(fit):,} others are left out")
+        cli.say(
+            f"compared on the {len(fit):,} examples that fit all; {len(test_rows) - len(fit):,} others are left out"
+        )
     entries = []
     for name, held, found in judged:
         kept = [(e, a) for e, a in zip(held, found, strict=True) if e.where in fit]
-        entries.append(Comparison(name, kind.judge(config.task, labels, [e for e, _ in kept], [a for _, a in kept])))
+        entries.append(
+            Comparison(
+                name, kind.judge(config.task, labels, [e for e, _ in kept], [a for _, a in kept])
+            )
+        )
     return entries
 
 
-def _asked(config: Config, name: str, lm: LanguageModel, fields: Mapping[str, Any], *, own: bool) -> Config:
+def _asked(
+    config: Config, name: str, lm: LanguageModel, fields: Mapping[str, Any], *, own: bool
+) -> Config:
     """The config as a checkpoint is asked by it: by its head or, where it has none, for the label as text; behind learned prompt tokens of its own.
     own: with the prompt of its run, where that asks for the same answer from fields that are there."""
     task, stored = config.task, run_config(name) if own else None
     if stored and stored.task.name == task.name:
         theirs = stored.task
         needed = names_in(theirs.prompt or loading.TASKS[task.name][0].prompt, "task.prompt")
-        if (theirs.completion, theirs.label) == (task.completion, task.label) and all(field in fields for field in needed):
-            task = dataclasses.replace(task, prompt=theirs.prompt, template=theirs.template, system=theirs.system)
-            task = dataclasses.replace(task, words=theirs.words) if theirs.labels == task.labels else task
+        if (theirs.completion, theirs.label) == (task.completion, task.label) and all(
+            field in fields for field in needed
+        ):
+            task = dataclasses.replace(
+                task, prompt=theirs.prompt, template=theirs.template, system=theirs.system
+            )
+            task = (
+                dataclasses.replace(task, words=theirs.words)
+                if theirs.labels == task.labels
+                else task
+            )
         else:
-            cli.say(f"{name} was tuned on other fields: it is asked with the first checkpoint's prompt")
+            cli.say(
+                f"{name} was tuned on other fields: it is asked with the first checkpoint's prompt"
+            )
     if task.name == "classification":
         task = dataclasses.replace(task, method="head" if lm.config.labels else "text")
-    return dataclasses.replace(config, task=task, lora=dataclasses.replace(config.lora, prompt_tokens=lm.prompt_places))
+    return dataclasses.replace(
+        config, task=task, lora=dataclasses.replace(config.lora, prompt_tokens=lm.prompt_places)
+    )
 
 
 def _answer_room(config: Config, lm: LanguageModel, labels: Sequence[str]) -> int:
@@ -94,7 +145,9 @@ def _answer_room(config: Config, lm: LanguageModel, labels: Sequence[str]) -> in
         return 0
     if labels:
         return max(map(len, label_ids(lm, config.task, labels)))
-    if config.task.truncation == "refuse":  # what was accepted in training is accepted here; `_by_writing` says where room is short
+    if (
+        config.task.truncation == "refuse"
+    ):  # what was accepted in training is accepted here; `_by_writing` says where room is short
         return 0
     return min(config.task.max_new_tokens, max(min(config.length, lm.config.context) // 2, 1))
 
@@ -127,16 +180,25 @@ def table(entries: Sequence[Comparison], headline: str) -> str:
     names = sorted(entries[0].scores, key=lambda name: name != headline)
     lines = [["", *names, f"first - this ({headline})"]]
     for entry in entries:
-        shown = [cell((m.value, *interval(m)), ".4g") if (m := entry.scores.get(name)) else "-" for name in names]
+        shown = [
+            cell((m.value, *interval(m)), ".4g") if (m := entry.scores.get(name)) else "-"
+            for name in names
+        ]
         gap = difference(entries[0], entry, headline)
         lines.append([entry.name, *shown, cell(gap, "+.4g") if gap else ""])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in lines
+    )
 
 
 def to_json(entries: Sequence[Comparison]) -> str:
     """{checkpoint: {score: {value, interval}}}; of all but the first also first_minus_this: [gap, low, high]."""
-    found = {e.name: {name: {"value": m.value, "interval": interval(m)} for name, m in e.scores.items()} for e in entries}
+    found = {
+        e.name: {name: {"value": m.value, "interval": interval(m)} for name, m in e.scores.items()}
+        for e in entries
+    }
     for entry in entries:
         for name in entry.scores:
             if gap := difference(entries[0], entry, name):

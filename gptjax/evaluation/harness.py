@@ -22,17 +22,28 @@ try:
     from lm_eval import simple_evaluate, utils
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.utils import (
+        handle_stop_sequences,
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+    )
     from lm_eval.tasks import TaskManager
     from tqdm import tqdm
 except ImportError as error:
-    raise UserError(f"evaluation tasks need the package lm_eval ({error}): pip install 'gptjax[lm-eval]'") from None
+    raise UserError(
+        f"evaluation tasks need the package lm_eval ({error}): pip install 'gptjax[lm-eval]'"
+    ) from None
 
 
 SETTINGS = {  # transformers' name: ours
-    "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "typical_p": "typical_p", "repetition_penalty": "repetition_penalty",
-    "no_repeat_ngram_size": "no_repeat_ngram", "min_new_tokens": "min_new_tokens",
-}  # fmt: skip
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram",
+    "min_new_tokens": "min_new_tokens",
+}
 
 
 _GENERATED_ROWS = 32
@@ -41,7 +52,9 @@ _GENERATED_ROWS = 32
 _SCORED_ROWS = 256  # between two steps of the progress bar; `LanguageModel.score` cuts them smaller
 
 
-_DEFAULT_TOP_K = 50  # transformers': what sampling gets where neither the task nor the checkpoint says
+_DEFAULT_TOP_K = (
+    50  # transformers': what sampling gets where neither the task nor the checkpoint says
+)
 
 
 _MARK = "\ufdd1"  # a noncharacter: no text needs it
@@ -56,17 +69,30 @@ class GptjaxLM(TemplateLM):
     """
 
     def __init__(
-        self, pretrained: LanguageModel | str | Path, *, max_length: int | None = None, batch_size: int | str | None = None,
-        prefix_token_id: int | None = None, device: Any = None, max_batch_size: Any = None, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        pretrained: LanguageModel | str | Path,
+        *,
+        max_length: int | None = None,
+        batch_size: int | str | None = None,
+        prefix_token_id: int | None = None,
+        device: Any = None,
+        max_batch_size: Any = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
-        self.lm = pretrained if isinstance(pretrained, LanguageModel) else load(pretrained, **options)
+        self.lm = (
+            pretrained if isinstance(pretrained, LanguageModel) else load(pretrained, **options)
+        )
         self.tokenizer = self.lm.text_tokenizer
         if self.lm.prompt_places:
-            raise UserError("the harness leaves no places for the learned prompt tokens of this checkpoint: tune it with lora.rank instead")
+            raise UserError(
+                "the harness leaves no places for the learned prompt tokens of this checkpoint: tune it with lora.rank instead"
+            )
         self.max_length = self.lm.config.context if max_length is None else int(max_length)
         if not 1 <= self.max_length <= self.lm.config.context:
-            raise UserError(f"max_length = {max_length}: must be from 1 to the model's context, {self.lm.config.context}")
+            raise UserError(
+                f"max_length = {max_length}: must be from 1 to the model's context, {self.lm.config.context}"
+            )
         rows = str(batch_size)
         self.batch_size = int(rows) if rows.isdecimal() and rows != "0" else _GENERATED_ROWS
         self.max_gen_toks = 256  # the harness's default for tasks that set none
@@ -94,29 +120,42 @@ class GptjaxLM(TemplateLM):
         """Part of the key under which the harness keeps requests filled into a chat template."""
         return f"gptjax-{self.tokenizer.fingerprint}"
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
         """Ids of a text behind the vocabulary's prefix (Llama's <s>; GPT-2 has none), which a text that opens with it does not get twice.
 
         Names of control tokens become those tokens, as transformers has it: filled chat templates come this way."""
         if add_special_tokens is None:
             opening = self._names.get(self.prefix_token_id)
             add_special_tokens = not (opening and string.startswith(opening))
-        return [*(self.tokenizer.prefix if add_special_tokens else ()), *self.tokenizer.encode_template(string)]
+        return [
+            *(self.tokenizer.prefix if add_special_tokens else ()),
+            *self.tokenizer.encode_template(string),
+        ]
 
     def tok_decode(self, tokens: Iterable[int]) -> str:
         """Text of the ids without control tokens, by the decoder that the checkpoint brought: what bytes that are no UTF-8 become depends on it."""
         decoder: Any = getattr(self.tokenizer, "_control", self.tokenizer)
         return decoder.decode([i for i in tokens if i < self.tokenizer.vocab_size])
 
-    def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether greedy decoding would write it) of each (key, context ids, continuation ids)."""
         rows = []
         for _, context, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
-                raise UserError(f"a continuation has {len(continuation)} tokens: it must have from 1 to max_length = {self.max_length}")
-            kept = (context or [self.prefix_token_id])[-(self.max_length + 1 - len(continuation)) :]  # the latest of the context
+                raise UserError(
+                    f"a continuation has {len(continuation)} tokens: it must have from 1 to max_length = {self.max_length}"
+                )
+            kept = (context or [self.prefix_token_id])[
+                -(self.max_length + 1 - len(continuation)) :
+            ]  # the latest of the context
             rows.append((kept, continuation))
-        order = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i])))  # slowest first: the bar's estimate only falls
+        order = sorted(
+            range(len(rows)), key=lambda i: -sum(map(len, rows[i]))
+        )  # slowest first: the bar's estimate only falls
         found = [(0.0, False)] * len(rows)
         with tqdm(total=len(rows), desc="loglikelihood", disable=disable_tqdm) as bar:
             for first in range(0, len(order), _SCORED_ROWS):
@@ -129,16 +168,22 @@ class GptjaxLM(TemplateLM):
                 bar.update(len(part))
         return found
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
         """Log-probability of each whole text: every token once, a longer text in windows of max_length, the last of them with a full context."""
         windows, owners = [], []
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
-            for pair in utils.get_rolling_token_windows(ids, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1):
+            for pair in utils.get_rolling_token_windows(
+                ids, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            ):
                 windows.append((None, *utils.make_disjoint_window(pair)))
                 owners.append(i)
         totals = [0.0] * len(requests)
-        for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+        for i, (logprob, _) in zip(
+            owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
+        ):
             totals[i] += logprob
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -154,14 +199,21 @@ class GptjaxLM(TemplateLM):
             for members in groups.values():
                 until, options = self._options(requests[members[0]].args[1])
                 room = self.max_length - options["max_new_tokens"]
-                prompts = {i: self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in members}
+                prompts = {
+                    i: self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id]
+                    for i in members
+                }
                 members.sort(key=lambda i: -len(prompts[i]))
                 for first in range(0, len(members), self.batch_size):
                     part = members[first : first + self.batch_size]
-                    completions = self.lm.generate([prompts[i] for i in part], seed=made, **options)  # row k draws with seed + k
+                    completions = self.lm.generate(
+                        [prompts[i] for i in part], seed=made, **options
+                    )  # row k draws with seed + k
                     for i, completion in zip(part, completions, strict=True):
                         # not its text: one stop text can begin inside another, and the harness then cuts in the order of the list
-                        texts[i] = postprocess_generated_text(self.tok_decode(self._up_to_stop(completion.tokens, until)), until, None)
+                        texts[i] = postprocess_generated_text(
+                            self.tok_decode(self._up_to_stop(completion.tokens, until)), until, None
+                        )
                         self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
                     made += len(part)
                     bar.update(len(part))
@@ -170,9 +222,15 @@ class GptjaxLM(TemplateLM):
     def _up_to_stop(self, tokens: list[int], until: Sequence[str]) -> list[int]:
         """The tokens up to where the latest few spell a stop text, which is how the harness looks for it. More of them could change the text
         before: where a run of byte tokens is no UTF-8, a decoder with byte fallback makes every byte of it U+FFFD."""
-        sizes = [(stop, len(self.tok_encode(stop, add_special_tokens=False)) + 2) for stop in until if stop]
+        sizes = [
+            (stop, len(self.tok_encode(stop, add_special_tokens=False)) + 2)
+            for stop in until
+            if stop
+        ]
         for end in range(1, len(tokens) + 1):
-            if any(stop in self.tok_decode(tokens[max(end - size, 0) : end]) for stop, size in sizes):
+            if any(
+                stop in self.tok_decode(tokens[max(end - size, 0) : end]) for stop, size in sizes
+            ):
                 return tokens[:end]
         return tokens
 
@@ -183,30 +241,58 @@ class GptjaxLM(TemplateLM):
         count, temperature = kwargs.pop("max_gen_toks"), float(kwargs.pop("temperature", 0.0))
         sample = kwargs.pop("do_sample")
         if not 1 <= count < self.max_length:
-            raise UserError(f"a task asks for {count} new tokens: set max_gen_toks in its generation_kwargs, from 1 to {self.max_length - 1}")
+            raise UserError(
+                f"a task asks for {count} new tokens: set max_gen_toks in its generation_kwargs, from 1 to {self.max_length - 1}"
+            )
         if sample and not temperature:
-            raise UserError("a task asks for do_sample without a temperature: set one in its generation_kwargs")
+            raise UserError(
+                "a task asks for do_sample without a temperature: set one in its generation_kwargs"
+            )
         if kwargs.get("num_beams") == 1:
             del kwargs["num_beams"]
         if bad := [name for name in kwargs if name not in SETTINGS]:
-            raise UserError(unknown_name("setting in generation_kwargs", bad[0], [*SETTINGS, "until", "max_gen_toks", "do_sample", "temperature"]))
-        stored = self.lm.source.generation if self.lm.source else {}  # generation_config.json, which transformers obeys as well
-        given = {"top_k": _DEFAULT_TOP_K, **{name: value for name, value in {**stored, **kwargs}.items() if value is not None}}
-        controls = {self.eot_token_id, *(self.tokenizer.control[s] for s in until if s in self.tokenizer.control)}
+            raise UserError(
+                unknown_name(
+                    "setting in generation_kwargs",
+                    bad[0],
+                    [*SETTINGS, "until", "max_gen_toks", "do_sample", "temperature"],
+                )
+            )
+        stored = (
+            self.lm.source.generation if self.lm.source else {}
+        )  # generation_config.json, which transformers obeys as well
+        given = {
+            "top_k": _DEFAULT_TOP_K,
+            **{name: value for name, value in {**stored, **kwargs}.items() if value is not None},
+        }
+        controls = {
+            self.eot_token_id,
+            *(self.tokenizer.control[s] for s in until if s in self.tokenizer.control),
+        }
         options = {ours: given[name] for name, ours in SETTINGS.items() if name in given}
         # a space before the first word is there while the text grows, and gone from it in the end
         texts = [s for s in until if s and not (self.tokenizer.leading_space and s.startswith(" "))]
-        return until, {**options, "temperature": temperature if sample else 0.0, "max_new_tokens": count, "stop": texts, "stop_tokens": [*controls]}
+        return until, {
+            **options,
+            "temperature": temperature if sample else 0.0,
+            "max_new_tokens": count,
+            "stop": texts,
+            "stop_tokens": [*controls],
+        }
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self.tokenizer.chat_template if chat_template else None
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """The conversation as the checkpoint's template writes it, ready for an answer, or (add_generation_prompt False) for more of its last message.
 
         Where the template refuses it, it is tried without what the system says. Raises UserError."""
         if not self.tokenizer.chat_template:
-            raise UserError("this checkpoint has no chat template: leave apply_chat_template out, or take a checkpoint tuned for dialogue")
+            raise UserError(
+                "this checkpoint has no chat template: leave apply_chat_template out, or take a checkpoint tuned for dialogue"
+            )
         try:
             return self._render(chat_history, add_generation_prompt)
         except UserError:
@@ -215,23 +301,37 @@ class GptjaxLM(TemplateLM):
                 raise
             return self._render(others, add_generation_prompt)
 
-    def _render(self, messages: Sequence[chat_template_lib.Message], add_generation_prompt: bool) -> str:
+    def _render(
+        self, messages: Sequence[chat_template_lib.Message], add_generation_prompt: bool
+    ) -> str:
         template = self.tokenizer.chat_template
-        values: dict[str, Any] = {**self.tokenizer.special, "add_generation_prompt": add_generation_prompt}
+        values: dict[str, Any] = {
+            **self.tokenizer.special,
+            "add_generation_prompt": add_generation_prompt,
+        }
         if add_generation_prompt:
             return chat_template_lib.render(template, messages, **values)
         # the template closes the last message; a mark at the end of what it says shows where, and a space behind it whether the template trims
         marked = {**messages[-1], "content": f"{messages[-1]['content']}{_MARK} "}
-        text, mark, rest = chat_template_lib.render(template, [*messages[:-1], marked], **values).rpartition(_MARK)
+        text, mark, rest = chat_template_lib.render(
+            template, [*messages[:-1], marked], **values
+        ).rpartition(_MARK)
         if not mark:
-            raise UserError("the chat template leaves out the last message, so nothing can go on from it")
+            raise UserError(
+                "the chat template leaves out the last message, so nothing can go on from it"
+            )
         return text if rest.startswith(" ") else text.rstrip()
 
 
 def evaluate_tasks(
-    lm: LanguageModel, tasks: str | Sequence[str], *, include_path: str | Path | None = None, limit: float | None = None,
-    num_fewshot: int | None = None, apply_chat_template: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    lm: LanguageModel,
+    tasks: str | Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+) -> dict[str, Any]:
     """What `lm_eval.simple_evaluate` returns: "results" holds {task: {"metric,filter": value}}; `lm_eval.utils.make_table` prints it.
 
     tasks: names of tasks, groups or tags, or paths of YAML files. include_path: a folder of further tasks. limit: documents of each task, below 1
@@ -241,10 +341,21 @@ def evaluate_tasks(
     manager = TaskManager(include_path=str(include_path) if include_path else None)
     if not names:
         raise UserError("no tasks: give at least one name")
-    if bad := [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]:
+    if bad := [
+        name for name in names if name not in manager.all_tasks and not Path(name).is_file()
+    ]:
         near = nearest(bad[0], manager.all_tasks)
-        raise UserError(f"no task {bad[0]!r}" + (f"; did you mean {near!r}?" if near else ": `lm_eval ls tasks` lists them"))
+        raise UserError(
+            f"no task {bad[0]!r}"
+            + (f"; did you mean {near!r}?" if near else ": `lm_eval ls tasks` lists them")
+        )
     return simple_evaluate(
-        model=GptjaxLM(lm), tasks=names, num_fewshot=num_fewshot, limit=limit, apply_chat_template=apply_chat_template, task_manager=manager,
-        log_samples=False, torch_random_seed=None,  # which would import torch for its generator
-    )  # fmt: skip
+        model=GptjaxLM(lm),
+        tasks=names,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        task_manager=manager,
+        log_samples=False,
+        torch_random_seed=None,  # which would import torch for its generator
+    )

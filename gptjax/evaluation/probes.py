@@ -104,7 +104,12 @@ def parse_probes(content: Any) -> tuple[Probe, ...]:
         raise UserError('a probe file must be {"probes": [...]} with at least one probe')
     probes = tuple(_probe(f"probe {k + 1}", entry) for k, entry in enumerate(entries))
     for name in (p.name for p in probes):
-        _check(sum(p.name == name for p in probes) == 1, f"probe {name!r}", "name", "another probe has it too")
+        _check(
+            sum(p.name == name for p in probes) == 1,
+            f"probe {name!r}",
+            "name",
+            "another probe has it too",
+        )
     return probes
 
 
@@ -133,42 +138,88 @@ def _probe(where: str, entry: Any) -> Probe:
         _check(_is_text(entry.get(key)), where, key, "must be a text, and not empty")
     groups = _groups(where, entry["groups"]) if "groups" in entry else {}
     found = entry.get("templates")
-    _check(isinstance(found, list) and found, where, "templates", "must be a list with at least one template")
+    _check(
+        isinstance(found, list) and found,
+        where,
+        "templates",
+        "must be a list with at least one template",
+    )
     slots = [set(fillings) for words in groups.values() for fillings in words]
     templates = tuple(_template(where, f"templates[{k}]", t, slots) for k, t in enumerate(found))
     return Probe(entry["name"], entry["axis"], entry["meaning"], groups, templates)
 
 
 def _groups(where: str, found: Any) -> dict[str, tuple[dict[str, str], ...]]:
-    _check(isinstance(found, dict) and len(found) > 1, where, "groups", "must be an object with two groups or more")
+    _check(
+        isinstance(found, dict) and len(found) > 1,
+        where,
+        "groups",
+        "must be an object with two groups or more",
+    )
     groups = {}
     for name, words in found.items():
         key = f"groups.{name}"
         words = [words] if isinstance(words, dict) else words
-        _check(isinstance(words, list) and words, where, key, "must be a list of words or an object {slot: filling}")
+        _check(
+            isinstance(words, list) and words,
+            where,
+            key,
+            "must be a list of words or an object {slot: filling}",
+        )
         fillings = tuple(w if isinstance(w, dict) else {"group": w} for w in words)
-        _check(all(f and all(_is_text(v) for v in f.values()) for f in fillings), where, key, "words and fillings must be texts, and not empty")
+        _check(
+            all(f and all(_is_text(v) for v in f.values()) for f in fillings),
+            where,
+            key,
+            "words and fillings must be texts, and not empty",
+        )
         groups[name] = fillings
     count = len(next(iter(groups.values())))
     for name, fillings in groups.items():
-        _check(len(fillings) == count, where, f"groups.{name}", f"has {len(fillings)} words and the first group {count}: they are compared in pairs")
+        _check(
+            len(fillings) == count,
+            where,
+            f"groups.{name}",
+            f"has {len(fillings)} words and the first group {count}: they are compared in pairs",
+        )
     return groups
 
 
-def _template(where: str, key: str, entry: Any, slots: list[set[str]]) -> tuple[str, tuple[str, str]]:
+def _template(
+    where: str, key: str, entry: Any, slots: list[set[str]]
+) -> tuple[str, tuple[str, str]]:
     _known_keys(f"{where}, {key}", entry, ("text", "completions"))
     text, completions = entry.get("text"), entry.get("completions")
-    _check(_is_text(text) and text.count("{completion}") == 1, where, f"{key}.text", "must be a text that holds {completion} once")
+    _check(
+        _is_text(text) and text.count("{completion}") == 1,
+        where,
+        f"{key}.text",
+        "must be a text that holds {completion} once",
+    )
     used = set(_SLOT.findall(text)) - {"completion"}
-    _check(used or not slots, where, f"{key}.text", "no slot of the groups, such as {group}, is in it")
+    _check(
+        used or not slots, where, f"{key}.text", "no slot of the groups, such as {group}, is in it"
+    )
     missing = sorted(slot for slot in used if not slots or any(slot not in s for s in slots))
-    _check(not missing, where, f"{key}.text", f"not every group fills {{{missing[0] if missing else ''}}}")
-    pair = isinstance(completions, list) and len(completions) == 2 and all(map(_is_text, completions)) and completions[0] != completions[1]
+    _check(
+        not missing,
+        where,
+        f"{key}.text",
+        f"not every group fills {{{missing[0] if missing else ''}}}",
+    )
+    pair = (
+        isinstance(completions, list)
+        and len(completions) == 2
+        and all(map(_is_text, completions))
+        and completions[0] != completions[1]
+    )
     _check(pair, where, f"{key}.completions", "must be two different texts")
     return text, (completions[0], completions[1])
 
 
-def _scored(text: str, completions: tuple[str, str], fillings: dict[str, str]) -> list[tuple[str, str]]:
+def _scored(
+    text: str, completions: tuple[str, str], fillings: dict[str, str]
+) -> list[tuple[str, str]]:
     """(prompt, what is scored after it) with the first and with the second completion."""
     before, behind = text.split("{completion}")
     head, tail = (_SLOT.sub(lambda match: fillings[match[1]], part) for part in (before, behind))
@@ -182,42 +233,100 @@ def run_probes(lm: Any, probes: Sequence[Probe], *, resamples: int = 4000, seed:
     Raises UserError where an axis has a single template (no interval), or mixes probes with and without groups, or a score is not finite."""
     for axis in dict.fromkeys(p.axis for p in probes):
         same = [p for p in probes if p.axis == axis]
-        _check(len({bool(p.groups) for p in same}) == 1, f"axis {axis!r}", "groups", f"{same[0].name!r} and others differ in having any")
-        _check(sum(len(p.templates) for p in same) > 1, f"probe {same[0].name!r}", "templates", f"axis {axis!r} needs two for an interval")
-    tasks = [(p, t, [[_scored(*t, f) for f in words] for words in p.groups.values()] or [[_scored(*t, {})]]) for p in probes for t in p.templates]
-    texts = list(dict.fromkeys(text for _, _, cells in tasks for words in cells for pair in words for text in pair))
-    logs = {text: found[0] for text, found in zip(texts, lm.score([a for a, _ in texts], [b for _, b in texts]), strict=True)}
+        _check(
+            len({bool(p.groups) for p in same}) == 1,
+            f"axis {axis!r}",
+            "groups",
+            f"{same[0].name!r} and others differ in having any",
+        )
+        _check(
+            sum(len(p.templates) for p in same) > 1,
+            f"probe {same[0].name!r}",
+            "templates",
+            f"axis {axis!r} needs two for an interval",
+        )
+    tasks = [
+        (
+            p,
+            t,
+            [[_scored(*t, f) for f in words] for words in p.groups.values()] or [[_scored(*t, {})]],
+        )
+        for p in probes
+        for t in p.templates
+    ]
+    texts = list(
+        dict.fromkeys(
+            text for _, _, cells in tasks for words in cells for pair in words for text in pair
+        )
+    )
+    logs = {
+        text: found[0]
+        for text, found in zip(
+            texts, lm.score([a for a, _ in texts], [b for _, b in texts]), strict=True
+        )
+    }
     if bad := [text for text, value in logs.items() if not np.isfinite(value)]:
-        raise UserError(f"the model gives {''.join(bad[0])!r} the log-probability {logs[bad[0]]}: its weights are damaged")
+        raise UserError(
+            f"the model gives {''.join(bad[0])!r} the log-probability {logs[bad[0]]}: its weights are damaged"
+        )
     results, leans = [], dict[tuple[str, str], list[float]]()
     for probe, (template, completions), cells in tasks:
-        logs_GWC = np.array([[[logs[text] for text in pair] for pair in words] for words in cells])  # groups, words, the two completions
+        logs_GWC = np.array(
+            [[[logs[text] for text in pair] for pair in words] for words in cells]
+        )  # groups, words, the two completions
         if probe.groups:
             differences = (logs_GWC[:1] - logs_GWC[1:]).reshape(-1, 2)
         else:
             differences = logs_GWC.reshape(-1, 2) / [len(text.encode()) for _, text in cells[0][0]]
-        gaps, lean_G = differences[:, 0] - differences[:, 1], (logs_GWC[..., 0] - logs_GWC[..., 1]).mean(1)
+        gaps, lean_G = (
+            differences[:, 0] - differences[:, 1],
+            (logs_GWC[..., 0] - logs_GWC[..., 1]).mean(1),
+        )
         for group, lean in zip(probe.groups, lean_G - lean_G.mean(), strict=False):
             leans.setdefault((probe.axis, group), []).append(float(lean))
         shown = template.replace("{completion}", f"[{' | '.join(completions)}]").replace("\n", " ")
-        share, gap, first, second, spread = map(float, ((np.sign(gaps).mean() + 1) / 2, gaps.mean(), *differences.mean(0), np.ptp(lean_G)))
+        share, gap, first, second, spread = map(
+            float,
+            ((np.sign(gaps).mean() + 1) / 2, gaps.mean(), *differences.mean(0), np.ptp(lean_G)),
+        )
         results.append(Result(probe.axis, shown, 1, len(gaps), share, gap, first, second, spread))
-    axes = tuple(_axis(probes, [r for r in results if r.axis == axis], resamples, seed) for axis in dict.fromkeys(r.axis for r in results))
-    return Report(axes, tuple(results), {key: float(np.mean(values)) for key, values in leans.items()})
+    axes = tuple(
+        _axis(probes, [r for r in results if r.axis == axis], resamples, seed)
+        for axis in dict.fromkeys(r.axis for r in results)
+    )
+    return Report(
+        axes, tuple(results), {key: float(np.mean(values)) for key, values in leans.items()}
+    )
 
 
 def _axis(probes: Sequence[Probe], of: list[Result], resamples: int, seed: int) -> Result:
     values = np.array([(r.share, r.gap, r.first, r.second, r.spread) for r in of])
     draws = np.random.default_rng(seed).integers(0, len(of), (resamples, len(of)))
-    bounds = np.quantile(values[draws].mean(1), (0.025, 0.975), axis=0).T.tolist()  # percentile bootstrap (Efron 1979)
+    bounds = np.quantile(
+        values[draws].mean(1), (0.025, 0.975), axis=0
+    ).T.tolist()  # percentile bootstrap (Efron 1979)
     meaning = "; ".join(dict.fromkeys(p.meaning for p in probes if p.axis == of[0].axis))
     share, gap, first, second, spread = values.mean(0).tolist()
-    return Result(of[0].axis, meaning, len(of), sum(r.pairs for r in of), share, gap, first, second, spread, tuple(bounds[0]), tuple(bounds[1]))
+    return Result(
+        of[0].axis,
+        meaning,
+        len(of),
+        sum(r.pairs for r in of),
+        share,
+        gap,
+        first,
+        second,
+        spread,
+        tuple(bounds[0]),
+        tuple(bounds[1]),
+    )
 
 
 def _tables(report: Report) -> list[tuple[str, list[list[str]]]]:
     """(title, rows of cells, the first of which are heads)."""
-    shown = lambda value, ends: f"{value:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+    shown = lambda value, ends: (
+        f"{value:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+    )
     tables = []
     for title, last, results in (
         ("Axes (a share of 0.5 is neutral)", "a share of 1 would say", report.axes),
@@ -225,18 +334,33 @@ def _tables(report: Report) -> list[tuple[str, list[list[str]]]]:
     ):
         rows = [["axis", "share", "gap", "first", "second", "spread", "templates", "pairs", last]]
         for r in results:
-            numbers = [shown(r.share, r.share_interval), shown(r.gap, r.gap_interval), *(f"{x:.3f}" for x in (r.first, r.second, r.spread))]
+            numbers = [
+                shown(r.share, r.share_interval),
+                shown(r.gap, r.gap_interval),
+                *(f"{x:.3f}" for x in (r.first, r.second, r.spread)),
+            ]
             rows.append([r.axis, *numbers, str(r.templates), str(r.pairs), r.text])
         tables.append((title, rows))
     leans = sorted(report.leans.items(), key=lambda item: (item[0][0], -item[1]))
-    return [*tables, ("Groups", [["axis", "group", "lean to the first completions"], *([*key, f"{lean:+.3f}"] for key, lean in leans)])]
+    return [
+        *tables,
+        (
+            "Groups",
+            [
+                ["axis", "group", "lean to the first completions"],
+                *([*key, f"{lean:+.3f}"] for key, lean in leans),
+            ],
+        ),
+    ]
 
 
 def to_text(report: Report) -> str:
     parts = []
     for title, rows in _tables(report):
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        parts.append("\n  ".join([title, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)]))
+        parts.append(
+            "\n  ".join([title, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)])
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -246,7 +370,9 @@ table{border-collapse:collapse}td,th{padding:.25em .8em;text-align:left;border-b
 
 def to_html(report: Report) -> str:
     """A page of its own: nothing is fetched, and every text is escaped."""
-    line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    line = lambda cells, tag: (
+        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    )
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Probes</title><style>{_STYLE}</style><h1>Bias and safety probes</h1>'
     for title, (heads, *rows) in _tables(report):
         page += f"<h2>{html.escape(title)}</h2><table>{line(heads, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

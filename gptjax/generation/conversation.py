@@ -18,10 +18,14 @@ _HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /
 
 def converse(lm: LanguageModel, args: cli.Args) -> None:
     """A conversation: lines from stdin, answers to stdout."""
-    chat_template.encode(lm.text_tokenizer, [{"role": "user", "content": "hello"}])  # whether it can chat at all
+    chat_template.encode(
+        lm.text_tokenizer, [{"role": "user", "content": "hello"}]
+    )  # whether it can chat at all
     settings, limit = options(args), args.number("max_new_tokens", 512)
     if settings.pop("num_beams", 1) > 1 or settings.get("overflow") == "slide":
-        raise UserError("--chat streams and drops old turns by itself: leave out --num_beams and --rolling")
+        raise UserError(
+            "--chat streams and drops old turns by itself: leave out --num_beams and --rolling"
+        )
     system, history = args["system"], list[dict[str, str]]()
     if sys.stdin.isatty():
         cli.say(_HELP)
@@ -35,14 +39,19 @@ def converse(lm: LanguageModel, args: cli.Args) -> None:
             elif verb == "/system":
                 system = rest
             elif verb == "/save" and rest:
-                files.write_text(Path(rest).expanduser(), json.dumps(_messages(system, history), ensure_ascii=False, indent=1))
+                files.write_text(
+                    Path(rest).expanduser(),
+                    json.dumps(_messages(system, history), ensure_ascii=False, indent=1),
+                )
                 cli.say(f"saved {len(history)} messages to {rest}")
             else:
                 cli.say(_HELP)
             continue
         history.append({"role": "user", "content": line})
         answer = ""
-        for piece in lm.stream(_fitting(lm, system, history, limit), max_new_tokens=limit, **settings):
+        for piece in lm.stream(
+            _fitting(lm, system, history, limit), max_new_tokens=limit, **settings
+        ):
             answer += piece
             sys.stdout.write(piece)
             sys.stdout.flush()
@@ -64,11 +73,15 @@ def _messages(system: str, history: list[dict[str, str]]) -> list[dict[str, str]
     return [{"role": "system", "content": system}] * bool(system) + history
 
 
-def _fitting(lm: LanguageModel, system: str, history: list[dict[str, str]], limit: int) -> list[int]:
+def _fitting(
+    lm: LanguageModel, system: str, history: list[dict[str, str]], limit: int
+) -> list[int]:
     """Ids of the conversation; its oldest turns are dropped, and that is said, where it no longer fits beside the answer."""
     dropped = 0
     while True:
-        ids = [lm.text_tokenizer.eot] * lm.prompt_places + chat_template.encode(lm.text_tokenizer, _messages(system, history))
+        ids = [lm.text_tokenizer.eot] * lm.prompt_places + chat_template.encode(
+            lm.text_tokenizer, _messages(system, history)
+        )
         if len(ids) + limit <= lm.config.context + 1:
             break
         if len(history) < 3:

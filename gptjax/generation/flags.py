@@ -40,9 +40,18 @@ FLAGS = {
 
 
 _NUMBERS = {
-    "temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
-    "frequency_penalty": 0.0, "no_repeat_ngram": 0, "min_new_tokens": 0, "seed": 0,
-}  # fmt: skip
+    "temperature": 0.8,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "no_repeat_ngram": 0,
+    "min_new_tokens": 0,
+    "seed": 0,
+}
 
 
 def options(args: cli.Args) -> dict[str, Any]:

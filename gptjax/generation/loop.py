@@ -43,7 +43,15 @@ def bucket(length: int, context: int) -> int:
 
 
 @functools.partial(executables.jit, static_argnames=("config", "cache_dtype", "copies"))
-def prefill(config: ModelConfig, params: Any, tokens_BS: Array, length_B: Array, *, cache_dtype: str = "", copies: int = 1) -> Any:
+def prefill(
+    config: ModelConfig,
+    params: Any,
+    tokens_BS: Array,
+    length_B: Array,
+    *,
+    cache_dtype: str = "",
+    copies: int = 1,
+) -> Any:
     """The cache of all tokens but the last of each row, each row `copies` times. Its time grows with the longest row."""
     b, s = tokens_BS.shape
     size = min(chunk_size(), s)
@@ -55,13 +63,21 @@ def prefill(config: ModelConfig, params: Any, tokens_BS: Array, length_B: Array,
         _, cache = transformer.apply(config, params, piece, cache=cache, start_B=jnp.full((b,), at))
         return at + size, cache
 
-    _, cache = jax.lax.while_loop(lambda carry: carry[0] < length_B.max() - 1, body, (jnp.int32(0), cache))
+    _, cache = jax.lax.while_loop(
+        lambda carry: carry[0] < length_B.max() - 1, body, (jnp.int32(0), cache)
+    )
     return cache if copies == 1 else take_rows(cache, jnp.arange(b).repeat(copies), b)
 
 
 def host_state(
-    prompts: Sequence[Sequence[int]], *, limits: Sequence[int], seeds: Sequence[int], slots: int, copies: int = 1, made: Sequence[int] = ()
-) -> tuple[Any, Any, State]:  # fmt: skip
+    prompts: Sequence[Sequence[int]],
+    *,
+    limits: Sequence[int],
+    seeds: Sequence[int],
+    slots: int,
+    copies: int = 1,
+    made: Sequence[int] = (),
+) -> tuple[Any, Any, State]:
     """(tokens [B, slots] and lengths [B] of the prompts, the state before the first new token but for its cache), host arrays. limits: longest length
     of each row, at most `slots`; seeds: one per prompt; copies: rows of each prompt, side by side; `made`: tokens made before, where a text goes on
     in a new window: they are no part of its prompt."""
@@ -71,14 +87,32 @@ def host_state(
     length = np.array([len(p) for p in prompts], np.int32)
     made_rows = np.repeat(np.asarray(made or [0] * len(prompts), np.int32), copies)
     lengths = length.repeat(copies, 0)
-    return tokens, length, {
-        "tokens": tokens.repeat(copies, 0), "length": lengths, "prompt_length": lengths - made_rows, "limit": np.repeat(np.asarray(limits, np.int32), copies),
-        "made": made_rows, "done": np.zeros(len(lengths), bool), "logprobs": np.zeros((len(lengths), slots), np.float32),
-        "seed": np.repeat(np.asarray(seeds, np.uint32), copies), "copy": np.tile(np.arange(copies, dtype=np.uint32), len(prompts)),
-    }  # fmt: skip
+    return (
+        tokens,
+        length,
+        {
+            "tokens": tokens.repeat(copies, 0),
+            "length": lengths,
+            "prompt_length": lengths - made_rows,
+            "limit": np.repeat(np.asarray(limits, np.int32), copies),
+            "made": made_rows,
+            "done": np.zeros(len(lengths), bool),
+            "logprobs": np.zeros((len(lengths), slots), np.float32),
+            "seed": np.repeat(np.asarray(seeds, np.uint32), copies),
+            "copy": np.tile(np.arange(copies, dtype=np.uint32), len(prompts)),
+        },
+    )
 
 
-def start(config: ModelConfig, params: Any, prompts: Sequence[Sequence[int]], *, cache_dtype: str = "", copies: int = 1, **how: Any) -> State:
+def start(
+    config: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    cache_dtype: str = "",
+    copies: int = 1,
+    **how: Any,
+) -> State:
     """The state before the first new token; `how`: as for `host_state`."""
     tokens, length, state = host_state(prompts, copies=copies, **how)
     cache = prefill(config, params, tokens, length, cache_dtype=cache_dtype, copies=copies)
@@ -87,7 +121,9 @@ def start(config: ModelConfig, params: Any, prompts: Sequence[Sequence[int]], *,
 
 def row_keys(state: State) -> Array:
     """A key per row, a function of its seed, its copy and how many tokens it has made: of nothing else in the batch."""
-    one = lambda seed, copy, made: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), copy), made)
+    one = lambda seed, copy, made: jax.random.fold_in(
+        jax.random.fold_in(jax.random.key(seed), copy), made
+    )
     return jax.vmap(one)(state["seed"], state["copy"], state["made"])
 
 
@@ -105,22 +141,43 @@ def append(state: State, token_B: Array, logprob_B: Array, stops: Array) -> Stat
     length = at + going
     done = state["done"] | (token_B == stops[:, None]).any(0) | (length >= state["limit"])
     tokens, logprobs = put(state["tokens"], token_B), put(state["logprobs"], logprob_B)
-    return {**state, "tokens": tokens, "logprobs": logprobs, "length": length, "made": state["made"] + going, "done": done}
+    return {
+        **state,
+        "tokens": tokens,
+        "logprobs": logprobs,
+        "length": length,
+        "made": state["made"] + going,
+        "done": done,
+    }
 
 
-@functools.partial(executables.jit, static_argnames=("config", "active"), donate_argnames=("state",))
-def advance(config: ModelConfig, params: Any, state: State, options: Mapping[str, Array], steps: Array, *, active: frozenset[str]) -> State:
+@functools.partial(
+    executables.jit, static_argnames=("config", "active"), donate_argnames=("state",)
+)
+def advance(
+    config: ModelConfig,
+    params: Any,
+    state: State,
+    options: Mapping[str, Array],
+    steps: Array,
+    *,
+    active: frozenset[str],
+) -> State:
     """Up to `steps` more tokens in each row; stops early when all rows are done. Log-probabilities are the model's own, before any processor."""
 
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         i, state = carry
         x, cache = feed(config, params, state)
         logits = transformer.unembed(config, params, x[:, 0])
-        token = sampling.choose(sampling.process(logits, options, state, active), options, row_keys(state), active)
+        token = sampling.choose(
+            sampling.process(logits, options, state, active), options, row_keys(state), active
+        )
         logprob = sampling.logprob(logits, token)
         return i + 1, append({**state, "cache": cache}, token, logprob, options["stops"])
 
-    _, state = jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[1]["done"].all(), body, (jnp.int32(0), state))
+    _, state = jax.lax.while_loop(
+        lambda c: (c[0] < steps) & ~c[1]["done"].all(), body, (jnp.int32(0), state)
+    )
     return state
 
 

@@ -53,7 +53,9 @@ class SequenceState:
             self._look_for_stop(before)
 
     def _look_for_stop(self, before: int) -> None:
-        found = [at for s in self._stop if (at := self.text.find(s, max(before - len(s) + 1, 0))) >= 0]
+        found = [
+            at for s in self._stop if (at := self.text.find(s, max(before - len(s) + 1, 0))) >= 0
+        ]
         if found:
             self.text, self.reason = self.text[: min(found)], "stop"
 
@@ -68,7 +70,10 @@ class SequenceState:
     def safe(self) -> int:
         if self.reason:
             return len(self.text)
-        return len(self.text) - max((k for s in self._stop for k in range(1, len(s)) if self.text.endswith(s[:k])), default=0)
+        return len(self.text) - max(
+            (k for s in self._stop for k in range(1, len(s)) if self.text.endswith(s[:k])),
+            default=0,
+        )
 
     def completion(self) -> Completion:
         return Completion(self.tokens, self.text, self.logprobs, self.reason, end=self.end)

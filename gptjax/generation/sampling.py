@@ -39,12 +39,18 @@ class Sampling:
 
     def __post_init__(self) -> None:
         limits: tuple[tuple[str, Any, Any, str], ...] = (
-            ("temperature", 0.0, 1e6, "0 (most likely token) or more"), ("top_k", 0, 2**31 - 1, "0 (off) or more"),
-            ("top_p", 1e-9, 1.0, "above 0 and at most 1 (off)"), ("min_p", 0.0, 1.0, "from 0 (off) to 1"),
-            ("typical_p", 1e-9, 1.0, "above 0 and at most 1 (off)"), ("repetition_penalty", 1e-6, 1e6, "above 0; 1 = off"),
-            ("presence_penalty", -1e6, 1e6, "a number; 0 = off"), ("frequency_penalty", -1e6, 1e6, "a number; 0 = off"),
-            ("no_repeat_ngram", 0, 64, "from 0 (off) to 64"), ("min_new_tokens", 0, 2**31 - 1, "0 or more"), ("seed", 0, 2**32 - 1, "from 0 to 4294967295"),
-        )  # fmt: skip
+            ("temperature", 0.0, 1e6, "0 (most likely token) or more"),
+            ("top_k", 0, 2**31 - 1, "0 (off) or more"),
+            ("top_p", 1e-9, 1.0, "above 0 and at most 1 (off)"),
+            ("min_p", 0.0, 1.0, "from 0 (off) to 1"),
+            ("typical_p", 1e-9, 1.0, "above 0 and at most 1 (off)"),
+            ("repetition_penalty", 1e-6, 1e6, "above 0; 1 = off"),
+            ("presence_penalty", -1e6, 1e6, "a number; 0 = off"),
+            ("frequency_penalty", -1e6, 1e6, "a number; 0 = off"),
+            ("no_repeat_ngram", 0, 64, "from 0 (off) to 64"),
+            ("min_new_tokens", 0, 2**31 - 1, "0 or more"),
+            ("seed", 0, 2**32 - 1, "from 0 to 4294967295"),
+        )
         for name, low, high, meaning in limits:
             value = getattr(self, name)
             kinds = int | float | np.number if isinstance(low, float) else int | np.integer
@@ -55,37 +61,77 @@ class Sampling:
     def active(self) -> frozenset[str]:
         """Names of the processors that do something. An n-gram's length is part of its name: it shapes the program."""
         on = {
-            "logit_bias": bool(self.logit_bias), "repetition": self.repetition_penalty != 1, "banned": any(len(w) for w in self.banned),
-            "frequency": bool(self.frequency_penalty or self.presence_penalty), "min_new": self.min_new_tokens > 0,
-            f"ngram:{self.no_repeat_ngram}": self.no_repeat_ngram > 0, "sample": self.temperature > 0,
-        }  # fmt: skip
-        warpers = {"top_k": self.top_k > 0, "top_p": self.top_p < 1, "min_p": self.min_p > 0, "typical": self.typical_p < 1}
-        return frozenset(name for name, used in {**on, **(warpers if self.temperature > 0 else {})}.items() if used)
+            "logit_bias": bool(self.logit_bias),
+            "repetition": self.repetition_penalty != 1,
+            "banned": any(len(w) for w in self.banned),
+            "frequency": bool(self.frequency_penalty or self.presence_penalty),
+            "min_new": self.min_new_tokens > 0,
+            f"ngram:{self.no_repeat_ngram}": self.no_repeat_ngram > 0,
+            "sample": self.temperature > 0,
+        }
+        warpers = {
+            "top_k": self.top_k > 0,
+            "top_p": self.top_p < 1,
+            "min_p": self.min_p > 0,
+            "typical": self.typical_p < 1,
+        }
+        return frozenset(
+            name
+            for name, used in {**on, **(warpers if self.temperature > 0 else {})}.items()
+            if used
+        )
 
 
-def arrays(requests: Sequence[Sampling], vocab_size: int, stops: Sequence[int], copies: int = 1) -> dict[str, np.ndarray]:
+def arrays(
+    requests: Sequence[Sampling], vocab_size: int, stops: Sequence[int], copies: int = 1
+) -> dict[str, np.ndarray]:
     """The settings of a batch, `copies` rows per request, side by side. Raises UserError for token ids outside the vocabulary."""
-    fields = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    fields = (
+        "temperature",
+        "top_p",
+        "min_p",
+        "typical_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+    )
     values = {name: np.array([getattr(r, name) for r in requests], np.float32) for name in fields}
-    values |= {name: np.array([getattr(r, name) for r in requests], np.int32) for name in ("top_k", "min_new_tokens", "no_repeat_ngram")}
+    values |= {
+        name: np.array([getattr(r, name) for r in requests], np.int32)
+        for name in ("top_k", "min_new_tokens", "no_repeat_ngram")
+    }
     for request in requests:
         ids: list[Any] = [*request.logit_bias, *(i for word in request.banned for i in word)]
-        if bad := [i for i in ids if not isinstance(i, int | np.integer) or not 0 <= i < vocab_size]:
-            raise UserError(f"token {bad[0]!r} is outside the vocabulary of {vocab_size:,}: check logit_bias and banned")
+        if bad := [
+            i for i in ids if not isinstance(i, int | np.integer) or not 0 <= i < vocab_size
+        ]:
+            raise UserError(
+                f"token {bad[0]!r} is outside the vocabulary of {vocab_size:,}: check logit_bias and banned"
+            )
     active = active_of(requests)
     if "logit_bias" in active:
         values["logit_bias"] = np.zeros((len(requests), vocab_size), np.float32)
         for row, request in zip(values["logit_bias"], requests, strict=True):
             for i, bias in request.logit_bias.items():
                 row[i] += bias
-    if "banned" in active:  # right-aligned, -1 matches anything; rows of a shape that many lists share
-        words = [[list(w) for w in r.banned if len(w) and list(w) not in [[s] for s in stops]] for r in requests]
-        shape = [1 << (max(1, n) - 1).bit_length() for n in (max(map(len, words)), max((len(w) for r in words for w in r), default=1))]
+    if (
+        "banned" in active
+    ):  # right-aligned, -1 matches anything; rows of a shape that many lists share
+        words = [
+            [list(w) for w in r.banned if len(w) and list(w) not in [[s] for s in stops]]
+            for r in requests
+        ]
+        shape = [
+            1 << (max(1, n) - 1).bit_length()
+            for n in (max(map(len, words)), max((len(w) for r in words for w in r), default=1))
+        ]
         values["banned"] = np.full((len(requests), *shape), -2, np.int32)  # -2 matches nothing
         for i, row in enumerate(words):
             for j, word in enumerate(row):
                 values["banned"][i, j] = [-1] * (shape[1] - len(word)) + word
-    return {name: a.repeat(copies, 0) for name, a in values.items()} | {"stops": np.array(sorted(stops), np.int32)}
+    return {name: a.repeat(copies, 0) for name, a in values.items()} | {
+        "stops": np.array(sorted(stops), np.int32)
+    }
 
 
 def active_of(requests: Sequence[Sampling]) -> frozenset[str]:
@@ -99,7 +145,11 @@ def _seen(history: Mapping[str, Array], vocab_size: int, *, generated: bool) -> 
     if generated:
         counts &= slots >= history["prompt_length"][:, None]
     rows = jnp.arange(counts.shape[0])[:, None]
-    return jnp.zeros((counts.shape[0], vocab_size)).at[rows, history["tokens"]].add(counts.astype(jnp.float32), mode="drop")
+    return (
+        jnp.zeros((counts.shape[0], vocab_size))
+        .at[rows, history["tokens"]]
+        .add(counts.astype(jnp.float32), mode="drop")
+    )
 
 
 def logit_bias(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
@@ -109,16 +159,26 @@ def logit_bias(logits: Array, o: Mapping[str, Array], history: Mapping[str, Arra
 def repetition(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
     """Logits of tokens that occurred, in the prompt too, divided by the penalty where positive, multiplied where negative (Keskar et al. 2019)."""
     p = o["repetition_penalty"][:, None]
-    return jnp.where(_seen(history, logits.shape[1], generated=False) > 0, jnp.where(logits < 0, logits * p, logits / p), logits)
+    return jnp.where(
+        _seen(history, logits.shape[1], generated=False) > 0,
+        jnp.where(logits < 0, logits * p, logits / p),
+        logits,
+    )
 
 
 def frequency(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
     """Minus count * frequency_penalty, minus presence_penalty for tokens that were generated at all (OpenAI's API reference)."""
     counts = _seen(history, logits.shape[1], generated=True)
-    return logits - counts * o["frequency_penalty"][:, None] - (counts > 0) * o["presence_penalty"][:, None]
+    return (
+        logits
+        - counts * o["frequency_penalty"][:, None]
+        - (counts > 0) * o["presence_penalty"][:, None]
+    )
 
 
-def no_repeat_ngram(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array], n: int) -> Array:
+def no_repeat_ngram(
+    logits: Array, o: Mapping[str, Array], history: Mapping[str, Array], n: int
+) -> Array:
     """Bans each token that would complete an n-gram which occurred before, in requests that ask for this n."""
     tokens, length = history["tokens"], history["length"]
     b, s = tokens.shape
@@ -152,7 +212,9 @@ def top_k(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -
     """The k largest logits and their equals."""
     ordered = jnp.sort(logits, axis=-1)
     k = jnp.where(o["top_k"] > 0, jnp.minimum(o["top_k"], logits.shape[1]), logits.shape[1])
-    return jnp.where(logits < jnp.take_along_axis(ordered, logits.shape[1] - k[:, None], 1), -jnp.inf, logits)
+    return jnp.where(
+        logits < jnp.take_along_axis(ordered, logits.shape[1] - k[:, None], 1), -jnp.inf, logits
+    )
 
 
 def top_p(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
@@ -168,7 +230,11 @@ def top_p(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -
 def min_p(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
     """Tokens with at least this share of the best one's probability (Nguyen et al. 2024)."""
     probs = jax.nn.softmax(logits)
-    return jnp.where((probs < o["min_p"][:, None] * probs.max(-1, keepdims=True)) & (o["min_p"][:, None] > 0), -jnp.inf, logits)
+    return jnp.where(
+        (probs < o["min_p"][:, None] * probs.max(-1, keepdims=True)) & (o["min_p"][:, None] > 0),
+        -jnp.inf,
+        logits,
+    )
 
 
 def typical(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
@@ -187,14 +253,29 @@ def typical(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array])
 
 # In transformers' order; the warpers come after temperature and only to requests that sample.
 PROCESSORS: dict[str, Callable[..., Array]] = {
-    "logit_bias": logit_bias, "repetition": repetition, "frequency": frequency, "ngram": no_repeat_ngram, "banned": banned, "min_new": min_new,
-}  # fmt: skip
+    "logit_bias": logit_bias,
+    "repetition": repetition,
+    "frequency": frequency,
+    "ngram": no_repeat_ngram,
+    "banned": banned,
+    "min_new": min_new,
+}
 
 
-WARPERS: dict[str, Callable[..., Array]] = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "typical": typical}
+WARPERS: dict[str, Callable[..., Array]] = {
+    "top_k": top_k,
+    "top_p": top_p,
+    "min_p": min_p,
+    "typical": typical,
+}
 
 
-def process(logits_BV: Array, options: Mapping[str, Array], history: Mapping[str, Array], active: frozenset[str]) -> Array:
+def process(
+    logits_BV: Array,
+    options: Mapping[str, Array],
+    history: Mapping[str, Array],
+    active: frozenset[str],
+) -> Array:
     """Logits after all active processors, -inf for what is out. history: tokens [B, S], length [B], prompt_length [B].
 
     Where every token is out, the logits come back as they were: a distribution over nothing has no sample.
@@ -214,7 +295,9 @@ def process(logits_BV: Array, options: Mapping[str, Array], history: Mapping[str
     return jnp.where((logits_BV == -jnp.inf).all(-1, keepdims=True), original, logits_BV)
 
 
-def choose(logits_BV: Array, options: Mapping[str, Array], keys_B: Array, active: frozenset[str]) -> Array:
+def choose(
+    logits_BV: Array, options: Mapping[str, Array], keys_B: Array, active: frozenset[str]
+) -> Array:
     """int32 [B]: a draw where the request samples, else the largest logit."""
     best = jnp.argmax(logits_BV, -1).astype(jnp.int32)
     if "sample" not in active:

@@ -21,5 +21,7 @@ def token_loss(sums: Any, weights: Any, bytes: Any) -> dict[str, Metric]:
     return {
         "loss": Metric(stats, loss),
         "perplexity": Metric(stats, lambda s: np.exp(np.minimum(loss(s), 700.0))),
-        "bits_per_byte": Metric(stats, lambda s: s[..., 0] / math.log(2) / np.maximum(s[..., 2], 1.0)),
+        "bits_per_byte": Metric(
+            stats, lambda s: s[..., 0] / math.log(2) / np.maximum(s[..., 2], 1.0)
+        ),
     }

@@ -18,28 +18,50 @@ from gptjax.metrics.bootstrap import Metric, check_same_length, mean_metric, rat
 Texts = Sequence[str]
 
 
-_TOKENIZERS = ("13a", "zh", "intl", "char", "none")  # those of sacrebleu that need no further package
+_TOKENIZERS = (
+    "13a",
+    "zh",
+    "intl",
+    "char",
+    "none",
+)  # those of sacrebleu that need no further package
 
 
 # Scripts that are written without spaces (Thai, Lao, kana, Han) and full-width punctuation count by the character.
-_WORDS = re.compile("[{0}]|[^\\s{0}]+".format("\u0e00-\u0eff\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"))
+_WORDS = re.compile(
+    "[{0}]|[^\\s{0}]+".format(
+        "\u0e00-\u0eff\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+    )
+)
 
 
 _ENGLISH_DROPS = str.maketrans("", "", string.punctuation)
 
 
-_CHINESE_DROPS = str.maketrans("", "", "-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")  # ASCII commas and full stops stay, as there
+_CHINESE_DROPS = str.maketrans(
+    "", "", "-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』"
+)  # ASCII commas and full stops stay, as there
 
 
 # a Chinese character, or as in NLTK a word with what joins it (3.14, 1,000, U.S.A), or a mark; symbols beyond ASCII belong to their word
-_CHINESE_WORDS = re.compile(r"[\u4e00-\u9fa5]|{0}+(?:(?:[.']|,(?=\d)){0}+)*|\.\.\.|\S".replace("{0}", r"[^\s\u4e00-\u9fa5!-/:-@\[-`{-~“”«»]"))
+_CHINESE_WORDS = re.compile(
+    r"[\u4e00-\u9fa5]|{0}+(?:(?:[.']|,(?=\d)){0}+)*|\.\.\.|\S".replace(
+        "{0}", r"[^\s\u4e00-\u9fa5!-/:-@\[-`{-~“”«»]"
+    )
+)
 
 
 def _texts(name: str, texts: Any, *, empty: bool = False) -> None:
     """Raises unless `texts` is a list of texts; a bare text would be read as a list of its characters."""
-    wrong = [texts] if isinstance(texts, str) or not (len(texts) or empty) else [text for text in texts if not isinstance(text, str)]
+    wrong = (
+        [texts]
+        if isinstance(texts, str) or not (len(texts) or empty)
+        else [text for text in texts if not isinstance(text, str)]
+    )
     if wrong:
-        raise UserError(f"{name}: {wrong[0]!r:.60} where a list of texts must be, such as ['one text']")
+        raise UserError(
+            f"{name}: {wrong[0]!r:.60} where a list of texts must be, such as ['one text']"
+        )
 
 
 def _pairs(predictions: Any, references: Any, *, unanswerable: bool = False) -> None:
@@ -49,7 +71,9 @@ def _pairs(predictions: Any, references: Any, *, unanswerable: bool = False) -> 
         _texts(f"references[{i}]", row, empty=unanswerable)
 
 
-def rouge(predictions: Texts, references: Sequence[Texts], *, characters: bool = False) -> dict[str, Metric]:
+def rouge(
+    predictions: Texts, references: Sequence[Texts], *, characters: bool = False
+) -> dict[str, Metric]:
     """rouge1, rouge2 and rougeL F-measure (Lin 2004), the best of an example's references, as Google's rouge-score without stemming.
 
     Words are runs of a-z and 0-9 of the lower-cased text, so that Chinese has none: `characters=True` compares all characters but spaces instead.
@@ -59,9 +83,24 @@ def rouge(predictions: Texts, references: Sequence[Texts], *, characters: bool =
     table = np.zeros((len(predictions), 3))
     for row, prediction, answers in zip(table, map(split, predictions), references):
         for answer in map(split, answers):
-            grams = [_f1(_shared(_ngrams(prediction, n), _ngrams(answer, n)), len(prediction) + 1 - n, len(answer) + 1 - n) for n in (1, 2)]
-            row[:] = np.maximum(row, [*grams, _f1(_longest_subsequence(prediction, answer), len(prediction), len(answer))])
-    return {name: mean_metric(column) for name, column in zip(("rouge1", "rouge2", "rougeL"), table.T)}
+            grams = [
+                _f1(
+                    _shared(_ngrams(prediction, n), _ngrams(answer, n)),
+                    len(prediction) + 1 - n,
+                    len(answer) + 1 - n,
+                )
+                for n in (1, 2)
+            ]
+            row[:] = np.maximum(
+                row,
+                [
+                    *grams,
+                    _f1(_longest_subsequence(prediction, answer), len(prediction), len(answer)),
+                ],
+            )
+    return {
+        name: mean_metric(column) for name, column in zip(("rouge1", "rouge2", "rougeL"), table.T)
+    }
 
 
 def _f1(common: int, predicted: int, actual: int) -> float:
@@ -89,7 +128,9 @@ def _longest_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     return len(a) - row.bit_count()
 
 
-def translation(predictions: Texts, references: Sequence[Texts], *, tokenize: str = "13a") -> dict[str, Metric]:
+def translation(
+    predictions: Texts, references: Sequence[Texts], *, tokenize: str = "13a"
+) -> dict[str, Metric]:
     """Corpus bleu (Papineni et al. 2002) and chrf (Popović 2015) in [0, 100], by sacrebleu (Post 2018). `tokenize`: of BLEU; "zh" for Chinese."""
     _pairs(predictions, references)
     if tokenize not in _TOKENIZERS:
@@ -97,30 +138,52 @@ def translation(predictions: Texts, references: Sequence[Texts], *, tokenize: st
     try:
         import sacrebleu
     except ImportError:
-        raise UserError("BLEU and chrF need the package sacrebleu: pip install 'gptjax[eval]'") from None
-    streams: Any = [[row[i] if i < len(row) else None for row in references] for i in range(max(map(len, references)))]  # the i-th of all examples
+        raise UserError(
+            "BLEU and chrF need the package sacrebleu: pip install 'gptjax[eval]'"
+        ) from None
+    streams: Any = [
+        [row[i] if i < len(row) else None for row in references]
+        for i in range(max(map(len, references)))
+    ]  # the i-th of all examples
     metrics = {}
-    for name, scorer in (("bleu", sacrebleu.BLEU(tokenize=tokenize, force=True)), ("chrf", sacrebleu.CHRF())):
+    for name, scorer in (
+        ("bleu", sacrebleu.BLEU(tokenize=tokenize, force=True)),
+        ("chrf", sacrebleu.CHRF()),
+    ):
         # what sacrebleu's own bootstrap uses is private: a changed name must not fail deep inside it
-        missing = [method for method in ("_extract_corpus_statistics", "_compute_score_from_stats") if not hasattr(scorer, method)]
+        missing = [
+            method
+            for method in ("_extract_corpus_statistics", "_compute_score_from_stats")
+            if not hasattr(scorer, method)
+        ]
         if missing:
-            raise UserError(f"this version of sacrebleu has no {type(scorer).__name__}.{missing[0]}: pip install 'sacrebleu>=2.4,<3'")
-        one = lambda sums, scorer=scorer: scorer._compute_score_from_stats(np.rint(sums).astype(np.int64).tolist()).score
+            raise UserError(
+                f"this version of sacrebleu has no {type(scorer).__name__}.{missing[0]}: pip install 'sacrebleu>=2.4,<3'"
+            )
+        one = lambda sums, scorer=scorer: (
+            scorer._compute_score_from_stats(np.rint(sums).astype(np.int64).tolist()).score
+        )
         stats = np.array(scorer._extract_corpus_statistics(predictions, streams), np.float64)
         metrics[name] = Metric(stats, functools.partial(np.apply_along_axis, one, -1))
     return metrics
 
 
-_english = lambda text: " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_ENGLISH_DROPS)).split())
+_english = lambda text: " ".join(
+    re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_ENGLISH_DROPS)).split()
+)
 
 
 _chinese = lambda text: text.lower().strip().translate(_CHINESE_DROPS)
 
 
-_longest_run = lambda a, b: difflib.SequenceMatcher(None, a, b, autojunk=False).find_longest_match().size
+_longest_run = lambda a, b: (
+    difflib.SequenceMatcher(None, a, b, autojunk=False).find_longest_match().size
+)
 
 
-def squad(predictions: Texts, references: Sequence[Texts], *, language: str = "en") -> dict[str, Metric]:
+def squad(
+    predictions: Texts, references: Sequence[Texts], *, language: str = "en"
+) -> dict[str, Metric]:
     """exact_match and f1 of answers, each the best of an example's references; no reference means that there is no answer.
 
     "en": SQuAD's official script: lower case, no punctuation, no articles; F1 over the words in common (Rajpurkar et al. 2016). As in SQuAD 2.0,
@@ -131,13 +194,21 @@ def squad(predictions: Texts, references: Sequence[Texts], *, language: str = "e
     _pairs(predictions, references, unanswerable=True)
     if language not in ("en", "zh"):
         raise UserError(f"language = {language!r}: must be 'en' or 'zh'")
-    normal, split, common = (_english, str.split, _shared) if language == "en" else (_chinese, _CHINESE_WORDS.findall, _longest_run)
+    normal, split, common = (
+        (_english, str.split, _shared)
+        if language == "en"
+        else (_chinese, _CHINESE_WORDS.findall, _longest_run)
+    )
     table = np.zeros((len(predictions), 2))
     for row, prediction, answers in zip(table, map(normal, predictions), references):
         words = split(prediction)
         for answer in [a for a in map(normal, answers) if split(a)] or [""]:
             right = split(answer)
-            f1 = _f1(common(words, right), len(words), len(right)) if words and right else float(words == right)
+            f1 = (
+                _f1(common(words, right), len(words), len(right))
+                if words and right
+                else float(words == right)
+            )
             row[:] = np.maximum(row, [prediction == answer, f1])
     return {"exact_match": mean_metric(table[:, 0]), "f1": mean_metric(table[:, 1])}
 
@@ -148,7 +219,9 @@ def distinct(texts: Texts) -> dict[str, float]:
     Over words, or characters in scripts without spaces. Plain numbers: what is different among all texts is no sum over examples.
     """
     _texts("texts", texts)
-    grams = {n: [gram for text in texts for gram in _ngrams(_WORDS.findall(text), n)] for n in (1, 2)}
+    grams = {
+        n: [gram for text in texts for gram in _ngrams(_WORDS.findall(text), n)] for n in (1, 2)
+    }
     return {f"distinct_{n}": len(set(found)) / max(len(found), 1) for n, found in grams.items()}
 
 
@@ -158,7 +231,14 @@ def diversity(texts: Texts, ids: Sequence[Sequence[int]] | None = None) -> dict[
     Over the token `ids` where given, as in the paper, else over words, or characters in scripts without spaces.
     """
     _texts("texts", texts)
-    items: Sequence[Sequence[Any]] = [_WORDS.findall(text) for text in texts] if ids is None else ids
+    items: Sequence[Sequence[Any]] = (
+        [_WORDS.findall(text) for text in texts] if ids is None else ids
+    )
     check_same_length(texts=texts, ids=items)
-    stats = np.array([(1 - len(set(row)) / len(row), 1.0) if row else (0.0, 0.0) for row in (_ngrams(item, 4) for item in items)])
+    stats = np.array(
+        [
+            (1 - len(set(row)) / len(row), 1.0) if row else (0.0, 0.0)
+            for row in (_ngrams(item, 4) for item in items)
+        ]
+    )
     return {"repetition": Metric(stats, lambda s: ratio(s[..., 0], s[..., 1]))}

@@ -25,7 +25,9 @@ INIT_SCALES: tuple[tuple[str, Any], ...] = (
 )
 
 
-def init_params(config: ModelConfig, key: Array, *, rows_sharding: jax.sharding.Sharding | None = None) -> Params:
+def init_params(
+    config: ModelConfig, key: Array, *, rows_sharding: jax.sharding.Sharding | None = None
+) -> Params:
     """{"embed": {...}, "blocks": {... [L, ...]}, "final_norm": {...}}, with "head" if untied, or "score" where the config has labels; float32.
 
     All normal numbers are one draw of rows of width D, split up afterwards: a draw per parameter takes seconds to compile on a CPU.
@@ -33,12 +35,20 @@ def init_params(config: ModelConfig, key: Array, *, rows_sharding: jax.sharding.
     """
     c = config
     x, index = jnp.zeros((1, 1, c.width)), jnp.zeros((1, 1), jnp.int32)
-    block = jax.eval_shape(lambda: Block(c).init(jax.random.key(0), x, index, Mask(index))["params"])
+    block = jax.eval_shape(
+        lambda: Block(c).init(jax.random.key(0), x, index, Mask(index))["params"]
+    )
     params: Params = {
         "embed": {"tokens": jnp.zeros((c.padded_vocab, c.width))},
-        "blocks": tree.map_with_path(lambda path, p: jnp.full((c.layers, *p.shape), float(path.endswith("scale")), jnp.float32), block),
+        "blocks": tree.map_with_path(
+            lambda path, p: jnp.full(
+                (c.layers, *p.shape), float(path.endswith("scale")), jnp.float32
+            ),
+            block,
+        ),
         "final_norm": tree.map_with_path(
-            lambda path, p: jnp.full(p.shape, float(path == "scale"), jnp.float32), jax.eval_shape(Norm(c).init, key, x)["params"]
+            lambda path, p: jnp.full(p.shape, float(path == "scale"), jnp.float32),
+            jax.eval_shape(Norm(c).init, key, x)["params"],
         ),
     }
     if c.positions == "learned":
@@ -47,17 +57,29 @@ def init_params(config: ModelConfig, key: Array, *, rows_sharding: jax.sharding.
         params["score"] = {"kernel": jnp.zeros((len(c.labels), c.width))}
     elif not c.tie_embeddings:
         params["head"] = {"kernel": jnp.zeros((c.padded_vocab, c.width))}
-    drawn = {path: p.size // c.width for path, p in tree.flatten(params).items() if tree.first_match(INIT_SCALES, path)}
+    drawn = {
+        path: p.size // c.width
+        for path, p in tree.flatten(params).items()
+        if tree.first_match(INIT_SCALES, path)
+    }
     total = sum(drawn.values())
-    rows = jax.random.normal(key, (total + -total % 1024, c.width))  # in 1,024s, so that meshes divide them
-    rows = jax.lax.optimization_barrier(rows if rows_sharding is None else jax.lax.with_sharding_constraint(rows, rows_sharding))
+    rows = jax.random.normal(
+        key, (total + -total % 1024, c.width)
+    )  # in 1,024s, so that meshes divide them
+    rows = jax.lax.optimization_barrier(
+        rows if rows_sharding is None else jax.lax.with_sharding_constraint(rows, rows_sharding)
+    )
     starts = dict(zip(drawn, itertools.accumulate([0, *drawn.values()]), strict=False))
 
     def fill(path: str, constant: Array) -> Array:
         scale = tree.first_match(INIT_SCALES, path)
         if scale is None:
             return constant
-        return c.init_std * scale(c) * rows[starts[path] : starts[path] + drawn[path]].reshape(constant.shape)
+        return (
+            c.init_std
+            * scale(c)
+            * rows[starts[path] : starts[path] + drawn[path]].reshape(constant.shape)
+        )
 
     return tree.map_with_path(fill, params)
 
@@ -71,11 +93,18 @@ def param_shapes(config: ModelConfig) -> Params:
 def count_params(config: ModelConfig) -> int:
     """Parameters of the model proper, without the padding of the vocabulary."""
     shapes = param_shapes(config)
-    padding = (config.padded_vocab - config.vocab_size) * config.width * (1 if config.tie_embeddings or config.labels else 2)
+    padding = (
+        (config.padded_vocab - config.vocab_size)
+        * config.width
+        * (1 if config.tie_embeddings or config.labels else 2)
+    )
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) - padding
 
 
 @functools.lru_cache(8)
 def kernel_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{path: shape of one layer (below blocks/) or of the whole parameter}."""
-    return {path: tuple(s.shape[1:] if path.startswith("blocks/") else s.shape) for path, s in tree.flatten(param_shapes(c)).items()}
+    return {
+        path: tuple(s.shape[1:] if path.startswith("blocks/") else s.shape)
+        for path, s in tree.flatten(param_shapes(c)).items()
+    }

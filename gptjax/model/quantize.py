@@ -26,21 +26,46 @@ def inference_block(block: dict[str, Any], *, weights: str = "float32") -> dict[
             new[name] = part  # as it is already
         elif isinstance(part, dict) and "kernel" in part:
             kernel = part["kernel"].reshape(math.prod(part["kernel"].shape[: input_axes(name)]), -1)
-            new[name] = {**{k: v.astype(jnp.float32) for k, v in part.items() if k != "kernel"}, **quantize_rows(kernel.T, weights)}
+            new[name] = {
+                **{k: v.astype(jnp.float32) for k, v in part.items() if k != "kernel"},
+                **quantize_rows(kernel.T, weights),
+            }
         else:
-            new[name] = inference_block(part, weights=weights) if isinstance(part, dict) else part.astype(jnp.float32)
+            new[name] = (
+                inference_block(part, weights=weights)
+                if isinstance(part, dict)
+                else part.astype(jnp.float32)
+            )
     return new
 
 
 def inference_params(params: dict[str, Any], *, weights: str = "float32") -> dict[str, Any]:
     """The parameters as decoding reads them: blocks apart, each as `inference_block`, and so the tables; learned positions stay float32."""
     one = functools.partial(inference_block, weights=weights)
-    blocks = tree.unstack(params["blocks"]) if isinstance(params["blocks"], dict) else params["blocks"]
-    table = params["embed"] if "rows" in params["embed"] else quantize_rows(params["embed"]["tokens"], weights)
-    kept = {name: params["embed"][name].astype(jnp.float32) for name in ("positions", "prompt") if name in params["embed"]}
-    result: dict[str, Any] = {"blocks": tuple(one(block) for block in blocks), "embed": {**table, **kept}, "final_norm": one(params["final_norm"])}
+    blocks = (
+        tree.unstack(params["blocks"]) if isinstance(params["blocks"], dict) else params["blocks"]
+    )
+    table = (
+        params["embed"]
+        if "rows" in params["embed"]
+        else quantize_rows(params["embed"]["tokens"], weights)
+    )
+    kept = {
+        name: params["embed"][name].astype(jnp.float32)
+        for name in ("positions", "prompt")
+        if name in params["embed"]
+    }
+    result: dict[str, Any] = {
+        "blocks": tuple(one(block) for block in blocks),
+        "embed": {**table, **kept},
+        "final_norm": one(params["final_norm"]),
+    }
     if "head" in params:
-        result["head"] = params["head"] if "rows" in params["head"] else quantize_rows(params["head"]["kernel"], weights)
+        result["head"] = (
+            params["head"]
+            if "rows" in params["head"]
+            else quantize_rows(params["head"]["kernel"], weights)
+        )
     if "score" in params:
         result["score"] = {"kernel": params["score"]["kernel"].astype(jnp.float32)}
     return result

@@ -19,12 +19,23 @@ def rope_tables(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
         inverse = inverse / c.rope_factor
     elif c.rope_scaling == "llama3":
         turns = c.rope_original_context * inverse / (2 * math.pi)
-        smooth = jnp.clip((turns - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor), 0.0, 1.0)
+        smooth = jnp.clip(
+            (turns - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor),
+            0.0,
+            1.0,
+        )
         inverse = inverse * (smooth + (1 - smooth) / c.rope_factor)
     elif c.rope_scaling == "yarn":
         # the index of the pair that makes this many turns over the original context
-        index = lambda turns: half * math.log(c.rope_original_context / (turns * 2 * math.pi)) / math.log(c.rope_theta)
-        low, high = max(math.floor(index(c.rope_beta_fast)), 0), min(math.ceil(index(c.rope_beta_slow)), 2 * half - 1)
+        index = lambda turns: (
+            half
+            * math.log(c.rope_original_context / (turns * 2 * math.pi))
+            / math.log(c.rope_theta)
+        )
+        low, high = (
+            max(math.floor(index(c.rope_beta_fast)), 0),
+            min(math.ceil(index(c.rope_beta_slow)), 2 * half - 1),
+        )
         kept = 1 - jnp.clip((jnp.arange(half) - low) / (high - low or 1e-3), 0.0, 1.0)
         inverse = inverse * (kept + (1 - kept) / c.rope_factor)
         factor = c.rope_attention_factor or (0.1 * math.log(c.rope_factor) + 1.0)
@@ -36,4 +47,11 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     """Turns the pairs (x[i], x[i + R/2]) of the R = 2 * cos.shape[-1] leading dims, in float32; the others pass."""
     half = cos.shape[-1]
     a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
-    return jnp.concatenate([(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype), x[..., 2 * half :]], axis=-1)
+    return jnp.concatenate(
+        [
+            (a * cos - b * sin).astype(x.dtype),
+            (b * cos + a * sin).astype(x.dtype),
+            x[..., 2 * half :],
+        ],
+        axis=-1,
+    )

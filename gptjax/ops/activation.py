@@ -22,7 +22,13 @@ def gelu(x: Array) -> Array:
 def _gelu_backward(saved: Array, g: Array):
     c, x, g = math.sqrt(2 / math.pi), saved.astype(jnp.float32), materialize(g).astype(jnp.float32)
     t = jnp.tanh(c * (x + 0.044715 * x * x * x))
-    return (materialize((g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x))).astype(saved.dtype)),)
+    return (
+        materialize(
+            (g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x))).astype(
+                saved.dtype
+            )
+        ),
+    )
 
 
 gelu.defvjp(lambda x: (materialize(gelu(materialize(x))), x), _gelu_backward)

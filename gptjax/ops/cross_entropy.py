@@ -13,14 +13,20 @@ from gptjax.model import transformer
 from gptjax.ops import products
 from gptjax.ops.materialize import materialize
 
-_CHUNK_ELEMENTS = 1 << 24  # logits that one device holds at once where the config does not say: 64 MiB
+_CHUNK_ELEMENTS = (
+    1 << 24
+)  # logits that one device holds at once where the config does not say: 64 MiB
 
 
 def chunk_length(config: ModelConfig, batch: int, length: int, wanted: int) -> int:
     """Positions per chunk: `wanted`, or the largest divisor of `length` that keeps `batch` rows of logits within the budget."""
     if wanted:
         return wanted
-    fits = [n for n in range(1, length + 1) if length % n == 0 and batch * n * config.padded_vocab <= _CHUNK_ELEMENTS]
+    fits = [
+        n
+        for n in range(1, length + 1)
+        if length % n == 0 and batch * n * config.padded_vocab <= _CHUNK_ELEMENTS
+    ]
     # even where all logits would fit, two chunks: the promise holds at every size
     return max([n for n in fits if n < length or length == 1], default=1)
 
@@ -34,12 +40,24 @@ def head_loss(logits_BTC: Array, targets_BT: Array, weights_BT: Array) -> tuple[
     return -(weights_BT * chosen).sum(), (weights_BT * (logits_BTC.argmax(-1) == targets_BT)).sum()
 
 
-def token_cross_entropy(config: ModelConfig, params: Params, x_BTD: Array, targets_BT: Array, weights_BT: Array, *, chunk: int) -> Array:
+def token_cross_entropy(
+    config: ModelConfig,
+    params: Params,
+    x_BTD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    *,
+    chunk: int,
+) -> Array:
     """Sum over positions of weight * -log p(target), float32 scalar. x_BTD as `model.apply` returns it."""
-    return _cross_entropy(config, chunk, x_BTD, transformer.head(params).astype(x_BTD.dtype), targets_BT, weights_BT)
+    return _cross_entropy(
+        config, chunk, x_BTD, transformer.head(params).astype(x_BTD.dtype), targets_BT, weights_BT
+    )
 
 
-def token_logprobs(config: ModelConfig, params: Params, x_BTD: Array, targets_BT: Array, *, chunk: int) -> Array:
+def token_logprobs(
+    config: ModelConfig, params: Params, x_BTD: Array, targets_BT: Array, *, chunk: int
+) -> Array:
     """log p(target) of each position, float32 [B, T]; chunk by chunk, and computed again in the backward pass."""
     table = transformer.head(params).astype(x_BTD.dtype)
 
@@ -54,7 +72,9 @@ def token_logprobs(config: ModelConfig, params: Params, x_BTD: Array, targets_BT
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_entropy(config: ModelConfig, chunk: int, x: Array, table: Array, targets: Array, weights: Array) -> Array:
+def _cross_entropy(
+    config: ModelConfig, chunk: int, x: Array, table: Array, targets: Array, weights: Array
+) -> Array:
     def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
         return total + _chunk(config, products.transposed_copy(table), *piece)[0], None
 
@@ -66,9 +86,13 @@ def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
     return tuple(jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0) for a in arrays)
 
 
-def _chunk(config: ModelConfig, table_DV: Array, x: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
+def _chunk(
+    config: ModelConfig, table_DV: Array, x: Array, targets: Array, weights: Array
+) -> tuple[Array, Array, Array, Array]:
     """(loss sum, logits [N, V], their log of the sum of exponentials [N, 1], one-hot targets) of one chunk, N = B * chunk."""
-    logits = materialize(jnp.matmul(x.reshape(-1, x.shape[-1]), table_DV, preferred_element_type=jnp.float32))
+    logits = materialize(
+        jnp.matmul(x.reshape(-1, x.shape[-1]), table_DV, preferred_element_type=jnp.float32)
+    )
     logits = transformer.softcap(config, logits)
     ids = jnp.arange(config.padded_vocab)
     if config.padded_vocab != config.vocab_size:
@@ -81,7 +105,9 @@ def _chunk(config: ModelConfig, table_DV: Array, x: Array, targets: Array, weigh
     return (weights.reshape(-1) * (log_total[:, 0] - chosen)).sum(), logits, log_total, hit
 
 
-def _forward(config: ModelConfig, chunk: int, x: Array, table: Array, targets: Array, weights: Array):
+def _forward(
+    config: ModelConfig, chunk: int, x: Array, table: Array, targets: Array, weights: Array
+):
     """Both gradients in the same pass, while a chunk's logits are at hand: they are linear in the cotangent of the sum."""
 
     def add(carry: tuple[Array, Array], piece: tuple[Array, ...]):
@@ -93,10 +119,16 @@ def _forward(config: ModelConfig, chunk: int, x: Array, table: Array, targets: A
             d_logits = d_logits * (1 - jnp.square(jnp.maximum(logits, -cap) / cap))
         d_logits = materialize(d_logits.astype(x.dtype))
         d_x = jnp.einsum("NV,VD->ND", d_logits, table).reshape(x_c.shape)
-        d_table += jnp.matmul(products.transposed_copy(d_logits), x_c.reshape(-1, x.shape[-1]), preferred_element_type=jnp.float32)
+        d_table += jnp.matmul(
+            products.transposed_copy(d_logits),
+            x_c.reshape(-1, x.shape[-1]),
+            preferred_element_type=jnp.float32,
+        )
         return (total + loss, d_table), d_x
 
-    (total, d_table), d_x = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(table.shape)), _chunks(chunk, x, targets, weights))
+    (total, d_table), d_x = jax.lax.scan(
+        add, (jnp.zeros(()), jnp.zeros(table.shape)), _chunks(chunk, x, targets, weights)
+    )
     return total, (jnp.moveaxis(d_x, 0, 1).reshape(x.shape), d_table.astype(table.dtype))
 
 

@@ -35,16 +35,33 @@ def quantized_matmul(x: Array, weight: Any) -> Array:
 
     Only the weights are rounded (accelerators round x to bfloat16 too). On a CPU, passes over small weights for a few rows of x each beat converting
     the weights (up to `_PASSES`; measured in experiments/LOG.md). The weights are frozen: only x has a gradient."""
-    x, rows = jax.lax.optimization_barrier((x, weight["rows"]))  # tied to x, or a loop of decoding would keep converted weights
-    product = lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    x, rows = jax.lax.optimization_barrier(
+        (x, weight["rows"])
+    )  # tied to x, or a loop of decoding would keep converted weights
+    product = lambda a, b: jax.lax.dot_general(
+        a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
     if jax.default_backend() != "cpu":
-        y = product(*([x, rows] if rows.dtype == x.dtype else [x.astype(jnp.bfloat16), rows.astype(jnp.bfloat16)]))
+        y = product(
+            *(
+                [x, rows]
+                if rows.dtype == x.dtype
+                else [x.astype(jnp.bfloat16), rows.astype(jnp.bfloat16)]
+            )
+        )
     elif len(x) <= products.FEW * (1 if rows.dtype == x.dtype else _PASSES):
-        y = jnp.concatenate([products.small_batch_matmul(x[None, i : i + products.FEW], rows[None])[0] for i in range(0, len(x), products.FEW)])
+        y = jnp.concatenate(
+            [
+                products.small_batch_matmul(x[None, i : i + products.FEW], rows[None])[0]
+                for i in range(0, len(x), products.FEW)
+            ]
+        )
     else:
         kind = jnp.promote_types(x.dtype, rows.dtype)
         x, rows = x.astype(kind), materialize(rows.astype(kind))
-        y = materialize(product(rows, x)).T if len(x) < 64 else materialize(product(x, rows))  # the right one is packed anew in every call
+        y = (
+            materialize(product(rows, x)).T if len(x) < 64 else materialize(product(x, rows))
+        )  # the right one is packed anew in every call
     return y * weight["row_scale"] if "row_scale" in weight else y
 
 
@@ -54,7 +71,9 @@ def _forward(x: Array, weight: Any) -> tuple[Array, tuple[Array, Any]]:
 
 def _backward(saved: tuple[Array, Any], g: Array) -> tuple[Array, Any]:
     x, weight = saved
-    nothing = jax.tree.map(lambda w: jnp.zeros(w.shape, jax.dtypes.float0 if w.dtype == jnp.int8 else w.dtype), weight)
+    nothing = jax.tree.map(
+        lambda w: jnp.zeros(w.shape, jax.dtypes.float0 if w.dtype == jnp.int8 else w.dtype), weight
+    )
     return (g @ dequantize(weight)).astype(x.dtype), nothing
 
 

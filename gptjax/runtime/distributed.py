@@ -16,7 +16,9 @@ def start_distributed(wanted: bool) -> None:
         try:
             count, number = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
         except (KeyError, ValueError) as error:
-            raise UserError(f"JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers too ({error})") from None
+            raise UserError(
+                f"JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers too ({error})"
+            ) from None
         jax.distributed.initialize(address, count, number)
     elif wanted:
         try:

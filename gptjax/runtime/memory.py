@@ -18,12 +18,16 @@ def keep_freed_memory() -> None:
 
 def return_freed_memory() -> None:
     """The contrary: blocks of a MiB and more go back as soon as they are freed, so that memory holds what is in use."""
-    _mallopt({-3: 1 << 20, -8: 1})  # M_MMAP_THRESHOLD, which would grow with the blocks freed; M_ARENA_MAX: one heap for all threads
+    _mallopt(
+        {-3: 1 << 20, -8: 1}
+    )  # M_MMAP_THRESHOLD, which would grow with the blocks freed; M_ARENA_MAX: one heap for all threads
 
 
 def _mallopt(options: dict[int, int]) -> bool:
     """Whether this C library has such options; not all do."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    mallopt = (
+        getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    )
     if mallopt is None:
         return False
     for name, value in options.items():

@@ -31,7 +31,9 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
         )
     if faults := mesh_faults(config, sizes):
         raise UserError("\n".join(faults[:6]))
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
 
 
 def mesh_faults(config: Config, sizes: dict[str, int]) -> list[str]:
@@ -51,4 +53,8 @@ def mesh_faults(config: Config, sizes: dict[str, int]) -> list[str]:
             f"mesh.tensor x mesh.fsdp = {tensor * fsdp}",
         ),
     )
-    return [f"{axes} does not divide {what}: change one of them" for value, by, what, axes in checks if value % by]
+    return [
+        f"{axes} does not divide {what}: change one of them"
+        for value, by, what, axes in checks
+        if value % by
+    ]

@@ -34,7 +34,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/mlp/gate_up/kernel", P(None, "fsdp", None, "tensor")),
     (r"blocks/mlp/gate_up/bias", P(None, None, "tensor")),
     (r"blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),
-    (r"blocks/.*/(rows|row_scale|lora_[a-z]+)|embed/(rows|row_scale|prompt)|head/(rows|row_scale)|score/kernel", P()),
+    (
+        r"blocks/.*/(rows|row_scale|lora_[a-z]+)|embed/(rows|row_scale|prompt)|head/(rows|row_scale)|score/kernel",
+        P(),
+    ),
     (r".*/(scale|bias)", P()),
 )
 
@@ -49,7 +52,9 @@ def spec_of(path: str) -> P:
 
 def shardings(mesh: Mesh, shapes: Any) -> Any:
     """NamedSharding for each leaf of a TrainState or parameter tree."""
-    return tree.map_with_path(lambda path, leaf: NamedSharding(mesh, spec_of(path) if leaf.ndim else P()), shapes)
+    return tree.map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec_of(path) if leaf.ndim else P()), shapes
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -59,16 +64,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """Rows of the global batch that this process holds."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size, 1)).values()
-    return sorted({row for index in indices if index is not None for row in range(*index[0].indices(batch_size))})
+    return sorted(
+        {
+            row
+            for index in indices
+            if index is not None
+            for row in range(*index[0].indices(batch_size))
+        }
+    )
 
 
 def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows as part of arrays over all devices."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }
 
 
 def place(tree: Any, shardings: Any) -> Any:
     """Host arrays that every process holds whole, as arrays over all devices."""
-    one = lambda array, sharding: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    one = lambda array, sharding: jax.make_array_from_callback(
+        array.shape, sharding, lambda index: array[index]
+    )
     return jax.tree.map(one, tree, shardings)

@@ -58,14 +58,18 @@ class Task:
     prompt: str
     completion: str
     headline: str
-    judge: Callable[[TaskConfig, Sequence[str], Sequence[Example], Sequence[Answer]], dict[str, Metric]]
+    judge: Callable[
+        [TaskConfig, Sequence[str], Sequence[Example], Sequence[Answer]], dict[str, Metric]
+    ]
     baselines: Callable[[Sequence[Example], Sequence[Example]], dict[str, list[Answer]]]
     package: str = ""  # that judging needs
 
     def check_package(self) -> None:
         """Raises UserError where judging would fail in the end."""
         if self.package and importlib.util.find_spec(self.package) is None:
-            raise UserError(f"answers are judged with the package {self.package}: pip install 'gptjax[eval]' (or train with task.eval_samples = 0)")
+            raise UserError(
+                f"answers are judged with the package {self.package}: pip install 'gptjax[eval]' (or train with task.eval_samples = 0)"
+            )
 
 
 def no_baseline(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
@@ -74,7 +78,9 @@ def no_baseline(examples: Sequence[Example], train: Sequence[Example]) -> dict[s
 
 def most_frequent(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
     """The answer that is right most often in the training split."""
-    text, _ = collections.Counter(e.references[0] if e.references else "" for e in train).most_common(1)[0]
+    text, _ = collections.Counter(
+        e.references[0] if e.references else "" for e in train
+    ).most_common(1)[0]
     return {"most frequent answer": [Answer(text)] * len(examples)}
 
 
@@ -96,11 +102,21 @@ class TokenBudget:
 def names_in(template: str, knob: str) -> list[str]:
     """Names of the fields in a template's braces. Raises UserError for braces that are more than a name."""
     try:
-        parts = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(template) if name is not None]
+        parts = [
+            (name, spec, conversion)
+            for _, name, spec, conversion in string.Formatter().parse(template)
+            if name is not None
+        ]
     except ValueError as error:
-        raise UserError(f"{knob} = {template!r}: {error}; write {{{{ and }}}} for braces in the text") from None
-    if bad := [name for name, spec, conversion in parts if not name.isidentifier() or spec or conversion]:
-        raise UserError(f"{knob} = {template!r}: {{{bad[0]}}} is no name of a field; write {{{{ and }}}} for braces in the text")
+        raise UserError(
+            f"{knob} = {template!r}: {error}; write {{{{ and }}}} for braces in the text"
+        ) from None
+    if bad := [
+        name for name, spec, conversion in parts if not name.isidentifier() or spec or conversion
+    ]:
+        raise UserError(
+            f"{knob} = {template!r}: {{{bad[0]}}} is no name of a field; write {{{{ and }}}} for braces in the text"
+        )
     return [name for name, _, _ in parts]
 
 
@@ -109,7 +125,13 @@ def fill_template(template: str, row: Record, knob: str, changed: Mapping[str, s
     values = {}
     for name in names_in(template, knob):
         value = changed.get(name, row.fields.get(name))
-        values[name] = str(value) if isinstance(value, int | float) else changed[name] if name in changed else row.text(name, knob=knob)
+        values[name] = (
+            str(value)
+            if isinstance(value, int | float)
+            else changed[name]
+            if name in changed
+            else row.text(name, knob=knob)
+        )
     return template.format_map(values)
 
 
@@ -122,33 +144,73 @@ def fields_in_order(config: TaskConfig, tokenizer: Tokenizer, text: str) -> list
 
 
 def completion(
-    config: TaskConfig, kind: Task, tokenizer: Tokenizer, row: Record, room: TokenBudget, *, references: Sequence[str], answer: str = "", empty: bool = False,
+    config: TaskConfig,
+    kind: Task,
+    tokenizer: Tokenizer,
+    row: Record,
+    room: TokenBudget,
+    *,
+    references: Sequence[str],
+    answer: str = "",
+    empty: bool = False,
     room_for: int = 0,
-) -> Example | None:  # fmt: skip
+) -> Example | None:
     """Prompt, then the answer (default: the completion's template), learned with its end; an answer may be `empty` where that says something.
     room_for: tokens of the longest answer that the same prompt gets. None where it is too long and the policy is to drop it. Raises UserError."""
     text = answer or fill_template(config.completion or kind.completion, row, "task.completion")
     if empty and not text.strip():
         text = ""
     elif not text.strip():
-        raise UserError(f"{row.where}: the completion is empty, so there is nothing to learn from: fill the field or drop the row")
+        raise UserError(
+            f"{row.where}: the completion is empty, so there is nothing to learn from: fill the field or drop the row"
+        )
     text = text.strip() if config.template == "chat" else text
     tail = [*tokenizer.encode(text), tokenizer.ends[0]]
-    head, cut = _fitting(config, kind, tokenizer, row, room, (room.answer or max(len(tail), room_for)) - 1)
+    head, cut = _fitting(
+        config, kind, tokenizer, row, room, (room.answer or max(len(tail), room_for)) - 1
+    )
     if not head:
         return None
     ids = np.asarray([*head, *tail], np.int32)
     source = source_of(config, kind, row)
-    return Example(row.where, ids, np.arange(len(ids)) >= len(head), len(head), tuple(references), source=source, cut=cut, fields=row.fields)
+    return Example(
+        row.where,
+        ids,
+        np.arange(len(ids)) >= len(head),
+        len(head),
+        tuple(references),
+        source=source,
+        cut=cut,
+        fields=row.fields,
+    )
 
 
-def prompt_only(config: TaskConfig, kind: Task, tokenizer: Tokenizer, row: Record, room: TokenBudget, *, label: float, reference: str) -> Example | None:
+def prompt_only(
+    config: TaskConfig,
+    kind: Task,
+    tokenizer: Tokenizer,
+    row: Record,
+    room: TokenBudget,
+    *,
+    label: float,
+    reference: str,
+) -> Example | None:
     """A text for a head on its last token."""
     head, cut = _fitting(config, kind, tokenizer, row, room, 0)
     if not head:
         return None
     ids = np.asarray(head, np.int32)
-    return Example(row.where, ids, np.zeros(len(ids), bool), len(ids), (reference,), label, source_of(config, kind, row), cut, fields=row.fields)
+    return Example(
+        row.where,
+        ids,
+        np.zeros(len(ids), bool),
+        len(ids),
+        (reference,),
+        label,
+        source_of(config, kind, row),
+        cut,
+        fields=row.fields,
+    )
 
 
 def source_of(config: TaskConfig, kind: Task, row: Record) -> str:
@@ -157,28 +219,45 @@ def source_of(config: TaskConfig, kind: Task, row: Record) -> str:
     return fill_template("{" + names[0] + "}", row, "task.prompt") if names else ""
 
 
-def _fitting(config: TaskConfig, kind: Task, tokenizer: Tokenizer, row: Record, room: TokenBudget, rest: int) -> tuple[list[int], bool]:
+def _fitting(
+    config: TaskConfig, kind: Task, tokenizer: Tokenizer, row: Record, room: TokenBudget, rest: int
+) -> tuple[list[int], bool]:
     """(ids of the prompt, at most room.length - rest of them, whether it was cut); no ids where it is dropped. The longest field is what is cut."""
     template = config.prompt or kind.prompt
     changed: dict[str, str] = {}
     lead = [tokenizer.eot] * room.lead
     for _ in range(8):  # cutting at a token can make more tokens of what is left, so look again
-        ids = [*lead, *fields_in_order(config, tokenizer, fill_template(template, row, "task.prompt", changed))]
+        ids = [
+            *lead,
+            *fields_in_order(
+                config, tokenizer, fill_template(template, row, "task.prompt", changed)
+            ),
+        ]
         over = len(ids) + rest - room.length
         if over <= 0:
             return ids, bool(changed)
         if room.policy == "drop":
             return [], False
         names = names_in(template, "task.prompt")
-        texts = {name: fill_template("{" + name + "}", row, "task.prompt", changed) for name in names}
+        texts = {
+            name: fill_template("{" + name + "}", row, "task.prompt", changed) for name in names
+        }
         longest = max(texts, key=lambda name: len(texts[name]), default="")
         parts = tokenizer.encode(texts[longest]) if longest else []
         if room.policy == "refuse" or len(parts) <= over:
-            cure = "to drop, cut_start or cut_end" if room.policy == "refuse" else "= 'drop': there is not enough of a prompt to cut"
+            cure = (
+                "to drop, cut_start or cut_end"
+                if room.policy == "refuse"
+                else "= 'drop': there is not enough of a prompt to cut"
+            )
             raise UserError(
                 f"{row.where} needs {len(ids) + rest} tokens and a row holds {room.length}:\nraise data.length or model.context, "
                 f"or set task.truncation {cure}"
             )
         kept = tokenizer.decode_bytes(parts[over:] if room.policy == "cut_start" else parts[:-over])
-        changed[longest] = kept.decode(errors="ignore").strip()  # a cut through a character drops it: U+FFFD would take as many tokens again
-    raise UserError(f"{row.where} could not be cut to {room.length} tokens: raise data.length, or set task.truncation = 'drop'")
+        changed[longest] = kept.decode(
+            errors="ignore"
+        ).strip()  # a cut through a character drops it: U+FFFD would take as many tokens again
+    raise UserError(
+        f"{row.where} could not be cut to {room.length} tokens: raise data.length, or set task.truncation = 'drop'"
+    )

@@ -24,7 +24,9 @@ def label_of(config: TaskConfig, row: Record) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int | bool) or value == "":
-        raise UserError(f"{row.where} has no label under task.label = {config.label!r}; fields are {', '.join(map(str, row.fields))}")
+        raise UserError(
+            f"{row.where} has no label under task.label = {config.label!r}; fields are {', '.join(map(str, row.fields))}"
+        )
     return str(value)
 
 
@@ -32,9 +34,14 @@ def labels_of(config: TaskConfig, rows: Iterable[Record]) -> tuple[str, ...]:
     """task.labels, or the classes of the training rows, sorted. Raises UserError where there is one class only."""
     if config.name == "regression":
         return (config.label,)
-    found = sorted({label_of(config, row) for row in rows}, key=lambda s: (len(s), s) if s.isdigit() else (1 << 30, s))
+    found = sorted(
+        {label_of(config, row) for row in rows},
+        key=lambda s: (len(s), s) if s.isdigit() else (1 << 30, s),
+    )
     if len(found) < 2:
-        raise UserError(f"task.label = {config.label!r}: the training split has one class only, {found[0]!r}: there is nothing to tell apart")
+        raise UserError(
+            f"task.label = {config.label!r}: the training split has one class only, {found[0]!r}: there is nothing to tell apart"
+        )
     return config.labels or tuple(found)
 
 
@@ -42,21 +49,38 @@ def words_of(config: TaskConfig, labels: Sequence[str]) -> Sequence[str]:
     return config.words or labels
 
 
-def example(config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]) -> Example | None:
+def example(
+    config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]
+) -> Example | None:
     name = label_of(config, row)
     if name not in labels:
         raise UserError(f"{row.where}: {unknown_name('label', name, list(labels))}")
     if config.method == "head":
-        return prompt_only(config, CLASSIFICATION, tokenizer, row, room, label=labels.index(name), reference=name)
+        return prompt_only(
+            config, CLASSIFICATION, tokenizer, row, room, label=labels.index(name), reference=name
+        )
     word = words_of(config, labels)[labels.index(name)]
-    found = completion(config, CLASSIFICATION, tokenizer, row, room, references=[name], answer=" " + word)
+    found = completion(
+        config, CLASSIFICATION, tokenizer, row, room, references=[name], answer=" " + word
+    )
     return found and Example(**{**vars(found), "label": float(labels.index(name))})
 
 
-def _judge(config: TaskConfig, labels: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Metric]:
+def _judge(
+    config: TaskConfig,
+    labels: Sequence[str],
+    examples: Sequence[Example],
+    answers: Sequence[Answer],
+) -> dict[str, Metric]:
     actual = np.array([int(e.label or 0) for e in examples])
-    probabilities = np.array([a.probabilities for a in answers]) if answers and answers[0].probabilities else None
-    return classification_metrics.classification(np.array([int(a.value) for a in answers]), actual, len(labels), probabilities)
+    probabilities = (
+        np.array([a.probabilities for a in answers])
+        if answers and answers[0].probabilities
+        else None
+    )
+    return classification_metrics.classification(
+        np.array([int(a.value) for a in answers]), actual, len(labels), probabilities
+    )
 
 
 def _majority(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:

@@ -18,7 +18,17 @@ from gptjax.core import cli, files
 from gptjax.data import rows
 from gptjax.data.packing import PackedExample
 from gptjax.data.rows import Record
-from gptjax.tasks import chat, classification, grpo, preference, qa, regression, summarization, text, translation
+from gptjax.tasks import (
+    chat,
+    classification,
+    grpo,
+    preference,
+    qa,
+    regression,
+    summarization,
+    text,
+    translation,
+)
 from gptjax.tasks.base import Example, Task, TokenBudget, fill_template
 from gptjax.tokenizer import chat_template
 from gptjax.tokenizer.base import Tokenizer
@@ -53,24 +63,41 @@ def load_examples(config: Config, text_tokenizer: Tokenizer | None = None) -> Ex
     if config.task.eval_samples:
         TASKS[config.task.name][0].check_package()
     train_rows, eval_rows, fingerprint = read_records(config)
-    text_tokenizer = text_tokenizer or create_tokenizer(config.data, _texts(config, train_rows), _texts(config, [*train_rows, *eval_rows]))
+    text_tokenizer = text_tokenizer or create_tokenizer(
+        config.data, _texts(config, train_rows), _texts(config, [*train_rows, *eval_rows])
+    )
     labels = labels_of(config, train_rows)
-    made = [render(config, text_tokenizer, part, labels, split) for part, split in ((train_rows, "training"), (eval_rows, "held-out"))]
+    made = [
+        render(config, text_tokenizer, part, labels, split)
+        for part, split in ((train_rows, "training"), (eval_rows, "held-out"))
+    ]
     return Examples(made[0], made[1], labels, text_tokenizer, fingerprint)
 
 
 def labels_of(config: Config, train_rows: Sequence[Record]) -> tuple[str, ...]:
     """What the task tells apart; nothing where it writes text."""
-    return classification.labels_of(config.task, train_rows) if config.task.name in ("classification", "regression") else ()
+    return (
+        classification.labels_of(config.task, train_rows)
+        if config.task.name in ("classification", "regression")
+        else ()
+    )
 
 
 def read_other_records(config: Config, path: str) -> list[Record]:
     """The rows of one more file, or split where the source has named ones, such as a test split. Raises UserError."""
     d = config.data
     if d.source == "sotu":
-        raise UserError(f"--path={path}: data.source = 'sotu' is one corpus without files; leave --path out to take its held-out paragraphs")
+        raise UserError(
+            f"--path={path}: data.source = 'sotu' is one corpus without files; leave --path out to take its held-out paragraphs"
+        )
     of_splits = d.source in ("tfds", "datasets") and not Path(path).exists()
-    return list(_unique(rows.READERS[d.source](d, d.path if of_splits else path, path if of_splits else d.eval_split).read()))
+    return list(
+        _unique(
+            rows.READERS[d.source](
+                d, d.path if of_splits else path, path if of_splits else d.eval_split
+            ).read()
+        )
+    )
 
 
 def read_records(config: Config) -> tuple[list[Record], list[Record], str]:
@@ -85,8 +112,14 @@ def read_records(config: Config) -> tuple[list[Record], list[Record], str]:
         train, held_out = list(_unique(main.read())), list(_unique(held.read()))
     else:
         out, everything = rows.held_out(main.count, d.eval_fraction), list(_unique(main.read()))
-        train, held_out = ([row for i, row in enumerate(everything) if out(i) == wanted] for wanted in (False, True))
-    train, held_out = rows.subsample_evenly(train, d.train_limit), rows.subsample_evenly(held_out, d.eval_limit)
+        train, held_out = (
+            [row for i, row in enumerate(everything) if out(i) == wanted]
+            for wanted in (False, True)
+        )
+    train, held_out = (
+        rows.subsample_evenly(train, d.train_limit),
+        rows.subsample_evenly(held_out, d.eval_limit),
+    )
     for entry in d.mixture:
         path, _, weight = entry.rpartition("=")
         try:
@@ -94,13 +127,21 @@ def read_records(config: Config) -> tuple[list[Record], list[Record], str]:
         except ValueError:
             share = -1.0
         if not path or not 0 < share < 1e4:
-            raise UserError(f"data.mixture: {entry!r} is no PATH=WEIGHT with a weight above 0, such as extra.jsonl=0.5")
+            raise UserError(
+                f"data.mixture: {entry!r} is no PATH=WEIGHT with a weight above 0, such as extra.jsonl=0.5"
+            )
         more = read(d, path, d.train_split)
         parts += [more.fingerprint, weight]
         extra = list(_unique(more.read()))
-        train += extra * int(share) + (rows.subsample_evenly(extra, rest) if (rest := round((share - int(share)) * len(extra))) else [])
+        train += extra * int(share) + (
+            rows.subsample_evenly(extra, rest)
+            if (rest := round((share - int(share)) * len(extra)))
+            else []
+        )
     if not train:
-        raise UserError(f"data.path = {d.path!r}: the training split is empty; lower data.eval_fraction = {d.eval_fraction}")
+        raise UserError(
+            f"data.path = {d.path!r}: the training split is empty; lower data.eval_fraction = {d.eval_fraction}"
+        )
     return train, held_out, files.digest(*parts)
 
 
@@ -109,8 +150,13 @@ def _unique(found: Iterable[Record]) -> Iterator[Record]:
     seen: dict[str, str] = {}
     for row in found:
         key = row.fields.get("id")
-        if isinstance(key, str | int) and (first := seen.setdefault(str(key), row.where)) != row.where:
-            raise UserError(f"{row.where} has the id {key!r}, which {first} has too: ids name one row each; mend them or rename the field")
+        if (
+            isinstance(key, str | int)
+            and (first := seen.setdefault(str(key), row.where)) != row.where
+        ):
+            raise UserError(
+                f"{row.where} has the id {key!r}, which {first} has too: ids name one row each; mend them or rename the field"
+            )
         yield row
 
 
@@ -129,15 +175,29 @@ def _texts(config: Config, found: Iterable[Record]) -> Iterator[str]:
                 if t.name == "classification"
                 else fill_template(t.completion or kind.completion, row, "task.completion")
             )
-            yield fill_template(t.prompt or kind.prompt, row, "task.prompt") + written * (not has_head(config))
+            yield fill_template(t.prompt or kind.prompt, row, "task.prompt") + written * (
+                not has_head(config)
+            )
 
 
-def render(config: Config, text_tokenizer: Tokenizer, found: Sequence[Record], labels: Sequence[str], what: str, *, answer: int = 0) -> list[Example]:
+def render(
+    config: Config,
+    text_tokenizer: Tokenizer,
+    found: Sequence[Record],
+    labels: Sequence[str],
+    what: str,
+    *,
+    answer: int = 0,
+) -> list[Example]:
     """Rows to examples; how many were dropped or cut is said. answer: see `Room`. Raises UserError where none is left."""
     _, make = TASKS[config.task.name]
     if "chat" in (config.task.name, config.task.template) and not text_tokenizer.chat_template:
-        text_tokenizer.chat_template = chat_template.plain(text_tokenizer)  # and the run keeps it with the vocabulary
-        cli.say("the vocabulary has no chat template: turns are written as 'User:' or 'Assistant:', the text, and its end token")
+        text_tokenizer.chat_template = chat_template.plain(
+            text_tokenizer
+        )  # and the run keeps it with the vocabulary
+        cli.say(
+            "the vocabulary has no chat template: turns are written as 'User:' or 'Assistant:', the text, and its end token"
+        )
     room = TokenBudget(config.length, config.task.truncation, config.lora.prompt_tokens, answer)
     made: list[Example] = []
     with cli.progress(f"{what} examples rendered", len(found)) as advance:
@@ -153,13 +213,17 @@ def render(config: Config, text_tokenizer: Tokenizer, found: Sequence[Record], l
     if config.task.name == "preference" and config.task.loss == "kto":
         made = preference.with_strangers(made, config.length)
     if found and not made:
-        raise UserError(f"{what}: all {len(found):,} examples are longer than {room.length} tokens: raise data.length, or cut them (task.truncation)")
+        raise UserError(
+            f"{what}: all {len(found):,} examples are longer than {room.length} tokens: raise data.length, or cut them (task.truncation)"
+        )
     return made
 
 
 def has_head(config: Config) -> bool:
     """Whether the task reads a class or a number off the last token instead of writing text."""
-    return config.task.name == "regression" or (config.task.name == "classification" and config.task.method == "head")
+    return config.task.name == "regression" or (
+        config.task.name == "classification" and config.task.method == "head"
+    )
 
 
 def packed_example(config: Config, example: Example) -> PackedExample:
@@ -167,9 +231,16 @@ def packed_example(config: Config, example: Example) -> PackedExample:
     if has_head(config):
         last = np.arange(len(example.ids)) == len(example.ids) - 1
         kind = np.float32 if config.task.name == "regression" else np.int32
-        return PackedExample(example.ids, np.where(last, example.label or 0, 0).astype(kind), last.astype(np.float32), (len(example.ids),))
+        return PackedExample(
+            example.ids,
+            np.where(last, example.label or 0, 0).astype(kind),
+            last.astype(np.float32),
+            (len(example.ids),),
+        )
     cuts = np.cumsum([0, *(example.parts or (len(example.ids),))])
     spans = [(slice(a, b - 1), slice(a + 1, b)) for a, b in itertools.pairwise(cuts)]
     tokens, targets = (np.concatenate([example.ids[span[k]] for span in spans]) for k in (0, 1))
     weights = np.concatenate([example.learned[after] for _, after in spans]).astype(np.float32)
-    return PackedExample(tokens, targets, weights, tuple(int(b - a) - 1 for a, b in itertools.pairwise(cuts)))
+    return PackedExample(
+        tokens, targets, weights, tuple(int(b - a) - 1 for a, b in itertools.pairwise(cuts))
+    )

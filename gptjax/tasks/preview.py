@@ -55,15 +55,25 @@ def about(example: Example) -> str:
 
 def to_terminal(tokenizer: Tokenizer, example: Example, *, colour: bool) -> str:
     if not colour:  # brackets round what is learned
-        text = "".join(f"[{t}]" if kind != "seen" else t for t, kind in pieces(tokenizer, example)).replace("][", "")
+        text = "".join(
+            f"[{t}]" if kind != "seen" else t for t, kind in pieces(tokenizer, example)
+        ).replace("][", "")
         return f"{about(example)}\n{text}"
-    return f"{about(example)}\n" + "".join(f"{_COLOURS[kind]}{text}\033[0m" for text, kind in pieces(tokenizer, example))
+    return f"{about(example)}\n" + "".join(
+        f"{_COLOURS[kind]}{text}\033[0m" for text, kind in pieces(tokenizer, example)
+    )
 
 
 def to_html(tokenizer: Tokenizer, examples: list[Example]) -> str:
     parts = []
     for example in examples:
-        spans = "".join(f'<span class="{kind}">{html.escape(text)}</span>' for text, kind in pieces(tokenizer, example))
+        spans = "".join(
+            f'<span class="{kind}">{html.escape(text)}</span>'
+            for text, kind in pieces(tokenizer, example)
+        )
         parts.append(f'<p class="about">{html.escape(about(example))}</p><div>{spans}</div>')
-    body = '<p><span class="learned">learned</span> <span class="label">carries the label</span> <span class="seen">seen</span></p>' + "".join(parts)
+    body = (
+        '<p><span class="learned">learned</span> <span class="label">carries the label</span> <span class="seen">seen</span></p>'
+        + "".join(parts)
+    )
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>examples</title><style>{_STYLE}</style>{body}</html>'

@@ -11,7 +11,9 @@ from gptjax.tasks.base import Example, Task, TokenBudget, completion, fill_templ
 from gptjax.tokenizer.base import Tokenizer
 
 
-def example(config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]) -> Example | None:
+def example(
+    config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]
+) -> Example | None:
     reference = fill_template(config.completion or TEXT.completion, row, "task.completion").strip()
     return completion(config, TEXT, tokenizer, row, room, references=[reference])
 

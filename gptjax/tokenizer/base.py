@@ -29,11 +29,15 @@ class Tokenizer:
     token_bytes: list[bytes]
     eot: int
     stops: tuple[int, ...] = ()  # further ids that end a generated text
-    prefix: tuple[int, ...] = ()  # ids that the vocabulary puts before every prompt, such as Llama's <s>
+    prefix: tuple[
+        int, ...
+    ] = ()  # ids that the vocabulary puts before every prompt, such as Llama's <s>
     control: dict[str, int] = {}  # how control tokens are written in chat templates
     chat_template: str = ""
     special: dict[str, str] = {}  # {"bos_token": "<s>", ...}: what chat templates call them
-    leading_space = False  # the vocabulary writes a space before the first word, which `decode` takes off again
+    leading_space = (
+        False  # the vocabulary writes a space before the first word, which `decode` takes off again
+    )
 
     @property
     def vocab_size(self) -> int:
@@ -76,7 +80,11 @@ class Tokenizer:
         parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]
         ids: list[int] = []
         for part in parts:
-            ids += [self.control[part]] if part in self.control else self.encode(part.replace(guard, "") if guard else part)
+            ids += (
+                [self.control[part]]
+                if part in self.control
+                else self.encode(part.replace(guard, "") if guard else part)
+            )
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -90,14 +98,24 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         content = self.files()
-        return files.digest(self.kind, *(part for name in sorted(content) for part in (name, content[name])))
+        return files.digest(
+            self.kind, *(part for name in sorted(content) for part in (name, content[name]))
+        )
 
     def save(self, folder: Path) -> None:
         content = self.files()
         for name, data in content.items():
             files.write_bytes(folder / name, data)
-        info = {"kind": self.kind, "vocab_size": self.vocab_size, "eot": self.eot, "files": sorted(content), "fingerprint": self.fingerprint}
-        info["chat_template"] = self.chat_template  # it may be one that the run brought, so in none of the files
+        info = {
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "eot": self.eot,
+            "files": sorted(content),
+            "fingerprint": self.fingerprint,
+        }
+        info["chat_template"] = (
+            self.chat_template
+        )  # it may be one that the run brought, so in none of the files
         files.write_text(folder / FORMAT, json.dumps(info, indent=1))
 
 

@@ -14,7 +14,14 @@ from gptjax.tokenizer.pretrained import PretrainedTokenizer
 from gptjax.tokenizer.trained import ByteTokenizer, CharTokenizer, SentencePieceTokenizer
 
 KINDS: dict[str, type[Tokenizer]] = {
-    cls.kind: cls for cls in (ByteTokenizer, CharTokenizer, SentencePieceTokenizer, OpenAITokenizer, PretrainedTokenizer)
+    cls.kind: cls
+    for cls in (
+        ByteTokenizer,
+        CharTokenizer,
+        SentencePieceTokenizer,
+        OpenAITokenizer,
+        PretrainedTokenizer,
+    )
 }
 
 
@@ -24,18 +31,26 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         info = json.loads((folder / FORMAT).read_text(encoding="utf-8"))
         if info["kind"] not in KINDS:
             raise UserError(f"{folder}: {unknown_name('tokenizer', info['kind'], list(KINDS))}")
-        result = KINDS[info["kind"]].from_files({name: (folder / name).read_bytes() for name in info["files"]})
+        result = KINDS[info["kind"]].from_files(
+            {name: (folder / name).read_bytes() for name in info["files"]}
+        )
     except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no complete tokenizer: {error.filename} is missing") from None
+        raise UserError(
+            f"{folder} holds no complete tokenizer: {error.filename} is missing"
+        ) from None
     except (json.JSONDecodeError, KeyError, RuntimeError) as error:
         raise UserError(f"{folder} holds a damaged tokenizer: {error}") from None
     if result.fingerprint != info["fingerprint"]:
-        raise UserError(f"{folder}: the tokenizer's files do not match its fingerprint; it was changed after it was saved")
+        raise UserError(
+            f"{folder}: the tokenizer's files do not match its fingerprint; it was changed after it was saved"
+        )
     result.chat_template = info.get("chat_template", result.chat_template)
     return result
 
 
-def create_tokenizer(config: DataConfig, training_texts: Iterable[str], all_texts: Iterable[str]) -> Tokenizer:
+def create_tokenizer(
+    config: DataConfig, training_texts: Iterable[str], all_texts: Iterable[str]
+) -> Tokenizer:
     """The tokenizer that a run asks for. BPE is trained on the training split alone; the list of characters is of all the text."""
     if config.tokenizer == "bytes":
         return ByteTokenizer()
@@ -48,4 +63,6 @@ def create_tokenizer(config: DataConfig, training_texts: Iterable[str], all_text
     try:
         return SentencePieceTokenizer(Path(config.tokenizer_path).read_bytes())
     except (OSError, RuntimeError) as error:
-        raise UserError(f"data.tokenizer_path = {config.tokenizer_path!r} is no sentencepiece model: {error}") from None
+        raise UserError(
+            f"data.tokenizer_path = {config.tokenizer_path!r} is no sentencepiece model: {error}"
+        ) from None

@@ -92,7 +92,10 @@ class SentencePieceTokenizer(Tokenizer):
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         sp, size = self._sp, self._sp.vocab_size()
         pieces = [sp.id_to_piece(i) for i in range(size)]
-        if not all(sp.piece_to_id(f"<0x{b:02X}>") != sp.unk_id() for b in range(256)) or sp.eos_id() < 0:
+        if (
+            not all(sp.piece_to_id(f"<0x{b:02X}>") != sp.unk_id() for b in range(256))
+            or sp.eos_id() < 0
+        ):
             raise UserError(
                 "this sentencepiece model has no byte fallback or no end symbol: it cannot hold every text; train one with data.tokenizer = 'sentencepiece'"
             )
@@ -100,7 +103,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.control = {END: self.eot}
         self._three = [sp.piece_to_id(f"<0x{b:02X}>") for b in _SP_SPACE.encode()]
         self.token_bytes = [
-            bytes([int(p[3:5], 16)]) if sp.is_byte(i) else b"" if sp.is_control(i) or sp.is_unknown(i) else p.replace(_SP_SPACE, " ").encode()
+            bytes([int(p[3:5], 16)])
+            if sp.is_byte(i)
+            else b""
+            if sp.is_control(i) or sp.is_unknown(i)
+            else p.replace(_SP_SPACE, " ").encode()
             for i, p in enumerate(pieces)
         ]
 
@@ -126,25 +133,45 @@ class SentencePieceTokenizer(Tokenizer):
         for text in texts:
             text.encode()
             for line in text[:budget].replace(_SP_SPACE, "").splitlines():
-                lines += [line[i : i + 4096] for i in range(0, len(line), 4096)]  # the trainer drops very long lines
+                lines += [
+                    line[i : i + 4096] for i in range(0, len(line), 4096)
+                ]  # the trainer drops very long lines
             budget -= len(text)
             if budget <= 0:
                 break
         if not lines:
-            raise UserError("the training split has no text to train a tokenizer on; check data.path")
+            raise UserError(
+                "the training split has no text to train a tokenizer on; check data.path"
+            )
         options: dict[str, Any] = {
-            "model_type": "bpe", "vocab_size": vocab_size, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
-            "add_dummy_prefix": False, "byte_fallback": True, "split_digits": True, "allow_whitespace_only_pieces": True,
-            "user_defined_symbols": ["\n"], "bos_id": -1, "pad_id": -1, "unk_id": 0, "eos_id": 1, "max_sentence_length": 1 << 20,
-            "hard_vocab_limit": False, "character_coverage": 0.9999,
-        }  # fmt: skip
+            "model_type": "bpe",
+            "vocab_size": vocab_size,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "add_dummy_prefix": False,
+            "byte_fallback": True,
+            "split_digits": True,
+            "allow_whitespace_only_pieces": True,
+            "user_defined_symbols": ["\n"],
+            "bos_id": -1,
+            "pad_id": -1,
+            "unk_id": 0,
+            "eos_id": 1,
+            "max_sentence_length": 1 << 20,
+            "hard_vocab_limit": False,
+            "character_coverage": 0.9999,
+        }
         key = files.digest(sentencepiece.__version__, json.dumps(options), "\n".join(lines))
         cached = files.cache_dir("tokenizers") / f"{key[:32]}.model"
         if not cached.exists():
             writer = io.BytesIO()
             try:
                 sentencepiece.SentencePieceTrainer.train(
-                    sentence_iterator=iter(lines), model_writer=writer, minloglevel=2, num_threads=os.cpu_count(), **options
+                    sentence_iterator=iter(lines),
+                    model_writer=writer,
+                    minloglevel=2,
+                    num_threads=os.cpu_count(),
+                    **options,
                 )
             except RuntimeError as error:
                 raise UserError(

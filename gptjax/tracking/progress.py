@@ -12,7 +12,10 @@ from typing import Any
 
 from gptjax.core import cli
 
-SCORE_GROUPS = ("eval/", "answers/")  # names of scores: over the whole held-out split, and of the answers written to some of it
+SCORE_GROUPS = (
+    "eval/",
+    "answers/",
+)  # names of scores: over the whole held-out split, and of the answers written to some of it
 
 
 def display_name(name: str) -> str:
@@ -42,7 +45,11 @@ class Progress:
     def show(self, step: int, values: dict[str, float]) -> None:
         done, elapsed = step - self._start, time.monotonic() - self._began
         eta = elapsed / max(done, 1) * (self.steps - step)
-        parts = [f"reward {values['train/reward']:.3f}"] if "train/reward" in values else [f"loss {values['train/loss']:.4f}"]
+        parts = (
+            [f"reward {values['train/reward']:.3f}"]
+            if "train/reward" in values
+            else [f"loss {values['train/loss']:.4f}"]
+        )
         parts += [f"lr {values['train/lr']:.2e}"]
         if "perf/tokens_per_sec" in values:
             parts.append(f"{values['perf/tokens_per_sec']:,.0f} tokens/s")

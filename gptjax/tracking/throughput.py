@@ -17,7 +17,9 @@ def flops_per_token(config: Config, params: int) -> float:
     m = config.model
     lookups = 0 if m.tie_embeddings else m.vocab_size * m.width
     lookups += m.context * m.width if m.positions == "learned" else 0
-    return (4 if config.lora.on else 6) * (params - lookups) + 12 * m.layers * m.heads * m.head_width * config.length
+    return (4 if config.lora.on else 6) * (
+        params - lookups
+    ) + 12 * m.layers * m.heads * m.head_width * config.length
 
 
 class StepMetrics:
@@ -59,6 +61,10 @@ class StepMetrics:
             "perf/step_time": seconds / len(rows),
             "perf/data_wait": self._waited / len(rows),
         }
-        values |= {f"train/{name}": sum(row[name] for row in rows) / len(rows) for name in ("reward", "answer_tokens") if name in rows[0]}
+        values |= {
+            f"train/{name}": sum(row[name] for row in rows) / len(rows)
+            for name in ("reward", "answer_tokens")
+            if name in rows[0]
+        }
         self.restart_clock()
         return values

@@ -30,7 +30,15 @@ class Tracker:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         record = {"step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}) + "\n")
+        self._file.write(
+            json.dumps(
+                {
+                    k: v if not isinstance(v, float) or math.isfinite(v) else str(v)
+                    for k, v in record.items()
+                }
+            )
+            + "\n"
+        )
         self._file.flush()
         if self._board:
             for name, value in values.items():

@@ -18,12 +18,20 @@ def check_same_run(workdir: Path, config: Config, fingerprints: dict[str, str]) 
         meta = read_meta(workdir / "checkpoints" / str(step))
         rows = changes(from_stored(meta["config"]), config)
         rows += [
-            f"{name}: the {what} changed since the run began" for name, what in _FINGERPRINTS.items() if meta.get(name, "") != fingerprints[name]
+            f"{name}: the {what} changed since the run began"
+            for name, what in _FINGERPRINTS.items()
+            if meta.get(name, "") != fingerprints[name]
         ]
         if not rows:
             return
         shown = "\n  ".join(rows if len(rows) <= 4 else [*rows[:3], f"and {len(rows) - 3} more"])
-        raise UserError(f"{workdir} holds a run with other settings (old -> new):\n  {shown}\nUse the old ones, or another --workdir.")
+        raise UserError(
+            f"{workdir} holds a run with other settings (old -> new):\n  {shown}\nUse the old ones, or another --workdir."
+        )
 
 
-_FINGERPRINTS = {"data": "text or its split", "tokenizer": "vocabulary", "base": "checkpoint under the adapters"}
+_FINGERPRINTS = {
+    "data": "text or its split",
+    "tokenizer": "vocabulary",
+    "base": "checkpoint under the adapters",
+}

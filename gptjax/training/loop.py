@@ -44,7 +44,12 @@ def sample(run: Run, step: int, params: Any) -> str:
     c, t = run.config, run.config.train
     lm = LanguageModel(c.model, params, run.tokenizer)
     limit = min(t.sample_tokens, c.model.context + 1 - len(lm.encode(t.sample_prompt)))
-    text = t.sample_prompt + lm.generate(t.sample_prompt, max_new_tokens=max(limit, 1), temperature=0.7, top_p=0.9, seed=t.seed).text
+    text = (
+        t.sample_prompt
+        + lm.generate(
+            t.sample_prompt, max_new_tokens=max(limit, 1), temperature=0.7, top_p=0.9, seed=t.seed
+        ).text
+    )
     files.write_text(run.workdir / "samples" / f"{step}.txt", text + "\n")
     return text
 
@@ -55,7 +60,10 @@ def evaluate_task(run: Run, step: int, params: Any) -> dict[str, float]:
     c, examples = run.config, subsample_evenly(run.data.eval, run.config.task.eval_samples)
     lm = LanguageModel(c.model, params, run.tokenizer)
     found = answers.answer_examples(lm, c.task, run.data.labels, examples)
-    shown = "\n\n".join(answers.format_answer(run.tokenizer, run.data.labels, e, a) for e, a in zip(examples[:20], found, strict=False))
+    shown = "\n\n".join(
+        answers.format_answer(run.tokenizer, run.data.labels, e, a)
+        for e, a in zip(examples[:20], found, strict=False)
+    )
     files.write_text(run.workdir / "samples" / f"{step}.txt", shown + "\n")
     scores = loading.TASKS[c.task.name][0].judge(c.task, run.data.labels, examples, found)
     return {f"answers/{name}": metric.value for name, metric in scores.items()}
@@ -64,7 +72,11 @@ def evaluate_task(run: Run, step: int, params: Any) -> dict[str, float]:
 def save_best(run: Run, state: Any, loss: float) -> None:
     """Keeps the state under best/ where its held-out loss is the lowest so far, and only then."""
     folder = run.workdir / "best"
-    kept = [read_meta(folder / str(s))["eval_loss"] for s in steps_in(folder) if not fault(folder / str(s), ("meta/",))]
+    kept = [
+        read_meta(folder / str(s))["eval_loss"]
+        for s in steps_in(folder)
+        if not fault(folder / str(s), ("meta/",))
+    ]
     if loss < min(kept, default=math.inf):
         best = Checkpoints(folder, keep=1)
         best.save(state, {**run.meta, "eval_loss": loss}, wait=True)
@@ -79,14 +91,27 @@ def train(run: Run) -> dict[str, Any]:
     checkpoints = Checkpoints(run.workdir / "checkpoints", keep=t.max_to_keep)
     found = checkpoints.restore(shapes, places)
     given = run.source.params if run.source else None
-    state, frozen = (found[0], train_step.place_frozen(c, run.mesh, given)) if found else train_step.init_state(c, run.mesh, given)
+    state, frozen = (
+        (found[0], train_step.place_frozen(c, run.mesh, given))
+        if found
+        else train_step.init_state(c, run.mesh, given)
+    )
     del given
     start, run.source = int(state.step), None
-    cli.say(f"continue after step {start}" if found else f"new run in {run.workdir}" + f", parameters from {t.init_from}" * bool(t.init_from))
-    count = f"{tree.size(state.params):,} parameters" + f" on {tree.size(frozen):,} frozen ones" * bool(frozen)
+    cli.say(
+        f"continue after step {start}"
+        if found
+        else f"new run in {run.workdir}" + f", parameters from {t.init_from}" * bool(t.init_from)
+    )
+    count = (
+        f"{tree.size(state.params):,} parameters"
+        + f" on {tree.size(frozen):,} frozen ones" * bool(frozen)
+    )
     first_device = jax.local_devices()[0]
     held = tree.bytes_on_device(state, first_device)
-    cli.say(f"{count}; state {tree.nbytes(state) / 2**20:,.1f} MiB, {held / 2**20:,.1f} MiB of it on {first_device}")
+    cli.say(
+        f"{count}; state {tree.nbytes(state) / 2**20:,.1f} MiB, {held / 2**20:,.1f} MiB of it on {first_device}"
+    )
     last = min(t.steps, t.stop_at or t.steps)
     if start >= last:
         checkpoints.close()
@@ -112,16 +137,31 @@ class Loop:
 
     def __init__(self, run: Run, state: Any, frozen: Any, checkpoints: Checkpoints) -> None:
         c, t = run.config, run.config.train
-        self.run, self.state, self.frozen, self.checkpoints, self.step = run, state, frozen, checkpoints, int(state.step)
+        self.run, self.state, self.frozen, self.checkpoints, self.step = (
+            run,
+            state,
+            frozen,
+            checkpoints,
+            int(state.step),
+        )
         self.batches = rollouts.feed(run, self.step, state.params, frozen)
-        self.batch, self.extra = self.batches.next(self.step, state.params)  # extra: what is recorded beside the step's own metrics
+        self.batch, self.extra = self.batches.next(
+            self.step, state.params
+        )  # extra: what is recorded beside the step's own metrics
         began = time.monotonic()
-        self.train_step = train_step.make_train_step(c, run.mesh).lower(state, self.batch, frozen).compile()  # ahead of time: no second compile can happen
+        self.train_step = (
+            train_step.make_train_step(c, run.mesh).lower(state, self.batch, frozen).compile()
+        )  # ahead of time: no second compile can happen
         self.eval_step = train_step.make_eval_step(c, run.mesh)
         self.compile_seconds = time.monotonic() - began
-        cli.say(f"compiled the step in {self.compile_seconds:.1f} s ({run.compiles.hits} programs from the cache, {run.compiles.misses} new)")
+        cli.say(
+            f"compiled the step in {self.compile_seconds:.1f} s ({run.compiles.hits} programs from the cache, {run.compiles.misses} new)"
+        )
         self.recent = StepMetrics(t.batch_size * c.length)
-        self.peak, self.flops = peak_flops(jax.devices()[0]), flops_per_token(c, model_init.count_params(c.model))
+        self.peak, self.flops = (
+            peak_flops(jax.devices()[0]),
+            flops_per_token(c, model_init.count_params(c.model)),
+        )
         self.tracker = Tracker(run.workdir, start=self.step) if jax.process_index() == 0 else None
         self.progress = Progress(start=self.step, steps=t.steps)
 
@@ -129,7 +169,9 @@ class Loop:
         """Steps until `last` or until stopped. Returns the run's status."""
         run, t = self.run, self.run.config.train
         profile, tracing, waited = checks.profile_range(run.config), False, 0.0
-        held_out = batches.with_reference(run, run.split(EVAL), EVAL, self.step, self.state.params, self.frozen)
+        held_out = batches.with_reference(
+            run, run.split(EVAL), EVAL, self.step, self.state.params, self.frozen
+        )
         due = lambda every: bool(every and self.step % every == 0) or self.step == last
         run.stop.grace = True
         self.progress.begin()
@@ -149,14 +191,28 @@ class Loop:
             if any(map(due, (t.log_every, t.save_every, t.eval_every, t.sample_every))) or stopping:
                 self.log()
             # saved before anything that takes long or may fail
-            if (due(t.save_every) or stopping) and not self.save(wait=stopping or self.step == last):
+            if (due(t.save_every) or stopping) and not self.save(
+                wait=stopping or self.step == last
+            ):
                 return "failed to save"
             if stopping:
                 return "interrupted"
             if due(t.eval_every) and held_out.count:
                 self.evaluate(held_out, answers=self.step == last or run.config.task.name == "grpo")
-            if due(t.sample_every) and t.sample_tokens and jax.process_count() == 1 and not run.config.task.name:
-                self.progress.note(self.step, sample(run, self.step, lora.apply_adapter(run.config.lora, self.frozen, self.state.params)))
+            if (
+                due(t.sample_every)
+                and t.sample_tokens
+                and jax.process_count() == 1
+                and not run.config.task.name
+            ):
+                self.progress.note(
+                    self.step,
+                    sample(
+                        run,
+                        self.step,
+                        lora.apply_adapter(run.config.lora, self.frozen, self.state.params),
+                    ),
+                )
             if self.step < last:
                 asked = time.monotonic()
                 self.batch, self.extra = self.batches.next(self.step, self.state.params)
@@ -171,9 +227,14 @@ class Loop:
         if not values:
             return
         values |= {"train/tokens": float(self.step) * c.train.batch_size * c.length, **memory()}
-        values |= {"perf/compile_seconds": self.compile_seconds, "perf/compiles": float(self.run.compiles.count)}
+        values |= {
+            "perf/compile_seconds": self.compile_seconds,
+            "perf/compiles": float(self.run.compiles.count),
+        }
         if self.peak:
-            values["perf/mfu"] = values["perf/tokens_per_sec"] * self.flops / (self.peak * jax.device_count())
+            values["perf/mfu"] = (
+                values["perf/tokens_per_sec"] * self.flops / (self.peak * jax.device_count())
+            )
         self.progress.show(self.step, values)
         if self.tracker:
             self.tracker.log(self.step, values)
@@ -187,15 +248,24 @@ class Loop:
             )
         if self.checkpoints.save(self.state, self.run.meta, wait=wait) or not wait:
             return True
-        return jax.process_count() == 1 and self.checkpoints.save(self.state, self.run.meta, wait=True)  # once more: a failure may pass
+        return jax.process_count() == 1 and self.checkpoints.save(
+            self.state, self.run.meta, wait=True
+        )  # once more: a failure may pass
 
     def evaluate(self, held_out: loader.Split, *, answers: bool) -> None:
         """Scores of the held-out split and, where a task judges them, of `answers`; keeps the best state."""
         run, c, params = self.run, self.run.config, self.state.params
         values = {}
         if c.task.name != "grpo":  # its objective is judged on answers alone
-            values = held_out_scores(c, run.mesh, held_out, run.tokenizer, self.eval_step, params, self.frozen)
-        if answers and isinstance(run.data, loading.Examples) and c.task.eval_samples and jax.process_count() == 1:
+            values = held_out_scores(
+                c, run.mesh, held_out, run.tokenizer, self.eval_step, params, self.frozen
+            )
+        if (
+            answers
+            and isinstance(run.data, loading.Examples)
+            and c.task.eval_samples
+            and jax.process_count() == 1
+        ):
             values |= evaluate_task(run, self.step, lora.apply_adapter(c.lora, self.frozen, params))
         self.progress.note(self.step, summary_line(values))
         if self.tracker:
@@ -213,9 +283,17 @@ def finish(run: Run, step: int, *, status: str) -> dict[str, Any]:
     """Marks the run, writes its report, returns the summary."""
     summary: dict[str, Any] = {"workdir": str(run.workdir), "step": step, "status": status}
     if jax.process_index() == 0:
-        records = read_jsonl(run.workdir / "metrics.jsonl") if (run.workdir / "metrics.jsonl").exists() else []
+        records = (
+            read_jsonl(run.workdir / "metrics.jsonl")
+            if (run.workdir / "metrics.jsonl").exists()
+            else []
+        )
         latest = {name: value for record in records for name, value in record.items()}
-        summary |= {name: value for name, value in latest.items() if name == "train/loss" or name.startswith(progress.SCORE_GROUPS)}
+        summary |= {
+            name: value
+            for name, value in latest.items()
+            if name == "train/loss" or name.startswith(progress.SCORE_GROUPS)
+        }
         report.mark(run.workdir, status=status, step=step)
         if status != "interrupted":  # a scheduler's grace period is short
             report.write(run.workdir, run.data if isinstance(run.data, shards.Prepared) else None)

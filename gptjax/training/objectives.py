@@ -28,20 +28,34 @@ def compute_loss(config: Config, params: Any, x_BTD: Array, batch: Batch, *, chu
     """The objective of `config.task` on hidden states as `model.apply` returns them."""
     weights, nothing = batch["loss_weights"], jnp.zeros(())
     if config.model.labels:
-        total, right = cross_entropy.head_loss(transformer.score(params, x_BTD), batch["targets"], weights)
+        total, right = cross_entropy.head_loss(
+            transformer.score(params, x_BTD), batch["targets"], weights
+        )
         return total, weights.sum(), right
     if config.task.name == "preference":
-        return _preference(config, cross_entropy.token_logprobs(config.model, params, x_BTD, batch["targets"], chunk=chunk), batch)
+        return _preference(
+            config,
+            cross_entropy.token_logprobs(
+                config.model, params, x_BTD, batch["targets"], chunk=chunk
+            ),
+            batch,
+        )
     if config.task.name == "grpo":
-        logp = cross_entropy.token_logprobs(config.model, params, x_BTD, batch["targets"], chunk=chunk)
+        logp = cross_entropy.token_logprobs(
+            config.model, params, x_BTD, batch["targets"], chunk=chunk
+        )
         return (*_grpo(config, logp, batch), nothing)
-    total = cross_entropy.token_cross_entropy(config.model, params, x_BTD, batch["targets"], weights, chunk=chunk)
+    total = cross_entropy.token_cross_entropy(
+        config.model, params, x_BTD, batch["targets"], weights, chunk=chunk
+    )
     return total, weights.sum(), nothing
 
 
 def segment_sums(values_BT: Array, segments_BT: Array) -> Array:
     """[B, T + 1] sums over the positions of each segment number; column 0 is what is no segment."""
-    one = lambda values, segments: jax.ops.segment_sum(values, segments, num_segments=values.shape[0] + 1)
+    one = lambda values, segments: jax.ops.segment_sum(
+        values, segments, num_segments=values.shape[0] + 1
+    )
     return jax.vmap(one)(values_BT, segments_BT)
 
 
@@ -60,17 +74,41 @@ def _preference(config: Config, logp_BT: Array, batch: Batch) -> Sums:
     if config.task.loss == "orpo":
         means = sums / jnp.maximum(lengths, 1)
         means = jnp.where(there, means, -1.0)  # an empty place has no odds
-        loss, found = preference_losses.orpo(means[0], means[1], nll=-means[0], weight=config.task.beta)
+        loss, found = preference_losses.orpo(
+            means[0], means[1], nll=-means[0], weight=config.task.beta
+        )
     elif config.task.loss == "kto":
         assert reference is not None
         kl = ((sums - reference)[2] * there).sum() / jnp.maximum(there.sum(), 1)
-        both = [preference_losses.kto(sums[i], reference[i], desirable=jnp.full(there.shape, i == 0), kl=kl, beta=config.task.beta) for i in (0, 1)]
-        loss, found = both[0][0] + both[1][0], {"accuracy": (both[0][1]["accuracy"] + both[1][1]["accuracy"]) / 2}
+        both = [
+            preference_losses.kto(
+                sums[i],
+                reference[i],
+                desirable=jnp.full(there.shape, i == 0),
+                kl=kl,
+                beta=config.task.beta,
+            )
+            for i in (0, 1)
+        ]
+        loss, found = (
+            both[0][0] + both[1][0],
+            {"accuracy": (both[0][1]["accuracy"] + both[1][1]["accuracy"]) / 2},
+        )
     else:
         assert reference is not None
         function = {"dpo": preference_losses.dpo, "ipo": preference_losses.ipo}[config.task.loss]
-        loss, found = function(sums[0], sums[1], reference_chosen=reference[0], reference_rejected=reference[1], beta=config.task.beta)
-    return jnp.where(there, loss, 0.0).sum(), there.sum().astype(jnp.float32), (found["accuracy"] * there).sum()
+        loss, found = function(
+            sums[0],
+            sums[1],
+            reference_chosen=reference[0],
+            reference_rejected=reference[1],
+            beta=config.task.beta,
+        )
+    return (
+        jnp.where(there, loss, 0.0).sum(),
+        there.sum().astype(jnp.float32),
+        (found["accuracy"] * there).sum(),
+    )
 
 
 def _grpo(config: Config, logp_BT: Array, batch: Batch) -> tuple[Array, Array]:
@@ -78,5 +116,10 @@ def _grpo(config: Config, logp_BT: Array, batch: Batch) -> tuple[Array, Array]:
     advantages = batch["advantages"][:, 0]
     # one update follows each set of answers, so the policy that wrote them is the one that is updated: the ratio is 1, its gradient is not 0
     return preference_losses.grpo(
-        logp_BT, jax.lax.stop_gradient(logp_BT), mask=batch["loss_weights"], advantages=advantages, reference=reference, kl_weight=config.task.kl_coef
+        logp_BT,
+        jax.lax.stop_gradient(logp_BT),
+        mask=batch["loss_weights"],
+        advantages=advantages,
+        reference=reference,
+        kl_weight=config.task.kl_coef,
     )

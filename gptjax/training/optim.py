@@ -22,7 +22,9 @@ def schedule(config: Config) -> Callable[[Any], Any]:
 
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
-        warm = (step + 1) / max(o.warmup_steps, 1)  # never 0: a first step without a change would waste its batch
+        warm = (step + 1) / max(
+            o.warmup_steps, 1
+        )  # never 0: a first step without a change would waste its batch
         share = jnp.clip((step - o.warmup_steps) / max(steps - 1 - o.warmup_steps, 1), 0.0, 1.0)
         return o.lr * jnp.where(step < o.warmup_steps, warm, shape(o, share))
 
@@ -30,9 +32,15 @@ def schedule(config: Config) -> Callable[[Any], Any]:
 
 
 SCHEDULES: dict[str, Callable[[OptimConfig, Any], Any]] = {
-    "cosine": lambda o, share: o.min_lr_ratio + (1 - o.min_lr_ratio) * 0.5 * (1 + jnp.cos(jnp.pi * share)),
+    "cosine": lambda o, share: (
+        o.min_lr_ratio + (1 - o.min_lr_ratio) * 0.5 * (1 + jnp.cos(jnp.pi * share))
+    ),
     "linear": lambda o, share: 1 - (1 - o.min_lr_ratio) * share,
-    "wsd": lambda o, share: 1 - (1 - o.min_lr_ratio) * jnp.clip((share - 1 + o.decay_fraction) / max(o.decay_fraction, 1e-9), 0.0, 1.0),
+    "wsd": lambda o, share: (
+        1
+        - (1 - o.min_lr_ratio)
+        * jnp.clip((share - 1 + o.decay_fraction) / max(o.decay_fraction, 1e-9), 0.0, 1.0)
+    ),
     "constant": lambda o, share: jnp.ones_like(share),
 }
 
@@ -50,7 +58,9 @@ def _muon(o: OptimConfig, rate: Callable[[Any], Any], decays: Any) -> optax.Grad
         adam_b1=o.b1,
         adam_b2=o.b2,
         adam_learning_rate=rate,
-        muon_weight_dimension_numbers=lambda params: tree.map_with_path(lambda path, _: tree.first_match(_MATRICES, path), params),
+        muon_weight_dimension_numbers=lambda params: tree.map_with_path(
+            lambda path, _: tree.first_match(_MATRICES, path), params
+        ),
     )
 
 
@@ -64,7 +74,10 @@ _MATRICES: tuple[tuple[str, MuonDimensionNumbers | None], ...] = (
 )
 
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": _adamw, "muon": _muon}
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "muon": _muon,
+}
 
 
 def layer_decay(share: float, layers: int) -> optax.GradientTransformation:
@@ -86,16 +99,26 @@ def optimizer(config: Config, params: Any) -> optax.GradientTransformation:
     """
     o = config.optim
     for name, patterns in (("no_decay", o.no_decay), ("freeze", o.freeze)):
-        missing = [p for p in tree.unmatched_patterns(patterns, params) if not (name == "no_decay" and p in OptimConfig().no_decay)]
+        missing = [
+            p
+            for p in tree.unmatched_patterns(patterns, params)
+            if not (name == "no_decay" and p in OptimConfig().no_decay)
+        ]
         if missing:
             some = ", ".join(list(tree.flatten(params))[:4])
-            raise UserError(f"optim.{name} = {list(patterns)}: {missing[0]!r} matches no parameter; paths look like {some}")
+            raise UserError(
+                f"optim.{name} = {list(patterns)}: {missing[0]!r} matches no parameter; paths look like {some}"
+            )
     decays = tree.map_with_path(lambda path, _: not tree.matches(o.no_decay, path), params)
     trained = tree.map_with_path(lambda path, _: not tree.matches(o.freeze, path), params)
     if not any(tree.flatten(trained).values()):
-        raise UserError(f"optim.freeze = {list(o.freeze)} freezes every parameter: nothing is left to train")
+        raise UserError(
+            f"optim.freeze = {list(o.freeze)} freezes every parameter: nothing is left to train"
+        )
     parts = [optax.clip_by_global_norm(o.max_grad_norm)] if o.max_grad_norm else []
-    ends = [layer_decay(o.layerwise_lr_decay, config.model.layers)] if o.layerwise_lr_decay < 1 else []
+    ends = (
+        [layer_decay(o.layerwise_lr_decay, config.model.layers)] if o.layerwise_lr_decay < 1 else []
+    )
     chain = optax.chain(*parts, OPTIMIZERS[o.name](o, schedule(config), decays), *ends)
     if all(tree.flatten(trained).values()):
         return chain

@@ -17,23 +17,37 @@ from gptjax.core.types import Array
 Result = tuple[Array, dict[str, Array]]
 
 
-_NEARLY_CERTAIN = -1e-6  # ORPO: a mean log-probability above counts as this one, where the odds are still finite
+_NEARLY_CERTAIN = (
+    -1e-6
+)  # ORPO: a mean log-probability above counts as this one, where the odds are still finite
 
 
 _STEEP = 10.0  # GRPO: exp goes on as its tangent from here, so that ratios of e^10 and more keep a finite gradient
 
 
-def dpo(chosen: Any, rejected: Any, *, reference_chosen: Any, reference_rejected: Any, beta: float = 0.1, label_smoothing: float = 0.0) -> Result:
+def dpo(
+    chosen: Any,
+    rejected: Any,
+    *,
+    reference_chosen: Any,
+    reference_rejected: Any,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Result:
     """Direct preference optimization (Rafailov et al. 2023, eq. 7); log-probabilities of answers, all [N].
 
     beta > 0: how closely to stay at the reference. label_smoothing in [0, 0.5): the share of pairs believed to be labelled the wrong way
     round (conservative DPO, Mitchell 2023). Raises ValueError on unequal shapes."""
     rewards = _rewards(beta, chosen, rejected, reference_chosen, reference_rejected)
     margin = rewards["reward_margin"]
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin), rewards
+    return -(1 - label_smoothing) * jax.nn.log_sigmoid(
+        margin
+    ) - label_smoothing * jax.nn.log_sigmoid(-margin), rewards
 
 
-def ipo(chosen: Any, rejected: Any, *, reference_chosen: Any, reference_rejected: Any, beta: float = 0.1) -> Result:
+def ipo(
+    chosen: Any, rejected: Any, *, reference_chosen: Any, reference_rejected: Any, beta: float = 0.1
+) -> Result:
     """Identity preference optimization (Azar et al. 2024; beta is the paper's tau): pulls the log-ratio to 1 / (2 beta).
 
     Arguments and errors as in `dpo`; long answers ask for means over tokens in place of sums."""
@@ -50,11 +64,21 @@ def orpo(chosen: Any, rejected: Any, *, nll: Any, weight: float = 0.1) -> Result
     chosen, rejected, nll = _same_shape(chosen, rejected, nll)
     log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
     rewards = _compare(weight * chosen, weight * rejected)
-    return nll - weight * jax.nn.log_sigmoid(log_odds_ratio), {**rewards, "log_odds_ratio": log_odds_ratio}
+    return nll - weight * jax.nn.log_sigmoid(log_odds_ratio), {
+        **rewards,
+        "log_odds_ratio": log_odds_ratio,
+    }
 
 
 def kto(
-    logprobs: Any, reference: Any, *, desirable: Any, kl: Any, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+    logprobs: Any,
+    reference: Any,
+    *,
+    desirable: Any,
+    kl: Any,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
 ) -> Result:
     """Kahneman-Tversky optimization (Ethayarajh et al. 2024): answers with a thumb up or down, no pairs.
 
@@ -69,11 +93,22 @@ def kto(
     advantage = jnp.where(good, ratio - point, point - ratio)
     loss = jnp.where(good, desirable_weight, undesirable_weight) * jax.nn.sigmoid(-beta * advantage)
     accuracy = (advantage > 0).astype(jnp.float32)
-    return loss, {"reward": beta * ratio, "accuracy": accuracy, "kl": jnp.broadcast_to(point, loss.shape)}
+    return loss, {
+        "reward": beta * ratio,
+        "accuracy": accuracy,
+        "kl": jnp.broadcast_to(point, loss.shape),
+    }
 
 
 def grpo(
-    logprobs: Any, old: Any, *, mask: Any, advantages: Any, reference: Any = None, clip: float = 0.2, kl_weight: float = 0.04
+    logprobs: Any,
+    old: Any,
+    *,
+    mask: Any,
+    advantages: Any,
+    reference: Any = None,
+    clip: float = 0.2,
+    kl_weight: float = 0.04,
 ) -> tuple[Array, Array]:
     """Group relative policy optimization (Shao et al. 2024, eq. 3): (sum over answers of the mean loss of their tokens, number of answers).
 
@@ -82,13 +117,19 @@ def grpo(
     flattened. clip: the ratio's distance from 1 past which nothing more is gained. kl_weight: the paper's beta, on the k3 estimator
     r - 1 - log r of KL(policy | reference), r = reference / policy (Schulman 2020). Where a ratio exceeds e^10, exp goes on as a line.
     Raises ValueError on unequal shapes."""
-    logprobs, old, mask, reference = _same_shape(logprobs, old, mask, logprobs if reference is None else reference)
+    logprobs, old, mask, reference = _same_shape(
+        logprobs, old, mask, logprobs if reference is None else reference
+    )
     advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
     if logprobs.ndim != 2 or advantages.shape != logprobs.shape[:1]:
-        raise ValueError(f"log-probabilities {logprobs.shape} must be [N, T] and advantages {advantages.shape} [N]")
+        raise ValueError(
+            f"log-probabilities {logprobs.shape} must be [N, T] and advantages {advantages.shape} [N]"
+        )
     seen = mask > 0
     ratio = _exp(jnp.where(seen, logprobs - jax.lax.stop_gradient(old), 0.0))
-    gain = jnp.minimum(ratio * advantages[:, None], jnp.clip(ratio, 1 - clip, 1 + clip) * advantages[:, None])
+    gain = jnp.minimum(
+        ratio * advantages[:, None], jnp.clip(ratio, 1 - clip, 1 + clip) * advantages[:, None]
+    )
     log_r = jnp.where(seen, jax.lax.stop_gradient(reference) - logprobs, 0.0)
     loss = kl_weight * (_exp(log_r) - 1 - log_r) - gain
     lengths = seen.sum(1)
@@ -107,12 +148,18 @@ def advantages(rewards: Any, *, epsilon: float = 1e-4) -> Array:
         raise ValueError(f"rewards {rewards.shape} must be [G, n]: n answers to each of G prompts")
     centred = rewards - rewards.mean(1, keepdims=True)
     deviation = jnp.sqrt(jnp.square(centred).sum(1, keepdims=True) / max(rewards.shape[1] - 1, 1))
-    equal = rewards.max(1, keepdims=True) == rewards.min(1, keepdims=True)  # their mean may be off by a rounding, and so may each difference
+    equal = rewards.max(1, keepdims=True) == rewards.min(
+        1, keepdims=True
+    )  # their mean may be off by a rounding, and so may each difference
     return jnp.where(equal, 0.0, centred / (deviation + epsilon))
 
 
-def _rewards(beta: float, chosen: Any, rejected: Any, reference_chosen: Any, reference_rejected: Any) -> dict[str, Array]:
-    chosen, rejected, *reference = _same_shape(chosen, rejected, reference_chosen, reference_rejected)
+def _rewards(
+    beta: float, chosen: Any, rejected: Any, reference_chosen: Any, reference_rejected: Any
+) -> dict[str, Array]:
+    chosen, rejected, *reference = _same_shape(
+        chosen, rejected, reference_chosen, reference_rejected
+    )
     frozen_chosen, frozen_rejected = jax.lax.stop_gradient(reference)
     return _compare(beta * (chosen - frozen_chosen), beta * (rejected - frozen_rejected))
 
@@ -120,7 +167,12 @@ def _rewards(beta: float, chosen: Any, rejected: Any, reference_chosen: Any, ref
 def _compare(chosen: Array, rejected: Array) -> dict[str, Array]:
     margin = chosen - rejected
     accuracy = (margin > 0).astype(jnp.float32)
-    return {"reward_chosen": chosen, "reward_rejected": rejected, "reward_margin": margin, "accuracy": accuracy}
+    return {
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
+        "reward_margin": margin,
+        "accuracy": accuracy,
+    }
 
 
 def _same_shape(*arrays: Any) -> tuple[Array, ...]:
@@ -138,4 +190,6 @@ def _log_odds(log_p: Array) -> Array:
 
 
 def _exp(x: Array) -> Array:
-    return jnp.where(x > _STEEP, jnp.exp(_STEEP) * (1 + x - _STEEP), jnp.exp(jnp.minimum(x, _STEEP)))
+    return jnp.where(
+        x > _STEEP, jnp.exp(_STEEP) * (1 + x - _STEEP), jnp.exp(jnp.minimum(x, _STEEP))
+    )

@@ -33,7 +33,14 @@ def environment() -> dict[str, Any]:
     """Versions, devices and the git commit, for run.json and the report."""
     try:
         root = Path(gptjax.__file__).parent
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = "unknown"
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -58,7 +65,9 @@ def mark(workdir: Path, **values: Any) -> None:
 def bigram_bits(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
     """Bits that a token bigram model spends on held_out[1:]: absolute discounting (0.75) over an add-one unigram (Ney et al. 1994)."""
     unigram = (np.bincount(train, minlength=vocab_size) + 1.0) / (len(train) + vocab_size)
-    keys, counts = np.unique(train[:-1].astype(np.int64) * vocab_size + train[1:], return_counts=True)
+    keys, counts = np.unique(
+        train[:-1].astype(np.int64) * vocab_size + train[1:], return_counts=True
+    )
     context_total = np.bincount(train[:-1], minlength=vocab_size)
     context_kinds = np.bincount(keys // vocab_size, minlength=vocab_size)
     before, after = held_out[:-1].astype(np.int64), held_out[1:].astype(np.int64)
@@ -78,13 +87,22 @@ def baselines(prepared: Prepared, limit: int) -> dict[str, float]:
     tokens = held_out.read(0, min(held_out.total, limit))
     text = prepared.tokenizer.decode_bytes(tokens.tolist())
     train = Windows.of(prepared, TRAIN, 1, isolate=False)
-    bits = bigram_bits(train.read(0, min(train.total, _BASELINE_TOKENS)), tokens, prepared.tokenizer.vocab_size)
-    return {"xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text), "token bigram model": bits / len(text)}
+    bits = bigram_bits(
+        train.read(0, min(train.total, _BASELINE_TOKENS)), tokens, prepared.tokenizer.vocab_size
+    )
+    return {
+        "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
+        "token bigram model": bits / len(text),
+    }
 
 
-def curve(title: str, series: dict[str, list[tuple[float, float]]], *, width: int = 640, height: int = 260) -> str:
+def curve(
+    title: str, series: dict[str, list[tuple[float, float]]], *, width: int = 640, height: int = 260
+) -> str:
     """A line chart as inline SVG: {name: [(step, value)]}."""
-    series = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
+    series = {
+        name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()
+    }
     points = [p for line in series.values() for p in line]
     if len(points) < 2:
         return ""
@@ -98,15 +116,23 @@ def curve(title: str, series: dict[str, list[tuple[float, float]]], *, width: in
     ]
     for i in range(5):
         y, x = y0 + (y1 - y0) * i / 4, x0 + (x1 - x0) * i / 4
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{py(y):.1f}" y2="{py(y):.1f}" class="grid"/>')
+        parts.append(
+            f'<line x1="{left}" x2="{right}" y1="{py(y):.1f}" y2="{py(y):.1f}" class="grid"/>'
+        )
         parts.append(
             f'<text x="{left - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:.4g}</text><text x="{px(x):.1f}" y="{height - 8}" text-anchor="middle">{x:.0f}</text>'
         )
     for k, (name, line) in enumerate(series.items()):
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line)
         parts.append(f'<polyline points="{path}" class="line{k}"/>')
-        parts += [f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.5" class="line{k}"/>' for x, y in line if len(line) < 40]
-        parts.append(f'<text x="{right}" y="{16 + 14 * k}" text-anchor="end" class="name{k}">{html.escape(name)}</text>')
+        parts += [
+            f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.5" class="line{k}"/>'
+            for x, y in line
+            if len(line) < 40
+        ]
+        parts.append(
+            f'<text x="{right}" y="{16 + 14 * k}" text-anchor="end" class="name{k}">{html.escape(name)}</text>'
+        )
     return "".join(parts) + "</svg>"
 
 
@@ -124,7 +150,13 @@ td,th{padding:.25em .9em;text-align:left;border-bottom:1px solid #d8dee4}td.n{te
 
 def _table(rows: Sequence[tuple[str, str]], *, numbers: bool = False) -> str:
     kind = ' class="n"' if numbers else ""
-    return "<table>" + "".join(f"<tr><td>{html.escape(a)}</td><td{kind}>{html.escape(b)}</td></tr>" for a, b in rows) + "</table>"
+    return (
+        "<table>"
+        + "".join(
+            f"<tr><td>{html.escape(a)}</td><td{kind}>{html.escape(b)}</td></tr>" for a, b in rows
+        )
+        + "</table>"
+    )
 
 
 def write(workdir: Path, prepared: Prepared | None) -> None:
@@ -135,8 +167,12 @@ def write(workdir: Path, prepared: Prepared | None) -> None:
     of = lambda name: [(float(r["step"]), float(r[name])) for r in records if name in r]
     if "baselines" not in run and prepared:
         length = config["data"]["length"] or config["model"]["context"]
-        batches = config["train"]["eval_batches"] * config["train"]["batch_size"] * length + 1  # what the evaluation sees
-        run["baselines"] = baselines(prepared, batches if config["train"]["eval_batches"] else _BASELINE_TOKENS)
+        batches = (
+            config["train"]["eval_batches"] * config["train"]["batch_size"] * length + 1
+        )  # what the evaluation sees
+        run["baselines"] = baselines(
+            prepared, batches if config["train"]["eval_batches"] else _BASELINE_TOKENS
+        )
         files.write_text(workdir / "run.json", json.dumps(run, indent=1))
     compared = list(run.get("baselines", {}).items())
     if (bits := of("eval/bits_per_byte")) and prepared:
@@ -147,20 +183,42 @@ def write(workdir: Path, prepared: Prepared | None) -> None:
         curve("learning rate", {"lr": of("train/lr")}),
         curve("throughput (tokens per second)", {"tokens/s": of("perf/tokens_per_sec")}),
     ]
-    samples = sorted((p for p in (workdir / "samples").glob("*.txt") if p.stem.isdigit()), key=lambda p: int(p.stem))
+    samples = sorted(
+        (p for p in (workdir / "samples").glob("*.txt") if p.stem.isdigit()),
+        key=lambda p: int(p.stem),
+    )
     sections = [
         f"<h1>{html.escape(workdir.name)}</h1><p>step {run.get('step')}, {html.escape(str(run.get('status')))}; {html.escape(str(run.get('devices')))}</p>",
         f'<div class="charts">{"".join(charts)}</div>',
     ]
-    if judged := {name: value for r in records for name, value in r.items() if name.startswith(progress.SCORE_GROUPS) and isinstance(value, float)}:
-        sections.append(f"<h2>Held-out scores</h2>{_table([(progress.display_name(n), f'{v:.4f}') for n, v in judged.items()], numbers=True)}")
+    if judged := {
+        name: value
+        for r in records
+        for name, value in r.items()
+        if name.startswith(progress.SCORE_GROUPS) and isinstance(value, float)
+    }:
+        sections.append(
+            f"<h2>Held-out scores</h2>{_table([(progress.display_name(n), f'{v:.4f}') for n, v in judged.items()], numbers=True)}"
+        )
     if compared:
         rows = [(name, f"{value:.3f}") for name, value in sorted(compared, key=lambda row: -row[1])]
-        sections.append(f"<h2>Bits per byte on the same held-out text</h2>{_table(rows, numbers=True)}")
+        sections.append(
+            f"<h2>Bits per byte on the same held-out text</h2>{_table(rows, numbers=True)}"
+        )
     for sample in reversed(samples[-3:]):
-        sections.append(f"<h2>Sample at step {sample.stem}</h2><pre>{html.escape(sample.read_text(encoding='utf-8'))}</pre>")
-    settings = [(f"{section}.{name}", json.dumps(value)) for section, content in config.items() for name, value in content.items()]
-    sections.append(f"<h2>Config</h2><details><summary>{len(settings)} knobs</summary>{_table(settings)}</details>")
-    sections.append(f"<h2>Environment</h2>{_table([(k, json.dumps(v)) for k, v in run.items() if k not in ('baselines',)])}")
+        sections.append(
+            f"<h2>Sample at step {sample.stem}</h2><pre>{html.escape(sample.read_text(encoding='utf-8'))}</pre>"
+        )
+    settings = [
+        (f"{section}.{name}", json.dumps(value))
+        for section, content in config.items()
+        for name, value in content.items()
+    ]
+    sections.append(
+        f"<h2>Config</h2><details><summary>{len(settings)} knobs</summary>{_table(settings)}</details>"
+    )
+    sections.append(
+        f"<h2>Environment</h2>{_table([(k, json.dumps(v)) for k, v in run.items() if k not in ('baselines',)])}"
+    )
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(workdir.name)}</title><style>{_STYLE}</style>{"".join(sections)}</html>'
     files.write_text(workdir / "report.html", page)

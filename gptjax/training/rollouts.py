@@ -42,21 +42,41 @@ class Rollouts:
 
     def _prompts(self, step: int) -> Iterator[int]:
         """Numbers of the step's prompts: each example once an epoch, in an order drawn anew."""
-        count, groups = len(self._examples), self._config.train.batch_size // self._config.task.num_generations
+        count, groups = (
+            len(self._examples),
+            self._config.train.batch_size // self._config.task.num_generations,
+        )
         for at in range(step * groups, (step + 1) * groups):
-            random = np.random.Generator(np.random.Philox(key=(self._config.train.seed, at // count)))
+            random = np.random.Generator(
+                np.random.Philox(key=(self._config.train.seed, at // count))
+            )
             yield int(random.permutation(count)[at % count])
 
     def next(self, step: int, params: Any) -> tuple[dict[str, Array], dict[str, float]]:
         c, task = self._config, self._config.task
         chosen = [self._examples[i] for i in self._prompts(step)]
-        lm = LanguageModel(c.model, lora.apply_adapter(c.lora, self._frozen, params), self._run.tokenizer)
-        seed = int(np.random.Generator(np.random.Philox(key=(c.train.seed, step))).integers(1 << 31))
+        lm = LanguageModel(
+            c.model, lora.apply_adapter(c.lora, self._frozen, params), self._run.tokenizer
+        )
+        seed = int(
+            np.random.Generator(np.random.Philox(key=(c.train.seed, step))).integers(1 << 31)
+        )
         prompts = [e.ids[: e.prompt].tolist() for e in chosen]
-        found = lm.generate(prompts, max_new_tokens=task.max_new_tokens, n=task.num_generations, temperature=1.0, seed=seed)
+        found = lm.generate(
+            prompts,
+            max_new_tokens=task.max_new_tokens,
+            n=task.num_generations,
+            temperature=1.0,
+            seed=seed,
+        )
         asked = [e for e in chosen for _ in range(task.num_generations)]
-        rewards = np.array([self._reward(one.text, e.references) for e, one in zip(asked, found, strict=True)], np.float32)
-        gains = np.asarray(preference_losses.advantages(rewards.reshape(-1, task.num_generations))).reshape(-1)
+        rewards = np.array(
+            [self._reward(one.text, e.references) for e, one in zip(asked, found, strict=True)],
+            np.float32,
+        )
+        gains = np.asarray(
+            preference_losses.advantages(rewards.reshape(-1, task.num_generations))
+        ).reshape(-1)
         rows = []
         for e, one, gain in zip(asked, found, gains, strict=True):
             answer = one.tokens if one.end is None else [*one.tokens, one.end]

@@ -41,7 +41,9 @@ class Run:
     data: Data
     compiles: Compiles
     stop: Stop
-    meta: dict[str, Any]  # what each of its checkpoints carries: the config and what else must not change
+    meta: dict[
+        str, Any
+    ]  # what each of its checkpoints carries: the config and what else must not change
     source: pretrained.Pretrained | None = None  # what train.init_from names
 
     @property
@@ -60,7 +62,9 @@ def split_rows(config: Config, data: Data, name: str) -> loader.Split:
     """The rows of a split: packed examples of a task, or windows of documents."""
     if isinstance(data, shards.Prepared):
         return loader.Windows.of(data, name, config.length, isolate=config.data.mask_documents)
-    units = [loading.packed_example(config, e) for e in (data.train if name == TRAIN else data.eval)]
+    units = [
+        loading.packed_example(config, e) for e in (data.train if name == TRAIN else data.eval)
+    ]
     return Packed.of(units, config.length, pack=config.task.pack, seed=config.train.seed)
 
 
@@ -71,16 +75,32 @@ def resolve_checkpoint(config: Config) -> tuple[Config, pretrained.Pretrained | 
         return config, None
     found = pretrained.read_checkpoint(config.train.init_from)
     if found.tokenizer is None:
-        raise UserError(f"train.init_from = {config.train.init_from!r} has no tokenizer: put its tokenizer.json beside it")
-    kept = {f.name for f in dataclasses.fields(ModelConfig) if not f.metadata["shapes"]} | {"dropout", "dtype", "context"}
-    shape = {name: value for name, value in dataclasses.asdict(found.config).items() if name not in kept}
+        raise UserError(
+            f"train.init_from = {config.train.init_from!r} has no tokenizer: put its tokenizer.json beside it"
+        )
+    kept = {f.name for f in dataclasses.fields(ModelConfig) if not f.metadata["shapes"]} | {
+        "dropout",
+        "dtype",
+        "context",
+    }
+    shape = {
+        name: value for name, value in dataclasses.asdict(found.config).items() if name not in kept
+    }
     context = min(config.model.context, found.config.context)
-    place = Path(config.train.init_from).expanduser()  # kept whole: a run's adapters are read again from another folder
-    train = dataclasses.replace(config.train, init_from=str(place.resolve()) if place.exists() else config.train.init_from)
-    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape, context=context), train=train)
+    place = Path(
+        config.train.init_from
+    ).expanduser()  # kept whole: a run's adapters are read again from another folder
+    train = dataclasses.replace(
+        config.train, init_from=str(place.resolve()) if place.exists() else config.train.init_from
+    )
+    changed = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **shape, context=context), train=train
+    )
     if faults := checks.cross_checks(changed):
         raise UserError("; ".join(faults))
-    if (places := len(found.params["embed"].get("prompt", ()))) and config.lora.prompt_tokens != places:
+    if (
+        places := len(found.params["embed"].get("prompt", ()))
+    ) and config.lora.prompt_tokens != places:
         raise UserError(
             f"train.init_from = {config.train.init_from!r} has {places} learned prompt tokens: set lora.prompt_tokens = {places} to tune them on, "
             "or start from the checkpoint below them"
@@ -106,9 +126,13 @@ def resolve_config(config: Config, data: Data) -> Config:
     """The config with what follows from the data: vocabulary, labels of a head, steps of so many epochs."""
     m, vocab_size = config.model, data.tokenizer.vocab_size
     if m.vocab_size and m.vocab_size < vocab_size:
-        raise UserError(f"model.vocab_size = {m.vocab_size} is smaller than the tokenizer's {vocab_size}: set 0 to take the tokenizer's")
+        raise UserError(
+            f"model.vocab_size = {m.vocab_size} is smaller than the tokenizer's {vocab_size}: set 0 to take the tokenizer's"
+        )
     labels = data.labels if isinstance(data, loading.Examples) and loading.has_head(config) else ()
-    config = dataclasses.replace(config, model=dataclasses.replace(m, vocab_size=m.vocab_size or vocab_size, labels=labels))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(m, vocab_size=m.vocab_size or vocab_size, labels=labels)
+    )
     if epochs := config.train.epochs:
         steps = max(1, math.ceil(epochs * rows_of_epoch(config, data) / config.train.batch_size))
         if config.optim.warmup_steps > steps:
@@ -132,7 +156,9 @@ def fit_head(config: Config, source: pretrained.Pretrained) -> None:
     if not labels:
         params.pop("score", None)
         if not config.model.tie_embeddings and "head" not in params:
-            raise UserError(f"train.init_from = {config.train.init_from!r} tells classes apart and has no head for text: start from a language model")
+            raise UserError(
+                f"train.init_from = {config.train.init_from!r} tells classes apart and has no head for text: start from a language model"
+            )
         return
     params.pop("head", None)
     if source.config.labels != labels or "score" not in params:
@@ -141,14 +167,18 @@ def fit_head(config: Config, source: pretrained.Pretrained) -> None:
         params["score"] = {"kernel": kernel.astype(np.float32)}
 
 
-def fingerprints(config: Config, data: Data, source: pretrained.Pretrained | None) -> dict[str, str]:
+def fingerprints(
+    config: Config, data: Data, source: pretrained.Pretrained | None
+) -> dict[str, str]:
     """What a resumed run must find unchanged: data, tokenizer and, where adapters stand on one, the checkpoint."""
     text = data.source if isinstance(data, shards.Prepared) else data.fingerprint
     base = pretrained.params_digest(source.params) if source and config.lora.on else ""
     return {"data": text, "tokenizer": data.tokenizer.fingerprint, "base": base}
 
 
-def setup(config: Config, workdir: Path, overrides: dict[str, str], stop: Stop, compiles: Compiles) -> Run:
+def setup(
+    config: Config, workdir: Path, overrides: dict[str, str], stop: Stop, compiles: Compiles
+) -> Run:
     """Checks everything, then describes the run in its workdir; nothing is written when a check fails."""
     config, source = resolve_checkpoint(config)
     data = load_data(config, source)
@@ -157,12 +187,31 @@ def setup(config: Config, workdir: Path, overrides: dict[str, str], stop: Stop, 
         fit_head(config, source)
     mesh = make_mesh(config)
     if len(data.tokenizer.encode(config.train.sample_prompt)) > config.model.context:
-        raise UserError(f"train.sample_prompt is longer than model.context = {config.model.context} tokens: shorten it")
+        raise UserError(
+            f"train.sample_prompt is longer than model.context = {config.model.context} tokens: shorten it"
+        )
     prints = fingerprints(config, data, source)
     check_same_run(workdir, config, prints)
     if jax.process_index() == 0:
         files.write_text(workdir / "config.json", schema.to_json(config))
         files.write_text(workdir / "overrides.json", json.dumps(overrides))
         data.tokenizer.save(workdir / "tokenizer")
-        report.mark(workdir, status="running", argv=sys.argv, seed=config.train.seed, mesh=dict(mesh.shape), **report.environment(), **prints)
-    return Run(config, workdir, mesh, data, compiles, stop, {"config": schema.to_dict(config), **prints}, source)
+        report.mark(
+            workdir,
+            status="running",
+            argv=sys.argv,
+            seed=config.train.seed,
+            mesh=dict(mesh.shape),
+            **report.environment(),
+            **prints,
+        )
+    return Run(
+        config,
+        workdir,
+        mesh,
+        data,
+        compiles,
+        stop,
+        {"config": schema.to_dict(config), **prints},
+        source,
+    )

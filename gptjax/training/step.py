@@ -27,7 +27,14 @@ from gptjax.training import objectives, optim
 Batch = dict[str, Array]
 
 
-def init_trained(config: Config, key: Array, frozen: Any, given: Any, *, rows_sharding: jax.sharding.Sharding | None = None) -> Any:
+def init_trained(
+    config: Config,
+    key: Array,
+    frozen: Any,
+    given: Any,
+    *,
+    rows_sharding: jax.sharding.Sharding | None = None,
+) -> Any:
     """The parameters that training changes, before the first step: the whole model, or adapters on `frozen` ones beside what is `given`."""
     if not config.lora.on:
         return model_init.init_params(config.model, key, rows_sharding=rows_sharding)
@@ -42,28 +49,43 @@ def split_base_and_trainable(config: Config, params: Any) -> tuple[Any, Any]:
     if "prompt" in params["embed"]:
         given["embed"] = {"prompt": params["embed"]["prompt"]}
     base = {name: part for name, part in params.items() if name != "score"}
-    return base | {"embed": {name: part for name, part in params["embed"].items() if name != "prompt"}}, given
+    return base | {
+        "embed": {name: part for name, part in params["embed"].items() if name != "prompt"}
+    }, given
 
 
 def prepare_base(config: Config, base: Any) -> Any:
     """The base of adapters as the step reads it: as it is, or with its matrices in int8."""
-    return quantize.inference_params(base, weights="int8") if config.lora.base == "int8" and base else base
+    return (
+        quantize.inference_params(base, weights="int8")
+        if config.lora.base == "int8" and base
+        else base
+    )
 
 
 def new_state(
-    config: Config, tx: optax.GradientTransformation, frozen: Any, given: Any, *, rows_sharding: jax.sharding.Sharding | None = None
+    config: Config,
+    tx: optax.GradientTransformation,
+    frozen: Any,
+    given: Any,
+    *,
+    rows_sharding: jax.sharding.Sharding | None = None,
 ) -> TrainState:
     """The state before the first step, a function of `train.seed` and the checkpoint's parameters alone."""
     params_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
     params = init_trained(config, params_key, frozen, given, rows_sharding=rows_sharding)
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jax.random.key_data(dropout_key))
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, tx.init(params), jax.random.key_data(dropout_key)
+    )
 
 
 def state_shapes(config: Config) -> tuple[TrainState, optax.GradientTransformation, Any]:
     """(shapes and dtypes of the state, optimizer, those of the frozen parameters); nothing is materialised."""
     base, given = split_base_and_trainable(config, model_init.param_shapes(config.model))
     frozen = jax.eval_shape(functools.partial(prepare_base, config), base)
-    params = jax.eval_shape(lambda frozen, given: init_trained(config, jax.random.key(0), frozen, given), frozen, given)
+    params = jax.eval_shape(
+        lambda frozen, given: init_trained(config, jax.random.key(0), frozen, given), frozen, given
+    )
     tx = optim.optimizer(config, params)
     return jax.eval_shape(functools.partial(new_state, config, tx), frozen, given), tx, frozen
 
@@ -76,12 +98,16 @@ def init_state(config: Config, mesh: Mesh, params: Any = None) -> tuple[TrainSta
     make = functools.partial(new_state, config, tx, rows_sharding=rows_sharding)
     if config.lora.on:
         frozen = place_frozen(config, mesh, params)
-        return jax.jit(make, out_shardings=places)(frozen, split_base_and_trainable(config, params)[1]), frozen
+        return jax.jit(make, out_shardings=places)(
+            frozen, split_base_and_trainable(config, params)[1]
+        ), frozen
     if params is None:
         return jax.jit(make, out_shardings=places)({}, {}), {}
     rng = jax.random.key_data(jax.random.split(jax.random.key(config.train.seed))[1])
     fill = lambda params, rng: TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), rng)
-    return jax.jit(fill, out_shardings=places, donate_argnums=0)(sharding.place(params, places.params), rng), {}
+    return jax.jit(fill, out_shardings=places, donate_argnums=0)(
+        sharding.place(params, places.params), rng
+    ), {}
 
 
 def place_frozen(config: Config, mesh: Mesh, params: Any) -> Any:
@@ -101,13 +127,33 @@ def all_finite(params: Any) -> Array:
     return jnp.all(jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]))
 
 
-def loss_sum(config: Config, params: Any, frozen: Any, batch: Batch, dropout_key: Array | None, *, devices: int) -> tuple[Array, tuple[Array, Array]]:
+def loss_sum(
+    config: Config,
+    params: Any,
+    frozen: Any,
+    batch: Batch,
+    dropout_key: Array | None,
+    *,
+    devices: int,
+) -> tuple[Array, tuple[Array, Array]]:
     """(sum of weighted losses, (sum of weights, sum of a head's right answers)). `devices` that share the rows decide how many logits exist at once."""
-    params = tree.map_with_path(lambda path, p: jax.lax.stop_gradient(p) if tree.matches(config.optim.freeze, path) else p, params)
+    params = tree.map_with_path(
+        lambda path, p: jax.lax.stop_gradient(p) if tree.matches(config.optim.freeze, path) else p,
+        params,
+    )
     whole = lora.apply_adapter(config.lora, frozen, params, dropout=dropout_key is not None)
-    x, _ = transformer.apply(config.model, whole, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"], dropout_key=dropout_key)
+    x, _ = transformer.apply(
+        config.model,
+        whole,
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        dropout_key=dropout_key,
+    )
     rows, length = batch["tokens"].shape
-    chunk = cross_entropy.chunk_length(config.model, max(rows // devices, 1), length, config.train.loss_chunk)
+    chunk = cross_entropy.chunk_length(
+        config.model, max(rows // devices, 1), length, config.train.loss_chunk
+    )
     total, weight, right = objectives.compute_loss(config, whole, x, batch, chunk=chunk)
     return total, (weight, right)
 
@@ -129,19 +175,31 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
             (total, (weight, _)), grads = grad(state.params, frozen, batch, key)
         else:
             # row i goes to micro-batch i mod count, so each device splits the rows that it holds
-            micro = {name: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1) for name, a in batch.items()}
+            micro = {
+                name: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1)
+                for name, a in batch.items()
+            }
 
             def add(carry: Any, piece: tuple[Array, Batch]) -> tuple[Any, None]:
                 number, rows = piece
-                (total, (weight, _)), grads = grad(state.params, frozen, rows, jax.random.fold_in(key, number))
+                (total, (weight, _)), grads = grad(
+                    state.params, frozen, rows, jax.random.fold_in(key, number)
+                )
                 return jax.tree.map(jnp.add, carry, (total, weight, grads)), None
 
             zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
             (total, weight, grads), _ = jax.lax.scan(add, zero, (jnp.arange(count), micro))
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        metrics = {"loss": total / weight, "grad_norm": optax.tree.norm(grads), "lr": rate(state.step), "tokens": weight}
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.rng), metrics
+        metrics = {
+            "loss": total / weight,
+            "grad_norm": optax.tree.norm(grads),
+            "lr": rate(state.step),
+            "tokens": weight,
+        }
+        return TrainState(
+            state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.rng
+        ), metrics
 
     out = (sharding.shardings(mesh, shapes), None)
     return jax.jit(step, donate_argnums=0, out_shardings=out)

@@ -53,7 +53,11 @@ def saved(tmp_path_factory):
     return folder, states
 
 
-@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8), dict(data=1)], ids=["same", "fsdp", "one device"])
+@pytest.mark.parametrize(
+    "mesh",
+    [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8), dict(data=1)],
+    ids=["same", "fsdp", "one device"],
+)
 def test_restore_on_any_mesh_is_exact(saved, tmp_path, mesh):
     folder, states = saved
     copy = shutil.copytree(folder, tmp_path / "checkpoints")
@@ -87,7 +91,11 @@ def test_a_damaged_step_is_never_trained_from(saved, tmp_path, capfd, seed):
     copy = shutil.copytree(folder, tmp_path / "checkpoints")
     generator = random.Random(seed)
     files = sorted(
-        p for p in (copy / "2").rglob("*") if p.is_file() and p.stat().st_size and p.relative_to(copy / "2").as_posix() not in store._AFTER
+        p
+        for p in (copy / "2").rglob("*")
+        if p.is_file()
+        and p.stat().st_size
+        and p.relative_to(copy / "2").as_posix() not in store._AFTER
     )
     files.append(copy / "2" / "checksums.json")
     victim = generator.choice(files)
@@ -102,7 +110,9 @@ def test_a_damaged_step_is_never_trained_from(saved, tmp_path, capfd, seed):
         warning = capfd.readouterr().err
         assert "skipped the checkpoint of step 2" in warning
         assert list((tmp_path / "damaged").iterdir())  # moved aside, not deleted
-        assert checkpoints.save(dataclasses.replace(state, step=state.step + 1), {"note": "again"}, wait=True)  # the step can be written anew
+        assert checkpoints.save(
+            dataclasses.replace(state, step=state.step + 1), {"note": "again"}, wait=True
+        )  # the step can be written anew
         checkpoints.close()
     assert fault(copy / "2") == ""
 
@@ -191,7 +201,15 @@ checkpoints.close()
 
 
 def test_a_save_that_meets_a_full_disk_is_told_in_one_line(tmp_path):
-    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr[-3000:]
-    assert len(done.stderr.splitlines()) == 1 and "step 1 could not be written" in done.stderr, done.stderr[-3000:]
+    assert len(done.stderr.splitlines()) == 1 and "step 1 could not be written" in done.stderr, (
+        done.stderr[-3000:]
+    )
     assert steps_in(tmp_path) == []

@@ -16,9 +16,19 @@ from gptjax.model import init as model_init
 
 def test_all_faults_are_reported_together_with_path_value_and_mend():
     with pytest.raises(UserError) as caught:
-        build_config({"model": {"widht": 3, "layers": "four", "norm": "layernrom"}, "trian": {"steps": 1}})
+        build_config(
+            {"model": {"widht": 3, "layers": "four", "norm": "layernrom"}, "trian": {"steps": 1}}
+        )
     message = str(caught.value)
-    for part in ("4 faults", "model.widht = 3", "model.width", "model.layers = 'four'", "must be int", "did you mean 'layernorm'", "train"):
+    for part in (
+        "4 faults",
+        "model.widht = 3",
+        "model.width",
+        "model.layers = 'four'",
+        "must be int",
+        "did you mean 'layernorm'",
+        "train",
+    ):
         assert part in message
     assert len(message.splitlines()) <= 6
 
@@ -52,9 +62,22 @@ def test_faults_across_knobs(settings, part):
 
 def test_override_reads_numbers_as_people_write_them():
     settings = build.to_config_dict(schema.Config(), locked=False)
-    build.override(settings, {"train.steps": "1e3", "optim.lr": "3", "model.tie_embeddings": "false", "optim.freeze": "a.*,b"})
+    build.override(
+        settings,
+        {
+            "train.steps": "1e3",
+            "optim.lr": "3",
+            "model.tie_embeddings": "false",
+            "optim.freeze": "a.*,b",
+        },
+    )
     config = build_config(settings)
-    assert (config.train.steps, config.optim.lr, config.model.tie_embeddings, config.optim.freeze) == (1000, 3.0, False, ("a.*", "b"))
+    assert (
+        config.train.steps,
+        config.optim.lr,
+        config.model.tie_embeddings,
+        config.optim.freeze,
+    ) == (1000, 3.0, False, ("a.*", "b"))
 
 
 def test_json_round_trip_and_locked_view():
@@ -71,7 +94,10 @@ def test_changes_name_only_what_shapes_the_run():
     assert len(build.changes(a, b, shaping_only=False)) == 3
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "sizes")))
+@pytest.mark.parametrize(
+    "name",
+    sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "sizes")),
+)
 def test_shipped_configs_build(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = build.load_file(f"configs/{name}.py")
@@ -82,13 +108,22 @@ def test_shipped_configs_build(name, monkeypatch):
 
 
 def test_gpt2_parameter_counts():
-    counts = [model_init.count_params(build_config({"model": shape}).model) for shape in (sizes.GPT2, sizes.GPT2_MEDIUM, sizes.GPT2_LARGE, sizes.GPT2_XL)]
+    counts = [
+        model_init.count_params(build_config({"model": shape}).model)
+        for shape in (sizes.GPT2, sizes.GPT2_MEDIUM, sizes.GPT2_LARGE, sizes.GPT2_XL)
+    ]
     assert counts == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]
 
 
 def test_other_published_sizes():
     """SmolLM2-135M has 134,515,008 parameters on its hub page; GPT-3's are rounded in the paper, and its 1.3B row (24 heads of 128) has more."""
     assert model_init.count_params(build_config({"model": sizes.SMOLLM2_135M}).model) == 134_515_008
-    for name, billions in {"gpt3-1.3b": 1.5, "gpt3-2.7b": 2.7, "gpt3-6.7b": 6.7, "gpt3-13b": 13.0, "gpt3-175b": 175.0}.items():
+    for name, billions in {
+        "gpt3-1.3b": 1.5,
+        "gpt3-2.7b": 2.7,
+        "gpt3-6.7b": 6.7,
+        "gpt3-13b": 13.0,
+        "gpt3-175b": 175.0,
+    }.items():
         count = model_init.count_params(build_config({"model": sizes.ALL[name]}).model)
         assert count == pytest.approx(billions * 1e9, rel=0.12), name

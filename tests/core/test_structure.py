@@ -8,10 +8,24 @@ import pytest
 from conftest import ROOT
 
 FLOORS = {
-    "config": 1, "core": 2, "metrics": 2, "tokenizer": 3, "ops": 3, "runtime": 3, "tracking": 3,
-    "data": 4, "model": 4, "tasks": 5, "checkpoints": 5, "generation": 6,
-    "evaluation": 7, "serving": 7, "interpretability": 7, "training": 8, "planning": 9,
-}  # fmt: skip
+    "config": 1,
+    "core": 2,
+    "metrics": 2,
+    "tokenizer": 3,
+    "ops": 3,
+    "runtime": 3,
+    "tracking": 3,
+    "data": 4,
+    "model": 4,
+    "tasks": 5,
+    "checkpoints": 5,
+    "generation": 6,
+    "evaluation": 7,
+    "serving": 7,
+    "interpretability": 7,
+    "training": 8,
+    "planning": 9,
+}
 FILES = {path.relative_to(ROOT / "gptjax"): path for path in (ROOT / "gptjax").rglob("*.py")}
 MODULES = {".".join(short.with_suffix("").parts): path for short, path in FILES.items()}
 COMMANDS = {name for name in MODULES if "." not in name} | {"data.prepare", "data.preview"}

@@ -42,16 +42,23 @@ def test_folders_globs_and_jsonl(tmp_path):
         (tmp_path / "sub" / f"{i}.txt").write_text(f"text {i}")
     folder = both(DataConfig(source="text", path=str(tmp_path), eval_fraction=0.25))
     assert folder == (["text 0", "text 1", "text 2"], ["text 3"])
-    assert both(DataConfig(source="text", path=str(tmp_path / "sub" / "*.txt"), eval_fraction=0.25)) == folder
+    assert (
+        both(DataConfig(source="text", path=str(tmp_path / "sub" / "*.txt"), eval_fraction=0.25))
+        == folder
+    )
     rows = [{"body": f"row {i}", "id": i} for i in range(4)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in rows[:2]) + "\n\n")
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write("\n".join(json.dumps(r) for r in rows[2:]))
-    assert both(DataConfig(source="jsonl", path=str(tmp_path), field="body", eval_fraction=0.5)) == (["row 0", "row 2"], ["row 1", "row 3"])
+    assert both(
+        DataConfig(source="jsonl", path=str(tmp_path), field="body", eval_fraction=0.5)
+    ) == (["row 0", "row 2"], ["row 1", "row 3"])
 
 
 def test_fingerprint_follows_content_and_split(corpus):
-    of = lambda **changes: sources.open_source(DataConfig(source="text", path=str(corpus), **changes)).fingerprint
+    of = lambda **changes: (
+        sources.open_source(DataConfig(source="text", path=str(corpus), **changes)).fingerprint
+    )
     before = of()
     assert of() == before
     assert of(eval_fraction=0.2) != before
@@ -66,7 +73,9 @@ def config_for(path, **data):
 def test_shards_hold_every_document_after_eot(tmp_path, corpus):
     for i in range(9):
         (tmp_path / f"doc{i}.txt").write_text("x" * i + f"document {i}")
-    prepared = shards.prepare(config_for(tmp_path / "doc*.txt", eval_fraction=0.0), tmp_path / "out", shard_tokens=40)
+    prepared = shards.prepare(
+        config_for(tmp_path / "doc*.txt", eval_fraction=0.0), tmp_path / "out", shard_tokens=40
+    )
     assert len(prepared.splits[TRAIN]) > 2
     texts = []
     for tokens, offsets in prepared.arrays(TRAIN):
@@ -96,7 +105,9 @@ def test_interrupted_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, mo
     with pytest.raises(UserError, match="no prepared data"):
         shards.open_prepared(tmp_path / "cut")
     encoded = []
-    monkeypatch.setattr(shards, "_write_shard", lambda *args: encoded.append(args[-1]) or original(*args))
+    monkeypatch.setattr(
+        shards, "_write_shard", lambda *args: encoded.append(args[-1]) or original(*args)
+    )
     again = shards.prepare(config, tmp_path / "cut", shard_tokens=100)
     assert not set(encoded) & set(written)  # finished shards are kept
     assert again.fingerprint == whole.fingerprint
@@ -137,7 +148,9 @@ def test_damaged_shards_and_foreign_folders_are_refused(tmp_path, corpus):
 def windows(tmp_path):
     for i in range(12):
         (tmp_path / f"{i:02}.txt").write_text(f"<{i}>" * (3 + 5 * (i % 4)))
-    prepared = shards.prepare(config_for(tmp_path / "*.txt", eval_fraction=0.25), tmp_path / "out", shard_tokens=90)
+    prepared = shards.prepare(
+        config_for(tmp_path / "*.txt", eval_fraction=0.25), tmp_path / "out", shard_tokens=90
+    )
     return loader.Windows.of(prepared, TRAIN, 32, isolate=True), prepared
 
 
@@ -154,7 +167,10 @@ def test_batches_are_a_function_of_seed_and_step(windows):
     for a, b in zip(all_steps[4:], take(w, 2, start=4), strict=True):
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
-    assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(all_steps, take(w, 6, seed=4), strict=True))
+    assert any(
+        (a["tokens"] != b["tokens"]).any()
+        for a, b in zip(all_steps, take(w, 6, seed=4), strict=True)
+    )
 
 
 def test_processes_together_read_what_one_reads(windows):
@@ -162,7 +178,9 @@ def test_processes_together_read_what_one_reads(windows):
     whole = take(w, 3)
     halves = [take(w, 3, rows=rows) for rows in (range(4), range(4, 8))]
     for step in range(3):
-        np.testing.assert_array_equal(whole[step]["tokens"], np.concatenate([half[step]["tokens"] for half in halves]))
+        np.testing.assert_array_equal(
+            whole[step]["tokens"], np.concatenate([half[step]["tokens"] for half in halves])
+        )
 
 
 def test_windows_follow_the_stream_and_documents_become_segments(windows):
@@ -195,7 +213,10 @@ def test_an_epoch_covers_the_text(windows):
     count = (w.total - 1) // 32
     starts = set()
     for batch in take(w, 40):
-        starts.update(int(np.flatnonzero((w.read(0, w.total)[:-32, None] == row[0]).any(1))[0]) for row in batch["tokens"])
+        starts.update(
+            int(np.flatnonzero((w.read(0, w.total)[:-32, None] == row[0]).any(1))[0])
+            for row in batch["tokens"]
+        )
     order = loader._Steps(w, 3, 8, range(8))._order
     assert sorted(order[i] for i in range(count)) == list(range(count))
     assert len(starts) > 5
@@ -205,10 +226,18 @@ def test_context_longer_than_the_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("short")
     prepared = shards.prepare(config_for(tmp_path / "a.txt", eval_fraction=0.0), tmp_path / "out")
     with pytest.raises(UserError, match="needs 33"):
-        loader.train_batches(loader.Windows.of(prepared, TRAIN, 32, isolate=True), seed=0, batch_size=2, rows=range(2), start=0)
+        loader.train_batches(
+            loader.Windows.of(prepared, TRAIN, 32, isolate=True),
+            seed=0,
+            batch_size=2,
+            rows=range(2),
+            start=0,
+        )
 
 
-@pytest.mark.skipif(not (SHARED / "tfds_c4_minimal").is_dir(), reason="the developers' sample of C4 is not here")
+@pytest.mark.skipif(
+    not (SHARED / "tfds_c4_minimal").is_dir(), reason="the developers' sample of C4 is not here"
+)
 def test_c4_through_tfds_without_tensorflow(tmp_path):
     pytest.importorskip("tensorflow_datasets")
     folder = c4(tmp_path)
@@ -239,7 +268,9 @@ def test_tfds_made_here(tmp_path):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            )
 
         def _split_generators(self, manager):
             return {"train": self._generate_examples(20)}
@@ -249,7 +280,9 @@ def test_tfds_made_here(tmp_path):
                 yield i, {"text": f"example {i}"}
 
     Tiny(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
-    train, held_out = both(DataConfig(source="tfds", path=str(tmp_path), name="tiny:1.0.0", eval_fraction=0.1))
+    train, held_out = both(
+        DataConfig(source="tfds", path=str(tmp_path), name="tiny:1.0.0", eval_fraction=0.1)
+    )
     assert (len(train), len(held_out)) == (18, 2)
     assert sorted(train + held_out) == sorted(f"example {i}" for i in range(20))
 

@@ -25,7 +25,13 @@ def handle(*, labels=(), context=64, tokenizer=None, prompt=0, vocab=264):
     config = dataclasses.replace(made.config, labels=labels)
     params = random_params(config) if labels else made.params
     if prompt:
-        params = {**params, "embed": {**params["embed"], "prompt": np.full((prompt, config.width), 0.1, np.float32)}}
+        params = {
+            **params,
+            "embed": {
+                **params["embed"],
+                "prompt": np.full((prompt, config.width), 0.1, np.float32),
+            },
+        }
     return LanguageModel(config, params, tokenizer or byte_level_tokenizer())
 
 
@@ -38,19 +44,33 @@ def known(monkeypatch):
 
 
 def classify(tmp_path, **task):
-    rows = [{"text": text, "label": label} for label in ("bad", "good") for text in ("the", "in", "a", "b")]
-    return config_for(write_jsonl(tmp_path / "rows.jsonl", rows), task=dict(name="classification", **task), data=dict(eval_fraction=0.5))
+    rows = [
+        {"text": text, "label": label}
+        for label in ("bad", "good")
+        for text in ("the", "in", "a", "b")
+    ]
+    return config_for(
+        write_jsonl(tmp_path / "rows.jsonl", rows),
+        task=dict(name="classification", **task),
+        data=dict(eval_fraction=0.5),
+    )
 
 
 def test_heads_are_judged_by_name(tmp_path, known):
     known["as sorted"] = handle(labels=("bad", "good"))
     kernel = known["as sorted"].params["score"]["kernel"]
     swapped = handle(labels=("good", "bad"))
-    known["swapped"] = LanguageModel(swapped.config, {**swapped.params, "score": {"kernel": kernel[::-1]}}, swapped.tokenizer)
+    known["swapped"] = LanguageModel(
+        swapped.config, {**swapped.params, "score": {"kernel": kernel[::-1]}}, swapped.tokenizer
+    )
     a, b = comparison.compare(classify(tmp_path), list(known), baselines=False)
     for name, metric in a.scores.items():
         np.testing.assert_allclose(b.scores[name].stats, metric.stats, atol=1e-6, err_msg=name)
-    known["unnamed"] = LanguageModel(dataclasses.replace(swapped.config, labels=("LABEL_0", "LABEL_1")), known["as sorted"].params, swapped.tokenizer)
+    known["unnamed"] = LanguageModel(
+        dataclasses.replace(swapped.config, labels=("LABEL_0", "LABEL_1")),
+        known["as sorted"].params,
+        swapped.tokenizer,
+    )
     (c,) = comparison.compare(classify(tmp_path), ["unnamed"], baselines=False)
     assert c.scores["accuracy"].value == a.scores["accuracy"].value
     known["others"] = handle(labels=("bad", "fine"))
@@ -62,12 +82,20 @@ def test_a_head_and_a_language_model_answer_side_by_side(tmp_path, known):
     known["head"], known["text"] = handle(labels=("bad", "good")), handle()
     for names in (["head", "text"], ["text", "head"]):
         found = comparison.compare(classify(tmp_path, truncation="cut_end"), names)
-        assert [e.name for e in found] == [*names, "majority"] and len({len(e.scores["accuracy"].stats) for e in found}) == 1
-    long = [{"text": "the " * 40, "label": label} for label in ("bad", "good")]  # cut so that a label still fits behind it
+        assert [e.name for e in found] == [*names, "majority"] and len(
+            {len(e.scores["accuracy"].stats) for e in found}
+        ) == 1
+    long = [
+        {"text": "the " * 40, "label": label} for label in ("bad", "good")
+    ]  # cut so that a label still fits behind it
     config = classify(tmp_path, truncation="cut_end")
-    comparison.compare(config, ["head", "text"], path=str(write_jsonl(tmp_path / "long.jsonl", long)))
+    comparison.compare(
+        config, ["head", "text"], path=str(write_jsonl(tmp_path / "long.jsonl", long))
+    )
     numbers = config_for(
-        write_jsonl(tmp_path / "n.jsonl", [{"text": "x", "label": i} for i in range(4)]), task=dict(name="regression"), data=dict(eval_fraction=0.5)
+        write_jsonl(tmp_path / "n.jsonl", [{"text": "x", "label": i} for i in range(4)]),
+        task=dict(name="regression"),
+        data=dict(eval_fraction=0.5),
     )
     with pytest.raises(UserError, match="no head for label: fine-tune it"):
         comparison.compare(numbers, ["text"])
@@ -76,7 +104,9 @@ def test_a_head_and_a_language_model_answer_side_by_side(tmp_path, known):
 def translate(tmp_path, sources, **task):
     rows = [{"source": text, "target": "the"} for text in sources]
     return config_for(
-        write_jsonl(tmp_path / "rows.jsonl", rows), task=dict(name="translation", max_new_tokens=8, **task), data=dict(eval_fraction=0.5)
+        write_jsonl(tmp_path / "rows.jsonl", rows),
+        task=dict(name="translation", max_new_tokens=8, **task),
+        data=dict(eval_fraction=0.5),
     )
 
 
@@ -85,18 +115,29 @@ def test_checkpoints_are_compared_on_what_fits_all(tmp_path, known, capsys):
     config = translate(tmp_path, ["a", "a", "in", " the" * 14, "b", "the"], truncation="drop")
     known["pieces"], known["bytes"] = handle(), handle(tokenizer=ByteTokenizer())
     found = comparison.compare(config, ["pieces", "bytes"], out=tmp_path)
-    assert {len(e.scores["chrf"].stats) for e in found} == {2} and "2 examples that fit all; 1 others" in capsys.readouterr().err
-    assert [len((tmp_path / name).read_text().splitlines()) for name in ("1-pieces.jsonl", "2-bytes.jsonl")] == [3, 2]
+    assert {len(e.scores["chrf"].stats) for e in found} == {
+        2
+    } and "2 examples that fit all; 1 others" in capsys.readouterr().err
+    assert [
+        len((tmp_path / name).read_text().splitlines())
+        for name in ("1-pieces.jsonl", "2-bytes.jsonl")
+    ] == [3, 2]
     assert "first - this (chrf)" in comparison.table(found, "chrf")
     others = json.loads(comparison.to_json(found))["bytes"]
     assert len(others["chrf"]["first_minus_this"]) == len(others["bleu"]["first_minus_this"]) == 3
 
 
-def test_learned_prompt_places_stand_only_before_texts_of_their_own_checkpoint(tmp_path, known, monkeypatch):
+def test_learned_prompt_places_stand_only_before_texts_of_their_own_checkpoint(
+    tmp_path, known, monkeypatch
+):
     asked = {}
     known["plain"], known["tuned"] = handle(), handle(prompt=5)
     answer = answers.answer_examples
-    monkeypatch.setattr(comparison, "answer_examples", lambda lm, *rest: asked.setdefault(id(lm), rest[-1]) and answer(lm, *rest))
+    monkeypatch.setattr(
+        comparison,
+        "answer_examples",
+        lambda lm, *rest: asked.setdefault(id(lm), rest[-1]) and answer(lm, *rest),
+    )
     for names in (["plain", "tuned"], ["tuned", "plain"]):
         asked.clear()
         comparison.compare(translate(tmp_path, ["a", "in"]), names)
@@ -108,33 +149,52 @@ def test_learned_prompt_places_stand_only_before_texts_of_their_own_checkpoint(t
         assert found["loss"].stats[0, 1] == len(known["tuned"].tokenizer.encode(text))
     ids = [263] * 5 + [263, *known["tuned"].tokenizer.encode(short)]
     expected = -known["tuned"].token_logprobs([ids])[0][0][5:].mean()
-    assert text_scores(known["tuned"], iter([short]))["loss"].value == pytest.approx(expected, rel=1e-5)
+    assert text_scores(known["tuned"], iter([short]))["loss"].value == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_what_training_accepts_is_accepted_and_baselines_see_all_of_it(tmp_path, known):
-    known["a"], known["head"] = handle(tokenizer=ByteTokenizer()), handle(tokenizer=ByteTokenizer(), labels=("bad", "good"))
+    known["a"], known["head"] = (
+        handle(tokenizer=ByteTokenizer()),
+        handle(tokenizer=ByteTokenizer(), labels=("bad", "good")),
+    )
     config = translate(tmp_path, ["x" * 50, "y" * 55], truncation="refuse")
     config = dataclasses.replace(config, task=dataclasses.replace(config.task, max_new_tokens=64))
     loading.load_examples(config, ByteTokenizer())
     assert len(comparison.compare(config, ["a"])[0].scores["chrf"].stats) == 1
     text = classify(tmp_path, method="text")
-    tight = write_jsonl(tmp_path / "tight.jsonl", [{"text": "x" * 59, "label": label} for label in ("good", "bad")])
-    comparison.compare(text, ["a"], path=str(tight))  # 59 bytes, a space, four letters and the end, which is only a target
-    rows = [{"text": "x" * 90 if label == "good" else "y", "label": label} for label in ("good",) * 12 + ("bad",) * 4]
+    tight = write_jsonl(
+        tmp_path / "tight.jsonl", [{"text": "x" * 59, "label": label} for label in ("good", "bad")]
+    )
+    comparison.compare(
+        text, ["a"], path=str(tight)
+    )  # 59 bytes, a space, four letters and the end, which is only a target
+    rows = [
+        {"text": "x" * 90 if label == "good" else "y", "label": label}
+        for label in ("good",) * 12 + ("bad",) * 4
+    ]
     config = config_for(
-        write_jsonl(tmp_path / "long.jsonl", rows), task=dict(name="classification", truncation="cut_end"), data=dict(eval_fraction=0.25)
+        write_jsonl(tmp_path / "long.jsonl", rows),
+        task=dict(name="classification", truncation="cut_end"),
+        data=dict(eval_fraction=0.25),
     )
     assert comparison.compare(config, ["head"])[1].scores["accuracy"].value == 0.75
 
 
-def test_a_run_is_asked_with_its_own_prompt_where_that_asks_for_the_same(tmp_path, known, monkeypatch, capsys):
+def test_a_run_is_asked_with_its_own_prompt_where_that_asks_for_the_same(
+    tmp_path, known, monkeypatch, capsys
+):
     known["a"], known["b"] = handle(), handle()
     config = translate(tmp_path, ["one", "two"])
     asked = []
     monkeypatch.setattr(
         comparison,
         "answer_examples",
-        lambda lm, task, labels, held: asked.append(lm.tokenizer.decode(held[0].ids[: held[0].prompt].tolist())) or [Answer("")] * len(held),
+        lambda lm, task, labels, held: (
+            asked.append(lm.tokenizer.decode(held[0].ids[: held[0].prompt].tolist()))
+            or [Answer("")] * len(held)
+        ),
     )
     for theirs, expected in (
         (dict(prompt="In: {source}\nOut:"), "In: two\nOut:"),
@@ -142,7 +202,9 @@ def test_a_run_is_asked_with_its_own_prompt_where_that_asks_for_the_same(tmp_pat
         (dict(prompt="{english} ="), "two ="),
     ):
         stored = dataclasses.replace(config, task=dataclasses.replace(config.task, **theirs))
-        monkeypatch.setattr(comparison, "run_config", lambda name, stored=stored: stored if name == "b" else config)
+        monkeypatch.setattr(
+            comparison, "run_config", lambda name, stored=stored: stored if name == "b" else config
+        )
         comparison.compare(config, ["a", "b"], own=True)
         assert asked[-2:] == ["two =", expected]
         assert ("b was tuned on other fields" in capsys.readouterr().err) == (expected == "two =")
@@ -155,46 +217,83 @@ def test_an_answer_does_not_depend_on_what_is_answered_beside_it(tmp_path, capsy
     config = translate(tmp_path, ["a"]).task
     config = dataclasses.replace(config, max_new_tokens=40)
     prompts = [[5] * 10, [7] * 60, [9] * 30]
-    made = [Example(str(i), np.array(ids), np.zeros(len(ids), bool), len(ids), ("x",)) for i, ids in enumerate(prompts)]
+    made = [
+        Example(str(i), np.array(ids), np.zeros(len(ids), bool), len(ids), ("x",))
+        for i, ids in enumerate(prompts)
+    ]
     together = answers.answer_examples(lm, config, (), made)
-    assert [len(a.ids) for a in together] == [40, 5, 35] and "2 prompts leave room for less than" in capsys.readouterr().err
+    assert [len(a.ids) for a in together] == [
+        40,
+        5,
+        35,
+    ] and "2 prompts leave room for less than" in capsys.readouterr().err
     assert [answers.answer_examples(lm, config, (), [e])[0] for e in made] == together
 
 
 def test_a_prompt_is_cut_alike_whatever_the_right_answer(tmp_path):
     rows = [{"document": "0123456789" * 10, "summary": "s" * n} for n in (1, 20)]
-    config = config_for(write_jsonl(tmp_path / "rows.jsonl", rows), task=dict(name="summarization", truncation="cut_end"))
+    config = config_for(
+        write_jsonl(tmp_path / "rows.jsonl", rows),
+        task=dict(name="summarization", truncation="cut_end"),
+    )
     train, _, _ = loading.read_records(config)
     made = loading.render(config, ByteTokenizer(), train, (), "x", answer=16)
     assert [e.prompt for e in made] == [49, 49]  # the last of 16 is only a target
-    assert len({e.prompt for e in loading.render(config, ByteTokenizer(), train, (), "x")}) == 2  # in training the answer is learned whole
+    assert (
+        len({e.prompt for e in loading.render(config, ByteTokenizer(), train, (), "x")}) == 2
+    )  # in training the answer is learned whole
 
 
 def test_answers_end_at_stop_texts_and_are_taken_from_the_text(tmp_path, monkeypatch):
     lm = handle()
     free = lm.generate([[5] * 10], max_new_tokens=8)[0].text
-    made = [Example("0", np.array([5] * 10), np.zeros(10, bool), 10, ("x",), fields={"context": "born in Paris"})]
+    made = [
+        Example(
+            "0",
+            np.array([5] * 10),
+            np.zeros(10, bool),
+            10,
+            ("x",),
+            fields={"context": "born in Paris"},
+        )
+    ]
     config = dataclasses.replace(translate(tmp_path, ["a"]).task, stop=(free[3],))
-    assert answers.answer_examples(lm, config, (), made)[0].text == free[: free.index(free[3])].strip()
+    assert (
+        answers.answer_examples(lm, config, (), made)[0].text == free[: free.index(free[3])].strip()
+    )
     monkeypatch.setattr(answers, "_by_writing", lambda *rest: [Answer("in paris, France")])
     asked = dataclasses.replace(config, name="qa", extract=True)
     found = answers.answer_examples(lm, asked, (), made)
-    assert found[0].text == "in Paris" and answers.record(made[0], found[0], lm.tokenizer)["prediction"] == "in Paris"
+    assert (
+        found[0].text == "in Paris"
+        and answers.record(made[0], found[0], lm.tokenizer)["prediction"] == "in Paris"
+    )
 
 
 def test_open_text_has_distinct_and_repetition_without_intervals(tmp_path, known):
     known["a"] = handle(tokenizer=byte_level_tokenizer(TEMPLATE))
-    rows = [{"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "in"}]}] * 4
-    config = config_for(write_jsonl(tmp_path / "rows.jsonl", rows), task=dict(name="chat", max_new_tokens=4), data=dict(eval_fraction=0.5))
+    rows = [
+        {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "in"}]}
+    ] * 4
+    config = config_for(
+        write_jsonl(tmp_path / "rows.jsonl", rows),
+        task=dict(name="chat", max_new_tokens=4),
+        data=dict(eval_fraction=0.5),
+    )
     (entry,) = comparison.compare(config, ["a"], baselines=False)
     assert {"distinct_1", "distinct_2", "repetition", "chrf"} <= set(entry.scores)
     content = json.loads(comparison.to_json([entry]))["a"]
     assert content["distinct_1"]["interval"] == [] and len(content["chrf"]["interval"]) == 2
-    assert "[" not in comparison.table([dataclasses.replace(entry, scores={"distinct_1": entry.scores["distinct_1"]})], "distinct_1")
+    assert "[" not in comparison.table(
+        [dataclasses.replace(entry, scores={"distinct_1": entry.scores["distinct_1"]})],
+        "distinct_1",
+    )
 
 
 def test_what_cannot_be_compared_is_said_before_any_work(tmp_path, known, monkeypatch):
-    config = config_for("", data=dict(source="sotu", path=""), task=dict(name="classification", label="era"))
+    config = config_for(
+        "", data=dict(source="sotu", path=""), task=dict(name="classification", label="era")
+    )
     with pytest.raises(UserError, match="'sotu' is one corpus without files"):
         comparison.compare(config, ["none"], path="test.jsonl")
     from gptjax.tasks import base
@@ -206,7 +305,11 @@ def test_what_cannot_be_compared_is_said_before_any_work(tmp_path, known, monkey
         loading.load_examples(translate(tmp_path, ["a", "b"]), ByteTokenizer())
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"--path=.*empty.jsonl holds no examples"):
-        comparison.compare(translate(tmp_path, ["a", "b"]), ["none"], path=str(write_jsonl(tmp_path / "empty.jsonl", [])))
+        comparison.compare(
+            translate(tmp_path, ["a", "b"]),
+            ["none"],
+            path=str(write_jsonl(tmp_path / "empty.jsonl", [])),
+        )
     for flags, message in (
         (["--checkpoint=a,a"], "names one twice"),
         (["--checkpoint=a,b", "--probes"], "look at one checkpoint, not at 2"),
@@ -226,10 +329,14 @@ def test_the_config_of_a_run_is_found_from_its_steps_too(tmp_path):
     assert evaluate.task_config(str(step)) == evaluate.task_config(str(tmp_path / "run")) == config
     (tmp_path / "2024").mkdir()
     (tmp_path / "2024" / "config.json").write_text(to_json(config))
-    assert evaluate.task_config(str(tmp_path / "2024")) == config  # a workdir may be named by a number
+    assert (
+        evaluate.task_config(str(tmp_path / "2024")) == config
+    )  # a workdir may be named by a number
     (tmp_path / "run" / "config.json").write_text('{"task": ')
     with pytest.raises(UserError, match=r"config.json is damaged.*give --config"):
         evaluate.task_config(str(step))
-    (tmp_path / "run" / "config.json").write_text('{"model_type": "gpt2", "task": "text-generation"}')
+    (tmp_path / "run" / "config.json").write_text(
+        '{"model_type": "gpt2", "task": "text-generation"}'
+    )
     with pytest.raises(UserError, match="names no task"):
         evaluate.task_config(str(tmp_path / "run"))

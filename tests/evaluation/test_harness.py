@@ -73,18 +73,29 @@ def test_wrong_models_requests_and_tasks(harness):
 
 def test_sampled_texts_depend_on_the_seed_of_their_place_alone(harness):
     requests = ask(("the", dict(max_gen_toks=12, do_sample=True, temperature=1.0))) * 5
-    texts = [harness.GptjaxLM(handle(), batch_size=rows).generate_until(requests, disable_tqdm=True) for rows in (1, 2, "auto")]
+    texts = [
+        harness.GptjaxLM(handle(), batch_size=rows).generate_until(requests, disable_tqdm=True)
+        for rows in (1, 2, "auto")
+    ]
     assert texts[0] == texts[1] == texts[2]
     assert len(set(texts[0])) == 5
 
 
 def test_a_task_runs_without_torch_and_transformers(harness, tmp_path):
     """In a process of its own, where neither can be found."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"the cat {i}"}) + "\n" for i in range(3)))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"the cat {i}"}) + "\n" for i in range(3))
+    )
     task = {
-        "task": "local", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "test_split": "test",
-        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}", "metric_list": [{"metric": "bits_per_byte"}],
-    }  # fmt: skip
+        "task": "local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
     (tmp_path / "local.yaml").write_text(json.dumps(task))  # JSON is YAML
     code = (
         "import sys\n"
@@ -99,8 +110,20 @@ def test_a_task_runs_without_torch_and_transformers(harness, tmp_path):
         f"found = harness.evaluate_tasks(handle(), 'local', include_path={str(tmp_path)!r}, limit=2)\n"
         "print(found['results']['local']['bits_per_byte,none'], found['n-samples']['local']['effective'], 'torch' in sys.modules)\n"
     )
-    settings = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/evaluation'}:{ROOT / 'tests/checkpoints'}", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300)
+    settings = {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/evaluation'}:{ROOT / 'tests/checkpoints'}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     bits, documents, torch = done.stdout.split()[-3:]
     assert 1 < float(bits) < 20 and (documents, torch) == ("2", "False")

@@ -22,7 +22,11 @@ SETTINGS = {
     "greedy": {},
     "penalties": {"repetition_penalty": 1.5, "no_repeat_ngram_size": 3},
     "beams": {"num_beams": 4, "length_penalty": 1.5},
-    "early beams": {"num_beams": 3, "early_stopping": True, "eos_token_id": [11, 50, 3, 9, 120, 121, 122]},
+    "early beams": {
+        "num_beams": 3,
+        "early_stopping": True,
+        "eos_token_id": [11, 50, 3, 9, 120, 121, 122],
+    },
 }
 
 
@@ -38,7 +42,11 @@ def main() -> None:
             texts = {
                 name: [
                     net.generate(
-                        torch.tensor([p]), attention_mask=torch.ones(1, len(p), dtype=torch.long), do_sample=False, max_new_tokens=12, **settings
+                        torch.tensor([p]),
+                        attention_mask=torch.ones(1, len(p), dtype=torch.long),
+                        do_sample=False,
+                        max_new_tokens=12,
+                        **settings,
                     )[0, len(p) :].tolist()
                     for p in PROMPTS
                 ]

@@ -16,7 +16,10 @@ from gptjax.metrics import loss as loss_metrics
 from gptjax.metrics import text as text_metrics
 from gptjax.metrics.bootstrap import mean_metric
 
-needs_sacrebleu = pytest.mark.skipif(importlib.util.find_spec("sacrebleu") is None, reason="sacrebleu is not installed: pip install 'gptjax[eval]'")
+needs_sacrebleu = pytest.mark.skipif(
+    importlib.util.find_spec("sacrebleu") is None,
+    reason="sacrebleu is not installed: pip install 'gptjax[eval]'",
+)
 
 
 def values(metrics):
@@ -32,7 +35,10 @@ def test_interval_is_that_of_the_binomial():
     assert metric.value == pytest.approx(0.3)
     low, high = metric.interval(samples=4000)
     width = 1.96 * math.sqrt(0.3 * 0.7 / 1000)
-    assert (low, high) == (pytest.approx(0.3 - width, abs=3e-3), pytest.approx(0.3 + width, abs=3e-3))
+    assert (low, high) == (
+        pytest.approx(0.3 - width, abs=3e-3),
+        pytest.approx(0.3 + width, abs=3e-3),
+    )
     narrow = metric.interval(samples=4000, level=0.5)
     assert low < narrow[0] < narrow[1] < high
     assert metric.interval(samples=4000) == (low, high)
@@ -69,7 +75,10 @@ def test_difference_is_paired():
     assert back == pytest.approx((-found, -high, -low))
 
 
-@hypothesis.given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30), st.integers(0, 100))
+@hypothesis.given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30),
+    st.integers(0, 100),
+)
 @hypothesis.settings(deadline=None, max_examples=50)
 def test_a_metric_differs_from_itself_by_nothing_and_every_resample_is_a_score(pairs, seed):
     for name, metric in classification_metrics.classification(*np.array(pairs).T, 3).items():
@@ -81,7 +90,9 @@ def test_a_metric_differs_from_itself_by_nothing_and_every_resample_is_a_score(p
 def test_scores_take_many_sums_at_once():
     """score([..., K]) row by row equals score([K])."""
     metrics = {
-        **classification_metrics.classification([0, 1, 1, 2], [0, 1, 2, 2], 3, np.eye(3)[[0, 1, 1, 2]] * 0.7 + 0.1),
+        **classification_metrics.classification(
+            [0, 1, 1, 2], [0, 1, 2, 2], 3, np.eye(3)[[0, 1, 1, 2]] * 0.7 + 0.1
+        ),
         **classification_metrics.regression([1.0, 2.0, 4.0, 3.0], [1.0, 3.0, 2.0, 5.0]),
         **text_metrics.rouge(["a b c", "d"] * 2, [["a c"], ["d e"]] * 2),
         **text_metrics.squad(["a b c", "d"] * 2, [["a c"], ["d e"]] * 2),
@@ -101,7 +112,10 @@ def test_scores_take_many_sums_at_once():
 
 
 def test_confusion_has_actual_rows():
-    np.testing.assert_array_equal(classification_metrics.confusion([1, 1, 0, 2], [0, 1, 0, 1], 3), [[1, 1, 0], [0, 1, 1], [0, 0, 0]])
+    np.testing.assert_array_equal(
+        classification_metrics.confusion([1, 1, 0, 2], [0, 1, 0, 1], 3),
+        [[1, 1, 0], [0, 1, 1], [0, 0, 0]],
+    )
 
 
 def test_classification_by_hand():
@@ -113,27 +127,46 @@ def test_classification_by_hand():
     assert found["f1_micro"] == pytest.approx(0.7)
     assert found["f1_macro"] == pytest.approx((6 / 9 + 8 / 11) / 2)
     assert found["mcc"] == pytest.approx((3 * 4 - 1 * 2) / math.sqrt(4 * 5 * 5 * 6))
-    assert values(classification_metrics.classification(predicted, actual, 3))["f1_macro"] == pytest.approx((6 / 9 + 8 / 11) / 3)  # a class that never occurs
+    assert values(classification_metrics.classification(predicted, actual, 3))[
+        "f1_macro"
+    ] == pytest.approx((6 / 9 + 8 / 11) / 3)  # a class that never occurs
 
 
 def test_mcc_of_one_class_is_zero():
     assert classification_metrics.classification([0, 0], [0, 0], 2)["mcc"].value == 0
     assert classification_metrics.classification([0, 0], [0, 1], 2)["mcc"].value == 0
-    assert classification_metrics.classification([0, 1, 2], [0, 1, 2], 3)["mcc"].value == pytest.approx(1)
-    assert classification_metrics.classification([1, 0], [0, 1], 2)["mcc"].value == pytest.approx(-1)
+    assert classification_metrics.classification([0, 1, 2], [0, 1, 2], 3)[
+        "mcc"
+    ].value == pytest.approx(1)
+    assert classification_metrics.classification([1, 0], [0, 1], 2)["mcc"].value == pytest.approx(
+        -1
+    )
 
 
 def test_calibration_error_by_hand():
     """Two examples at 0.9, one right: a gap of 0.4; one at 0.6 and right: 0.4; bins do not cancel."""
     probabilities = [[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]
-    found = classification_metrics.classification([0, 0, 1, 1], [0, 1, 1, 0], 2, probabilities)["calibration_error"].value
+    found = classification_metrics.classification([0, 0, 1, 1], [0, 1, 1, 0], 2, probabilities)[
+        "calibration_error"
+    ].value
     assert found == pytest.approx((2 * 0.4 + 0.4 + 0.7) / 4)
-    assert classification_metrics.classification([0, 1], [0, 1], 2, np.eye(2))["calibration_error"].value == 0
+    assert (
+        classification_metrics.classification([0, 1], [0, 1], 2, np.eye(2))[
+            "calibration_error"
+        ].value
+        == 0
+    )
     # within a bin they do: ten examples at 0.8 of which eight are right
-    sure = classification_metrics.classification([0] * 10, [0] * 8 + [1] * 2, 2, [[0.8, 0.2]] * 10)["calibration_error"]
+    sure = classification_metrics.classification([0] * 10, [0] * 8 + [1] * 2, 2, [[0.8, 0.2]] * 10)[
+        "calibration_error"
+    ]
     assert sure.value == pytest.approx(0, abs=1e-12)
     # (11/15, 12/15] holds both of these, so that their gaps cancel; 0.7 lies in the bin before
-    close = lambda first: classification_metrics.classification([0, 0], [0, 1], 2, [[first, 1 - first], [0.79, 0.21]])["calibration_error"].value
+    close = lambda first: (
+        classification_metrics.classification(
+            [0, 0], [0, 1], 2, [[first, 1 - first], [0.79, 0.21]]
+        )["calibration_error"].value
+    )
     assert close(0.75) == pytest.approx((0.79 - 0.25) / 2)
     assert close(0.7) == pytest.approx((0.79 + 0.3) / 2)
     assert close(0.8) == pytest.approx((0.79 - 0.2) / 2)  # a bin's upper end belongs to it
@@ -142,8 +175,12 @@ def test_calibration_error_by_hand():
 def test_regression_by_hand():
     found = values(classification_metrics.regression([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]))
     assert found == {"mse": pytest.approx(14 / 3), "pearson": pytest.approx(1)}
-    assert classification_metrics.regression([3, 1, 2], [1, 3, 2])["pearson"].value == pytest.approx(-1)
-    assert classification_metrics.regression([1.0, 2.0, 3.0, 2.0], [1.0, 3.0, 1.0, -1.0])["pearson"].value == pytest.approx(0)
+    assert classification_metrics.regression([3, 1, 2], [1, 3, 2])[
+        "pearson"
+    ].value == pytest.approx(-1)
+    assert classification_metrics.regression([1.0, 2.0, 3.0, 2.0], [1.0, 3.0, 1.0, -1.0])[
+        "pearson"
+    ].value == pytest.approx(0)
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1e9])
@@ -151,7 +188,9 @@ def test_pearson_of_a_constant_is_zero_and_far_from_zero_it_is_exact(constant):
     x = np.random.default_rng(0).random(31)
     assert classification_metrics.regression(np.full(31, constant), x)["pearson"].value == 0
     expected = np.corrcoef(x, x**2)[0, 1]
-    assert classification_metrics.regression(constant + x, x**2)["pearson"].value == pytest.approx(expected, abs=1e-6)
+    assert classification_metrics.regression(constant + x, x**2)["pearson"].value == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 # texts
@@ -160,7 +199,11 @@ def test_pearson_of_a_constant_is_zero_and_far_from_zero_it_is_exact(constant):
 def test_rouge_by_hand():
     """prediction: the cat sat; reference: the cat lay on the mat: 2 of 3 and 6 words, 1 of 2 and 5 pairs, a subsequence of 2."""
     found = values(text_metrics.rouge(["The cat sat."], [["the cat lay on the mat"]]))
-    assert found == {"rouge1": pytest.approx(4 / 9), "rouge2": pytest.approx(2 / 7), "rougeL": pytest.approx(4 / 9)}
+    assert found == {
+        "rouge1": pytest.approx(4 / 9),
+        "rouge2": pytest.approx(2 / 7),
+        "rougeL": pytest.approx(4 / 9),
+    }
     crossed = values(text_metrics.rouge(["a b c d"], [["d c b a"]]))
     assert crossed == {"rouge1": pytest.approx(1), "rouge2": 0, "rougeL": pytest.approx(1 / 4)}
     several = values(text_metrics.rouge(["a b c d"], [["x", "a b c d", ""]]))
@@ -172,10 +215,16 @@ def test_rouge_by_hand():
 def test_rouge_of_characters():
     assert text_metrics.rouge(["今天天气好"], [["今天下雨"]])["rouge1"].value == 0
     found = values(text_metrics.rouge(["今天 天气好"], [["今天下雨"]], characters=True))
-    assert found == {"rouge1": pytest.approx(4 / 9), "rouge2": pytest.approx(2 / 7), "rougeL": pytest.approx(4 / 9)}
+    assert found == {
+        "rouge1": pytest.approx(4 / 9),
+        "rouge2": pytest.approx(2 / 7),
+        "rougeL": pytest.approx(4 / 9),
+    }
 
 
-@hypothesis.given(st.lists(st.sampled_from("abcd"), max_size=80), st.lists(st.sampled_from("abcd"), max_size=80))
+@hypothesis.given(
+    st.lists(st.sampled_from("abcd"), max_size=80), st.lists(st.sampled_from("abcd"), max_size=80)
+)
 @hypothesis.settings(deadline=None)
 def test_longest_subsequence_is_that_of_the_table(a, b):
     row = [0] * (len(b) + 1)
@@ -200,7 +249,16 @@ def test_squad_of_chinese():
     """A run of 2 of 4 and 3 characters; latin words are whole; listed punctuation does not count, other punctuation does."""
     found = text_metrics.squad(
         ["北京大学", "《红楼梦》。", "NBA 1,234分", "iphone 4s", "东a西", "大学北京", "", "北京"],
-        [["北京市"], ["红楼梦"], ["nba 1,234 分"], ["iphone 4"], ["东b西", "东a"], ["北京大学"], ["！"], [""]],
+        [
+            ["北京市"],
+            ["红楼梦"],
+            ["nba 1,234 分"],
+            ["iphone 4"],
+            ["东b西", "东a"],
+            ["北京大学"],
+            ["！"],
+            [""],
+        ],
         language="zh",
     )
     np.testing.assert_allclose(found["exact_match"].stats[:, 0], [0, 1, 0, 0, 0, 0, 1, 0])
@@ -209,18 +267,28 @@ def test_squad_of_chinese():
 
 def test_distinct_by_hand():
     """a b a | b: 4 words of 2 kinds, 2 pairs of 2 kinds."""
-    assert text_metrics.distinct(["a b a", "b"]) == {"distinct_1": pytest.approx(2 / 4), "distinct_2": pytest.approx(1)}
-    assert text_metrics.distinct(["好好的 GPT"]) == {"distinct_1": pytest.approx(3 / 4), "distinct_2": pytest.approx(1)}
+    assert text_metrics.distinct(["a b a", "b"]) == {
+        "distinct_1": pytest.approx(2 / 4),
+        "distinct_2": pytest.approx(1),
+    }
+    assert text_metrics.distinct(["好好的 GPT"]) == {
+        "distinct_1": pytest.approx(3 / 4),
+        "distinct_2": pytest.approx(1),
+    }
     assert text_metrics.distinct(["", " "]) == {"distinct_1": 0, "distinct_2": 0}
 
 
 def test_repetition_by_hand():
     """a b c d a b c d: 5 runs of four words of which one is a repetition; a text without any does not count."""
-    metric = text_metrics.diversity(["a b c d a b c d", "one two three four", "short"])["repetition"]
+    metric = text_metrics.diversity(["a b c d a b c d", "one two three four", "short"])[
+        "repetition"
+    ]
     assert metric.value == pytest.approx((1 / 5 + 0) / 2)
     assert text_metrics.diversity(["", "a"])["repetition"].value == 0
     assert text_metrics.diversity(["哈哈哈哈哈哈"])["repetition"].value == pytest.approx(2 / 3)
-    assert text_metrics.diversity(["x", "y"], [[1, 1, 1, 1, 1], [1, 2]])["repetition"].value == pytest.approx(1 / 2)
+    assert text_metrics.diversity(["x", "y"], [[1, 1, 1, 1, 1], [1, 2]])[
+        "repetition"
+    ].value == pytest.approx(1 / 2)
 
 
 def test_token_loss_by_hand():
@@ -238,11 +306,17 @@ def test_token_loss_by_hand():
 @needs_sacrebleu
 def test_translation_by_hand():
     """Five of five words right and none missing; then a reference twice as long: only the brevity penalty exp(1 - 2) is left."""
-    assert text_metrics.translation(["one two three four five"], [["one two three four five"]])["bleu"].value == pytest.approx(100)
+    assert text_metrics.translation(["one two three four five"], [["one two three four five"]])[
+        "bleu"
+    ].value == pytest.approx(100)
     found = text_metrics.translation(["a b c d"], [["a b c d e f g h"]])
     assert found["bleu"].value == pytest.approx(100 * math.exp(-1))
-    assert text_metrics.translation(["今天天气好"], [["今天天气好"]])["bleu"].value == 0  # one word of no spaces has no 4-grams
-    chinese = text_metrics.translation(["今天天气好"] * 3, [["今天天气好"], ["昨天天气好"], ["今天天气不好"]], tokenize="zh")
+    assert (
+        text_metrics.translation(["今天天气好"], [["今天天气好"]])["bleu"].value == 0
+    )  # one word of no spaces has no 4-grams
+    chinese = text_metrics.translation(
+        ["今天天气好"] * 3, [["今天天气好"], ["昨天天气好"], ["今天天气不好"]], tokenize="zh"
+    )
     assert 20 < chinese["bleu"].value < 100
     for metric in chinese.values():
         low, high = metric.interval(samples=50)
@@ -256,20 +330,56 @@ ERRORS = {
     "lengths": (lambda: classification_metrics.classification([0, 1], [0], 2), "'predicted': 2"),
     "no examples": (lambda: classification_metrics.classification([], [], 2), "at least 1"),
     "no numbers": (lambda: mean_metric([]), "'values': 0"),
-    "class too high": (lambda: classification_metrics.classification([0, 2], [0, 1], 2), r"predicted\[1\] = 2: .* from 0 to 1"),
-    "negative class": (lambda: classification_metrics.confusion([0, 1], [0, -1], 2), r"actual\[1\] = -1"),
-    "class is no integer": (lambda: classification_metrics.confusion([0.5, 1], [0, 1], 2), "float64"),
-    "class is a text": (lambda: classification_metrics.confusion(["a", "b"], [0, 1], 2), "predicted has .* integer"),
-    "two dimensions": (lambda: classification_metrics.regression([[1.0]], [1.0]), r"shape \(1, 1\)"),
-    "probabilities' shape": (lambda: classification_metrics.classification([0, 1], [0, 1], 2, [[1.0], [1.0]]), r"\(2, 1\): must be \(2, 2\)"),
-    "probabilities' sum": (lambda: classification_metrics.classification([0], [0], 2, [[0.9, 0.9]]), r"\[0.9, 0.9\]"),
-    "probability is NaN": (lambda: classification_metrics.classification([0], [0], 2, [[math.nan, 1.0]]), "nan"),
-    "NaN": (lambda: classification_metrics.regression([1.0, math.nan], [1.0, 2.0]), r"predicted\[1\] = nan"),
-    "infinity": (lambda: classification_metrics.regression([1.0, 2.0], [math.inf, 2.0]), r"actual\[0\] = inf"),
-    "negative weight": (lambda: loss_metrics.token_loss([1.0], [-1.0], [1]), r"weights\[0\] = -1.0"),
+    "class too high": (
+        lambda: classification_metrics.classification([0, 2], [0, 1], 2),
+        r"predicted\[1\] = 2: .* from 0 to 1",
+    ),
+    "negative class": (
+        lambda: classification_metrics.confusion([0, 1], [0, -1], 2),
+        r"actual\[1\] = -1",
+    ),
+    "class is no integer": (
+        lambda: classification_metrics.confusion([0.5, 1], [0, 1], 2),
+        "float64",
+    ),
+    "class is a text": (
+        lambda: classification_metrics.confusion(["a", "b"], [0, 1], 2),
+        "predicted has .* integer",
+    ),
+    "two dimensions": (
+        lambda: classification_metrics.regression([[1.0]], [1.0]),
+        r"shape \(1, 1\)",
+    ),
+    "probabilities' shape": (
+        lambda: classification_metrics.classification([0, 1], [0, 1], 2, [[1.0], [1.0]]),
+        r"\(2, 1\): must be \(2, 2\)",
+    ),
+    "probabilities' sum": (
+        lambda: classification_metrics.classification([0], [0], 2, [[0.9, 0.9]]),
+        r"\[0.9, 0.9\]",
+    ),
+    "probability is NaN": (
+        lambda: classification_metrics.classification([0], [0], 2, [[math.nan, 1.0]]),
+        "nan",
+    ),
+    "NaN": (
+        lambda: classification_metrics.regression([1.0, math.nan], [1.0, 2.0]),
+        r"predicted\[1\] = nan",
+    ),
+    "infinity": (
+        lambda: classification_metrics.regression([1.0, 2.0], [math.inf, 2.0]),
+        r"actual\[0\] = inf",
+    ),
+    "negative weight": (
+        lambda: loss_metrics.token_loss([1.0], [-1.0], [1]),
+        r"weights\[0\] = -1.0",
+    ),
     "no weight": (lambda: loss_metrics.token_loss([1.0], [0.0], [1]), "no token"),
     "NaN loss": (lambda: loss_metrics.token_loss([math.nan], [1.0], [1]), "sums"),
-    "prediction is no text": (lambda: text_metrics.rouge(["a", None], [["a"], ["b"]]), "predictions: None"),
+    "prediction is no text": (
+        lambda: text_metrics.rouge(["a", None], [["a"], ["b"]]),
+        "predictions: None",
+    ),
     "a bare reference": (lambda: text_metrics.rouge(["a"], ["abc"]), r"references\[0\]: 'abc'"),
     "no reference": (lambda: text_metrics.rouge(["a"], [[]]), r"references\[0\]: \[\]"),
     "a bare text": (lambda: text_metrics.distinct("abc"), "texts: 'abc'"),

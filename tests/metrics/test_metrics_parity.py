@@ -14,10 +14,18 @@ from gptjax.metrics import classification as classification_metrics
 from gptjax.metrics import text as text_metrics
 
 pytestmark = pytest.mark.parity
-rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge-score is not installed: pip install 'gptjax[parity]'")
-sacrebleu = pytest.importorskip("sacrebleu", reason="sacrebleu is not installed: pip install 'gptjax[eval]'")
-sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed: pip install 'gptjax[parity]'")
-nltk_tokenize = pytest.importorskip("nltk.tokenize", reason="nltk is not installed: pip install 'gptjax[parity]'")
+rouge_scorer = pytest.importorskip(
+    "rouge_score.rouge_scorer", reason="rouge-score is not installed: pip install 'gptjax[parity]'"
+)
+sacrebleu = pytest.importorskip(
+    "sacrebleu", reason="sacrebleu is not installed: pip install 'gptjax[eval]'"
+)
+sklearn_metrics = pytest.importorskip(
+    "sklearn.metrics", reason="scikit-learn is not installed: pip install 'gptjax[parity]'"
+)
+nltk_tokenize = pytest.importorskip(
+    "nltk.tokenize", reason="nltk is not installed: pip install 'gptjax[parity]'"
+)
 
 CASES = 500
 SENTENCE = "the The a an cat Cat's sat, sat mat. dog-house U.S. 3.14 1,000 50% café naïve ÉTÉ İstanbul _x_ (on) it's — … don't lay"
@@ -46,17 +54,28 @@ CHINESE = [
 
 def draw(generator, words, glue=" ", longest=12):
     """A random text, empty every now and then."""
-    return glue.join(generator.choice(words, generator.integers(0, longest + 1))) if generator.random() > 0.08 else ""
+    return (
+        glue.join(generator.choice(words, generator.integers(0, longest + 1)))
+        if generator.random() > 0.08
+        else ""
+    )
 
 
 def examples(words, glue=" ", *, least=1, seed=0, count=CASES):
     """Predictions and one to three references; some predictions are close to a reference."""
     generator = np.random.default_rng(seed)
-    references = [[draw(generator, words, glue) for _ in range(generator.integers(least, 4))] for _ in range(count)]
+    references = [
+        [draw(generator, words, glue) for _ in range(generator.integers(least, 4))]
+        for _ in range(count)
+    ]
     predictions = []
     for row in references:
         close = row and generator.random() < 0.5
-        predictions.append(row[-1] + glue + draw(generator, words, glue, 3) if close else draw(generator, words, glue))
+        predictions.append(
+            row[-1] + glue + draw(generator, words, glue, 3)
+            if close
+            else draw(generator, words, glue)
+        )
     return predictions, references
 
 
@@ -69,10 +88,19 @@ def test_classification(classes):
     for _ in range(CASES // 3 + 1):
         count = generator.integers(1, 30)
         actual = generator.integers(0, generator.integers(1, classes + 1), count)
-        predicted = np.where(generator.random(count) < 0.5, actual, generator.integers(0, classes, count))
-        found = {name: metric.value for name, metric in classification_metrics.classification(predicted, actual, classes).items()}
+        predicted = np.where(
+            generator.random(count) < 0.5, actual, generator.integers(0, classes, count)
+        )
+        found = {
+            name: metric.value
+            for name, metric in classification_metrics.classification(
+                predicted, actual, classes
+            ).items()
+        }
         f1 = {
-            f"f1_{kind}": sklearn_metrics.f1_score(actual, predicted, average=kind, labels=range(classes), zero_division=0)
+            f"f1_{kind}": sklearn_metrics.f1_score(
+                actual, predicted, average=kind, labels=range(classes), zero_division=0
+            )
             for kind in ("macro", "micro")
         }
         expected = {"accuracy": sklearn_metrics.accuracy_score(actual, predicted), **f1}
@@ -82,7 +110,9 @@ def test_classification(classes):
             expected["mcc"] = 0.0
         assert found == pytest.approx(expected, abs=1e-6)
         matrix = sklearn_metrics.confusion_matrix(actual, predicted, labels=range(classes))
-        np.testing.assert_array_equal(classification_metrics.confusion(predicted, actual, classes), matrix)
+        np.testing.assert_array_equal(
+            classification_metrics.confusion(predicted, actual, classes), matrix
+        )
 
 
 def test_calibration_error():
@@ -98,7 +128,9 @@ def test_calibration_error():
             inside = (top > low) & (top <= high)
             if inside.any():
                 expected += inside.mean() * abs(top[inside].mean() - right[inside].mean())
-        found = classification_metrics.classification(probabilities.argmax(1), actual, int(classes), probabilities)["calibration_error"]
+        found = classification_metrics.classification(
+            probabilities.argmax(1), actual, int(classes), probabilities
+        )["calibration_error"]
         assert found.value == pytest.approx(expected, abs=1e-6)
 
 
@@ -108,8 +140,12 @@ def test_regression():
         count = generator.integers(3, 50)
         predicted, actual = generator.normal(3, 10, (2, count)) + 5 * generator.normal(size=count)
         found = classification_metrics.regression(predicted, actual)
-        assert found["mse"].value == pytest.approx(sklearn_metrics.mean_squared_error(actual, predicted), rel=1e-6)
-        assert found["pearson"].value == pytest.approx(np.corrcoef(predicted, actual)[0, 1], abs=1e-6)
+        assert found["mse"].value == pytest.approx(
+            sklearn_metrics.mean_squared_error(actual, predicted), rel=1e-6
+        )
+        assert found["pearson"].value == pytest.approx(
+            np.corrcoef(predicted, actual)[0, 1], abs=1e-6
+        )
 
 
 # texts
@@ -123,7 +159,10 @@ def test_rouge():
     for i, (prediction, row) in enumerate(zip(predictions, references, strict=True)):
         theirs = scorer.score_multi(row, prediction)
         for name in names:
-            assert found[name].stats[i, 0] == pytest.approx(theirs[name].fmeasure, abs=1e-6), (prediction, row)
+            assert found[name].stats[i, 0] == pytest.approx(theirs[name].fmeasure, abs=1e-6), (
+                prediction,
+                row,
+            )
     assert min(metric.value for metric in found.values()) > 0.1
 
 
@@ -132,21 +171,33 @@ def test_rouge_of_characters():
     predictions, references = examples(CHINESE, "", seed=1)
     spell = lambda text: " ".join(f"w{ord(c)}" for c in text.lower() if not c.isspace())
     found = text_metrics.rouge(predictions, references, characters=True)
-    expected = text_metrics.rouge([spell(p) for p in predictions], [[spell(r) for r in row] for row in references])
+    expected = text_metrics.rouge(
+        [spell(p) for p in predictions], [[spell(r) for r in row] for row in references]
+    )
     for name, metric in found.items():
         np.testing.assert_allclose(metric.stats, expected[name].stats, err_msg=name)
 
 
-@pytest.mark.parametrize(("tokenize", "words", "glue"), [("13a", ENGLISH, " "), ("zh", CHINESE, ""), ("intl", ENGLISH, " "), ("char", CHINESE, "")])
+@pytest.mark.parametrize(
+    ("tokenize", "words", "glue"),
+    [("13a", ENGLISH, " "), ("zh", CHINESE, ""), ("intl", ENGLISH, " "), ("char", CHINESE, "")],
+)
 def test_translation(tokenize, words, glue):
     predictions, references = examples(words, glue, seed=2)
     for count in (1, 2, 5, CASES):
         for start in range(0, CASES, max(count, 50)):
             these, rows = predictions[start : start + count], references[start : start + count]
-            streams = [[row[i] if i < len(row) else None for row in rows] for i in range(max(map(len, rows)))]
+            streams = [
+                [row[i] if i < len(row) else None for row in rows]
+                for i in range(max(map(len, rows)))
+            ]
             found = text_metrics.translation(these, rows, tokenize=tokenize)
-            assert found["bleu"].value == pytest.approx(sacrebleu.corpus_bleu(these, streams, tokenize=tokenize).score, abs=1e-6)
-            assert found["chrf"].value == pytest.approx(sacrebleu.corpus_chrf(these, streams).score, abs=1e-6)
+            assert found["bleu"].value == pytest.approx(
+                sacrebleu.corpus_bleu(these, streams, tokenize=tokenize).score, abs=1e-6
+            )
+            assert found["chrf"].value == pytest.approx(
+                sacrebleu.corpus_chrf(these, streams).score, abs=1e-6
+            )
 
 
 def test_bootstrap_of_translation_is_that_of_the_examples():
@@ -156,10 +207,19 @@ def test_bootstrap_of_translation_is_that_of_the_examples():
     generator = np.random.default_rng(0)
     for _ in range(5):
         rows = generator.integers(0, 60, 60)
-        these, streams = [predictions[i] for i in rows], [[references[i][k] for i in rows] for k in range(3)]
-        sums = {name: np.bincount(rows, minlength=60) @ metric.stats for name, metric in found.items()}
-        assert found["bleu"].score(sums["bleu"]) == pytest.approx(sacrebleu.corpus_bleu(these, streams).score, abs=1e-6)
-        assert found["chrf"].score(sums["chrf"]) == pytest.approx(sacrebleu.corpus_chrf(these, streams).score, abs=1e-6)
+        these, streams = (
+            [predictions[i] for i in rows],
+            [[references[i][k] for i in rows] for k in range(3)],
+        )
+        sums = {
+            name: np.bincount(rows, minlength=60) @ metric.stats for name, metric in found.items()
+        }
+        assert found["bleu"].score(sums["bleu"]) == pytest.approx(
+            sacrebleu.corpus_bleu(these, streams).score, abs=1e-6
+        )
+        assert found["chrf"].score(sums["chrf"]) == pytest.approx(
+            sacrebleu.corpus_chrf(these, streams).score, abs=1e-6
+        )
 
 
 # answers: the rules of the official scripts, written anew
@@ -202,13 +262,21 @@ def cmrc_rules(prediction, references):
 
     def segments(text):
         pieces = re.split("([\u4e00-\u9fa5])", kept(text))
-        return [word for piece in pieces for word in ([piece] if re.fullmatch("[\u4e00-\u9fa5]", piece) else treebank.tokenize(piece))]
+        return [
+            word
+            for piece in pieces
+            for word in (
+                [piece] if re.fullmatch("[\u4e00-\u9fa5]", piece) else treebank.tokenize(piece)
+            )
+        ]
 
     guess, exact, best = segments(prediction), 0.0, 0.0
     for text in [r for r in references if segments(r)] or [""]:
         answer = segments(text)
         exact = max(exact, float(kept(text) == kept(prediction)))
-        runs = lambda row: {tuple(row[i:j]) for i in range(len(row)) for j in range(i + 1, len(row) + 1)}
+        runs = lambda row: {
+            tuple(row[i:j]) for i in range(len(row)) for j in range(i + 1, len(row) + 1)
+        }
         longest = max(map(len, runs(guess) & runs(answer)), default=0)
         if not guess or not answer:
             best = max(best, float(guess == answer))

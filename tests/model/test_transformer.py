@@ -20,12 +20,29 @@ from gptjax.ops.attention.mask import Mask
 FAMILIES = {
     "gpt2": {},
     "gpt2_exact_nobias": dict(mlp="gelu_exact", bias="none"),
-    "llama": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, tie_embeddings=False),
-    "everything": dict(
-        positions="rope", rope_scaling="llama3", rope_factor=8.0, rope_original_context=8, norm="rmsnorm", mlp="swiglu", bias="qkv",
-        kv_heads=1, qk_norm=True, logit_softcap=20.0, sliding_window=5, head_dim=12,
+    "llama": dict(
+        positions="rope",
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias="none",
+        kv_heads=2,
+        tie_embeddings=False,
     ),
-}  # fmt: skip
+    "everything": dict(
+        positions="rope",
+        rope_scaling="llama3",
+        rope_factor=8.0,
+        rope_original_context=8,
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias="qkv",
+        kv_heads=1,
+        qk_norm=True,
+        logit_softcap=20.0,
+        sliding_window=5,
+        head_dim=12,
+    ),
+}
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -36,7 +53,9 @@ def family(request):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(config, params, tokens, **kwargs):
-    return transformer.unembed(config, params, transformer.apply(config, params, tokens, **kwargs)[0])
+    return transformer.unembed(
+        config, params, transformer.apply(config, params, tokens, **kwargs)[0]
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -51,10 +70,15 @@ def test_no_logit_depends_on_a_later_token(family):
 
     def logits(onehot):  # tokens as one-hot rows: gradients say exactly what each logit sees
         table = params["embed"]["tokens"]
-        shifted = {**params, "embed": {**params["embed"], "tokens": jnp.concatenate([onehot[0] @ table, table])}}
-        return logits_of(dataclasses.replace(config, vocab_size=config.vocab_size), {**shifted, "head": {"kernel": table}}, jnp.arange(24)[None])[
-            0
-        ].sum(-1)
+        shifted = {
+            **params,
+            "embed": {**params["embed"], "tokens": jnp.concatenate([onehot[0] @ table, table])},
+        }
+        return logits_of(
+            dataclasses.replace(config, vocab_size=config.vocab_size),
+            {**shifted, "head": {"kernel": table}},
+            jnp.arange(24)[None],
+        )[0].sum(-1)
 
     seen = np.abs(np.asarray(jax.jit(jax.jacrev(logits))(embedded))).sum((1, 3)) > 0
     expected = np.tril(np.ones((24, 24), bool))
@@ -71,10 +95,15 @@ def test_documents_in_one_window_are_isolated(family, backend):
     positions = jnp.array([[*range(9), *range(15)]] * 2)
     packed = logits_of(config, params, tokens, segment_ids=segments, positions=positions)
     other = tokens.at[:, :9].set((tokens[:, :9] + 1) % 65)
-    np.testing.assert_array_equal(packed[:, 9:], logits_of(config, params, other, segment_ids=segments, positions=positions)[:, 9:])
+    np.testing.assert_array_equal(
+        packed[:, 9:],
+        logits_of(config, params, other, segment_ids=segments, positions=positions)[:, 9:],
+    )
     alone = logits_of(config, params, tokens[:, 9:])
     np.testing.assert_allclose(packed[:, 9:], alone, atol=3e-5)
-    assert np.abs(packed[:, 9:] - logits_of(config, params, tokens)[:, 9:]).max() > 1e-3  # without segments they do see one another
+    assert (
+        np.abs(packed[:, 9:] - logits_of(config, params, tokens)[:, 9:]).max() > 1e-3
+    )  # without segments they do see one another
 
 
 VARIANTS = {
@@ -96,7 +125,9 @@ def test_variants_give_the_same_loss_and_gradients(family, variant):
     @functools.partial(jax.jit, static_argnums=1)
     def loss(params, config):
         x, _ = transformer.apply(config, params, tokens, segment_ids=segments)
-        return cross_entropy.token_cross_entropy(config, params, x, tokens, jnp.ones((2, 24)), chunk=8)
+        return cross_entropy.token_cross_entropy(
+            config, params, x, tokens, jnp.ones((2, 24)), chunk=8
+        )
 
     changed = dataclasses.replace(config, **VARIANTS[variant])
     assert changed != config
@@ -111,9 +142,17 @@ def test_remat_and_scan_really_change_the_program():
     config = make_config().model
     params = jax.eval_shape(lambda: model_init.init_params(config, jax.random.key(0)))
     text = {}
-    for name, changes in {"plain": {}, "remat": dict(remat="full"), "scan": dict(scan_layers=True)}.items():
+    for name, changes in {
+        "plain": {},
+        "remat": dict(remat="full"),
+        "scan": dict(scan_layers=True),
+    }.items():
         changed = dataclasses.replace(config, **changes)
-        text[name] = str(jax.make_jaxpr(lambda p, c=changed: transformer.apply(c, p, jnp.zeros((1, 16), jnp.int32))[0])(params))
+        text[name] = str(
+            jax.make_jaxpr(
+                lambda p, c=changed: transformer.apply(c, p, jnp.zeros((1, 16), jnp.int32))[0]
+            )(params)
+        )
     assert "remat" in text["remat"] and "remat" not in text["plain"]
     assert "scan" in text["scan"] and "scan" not in text["plain"]
 
@@ -121,7 +160,9 @@ def test_remat_and_scan_really_change_the_program():
 def test_cache_equals_full_forward_on_ragged_rows(family):
     config, params, tokens = family
     expected = logits_of(config, params, tokens)
-    lengths = np.array([5, 11])  # row b has lengths[b] tokens of prompt; the rest is padding that must not matter
+    lengths = np.array(
+        [5, 11]
+    )  # row b has lengths[b] tokens of prompt; the rest is padding that must not matter
     prompt = jnp.where(jnp.arange(11) < lengths[:, None], tokens[:, :11], 7)
     got, cache = cached(config, params, prompt, init_cache(config, 2, 24), jnp.zeros(2, jnp.int32))
     for row, n in enumerate(lengths):
@@ -140,7 +181,9 @@ def test_loss_at_init_is_that_of_a_uniform_guess(family):
     def total():
         params = model_init.init_params(config, jax.random.key(5))
         x, _ = transformer.apply(config, params, tokens)
-        return cross_entropy.token_cross_entropy(config, params, x, jnp.roll(tokens, -1, 1), jnp.ones((8, 24)), chunk=12)
+        return cross_entropy.token_cross_entropy(
+            config, params, x, jnp.roll(tokens, -1, 1), jnp.ones((8, 24)), chunk=12
+        )
 
     assert abs(float(total()) / (8 * 24) / math.log(config.vocab_size) - 1) < 0.01
 
@@ -159,20 +202,30 @@ def test_padded_vocabulary_gets_no_probability():
     params["embed"]["tokens"] = params["embed"]["tokens"].at[65:].set(50.0)
     x = jax.random.normal(jax.random.key(1), (1, 16, 32))
     tight = {**params, "embed": {**params["embed"], "tokens": params["embed"]["tokens"][:65]}}
-    loss = lambda c, p: cross_entropy.token_cross_entropy(c, p, x, jnp.full((1, 16), 3), jnp.ones((1, 16)), chunk=4)
-    np.testing.assert_allclose(loss(config, params), loss(dataclasses.replace(config, vocab_multiple=1), tight), rtol=1e-6)
+    loss = lambda c, p: cross_entropy.token_cross_entropy(
+        c, p, x, jnp.full((1, 16), 3), jnp.ones((1, 16)), chunk=4
+    )
+    np.testing.assert_allclose(
+        loss(config, params), loss(dataclasses.replace(config, vocab_multiple=1), tight), rtol=1e-6
+    )
 
 
 def test_blockwise_memory_is_linear_in_the_number_of_keys():
     """No array of T x S elements appears in the compiled forward and backward pass."""
     t = 512
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, t, 1, 1, 8), (1, t, 1, 8), (1, t, 1, 8))]
+    shapes = [
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, t, 1, 1, 8), (1, t, 1, 8), (1, t, 1, 8))
+    ]
 
     def loss(q, k, v, backend):
         return BACKENDS[backend](q, k, v, Mask(jnp.arange(t)[None]), block=32).sum()
 
     def peak(backend):
-        compiled = jax.jit(jax.grad(lambda q, k, v: loss(q, k, v, backend), argnums=(0, 1, 2))).lower(*shapes).compile()
+        compiled = (
+            jax.jit(jax.grad(lambda q, k, v: loss(q, k, v, backend), argnums=(0, 1, 2)))
+            .lower(*shapes)
+            .compile()
+        )
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert peak("xla") >= t * t * 4

@@ -21,9 +21,13 @@ def test_chunks_equal_the_formula(chunk, softcap):
 
     def formula(params, x):
         log_probs = jax.nn.log_softmax(transformer.unembed(config, params, x), axis=-1)
-        return -(weights * jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]).sum()
+        return -(
+            weights * jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+        ).sum()
 
-    ours = lambda params, x: cross_entropy.token_cross_entropy(config, params, x, targets, weights, chunk=chunk)
+    ours = lambda params, x: cross_entropy.token_cross_entropy(
+        config, params, x, targets, weights, chunk=chunk
+    )
     expected, expected_grads = jax.jit(jax.value_and_grad(formula, argnums=(0, 1)))(params, x)
     found, grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(params, x)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -35,8 +39,15 @@ def test_loss_of_a_scaled_sum_scales_its_gradient():
     config = make_config().model
     params = random_params(config)
     x, ones = jax.random.normal(jax.random.key(1), (2, 16, 32)), jnp.ones((2, 16))
-    loss = lambda x, factor: factor * cross_entropy.token_cross_entropy(config, params, x, jnp.zeros((2, 16), jnp.int32), ones, chunk=8)
-    np.testing.assert_allclose(jax.jit(jax.grad(loss))(x, 0.25) * 4, jax.jit(jax.grad(loss))(x, 1.0), rtol=1e-6)
+    loss = lambda x, factor: (
+        factor
+        * cross_entropy.token_cross_entropy(
+            config, params, x, jnp.zeros((2, 16), jnp.int32), ones, chunk=8
+        )
+    )
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(loss))(x, 0.25) * 4, jax.jit(jax.grad(loss))(x, 1.0), rtol=1e-6
+    )
 
 
 def test_whole_logits_never_exist():
@@ -46,7 +57,9 @@ def test_whole_logits_never_exist():
     chunk = cross_entropy.chunk_length(config, 8, 64, 0)
     assert 64 % chunk == 0
     assert chunk < 64
-    loss = lambda p, x: cross_entropy.token_cross_entropy(config, p, x, jnp.zeros((8, 64), jnp.int32), jnp.ones((8, 64)), chunk=8)
+    loss = lambda p, x: cross_entropy.token_cross_entropy(
+        config, p, x, jnp.zeros((8, 64), jnp.int32), jnp.ones((8, 64)), chunk=8
+    )
     compiled = jax.jit(jax.grad(loss)).lower(params, jnp.zeros((8, 64, 32))).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 64 * 2048 * 4
 
@@ -55,14 +68,19 @@ def test_whole_logits_never_exist():
 def test_products_by_rows_have_the_gradients_of_any_product(dtype, monkeypatch):
     """What one CPU device does with bfloat16, against what every other device does; a frozen factor costs nothing to save."""
     keys = jax.random.split(jax.random.key(0), 4)
-    x, w, b, g = (jax.random.normal(k, shape).astype(dtype) for k, shape in zip(keys, ((6, 4), (4, 5), (5,), (6, 5)), strict=True))
+    x, w, b, g = (
+        jax.random.normal(k, shape).astype(dtype)
+        for k, shape in zip(keys, ((6, 4), (4, 5), (5,), (6, 5)), strict=True)
+    )
 
     def seen(*which):
         def loss(x, w, b):
             return (products.bias_add(products.matmul(x, w), b) * g).sum(dtype=jnp.float32)
 
         step = jax.jit(jax.value_and_grad(loss, which)).lower(x, w, b)
-        return [step.as_text().count(name) for name in ("LayoutConstraint", " stablehlo.dot_general")], step.compile()(x, w, b)
+        return [
+            step.as_text().count(name) for name in ("LayoutConstraint", " stablehlo.dot_general")
+        ], step.compile()(x, w, b)
 
     kinds = ((0, 1, 2), (0,), (1, 2))
     expected = [seen(*which) for which in kinds]  # eight devices: plain products
@@ -71,18 +89,29 @@ def test_products_by_rows_have_the_gradients_of_any_product(dtype, monkeypatch):
         counts, (found, found_grads) = seen(*which)
         factors = len({0, 1} & set(which))
         assert plain == [0, 1 + factors]
-        assert counts == ([factors, 1 + len(which)] if dtype == "bfloat16" else plain)  # the bias's is a product too
+        assert counts == (
+            [factors, 1 + len(which)] if dtype == "bfloat16" else plain
+        )  # the bias's is a product too
         np.testing.assert_allclose(found, value, rtol=1e-6)
         for ours, theirs in zip(found_grads, grads, strict=True):
             assert ours.dtype == theirs.dtype
-            np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=1e-6 if dtype == "float32" else 2e-2, atol=1e-6)
+            np.testing.assert_allclose(
+                ours.astype(np.float32),
+                theirs.astype(np.float32),
+                rtol=1e-6 if dtype == "float32" else 2e-2,
+                atol=1e-6,
+            )
     assert np.array_equal(products.transposed_copy(x), x.T)
     if dtype == "bfloat16":
-        saved = [leaf.shape for leaf in jax.tree.leaves(jax.vjp(lambda x: products.matmul(x, w), x)[1])]
+        saved = [
+            leaf.shape for leaf in jax.tree.leaves(jax.vjp(lambda x: products.matmul(x, w), x)[1])
+        ]
         assert (4, 5) in saved and (6, 4) not in saved
 
 
-@pytest.mark.parametrize("knobs", [{}, {"scan_layers": True, "remat": "full"}], ids=["plain", "scan_layers"])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"scan_layers": True, "remat": "full"}], ids=["plain", "scan_layers"]
+)
 def test_a_model_by_rows_has_the_gradients_of_any_device(knobs, monkeypatch):
     config = make_config(model=dict(vocab_size=65, dtype="bfloat16", **knobs)).model
     params, tokens = random_params(config), jax.random.randint(jax.random.key(0), (2, 16), 0, 65)
@@ -90,7 +119,9 @@ def test_a_model_by_rows_has_the_gradients_of_any_device(knobs, monkeypatch):
     def gradient():
         def loss(params):
             x, _ = transformer.apply(config, params, tokens)
-            return cross_entropy.token_cross_entropy(config, params, x, tokens, jnp.ones(tokens.shape), chunk=4)
+            return cross_entropy.token_cross_entropy(
+                config, params, x, tokens, jnp.ones(tokens.shape), chunk=4
+            )
 
         step = jax.jit(jax.grad(loss)).lower(params)
         return step.as_text().count("LayoutConstraint"), step.compile()(params)

@@ -16,7 +16,9 @@ DASHES = ["--", "--config=configs/debug.py", "--workdir=runs/x y"]
 
 
 def script(name, *flags):
-    return subprocess.run([str(ROOT / "launch" / name), *flags], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [str(ROOT / "launch" / name), *flags], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
 
 
 def test_dry_runs_call_the_trainer_with_the_flags_given():
@@ -24,7 +26,13 @@ def test_dry_runs_call_the_trainer_with_the_flags_given():
     assert local.stdout.count("python -m gptjax.train --config=configs/debug.py") == 3
     assert "JAX_PROCESS_ID=2" in local.stdout
     slurm = script("slurm.sh", "--nodes=4", "--partition=gpu", "--dry_run", *DASHES).stdout
-    for part in ("#SBATCH --nodes=4", "#SBATCH --partition=gpu", "srun", "--distributed", "--workdir=runs/x\\ y"):
+    for part in (
+        "#SBATCH --nodes=4",
+        "#SBATCH --partition=gpu",
+        "srun",
+        "--distributed",
+        "--workdir=runs/x\\ y",
+    ):
         assert part in slurm
     tpu = script("tpu_vm.sh", "--name=pod", "--zone=z", "--dry_run", *DASHES).stdout
     assert "--worker=all" in tpu
@@ -52,12 +60,31 @@ def test_two_processes_equal_one(corpus, tmp_path):
         "--config.mesh.fsdp=2",
     ]
     both = subprocess.run(
-        [str(ROOT / "launch" / "local.sh"), "--processes=2", "--devices=2", f"--port={port}", "--", *flags, f"--workdir={tmp_path / 'two'}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHON": sys.executable},
-    )  # fmt: skip
+        [
+            str(ROOT / "launch" / "local.sh"),
+            "--processes=2",
+            "--devices=2",
+            f"--port={port}",
+            "--",
+            *flags,
+            f"--workdir={tmp_path / 'two'}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
     assert both.returncode == 0, both.stderr[-3000:]
     command("gptjax.train", *flags, f"--workdir={tmp_path / 'one'}", devices=4)
-    losses = [[r["train/loss"] for r in read_jsonl(tmp_path / name / "metrics.jsonl") if "train/loss" in r] for name in ("one", "two")]
+    losses = [
+        [
+            r["train/loss"]
+            for r in read_jsonl(tmp_path / name / "metrics.jsonl")
+            if "train/loss" in r
+        ]
+        for name in ("one", "two")
+    ]
     assert len(losses[0]) == len(losses[1]) == 6
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert json.loads((tmp_path / "two" / "run.json").read_text())["status"] == "finished"

@@ -18,20 +18,43 @@ SETTINGS = dict(temperature=0.8, top_k=5, min_p=0.01, repetition_penalty=1.1, se
 def generated(folder, tmp_path, **env):
     """(what the command wrote, the functions that jax compiled for it) in a process of its own."""
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    env = {"GPTJAX_CACHE": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": "", "JAX_LOG_COMPILES": "1", **env}
-    done = command("gptjax.generate", f"--checkpoint={folder}", "--prompt=the cat", "--max_new_tokens=20", "--json", *flags, env=env)
-    return json.loads(done.stdout), {name for name in ("prefill", "advance") if f"Compiling jit({name}" in done.stderr}
+    env = {
+        "GPTJAX_CACHE": str(tmp_path / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": "",
+        "JAX_LOG_COMPILES": "1",
+        **env,
+    }
+    done = command(
+        "gptjax.generate",
+        f"--checkpoint={folder}",
+        "--prompt=the cat",
+        "--max_new_tokens=20",
+        "--json",
+        *flags,
+        env=env,
+    )
+    return json.loads(done.stdout), {
+        name for name in ("prefill", "advance") if f"Compiling jit({name}" in done.stderr
+    }
 
 
 def test_a_second_process_compiles_neither_prefill_nor_the_loop(tmp_path):
     folder, both = tmp_path / "hf", {"prefill", "advance"}
-    formats.write_checkpoint(folder, tiny_checkpoint("llama", context=256, tokenizer=byte_level_tokenizer()))
+    formats.write_checkpoint(
+        folder, tiny_checkpoint("llama", context=256, tokenizer=byte_level_tokenizer())
+    )
     first, compiled = generated(folder, tmp_path, PYTHONHASHSEED="1")
     assert compiled == both
-    assert not [path for path in (tmp_path / "cache" / "xla").iterdir() if "prefill" in path.name or "advance" in path.name]
+    assert not [
+        path
+        for path in (tmp_path / "cache" / "xla").iterdir()
+        if "prefill" in path.name or "advance" in path.name
+    ]
     assert generated(folder, tmp_path, PYTHONHASHSEED="2") == (first, set())
     for kept in (tmp_path / "cache" / "programs").glob("advance-*"):  # damaged: compiled again
-        kept.write_bytes(bytes(32) + kept.read_bytes()[32:])  # its checksum, since what damaged machine code does is anyone's guess
+        kept.write_bytes(
+            bytes(32) + kept.read_bytes()[32:]
+        )  # its checksum, since what damaged machine code does is anyone's guess
     assert generated(folder, tmp_path) == (first, {"advance"})
     assert generated(folder, tmp_path, JAX_DISABLE_JIT="1")[0]["tokens"] == first["tokens"]
     expected = language_model.load(folder).generate("the cat", max_new_tokens=20, **SETTINGS)
@@ -45,7 +68,9 @@ def twice(x, *, bias):
 
 
 def test_a_program_is_found_by_all_that_it_depends_on(tmp_path, monkeypatch):
-    place = lambda shape=(4,), dtype=np.float32: twice.call(np.zeros(shape, dtype), bias=np.zeros(1)).place(tmp_path)
+    place = lambda shape=(4,), dtype=np.float32: twice.call(
+        np.zeros(shape, dtype), bias=np.zeros(1)
+    ).place(tmp_path)
     usual = place()
     assert place() == usual
     others = [place((5,)), place(dtype=np.int8)]
@@ -55,7 +80,9 @@ def test_a_program_is_found_by_all_that_it_depends_on(tmp_path, monkeypatch):
         patch.setattr(executables, "_SOURCE", "another")
         others.append(place())
     with monkeypatch.context() as patch:
-        patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_fast_math=false")
+        patch.setenv(
+            "XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_fast_math=false"
+        )
         others.append(place())
     with monkeypatch.context() as patch:
         patch.setattr(jax, "__version__", "0.0.0")
@@ -65,7 +92,10 @@ def test_a_program_is_found_by_all_that_it_depends_on(tmp_path, monkeypatch):
 
 def test_static_arguments_and_their_order_count():
     three = executables.jit(lambda x, kinds: x, static_argnames=("kinds",))
-    one, other = (three.call(np.zeros(2), frozenset(kinds)).key for kinds in (["top_k", "min_p"], ["min_p", "top_k"]))
+    one, other = (
+        three.call(np.zeros(2), frozenset(kinds)).key
+        for kinds in (["top_k", "min_p"], ["min_p", "top_k"])
+    )
     assert one == other != three.call(np.zeros(2), frozenset(["top_k"])).key
 
 
@@ -91,6 +121,10 @@ def test_old_programs_make_room(tmp_path, monkeypatch):
     for i, name in enumerate("abcd"):
         executables._keep(compiled, tmp_path / f"{name}.program", "no name")
         os.utime(tmp_path / f"{name}.program", (i, i))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.program", "d.program", "thesis.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "c.program",
+        "d.program",
+        "thesis.txt",
+    ]
     with pytest.warns(UserWarning, match="could not be kept"):
         executables._keep(compiled, tmp_path / "thesis.txt" / "e.program", "no name")

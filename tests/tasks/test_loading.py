@@ -31,7 +31,10 @@ TEMPLATE = (
 
 
 def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(r, ensure_ascii="\ud83d" in r.get("text", "")) + "\n" for r in records), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(r, ensure_ascii="\ud83d" in r.get("text", "")) + "\n" for r in records),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -52,29 +55,55 @@ def test_every_format_gives_the_same_rows(tmp_path):
     import pyarrow
     import pyarrow.parquet as parquet
 
-    records = [{"text": 'a "quoted", line\nof two', "label": "x"}, {"text": "été 東京", "label": "y"}]
+    records = [
+        {"text": 'a "quoted", line\nof two', "label": "x"},
+        {"text": "été 東京", "label": "y"},
+    ]
     write_jsonl(tmp_path / "a.jsonl", records)
     with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["text", "label"])
         writer.writeheader()
         writer.writerows(records)
     parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
-    found = [[r.fields for r in read(kind, tmp_path / f"a.{kind}")] for kind in ("jsonl", "csv", "parquet")]
+    found = [
+        [r.fields for r in read(kind, tmp_path / f"a.{kind}")]
+        for kind in ("jsonl", "csv", "parquet")
+    ]
     assert found == [records] * 3
 
 
 def test_tabs_parallel_lines_and_squad(tmp_path):
     (tmp_path / "a.tsv").write_text('Say "hi\tSag "hallo\textra\nTwo\tZwei\n')
     found = read("csv", tmp_path / "a.tsv", columns=["en", "de"])
-    assert [r.fields for r in found] == [{"en": 'Say "hi', "de": 'Sag "hallo'}, {"en": "Two", "de": "Zwei"}] and found[1].where.endswith("a.tsv:2")
+    assert [r.fields for r in found] == [
+        {"en": 'Say "hi', "de": 'Sag "hallo'},
+        {"en": "Two", "de": "Zwei"},
+    ] and found[1].where.endswith("a.tsv:2")
     (tmp_path / "x.en").write_text("one\ntwo\n")
     (tmp_path / "x.de").write_text("eins\nzwei\n")
     pair = f"{tmp_path}/x.en,{tmp_path}/x.de"
-    assert [r.fields for r in read("lines", pair, columns=["en", "de"])] == [{"en": "one", "de": "eins"}, {"en": "two", "de": "zwei"}]
-    qas = [{"id": "q1", "question": "Who?", "answers": [{"text": "Ada", "answer_start": 0}, {"text": "Ada L.", "answer_start": 0}]}]
-    (tmp_path / "s.json").write_text(json.dumps({"data": [{"title": "t", "paragraphs": [{"context": "Ada wrote it.", "qas": qas}]}]}))
+    assert [r.fields for r in read("lines", pair, columns=["en", "de"])] == [
+        {"en": "one", "de": "eins"},
+        {"en": "two", "de": "zwei"},
+    ]
+    qas = [
+        {
+            "id": "q1",
+            "question": "Who?",
+            "answers": [{"text": "Ada", "answer_start": 0}, {"text": "Ada L.", "answer_start": 0}],
+        }
+    ]
+    (tmp_path / "s.json").write_text(
+        json.dumps(
+            {"data": [{"title": "t", "paragraphs": [{"context": "Ada wrote it.", "qas": qas}]}]}
+        )
+    )
     (row,) = read("squad", tmp_path / "s.json")
-    assert row.fields["answers"] == ["Ada", "Ada L."] and row.fields["answer"] == "Ada" and "q1" in row.where
+    assert (
+        row.fields["answers"] == ["Ada", "Ada L."]
+        and row.fields["answer"] == "Ada"
+        and "q1" in row.where
+    )
 
 
 def examples(tmp_path, records, tokenizer=None, **sections):
@@ -87,17 +116,25 @@ def test_only_the_answer_and_its_end_are_learned(tmp_path):
     found, _ = examples(tmp_path, [{"source": "ab", "target": "cd"}], task=dict(name="translation"))
     (e,) = found.train
     t = found.tokenizer
-    assert t.decode(e.ids[e.prompt :].tolist()) == " cd" and t.decode(e.ids[: e.prompt].tolist()) == "ab ="
+    assert (
+        t.decode(e.ids[e.prompt :].tolist()) == " cd"
+        and t.decode(e.ids[: e.prompt].tolist()) == "ab ="
+    )
     assert e.learned.tolist() == [False] * e.prompt + [True] * 4
     assert e.ids[-1] == t.eot  # learned although it is the id that fills rows up elsewhere
 
 
 @pytest.mark.parametrize("policy", ["drop", "cut_start", "cut_end"])
 def test_overlong_examples_follow_the_policy(tmp_path, policy, capsys):
-    records = [{"document": "0123456789" * 20, "summary": "s"}, {"document": "short", "summary": "s"}]
+    records = [
+        {"document": "0123456789" * 20, "summary": "s"},
+        {"document": "short", "summary": "s"},
+    ]
     found, config = examples(tmp_path, records, task=dict(name="summarization", truncation=policy))
     if policy == "drop":
-        assert len(found.train) == 1 and "1 longer than 64 tokens dropped" in capsys.readouterr().err
+        assert (
+            len(found.train) == 1 and "1 longer than 64 tokens dropped" in capsys.readouterr().err
+        )
         return
     e = found.train[0]
     text = found.tokenizer.decode(e.ids[: e.prompt].tolist())
@@ -106,52 +143,121 @@ def test_overlong_examples_follow_the_policy(tmp_path, policy, capsys):
 
 
 def test_questions_in_every_usual_form(tmp_path):
-    nested = {"context": "c", "question": "q", "answers": {"text": ["Ada", "Ada L."], "answer_start": [0, 0]}}
-    records = [nested, {**nested, "answers": ["Ada", "Ada L."]}, {**nested, "answers": [], "answer": ""}, {**nested, "answers": None, "answer": 4}]
+    nested = {
+        "context": "c",
+        "question": "q",
+        "answers": {"text": ["Ada", "Ada L."], "answer_start": [0, 0]},
+    }
+    records = [
+        nested,
+        {**nested, "answers": ["Ada", "Ada L."]},
+        {**nested, "answers": [], "answer": ""},
+        {**nested, "answers": None, "answer": 4},
+    ]
     found, _ = examples(tmp_path, records, task=dict(name="qa"))
     answers = [found.tokenizer.decode(e.ids[e.prompt : -1].tolist()) for e in found.train]
-    assert answers == [" Ada", " Ada", "", " 4"] and [e.references for e in found.train] == [("Ada", "Ada L."), ("Ada", "Ada L."), (), ("4",)]
-    assert [int(e.learned.sum()) for e in found.train] == [5, 5, 1, 3]  # no answer: the end is what is learned
-    found, _ = examples(tmp_path, [{"context": "c", "question": "q", "reply": "yes"}], task=dict(name="qa", completion=" {reply}"))
+    assert answers == [" Ada", " Ada", "", " 4"] and [e.references for e in found.train] == [
+        ("Ada", "Ada L."),
+        ("Ada", "Ada L."),
+        (),
+        ("4",),
+    ]
+    assert [int(e.learned.sum()) for e in found.train] == [
+        5,
+        5,
+        1,
+        3,
+    ]  # no answer: the end is what is learned
+    found, _ = examples(
+        tmp_path,
+        [{"context": "c", "question": "q", "reply": "yes"}],
+        task=dict(name="qa", completion=" {reply}"),
+    )
     assert found.train[0].references == ("yes",)
     thought = {"context": "c", "question": "q", "why": "because", "answer": "42", "answers": []}
     found, _ = examples(tmp_path, [thought], task=dict(name="qa", completion=" {why} So: {answer}"))
     assert found.train[0].references == ("42",)
-    config = config_for(write_jsonl(tmp_path / "rows.jsonl", [nested] * 40), task=dict(name="qa"), data=dict(tokenizer="chars"))
-    assert loading.load_examples(config).train[0].references == ("Ada", "Ada L.")  # also where a tokenizer is made of them
+    config = config_for(
+        write_jsonl(tmp_path / "rows.jsonl", [nested] * 40),
+        task=dict(name="qa"),
+        data=dict(tokenizer="chars"),
+    )
+    assert loading.load_examples(config).train[0].references == (
+        "Ada",
+        "Ada L.",
+    )  # also where a tokenizer is made of them
 
 
 def test_preferred_and_rejected_answers_follow_the_same_prompt(tmp_path):
     records = [{"prompt": "0123456789abcdefghijklmno", "chosen": "x", "rejected": "y" * 15}]
     for policy in ("cut_start", "cut_end"):
-        found, _ = examples(tmp_path, records, task=dict(name="preference", truncation=policy), train=dict(init_from="x"))
+        found, _ = examples(
+            tmp_path,
+            records,
+            task=dict(name="preference", truncation=policy),
+            train=dict(init_from="x"),
+        )
         (e,) = found.train
-        first, second = (e.ids[at : at + size].tolist() for at, size in ((0, e.parts[0]), (e.parts[0], e.parts[1])))
-        assert first[: e.prompt] == second[: e.prompt] and len(first) == e.prompt + 2 and len(second) == e.prompt + 16 == 33
+        first, second = (
+            e.ids[at : at + size].tolist()
+            for at, size in ((0, e.parts[0]), (e.parts[0], e.parts[1]))
+        )
+        assert (
+            first[: e.prompt] == second[: e.prompt]
+            and len(first) == e.prompt + 2
+            and len(second) == e.prompt + 16 == 33
+        )
 
 
 def test_whole_turns_are_cut_with_their_tools(tmp_path):
-    used = [{"role": r, "content": c} for r, c in (("user", "one"), ("assistant", "call"), ("tool", "result"), ("assistant", "two"))]
+    used = [
+        {"role": r, "content": c}
+        for r, c in (
+            ("user", "one"),
+            ("assistant", "call"),
+            ("tool", "result"),
+            ("assistant", "two"),
+        )
+    ]
     later = [{"role": "user", "content": "three"}, {"role": "assistant", "content": "four"}]
     tokenizer = byte_level_tokenizer(TEMPLATE)
-    for policy, kept in (("cut_start", ("three", "four")), ("cut_end", ("one", "call", "result", "two"))):
+    for policy, kept in (
+        ("cut_start", ("three", "four")),
+        ("cut_end", ("one", "call", "result", "two")),
+    ):
         found, _ = examples(
-            tmp_path, [{"messages": used + later}], tokenizer, task=dict(name="chat", truncation=policy), data=dict(length=70), model=dict(context=128)
+            tmp_path,
+            [{"messages": used + later}],
+            tokenizer,
+            task=dict(name="chat", truncation=policy),
+            data=dict(length=70),
+            model=dict(context=128),
         )
         text = tokenizer.decode(found.train[0].ids.tolist())
-        assert [word for word in ("one", "call", "result", "two", "three", "four") if word in text] == list(kept)
+        assert [
+            word for word in ("one", "call", "result", "two", "three", "four") if word in text
+        ] == list(kept)
 
 
 def test_named_splits_of_a_data_set_are_read(monkeypatch):
     class Table(list):
         _fingerprint = "f"
 
-    splits = {name: Table({"text": f"{name}{i}", "label": "ab"[i % 2]} for i in range(4)) for name in ("train", "validation", "test")}
+    splits = {
+        name: Table({"text": f"{name}{i}", "label": "ab"[i % 2]} for i in range(4))
+        for name in ("train", "validation", "test")
+    }
     monkeypatch.setattr(rows, "_open_dataset", lambda config, path: splits)
-    config = build.build_config({"data": {"source": "datasets", "name": "x"}, "task": {"name": "classification"}})
+    config = build.build_config(
+        {"data": {"source": "datasets", "name": "x"}, "task": {"name": "classification"}}
+    )
     train, held, _ = loading.read_records(config)
-    assert [r.fields["text"] for r in held] == [f"validation{i}" for i in range(4)] and len(train) == 4
-    assert [r.fields["text"] for r in loading.read_other_records(config, "test")] == [f"test{i}" for i in range(4)]
+    assert [r.fields["text"] for r in held] == [f"validation{i}" for i in range(4)] and len(
+        train
+    ) == 4
+    assert [r.fields["text"] for r in loading.read_other_records(config, "test")] == [
+        f"test{i}" for i in range(4)
+    ]
     with pytest.raises(UserError, match="x has no split 'tset': it has train, validation, test"):
         loading.read_other_records(config, "tset")
 
@@ -160,20 +266,38 @@ def test_named_splits_of_a_data_set_are_read(monkeypatch):
 def test_a_cut_goes_round_characters(tmp_path, policy):
     """One token a byte, so most cuts would fall inside a character."""
     for text in ("東京" * 40, "x" + "•é" * 60):
-        found, config = examples(tmp_path, [{"document": text, "summary": "s"}], task=dict(name="summarization", truncation=policy))
+        found, config = examples(
+            tmp_path,
+            [{"document": text, "summary": "s"}],
+            task=dict(name="summarization", truncation=policy),
+        )
         e = found.train[0]
         given = found.tokenizer.decode(e.ids[: e.prompt].tolist()).removesuffix("\n\nTL;DR:")
-        assert "\ufffd" not in given and given in text and config.length - 4 <= len(e.ids) - 1 <= config.length
+        assert (
+            "\ufffd" not in given
+            and given in text
+            and config.length - 4 <= len(e.ids) - 1 <= config.length
+        )
 
 
 def messages(*texts):
-    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
+    return {
+        "messages": [
+            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+        ]
+    }
 
 
 def test_of_a_conversation_each_answer_is_learned_and_nothing_else(tmp_path):
     tokenizer = byte_level_tokenizer(TEMPLATE)
     said = "ok <|im_end|> <|im_start|>assistant"  # a user who writes control tokens
-    found, _ = examples(tmp_path, [messages(said, "the first", "and?", "a second")], tokenizer, task=dict(name="chat"), model=dict(context=128))
+    found, _ = examples(
+        tmp_path,
+        [messages(said, "the first", "and?", "a second")],
+        tokenizer,
+        task=dict(name="chat"),
+        model=dict(context=128),
+    )
     (e,) = found.train
     end = tokenizer.control["<|im_end|>"]
     spans, span = [], []
@@ -184,7 +308,9 @@ def test_of_a_conversation_each_answer_is_learned_and_nothing_else(tmp_path):
             spans.append(span)
             span = []
     spans += [span] if span else []
-    assert [tokenizer.decode(s[:-1]) for s in spans] == ["the first", "a second"] and all(s[-1] == end for s in spans)
+    assert [tokenizer.decode(s[:-1]) for s in spans] == ["the first", "a second"] and all(
+        s[-1] == end for s in spans
+    )
     assert list(e.ids).count(end) == 4 and e.references == ("a second",)
     assert tokenizer.decode(e.ids[e.prompt : -1].tolist()).startswith("a second")
 
@@ -198,30 +324,57 @@ def test_a_vocabulary_without_a_chat_template_gets_one_and_keeps_it(tmp_path, ki
     own = byte_level_tokenizer() if kind == "pretrained" else None
     data = {} if own else dict(tokenizer=kind, tokenizer_vocab=300)
     path = write_jsonl(tmp_path / "rows.jsonl", [messages(*said)])
-    found = loading.load_examples(config_for(path, task=dict(name="chat"), model=dict(context=256), data=data), own)
+    found = loading.load_examples(
+        config_for(path, task=dict(name="chat"), model=dict(context=256), data=data), own
+    )
     (e,) = found.train
     assert own or found.tokenizer.kind == kind
-    learned = [found.tokenizer.decode(np.asarray(span)) for span, mark in chat_template.turns(found.tokenizer, messages(*said)["messages"]) if mark]
+    learned = [
+        found.tokenizer.decode(np.asarray(span))
+        for span, mark in chat_template.turns(found.tokenizer, messages(*said)["messages"])
+        if mark
+    ]
     ends = found.tokenizer.ends[0]
-    assert learned == [said[1], said[3]] and list(e.ids).count(ends) == 4 and list(e.ids[e.learned]).count(ends) == 2
+    assert (
+        learned == [said[1], said[3]]
+        and list(e.ids).count(ends) == 4
+        and list(e.ids[e.learned]).count(ends) == 2
+    )
     found.tokenizer.save(tmp_path / "kept")
     kept = load_tokenizer(tmp_path / "kept")
     assert chat_template.encode(kept, messages(*said)["messages"][:3]) == e.ids[: e.prompt].tolist()
-    assert chat_template.encode(kept, messages(*said)["messages"], add_generation_prompt=False) == e.ids.tolist()
+    assert (
+        chat_template.encode(kept, messages(*said)["messages"], add_generation_prompt=False)
+        == e.ids.tolist()
+    )
     with pytest.raises(UserError, match="message 1 of the assistant is empty"):
         chat_template.turns(kept, messages("hi", "  ")["messages"])
     write_jsonl(path, [{"word": "in"}])
-    task = dict(name="text", prompt="Say {word}", completion="{word}", template="chat", system="Be brief.")
-    assert loading.load_examples(config_for(path, task=task, model=dict(context=256), data=data), own and byte_level_tokenizer()).train[0].prompt
+    task = dict(
+        name="text", prompt="Say {word}", completion="{word}", template="chat", system="Be brief."
+    )
+    assert (
+        loading.load_examples(
+            config_for(path, task=task, model=dict(context=256), data=data),
+            own and byte_level_tokenizer(),
+        )
+        .train[0]
+        .prompt
+    )
 
 
 def test_the_prompt_through_the_chat_template_is_the_one_of_generation(tmp_path):
     from gptjax.tokenizer import chat_template
 
     tokenizer = byte_level_tokenizer(TEMPLATE)
-    task = dict(name="text", prompt="Say {word}", completion="{word}", template="chat", system="Be brief.")
+    task = dict(
+        name="text", prompt="Say {word}", completion="{word}", template="chat", system="Be brief."
+    )
     found, _ = examples(tmp_path, [{"word": "in"}], tokenizer, task=task, model=dict(context=128))
-    expected = chat_template.encode(tokenizer, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say in"}])
+    expected = chat_template.encode(
+        tokenizer,
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say in"}],
+    )
     assert found.train[0].ids[: found.train[0].prompt].tolist() == expected
 
 
@@ -240,8 +393,12 @@ def test_first_fit_is_first_fit(sizes):
 
 def packed_for(tmp_path, **task):
     generator = np.random.default_rng(0)
-    records = [{"text": "x" * int(generator.integers(2, 9)), "label": "ab"[i % 2]} for i in range(30)]
-    found, config = examples(tmp_path, records, task=dict(name="classification", **task), model=dict(context=20))
+    records = [
+        {"text": "x" * int(generator.integers(2, 9)), "label": "ab"[i % 2]} for i in range(30)
+    ]
+    found, config = examples(
+        tmp_path, records, task=dict(name="classification", **task), model=dict(context=20)
+    )
     return split_rows(config, found, TRAIN), found, config
 
 
@@ -252,7 +409,9 @@ def test_packed_rows_hold_every_example_once(tmp_path):
         row = split.row(i)
         for number in range(1, row["segment_ids"].max() + 1):
             here = row["segment_ids"] == number
-            assert (row["positions"][here] == np.arange(here.sum())).all() and row["loss_weights"][here].tolist() == [0] * (here.sum() - 1) + [1]
+            assert (row["positions"][here] == np.arange(here.sum())).all() and row["loss_weights"][
+                here
+            ].tolist() == [0] * (here.sum() - 1) + [1]
             counted += 1
         assert row["loss_weights"][row["segment_ids"] == 0].sum() == 0
     assert counted == len(found.train) and split.count < len(found.train) / 2
@@ -276,7 +435,9 @@ def test_packed_batches_are_a_function_of_seed_and_step(tmp_path):
 @pytest.mark.parametrize("backend", ["reference", "xla", "blockwise"])
 def test_packed_examples_cannot_see_one_another(backend):
     """Logits of an example, and the gradient of its loss with respect to every embedding, are exactly those with another neighbour."""
-    config = make_config(model=dict(context=24, attention=backend, attention_block=8, positions="rope")).model
+    config = make_config(
+        model=dict(context=24, attention=backend, attention_block=8, positions="rope")
+    ).model
     params = random_params(make_config(model=dict(context=24, positions="rope")).model)
     segments = jnp.array([[1] * 7 + [2] * 10 + [3] * 5 + [0] * 2])
     positions = jnp.array([[*range(7), *range(10), *range(5), *range(2)]])
@@ -291,35 +452,58 @@ def test_packed_examples_cannot_see_one_another(backend):
 
     grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=2)
     for which in (1, 3):
-        (g_a, a), (g_b, b) = (grad(params["embed"]["tokens"], ids, which) for ids in (tokens, other))
+        (g_a, a), (g_b, b) = (
+            grad(params["embed"]["tokens"], ids, which) for ids in (tokens, other)
+        )
         here = np.asarray(segments == which)
         np.testing.assert_array_equal(np.asarray(a)[here], np.asarray(b)[here])
         np.testing.assert_array_equal(np.asarray(g_a), np.asarray(g_b))
-    changed = (jax.jit(loss, static_argnums=2)(params["embed"]["tokens"], ids, 2)[0] for ids in (tokens, other))
+    changed = (
+        jax.jit(loss, static_argnums=2)(params["embed"]["tokens"], ids, 2)[0]
+        for ids in (tokens, other)
+    )
     assert len({float(x) for x in changed}) == 2
 
 
 def test_mixtures_repeat_by_weight(tmp_path):
-    extra = write_jsonl(tmp_path / "more.jsonl", [{"text": f"m{i}", "label": "a"} for i in range(10)])
+    extra = write_jsonl(
+        tmp_path / "more.jsonl", [{"text": f"m{i}", "label": "a"} for i in range(10)]
+    )
     records = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(4)]
-    found, _ = examples(tmp_path, records, task=dict(name="classification"), data=dict(mixture=[f"{extra}=2.5"]))
+    found, _ = examples(
+        tmp_path, records, task=dict(name="classification"), data=dict(mixture=[f"{extra}=2.5"])
+    )
     texts = [e.fields["text"] for e in found.train]
     assert len(texts) == 4 + 25 and texts.count("m0") == 3 and texts.count("m1") == 2
-    found, _ = examples(tmp_path, records, task=dict(name="classification"), data=dict(mixture=[f"{extra}=2.3"]))
+    found, _ = examples(
+        tmp_path, records, task=dict(name="classification"), data=dict(mixture=[f"{extra}=2.3"])
+    )
     assert len(found.train) == 4 + 23
 
 
 def test_the_preview_marks_what_is_learned(tmp_path):
-    found, _ = examples(tmp_path, [{"source": "a<b", "target": "cd"}], task=dict(name="translation"))
-    assert "a<b =[ cd<|endoftext|>]" in preview.to_terminal(found.tokenizer, found.train[0], colour=False)
+    found, _ = examples(
+        tmp_path, [{"source": "a<b", "target": "cd"}], task=dict(name="translation")
+    )
+    assert "a<b =[ cd<|endoftext|>]" in preview.to_terminal(
+        found.tokenizer, found.train[0], colour=False
+    )
     page = preview.to_html(found.tokenizer, found.train)
-    assert '<span class="learned">c</span>' in page and "&lt;" in page and "<b" not in page.replace("<body", "")
+    assert (
+        '<span class="learned">c</span>' in page
+        and "&lt;" in page
+        and "<b" not in page.replace("<body", "")
+    )
 
 
 def test_the_preview_shows_characters_of_several_tokens(tmp_path):
     found, _ = examples(tmp_path, [{"source": "一", "target": "二"}], task=dict(name="translation"))
-    assert "一 =[ 二<|endoftext|>]" in preview.to_terminal(found.tokenizer, found.train[0], colour=False)
-    half = Example("here", np.array([0xE4, 0xB8, 0x41, 0xE4]), np.array([False, False, False, True]), 3)
+    assert "一 =[ 二<|endoftext|>]" in preview.to_terminal(
+        found.tokenizer, found.train[0], colour=False
+    )
+    half = Example(
+        "here", np.array([0xE4, 0xB8, 0x41, 0xE4]), np.array([False, False, False, True]), 3
+    )
     assert preview.pieces(ByteTokenizer(), half) == [("<E4><B8><41>", "seen"), ("<E4>", "learned")]
 
 
@@ -332,27 +516,91 @@ def test_small_rules():
 
 RECORD = {"text": "good", "label": "a"}
 WRONG = {
-    "missing field": ([{"txt": "x", "label": "a"}, {"text": "x", "label": "b"}], dict(name="classification"), r"rows.jsonl:1 has no text under task.prompt = 'text'.*txt"),
-    "missing label": ([RECORD, {"text": "x"}], dict(name="classification"), r"rows.jsonl:2 has no label under task.label = 'label'"),
-    "unknown label": ([RECORD, {"text": "x", "label": "goood"}], dict(name="classification", labels=["good", "a"]), r"rows.jsonl:2: no label 'goood'.*'good'"),
+    "missing field": (
+        [{"txt": "x", "label": "a"}, {"text": "x", "label": "b"}],
+        dict(name="classification"),
+        r"rows.jsonl:1 has no text under task.prompt = 'text'.*txt",
+    ),
+    "missing label": (
+        [RECORD, {"text": "x"}],
+        dict(name="classification"),
+        r"rows.jsonl:2 has no label under task.label = 'label'",
+    ),
+    "unknown label": (
+        [RECORD, {"text": "x", "label": "goood"}],
+        dict(name="classification", labels=["good", "a"]),
+        r"rows.jsonl:2: no label 'goood'.*'good'",
+    ),
     "one class": ([RECORD, RECORD], dict(name="classification"), r"one class only, 'a'"),
     "empty": ([], dict(name="classification"), r"training split is empty"),
-    "all too long": ([{"source": "x" * 99, "target": "y"}] * 2, dict(name="translation", truncation="drop"), r"all 2 examples are longer than 64"),
-    "too long": ([{"source": "x" * 99, "target": "y"}], dict(name="translation"), r"rows.jsonl:1 needs \d+ tokens and a row holds 64"),
-    "answer alone too long": ([{"source": "x", "target": "y" * 99}], dict(name="translation", truncation="cut_end"), r"rows.jsonl:1 needs"),
-    "nothing to learn": ([{"source": "x", "target": " "}], dict(name="translation"), r"rows.jsonl:1: the completion is empty"),
-    "duplicate ids": ([{**RECORD, "id": 7}, {**RECORD, "id": 7}], dict(name="classification"), r"rows.jsonl:2 has the id 7, which .*rows.jsonl:1"),
-    "half a pair": ([RECORD, {"text": "a\ud83d", "label": "b"}], dict(name="classification"), r"rows.jsonl:2: task.prompt = 'text' holds half of a UTF-16 pair"),
-    "one class of two": ([RECORD, RECORD], dict(name="classification", labels=["a", "b"]), r"one class only, 'a'"),
+    "all too long": (
+        [{"source": "x" * 99, "target": "y"}] * 2,
+        dict(name="translation", truncation="drop"),
+        r"all 2 examples are longer than 64",
+    ),
+    "too long": (
+        [{"source": "x" * 99, "target": "y"}],
+        dict(name="translation"),
+        r"rows.jsonl:1 needs \d+ tokens and a row holds 64",
+    ),
+    "answer alone too long": (
+        [{"source": "x", "target": "y" * 99}],
+        dict(name="translation", truncation="cut_end"),
+        r"rows.jsonl:1 needs",
+    ),
+    "nothing to learn": (
+        [{"source": "x", "target": " "}],
+        dict(name="translation"),
+        r"rows.jsonl:1: the completion is empty",
+    ),
+    "duplicate ids": (
+        [{**RECORD, "id": 7}, {**RECORD, "id": 7}],
+        dict(name="classification"),
+        r"rows.jsonl:2 has the id 7, which .*rows.jsonl:1",
+    ),
+    "half a pair": (
+        [RECORD, {"text": "a\ud83d", "label": "b"}],
+        dict(name="classification"),
+        r"rows.jsonl:2: task.prompt = 'text' holds half of a UTF-16 pair",
+    ),
+    "one class of two": (
+        [RECORD, RECORD],
+        dict(name="classification", labels=["a", "b"]),
+        r"one class only, 'a'",
+    ),
     "a label twice": ([RECORD], dict(name="classification", labels=["a", "a"]), r"names one twice"),
-    "no number": ([{"text": "x", "label": "high"}], dict(name="regression"), r"rows.jsonl:1: task.label = 'label' is 'high'"),
-    "braces": ([RECORD], dict(name="text", prompt="{text!r}", completion="{text}"), r"task.prompt = .* is no name of a field"),
-    "roles": ([{"messages": [{"role": "user", "content": "a"}] * 2}], dict(name="chat"), r"rows.jsonl:1: message 1 has role 'user' after 'user'"),
-    "no answer": ([{"messages": [{"role": "user", "content": "a"}]}], dict(name="chat"), r"rows.jsonl:1: the last message is the user's"),
+    "no number": (
+        [{"text": "x", "label": "high"}],
+        dict(name="regression"),
+        r"rows.jsonl:1: task.label = 'label' is 'high'",
+    ),
+    "braces": (
+        [RECORD],
+        dict(name="text", prompt="{text!r}", completion="{text}"),
+        r"task.prompt = .* is no name of a field",
+    ),
+    "roles": (
+        [{"messages": [{"role": "user", "content": "a"}] * 2}],
+        dict(name="chat"),
+        r"rows.jsonl:1: message 1 has role 'user' after 'user'",
+    ),
+    "no answer": (
+        [{"messages": [{"role": "user", "content": "a"}]}],
+        dict(name="chat"),
+        r"rows.jsonl:1: the last message is the user's",
+    ),
     "no messages": ([RECORD], dict(name="chat"), r"rows.jsonl:1 has no messages"),
-    "empty answer": ([messages("a", "")], dict(name="chat"), r"message 1 of the assistant is empty"),
-    "mixture": ([RECORD, {"text": "x", "label": "b"}], dict(name="classification"), r"no PATH=WEIGHT"),
-}  # fmt: skip
+    "empty answer": (
+        [messages("a", "")],
+        dict(name="chat"),
+        r"message 1 of the assistant is empty",
+    ),
+    "mixture": (
+        [RECORD, {"text": "x", "label": "b"}],
+        dict(name="classification"),
+        r"no PATH=WEIGHT",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -372,7 +620,10 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"short.csv:3 has 1 fields and there are 2 columns"):
         read("csv", tmp_path / "short.csv")
     (tmp_path / "long.csv").write_text("text,label\nI liked it, really,pos\n")
-    with pytest.raises(UserError, match=r"long.csv:2 has 3 fields and there are 2 columns: text, label; text with commas stands in quotes"):
+    with pytest.raises(
+        UserError,
+        match=r"long.csv:2 has 3 fields and there are 2 columns: text, label; text with commas stands in quotes",
+    ):
         read("csv", tmp_path / "long.csv")
     (tmp_path / "a.txt").write_text("1\n2\n")
     (tmp_path / "b.txt").write_text("1\n")

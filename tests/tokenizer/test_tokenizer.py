@@ -13,7 +13,11 @@ from gptjax.tokenizer.kinds import create_tokenizer, load_tokenizer
 from gptjax.tokenizer.openai import OpenAITokenizer
 from gptjax.tokenizer.trained import ByteTokenizer, CharTokenizer, SentencePieceTokenizer
 
-TEXT = "The quick brown fox.\nJumps over 1234 lazy dogs, says the Congress of the United States.\n\n" * 30 + "déjà vu 漢字\n"
+TEXT = (
+    "The quick brown fox.\nJumps over 1234 lazy dogs, says the Congress of the United States.\n\n"
+    * 30
+    + "déjà vu 漢字\n"
+)
 HARD = [
     "",
     " ",
@@ -82,7 +86,9 @@ def test_hard_strings(any_text, text):
 def test_long_text_is_encoded_as_its_lines_are(trained):
     lines = TEXT.splitlines(keepends=True)
     assert trained.encode(TEXT) == [i for line in lines for i in trained.encode(line)]
-    assert [a.tolist() for a in trained.encode_batch(lines)] == [trained.encode(line) for line in lines]
+    assert [a.tolist() for a in trained.encode_batch(lines)] == [
+        trained.encode(line) for line in lines
+    ]
 
 
 def test_streaming_never_emits_half_a_character(any_text):
@@ -146,14 +152,30 @@ def test_a_model_that_changes_text_is_refused(tmp_path):
 def test_gpt2_known_ids(gpt2):
     """Ids of OpenAI's encoder for these sentences."""
     assert gpt2.encode("Hello, world!") == [15496, 11, 995, 0]
-    assert gpt2.encode("The quick brown fox jumps over the lazy dog.") == [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290, 13]
+    assert gpt2.encode("The quick brown fox jumps over the lazy dog.") == [
+        464,
+        2068,
+        7586,
+        21831,
+        18045,
+        625,
+        262,
+        16931,
+        3290,
+        13,
+    ]
     assert gpt2.vocab_size == 50257
 
 
-@pytest.mark.skipif(not (SHARED / "gpt2_bpe").is_dir(), reason="the developers' copy of OpenAI's files is not here")
+@pytest.mark.skipif(
+    not (SHARED / "gpt2_bpe").is_dir(), reason="the developers' copy of OpenAI's files is not here"
+)
 def test_gpt2_from_either_local_file(gpt2):
     for name in ("vocab.bpe", "gpt2.tiktoken", ""):
-        assert OpenAITokenizer.find("gpt2", str(SHARED / "gpt2_bpe" / name)).fingerprint == gpt2.fingerprint
+        assert (
+            OpenAITokenizer.find("gpt2", str(SHARED / "gpt2_bpe" / name)).fingerprint
+            == gpt2.fingerprint
+        )
 
 
 def test_create_reports_what_is_missing(tmp_path):

@@ -25,10 +25,18 @@ from gptjax.tracking.trackers import read_jsonl
 def place(tmp_path_factory):
     """A folder with a tiny checkpoint (base/) and a toy task: is the first word 'the' or 'in'?"""
     folder = tmp_path_factory.mktemp("finetune")
-    formats.write_checkpoint(folder / "base", tiny_checkpoint("llama", vocab=264, tokenizer=byte_level_tokenizer(), keep={"eos_token_id": 263}))
+    formats.write_checkpoint(
+        folder / "base",
+        tiny_checkpoint(
+            "llama", vocab=264, tokenizer=byte_level_tokenizer(), keep={"eos_token_id": 263}
+        ),
+    )
     for split, count in (("train", 64), ("test", 32)):
         random = np.random.default_rng(count)
-        texts = [("the", "in")[i % 2] + " " + "".join(random.choice(list("abc "), 4)) for i in range(count)]
+        texts = [
+            ("the", "in")[i % 2] + " " + "".join(random.choice(list("abc "), 4))
+            for i in range(count)
+        ]
         rows = [{"text": text, "label": text.split()[0], "word": text.split()[0]} for text in texts]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -36,15 +44,38 @@ def place(tmp_path_factory):
 
 def flags(place, workdir, **changes):
     settings = {
-        "data.source": "jsonl", "data.path": place / "train.jsonl", "data.eval_fraction": 0.2, "task.name": "classification", "train.init_from": place / "base",
-        "model.context": 64, "data.length": 32, "train.steps": 40, "train.batch_size": 4, "train.log_every": 1, "train.save_every": 5, "optim.lr": 0.02,
-        "optim.warmup_steps": 2, "lora.rank": 2, "lora.dropout": 0.1, "task.eval_samples": 8, **changes,
-    }  # fmt: skip
-    return ["gptjax.train", "--config=configs/base.py", f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in settings.items())]
+        "data.source": "jsonl",
+        "data.path": place / "train.jsonl",
+        "data.eval_fraction": 0.2,
+        "task.name": "classification",
+        "train.init_from": place / "base",
+        "model.context": 64,
+        "data.length": 32,
+        "train.steps": 40,
+        "train.batch_size": 4,
+        "train.log_every": 1,
+        "train.save_every": 5,
+        "optim.lr": 0.02,
+        "optim.warmup_steps": 2,
+        "lora.rank": 2,
+        "lora.dropout": 0.1,
+        "task.eval_samples": 8,
+        **changes,
+    }
+    return [
+        "gptjax.train",
+        "--config=configs/base.py",
+        f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in settings.items()),
+    ]
 
 
 def losses(workdir):
-    return {r["step"]: r["train/loss"] for r in read_jsonl(workdir / "metrics.jsonl") if "train/loss" in r}
+    return {
+        r["step"]: r["train/loss"]
+        for r in read_jsonl(workdir / "metrics.jsonl")
+        if "train/loss" in r
+    }
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +86,34 @@ def tuned(place):
 
 def test_a_classifier_is_tuned_judged_and_compared(place, tuned):
     last = [r for r in read_jsonl(tuned / "metrics.jsonl") if "eval/accuracy" in r][-1]
-    assert last["eval/accuracy"] == 1.0 and last["answers/f1_macro"] == 1.0 and "->" in (tuned / "samples" / "40.txt").read_text()
-    done = command("gptjax.evaluate", f"--checkpoint={tuned},{place}/base", f"--path={place}/test.jsonl", f"--out={place}/out", "--json")
+    assert (
+        last["eval/accuracy"] == 1.0
+        and last["answers/f1_macro"] == 1.0
+        and "->" in (tuned / "samples" / "40.txt").read_text()
+    )
+    done = command(
+        "gptjax.evaluate",
+        f"--checkpoint={tuned},{place}/base",
+        f"--path={place}/test.jsonl",
+        f"--out={place}/out",
+        "--json",
+    )
     found = json.loads(done.stdout)
     assert list(found) == [str(tuned), f"{place}/base", "majority"]
-    assert found[str(tuned)]["accuracy"]["value"] == 1.0 and found["majority"]["accuracy"]["value"] == 0.5
+    assert (
+        found[str(tuned)]["accuracy"]["value"] == 1.0
+        and found["majority"]["accuracy"]["value"] == 0.5
+    )
     lines = [json.loads(line) for line in (place / "out" / "1-run.jsonl").read_text().splitlines()]
-    assert len(lines) == 32 and lines[0]["prediction"] in ("the", "in") and abs(sum(lines[0]["probabilities"]) - 1) < 1e-3
+    assert (
+        len(lines) == 32
+        and lines[0]["prediction"] in ("the", "in")
+        and abs(sum(lines[0]["probabilities"]) - 1) < 1e-3
+    )
     config = evaluate.task_config(str(tuned))
-    table = comparison.table(comparison.compare(config, [str(tuned)], path=f"{place}/test.jsonl"), "accuracy")
+    table = comparison.table(
+        comparison.compare(config, [str(tuned)], path=f"{place}/test.jsonl"), "accuracy"
+    )
     assert "accuracy" in table.splitlines()[0] and "majority" in table and "+0.5 [" in table
 
 
@@ -77,7 +127,9 @@ def test_adapters_leave_and_the_merged_model_answers_alike(place, tuned):
     for path in (tuned, place / "adapter"):
         np.testing.assert_allclose(base.adapted(path).classify(texts), expected, atol=1e-5)
     command("gptjax.convert", f"--from={tuned}", f"--to={place}/merged")
-    np.testing.assert_allclose(language_model.load(place / "merged").classify(texts), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        language_model.load(place / "merged").classify(texts), expected, atol=1e-5
+    )
 
 
 def test_text_and_labels_as_text_are_judged(place):
@@ -85,7 +137,9 @@ def test_text_and_labels_as_text_are_judged(place):
     done = command(*flags(place, place / "text", **changes), "--json")
     assert json.loads(done.stdout)["answers/accuracy"] == 1.0
     config = evaluate.task_config(str(place / "text"))
-    (entry,) = comparison.compare(config, [str(place / "text")], path=str(place / "test.jsonl"), baselines=False)
+    (entry,) = comparison.compare(
+        config, [str(place / "text")], path=str(place / "test.jsonl"), baselines=False
+    )
     assert entry.scores["accuracy"].value == 1.0
 
 
@@ -96,12 +150,19 @@ def test_text_scores_count_every_token_once(place):
     ids = lm.tokenizer.encode(document)
     assert found["loss"].stats.sum(0)[1] == len(ids) + len(lm.tokenizer.encode("in"))
     short = text_scores(lm, iter(["the in"]))
-    assert short["loss"].value == pytest.approx(-np.mean(lm.token_logprobs([[lm.tokenizer.eot, *lm.tokenizer.encode("the in")]])[0][0]), rel=1e-5)
+    assert short["loss"].value == pytest.approx(
+        -np.mean(lm.token_logprobs([[lm.tokenizer.eot, *lm.tokenizer.encode("the in")]])[0][0]),
+        rel=1e-5,
+    )
 
 
 @pytest.mark.slow
 def test_killed_fine_tuning_equals_the_uninterrupted_run(place, tuned):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+        "PYTHONPATH": str(ROOT),
+    }
     for at in (7, 16, 27):
         process = subprocess.Popen(
             [sys.executable, "-m", *map(str, flags(place, place / "killed"))],
@@ -114,7 +175,9 @@ def test_killed_fine_tuning_equals_the_uninterrupted_run(place, tuned):
             deadline = time.monotonic() + 200
             metrics = place / "killed" / "metrics.jsonl"
             while (
-                process.poll() is None and time.monotonic() < deadline and not (metrics.exists() and max(losses(place / "killed"), default=0) >= at)
+                process.poll() is None
+                and time.monotonic() < deadline
+                and not (metrics.exists() and max(losses(place / "killed"), default=0) >= at)
             ):
                 time.sleep(0.05)
         finally:
@@ -122,13 +185,18 @@ def test_killed_fine_tuning_equals_the_uninterrupted_run(place, tuned):
             process.wait()
     command(*flags(place, place / "killed"))
     assert losses(place / "killed") == losses(tuned)
-    a, b = (peft.find(run, language_model.load(place / "base").config)[1] for run in (place / "killed", tuned))
+    a, b = (
+        peft.find(run, language_model.load(place / "base").config)[1]
+        for run in (place / "killed", tuned)
+    )
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 def test_what_must_not_change_under_adapters_is_refused(place, tuned):
-    other = tiny_checkpoint("llama", vocab=264, tokenizer=byte_level_tokenizer(), keep={"eos_token_id": 263})
+    other = tiny_checkpoint(
+        "llama", vocab=264, tokenizer=byte_level_tokenizer(), keep={"eos_token_id": 263}
+    )
     other.params["embed"]["tokens"] = other.params["embed"]["tokens"] + 1
     moved = place / "base.old"
     (place / "base").rename(moved)
@@ -152,28 +220,59 @@ def test_published_sets_become_files_whose_splits_share_nothing(tmp_path, capsys
     lines = [f"Sentence {i}.\t句子{i}{k}。" for i in range(1200) for k in range(1 + i % 2)]
     (tmp_path / "tatoeba_en_zh" / "cmn.txt").write_text("\n".join(["no tab", *lines]))
     articles = [
-        {"paragraphs": [{"context": f"c{i}", "qas": [{"id": f"{i}-{k}", "question": "q", "answers": [{"text": "c"}]} for k in range(3)]}]}
+        {
+            "paragraphs": [
+                {
+                    "context": f"c{i}",
+                    "qas": [
+                        {"id": f"{i}-{k}", "question": "q", "answers": [{"text": "c"}]}
+                        for k in range(3)
+                    ],
+                }
+            ]
+        }
         for i in range(12)
     ]
     (tmp_path / "xquad" / "xquad.en.json").write_text(json.dumps({"data": articles}))
     fact = {"name": "n", "attrname": "a", "attrvalue": "v" * 70}
-    dialogues = [{"messages": [{"message": f"{d}-{i}"} | ({"attrs": [fact]} if i == 1 else {}) for i in range(11)]} for d in range(4)]
+    dialogues = [
+        {
+            "messages": [
+                {"message": f"{d}-{i}"} | ({"attrs": [fact]} if i == 1 else {}) for i in range(11)
+            ]
+        }
+        for d in range(4)
+    ]
     for split in ("dev", "test"):
         (tmp_path / "kdconv" / f"film.{split}.json").write_text(json.dumps(dialogues))
     data.main([f"--from={tmp_path}", f"--to={tmp_path}/out", "--only=tatoeba_en_zh,xquad,kdconv"])
 
     def read(name):
-        return [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)
+            for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()
+        ]
 
-    test, dev, train = ({row["en"] for row in read(f"tatoeba_en_zh/{split}")} for split in ("test", "dev", "train"))
-    assert (len(test), len(dev), len(train)) == (500, 500, 200) and not (test & dev or test & train or dev & train)
+    test, dev, train = (
+        {row["en"] for row in read(f"tatoeba_en_zh/{split}")} for split in ("test", "dev", "train")
+    )
+    assert (len(test), len(dev), len(train)) == (500, 500, 200) and not (
+        test & dev or test & train or dev & train
+    )
     test, train = read("xquad/test"), read("xquad/train")
-    assert (len(test), len(train)) == (24, 12) and not {r["context"] for r in test} & {r["context"] for r in train}
+    assert (len(test), len(train)) == (24, 12) and not {r["context"] for r in test} & {
+        r["context"] for r in train
+    }
     assert train[0]["answers"] == ["c"] and train[0]["answer"] == "c"
     test, train = read("kdconv/test"), read("kdconv/train")
     said = [m["content"] for row in train for m in row["messages"]]
-    assert said[:3] == [f"0-0［n，a：{'v' * 60}］", "0-1", "0-2"] and [s.split("［")[0] for s in said] == [
-        f"{d}-{i}" for d in range(4) for i in range(10)
-    ]
-    assert len(test) == 8 and all(row["messages"][-1]["role"] == "assistant" and 4 <= len(row["messages"]) <= 6 for row in test)
-    assert all(a["messages"][-1] != b["messages"][-1] for a, b in zip(test[::2], test[1::2], strict=True))  # two turns of each dialogue
+    assert said[:3] == [f"0-0［n，a：{'v' * 60}］", "0-1", "0-2"] and [
+        s.split("［")[0] for s in said
+    ] == [f"{d}-{i}" for d in range(4) for i in range(10)]
+    assert len(test) == 8 and all(
+        row["messages"][-1]["role"] == "assistant" and 4 <= len(row["messages"]) <= 6
+        for row in test
+    )
+    assert all(
+        a["messages"][-1] != b["messages"][-1] for a, b in zip(test[::2], test[1::2], strict=True)
+    )  # two turns of each dialogue

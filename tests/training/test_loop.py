@@ -25,7 +25,11 @@ def finished(tmp_path_factory):
     """A finished tiny run: (workdir, its stdout, its stderr, the text it learned from)."""
     folder = tmp_path_factory.mktemp("run")
     text = folder / "corpus.txt"
-    text.write_text("".join(f"Line {i}: the quick brown fox jumps over {i % 7} lazy dogs.\n" for i in range(400)))
+    text.write_text(
+        "".join(
+            f"Line {i}: the quick brown fox jumps over {i % 7} lazy dogs.\n" for i in range(400)
+        )
+    )
     done = command(
         "gptjax.train",
         *TINY,
@@ -59,8 +63,23 @@ def test_a_run_leaves_what_the_contract_says(finished):
     records = read_jsonl(workdir / "metrics.jsonl")
     assert all({"step", "time"} <= set(r) for r in records)
     names = set().union(*records)
-    assert {"train/loss", "train/grad_norm", "train/lr", "train/tokens", "eval/loss", "eval/perplexity", "eval/bits_per_byte"} <= names
-    assert {"perf/tokens_per_sec", "perf/step_time", "perf/data_wait", "perf/compile_seconds", "perf/compiles", "mem/peak_gib"} <= names
+    assert {
+        "train/loss",
+        "train/grad_norm",
+        "train/lr",
+        "train/tokens",
+        "eval/loss",
+        "eval/perplexity",
+        "eval/bits_per_byte",
+    } <= names
+    assert {
+        "perf/tokens_per_sec",
+        "perf/step_time",
+        "perf/data_wait",
+        "perf/compile_seconds",
+        "perf/compiles",
+        "mem/peak_gib",
+    } <= names
     assert "perf/mfu" not in names  # the peak of a CPU is unknown
     assert [r["step"] for r in records if "train/loss" in r] == [2, 3, 4, 6]
     assert list((workdir / "profile").rglob("*.xplane.pb"))
@@ -103,7 +122,10 @@ def test_resume_refuses_what_would_change_the_run(finished, tmp_path):
     for extra, part in (
         (f"--config.data.path={text} --config.train.seed=1", "train.seed: 0 -> 1"),
         (f"--config.data.path={text} --config.train.batch_size=16", "train.batch_size: 8 -> 16"),
-        (f"--config.data.path={text} --config.data.tokenizer=chars", "tokenizer: the vocabulary changed"),
+        (
+            f"--config.data.path={text} --config.data.tokenizer=chars",
+            "tokenizer: the vocabulary changed",
+        ),
         (f"--config.data.path={changed}", "data: the text or its split changed"),
     ):
         done = command(*args, *extra.split(), check=False)
@@ -121,14 +143,27 @@ def test_resume_refuses_what_would_change_the_run(finished, tmp_path):
 def test_generate_continues_greedily_and_by_seed(finished):
     workdir = finished[0]
     ask = lambda *flags: (
-        command("gptjax.generate", f"--checkpoint={os.path.relpath(workdir, ROOT)}", "--prompt=the ", "--max_new_tokens=8", *flags).stdout
+        command(
+            "gptjax.generate",
+            f"--checkpoint={os.path.relpath(workdir, ROOT)}",
+            "--prompt=the ",
+            "--max_new_tokens=8",
+            *flags,
+        ).stdout
     )
     greedy = ask("--temperature=0")
     assert greedy.startswith("the ")
     assert greedy == ask("--temperature=0", "--seed=5")
     assert ask("--seed=1") == ask("--seed=1")
     answer = json.loads(
-        command("gptjax.generate", f"--checkpoint={workdir / 'checkpoints' / '3'}", "--prompt=x", "--max_new_tokens=30", "--rolling", "--json").stdout
+        command(
+            "gptjax.generate",
+            f"--checkpoint={workdir / 'checkpoints' / '3'}",
+            "--prompt=x",
+            "--max_new_tokens=30",
+            "--rolling",
+            "--json",
+        ).stdout
     )
     assert len(answer["tokens"]) <= 30
 
@@ -148,9 +183,20 @@ for _ in range(20):
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap is not that of the GNU C library")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="the heap is not that of the GNU C library"
+)
 def test_most_steps_compute_in_the_memory_of_the_one_before():
-    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     new_pages = [int(line) for line in done.stdout.splitlines()]
-    assert sum(new_pages) < 0.6 * len(new_pages) * new_pages[0]  # 0.1 to 0.4, and 1.0 where each step maps its own
+    assert (
+        sum(new_pages) < 0.6 * len(new_pages) * new_pages[0]
+    )  # 0.1 to 0.4, and 1.0 where each step maps its own

@@ -18,9 +18,14 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of trl and of what it imports
     for _needed in ("accelerate", "datasets", "trl"):
-        trl = pytest.importorskip(_needed, reason=f"{_needed} is not installed: pip install trl==1.16.0")
+        trl = pytest.importorskip(
+            _needed, reason=f"{_needed} is not installed: pip install trl==1.16.0"
+        )
     if not trl.__version__.startswith("1.16."):
-        pytest.skip(f"trl is {trl.__version__}; these tests call inner methods of trl 1.16", allow_module_level=True)
+        pytest.skip(
+            f"trl is {trl.__version__}; these tests call inner methods of trl 1.16",
+            allow_module_level=True,
+        )
     from trl.experimental.orpo.orpo_trainer import ORPOTrainer
     from trl.trainer.dpo_trainer import DPOTrainer
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -41,16 +46,24 @@ class Output:
 
 def stand_in(**settings):
     same = lambda x, **_: x
-    accelerator = types.SimpleNamespace(device=torch.device("cpu"), gather=same, gather_for_metrics=same, reduce=same)
+    accelerator = types.SimpleNamespace(
+        device=torch.device("cpu"), gather=same, gather_for_metrics=same, reduce=same
+    )
     metrics = {"eval": collections.defaultdict(list)}
     common = dict(
-        model=types.SimpleNamespace(training=False), accelerator=accelerator, _metrics=metrics, _total_train_tokens=0, aux_loss_enabled=False
+        model=types.SimpleNamespace(training=False),
+        accelerator=accelerator,
+        _metrics=metrics,
+        _total_train_tokens=0,
+        aux_loss_enabled=False,
     )
     return types.SimpleNamespace(**common, **settings)
 
 
 def numbers(count, *shape, scale=20.0, seed=0):
-    return (-scale * np.random.default_rng(seed).random((count, *(shape or (N,))))).astype(np.float32)
+    return (-scale * np.random.default_rng(seed).random((count, *(shape or (N,))))).astype(
+        np.float32
+    )
 
 
 def tensor(array):
@@ -68,7 +81,9 @@ def agree(ours, theirs, arrays, tensors):
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-@pytest.mark.parametrize(("name", "loss"), [("sigmoid", preference_losses.dpo), ("ipo", preference_losses.ipo)])
+@pytest.mark.parametrize(
+    ("name", "loss"), [("sigmoid", preference_losses.dpo), ("ipo", preference_losses.ipo)]
+)
 def test_dpo_and_ipo(name, loss, beta):
     chosen, rejected, reference_chosen, reference_rejected = numbers(4)
     trainer = stand_in(
@@ -80,21 +95,40 @@ def test_dpo_and_ipo(name, loss, beta):
         beta=beta,
         use_weighting=False,
     )
-    inputs = {"input_ids": torch.ones(2 * N, 2, dtype=torch.long), "completion_mask": torch.tensor([[0, 1]] * (2 * N))}
-    inputs |= {"ref_chosen_logps": torch.tensor(reference_chosen), "ref_rejected_logps": torch.tensor(reference_rejected)}
+    inputs = {
+        "input_ids": torch.ones(2 * N, 2, dtype=torch.long),
+        "completion_mask": torch.tensor([[0, 1]] * (2 * N)),
+    }
+    inputs |= {
+        "ref_chosen_logps": torch.tensor(reference_chosen),
+        "ref_rejected_logps": torch.tensor(reference_rejected),
+    }
     policy = [tensor(chosen), tensor(rejected)]
     model = lambda **_: Output(torch.cat(policy)[:, None])
     theirs = DPOTrainer._compute_loss(trainer, model, inputs, False)
-    ours = lambda a, b: loss(a, b, reference_chosen=reference_chosen, reference_rejected=reference_rejected, beta=beta)[0].mean()
+    ours = lambda a, b: loss(
+        a, b, reference_chosen=reference_chosen, reference_rejected=reference_rejected, beta=beta
+    )[0].mean()
     agree(ours, theirs, (chosen, rejected), policy)
-    told = loss(chosen, rejected, reference_chosen=reference_chosen, reference_rejected=reference_rejected, beta=beta)[1]
+    told = loss(
+        chosen,
+        rejected,
+        reference_chosen=reference_chosen,
+        reference_rejected=reference_rejected,
+        beta=beta,
+    )[1]
     for ours_name, theirs_name in (
         ("reward_chosen", "chosen"),
         ("reward_rejected", "rejected"),
         ("reward_margin", "margins"),
         ("accuracy", "accuracies"),
     ):
-        np.testing.assert_allclose(told[ours_name].mean(), trainer._metrics["eval"][f"rewards/{theirs_name}"][0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            told[ours_name].mean(),
+            trainer._metrics["eval"][f"rewards/{theirs_name}"][0],
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 def test_orpo():
@@ -112,15 +146,28 @@ def test_kto(shift):
     good = np.arange(N) % 3 > 0
     settings = dict(beta=0.2, desirable_weight=1.3, undesirable_weight=0.7)
     trainer = stand_in(
-        calculate_KL=True, precompute_ref_logps=True, loss_type="kto", _compute_kl_logps=lambda *_: torch.tensor(unmatched), **settings
+        calculate_KL=True,
+        precompute_ref_logps=True,
+        loss_type="kto",
+        _compute_kl_logps=lambda *_: torch.tensor(unmatched),
+        **settings,
     )
-    inputs = {"input_ids": torch.ones(N, 2, dtype=torch.long), "completion_mask": torch.tensor([[0, 1]] * N), "label": torch.tensor(good)}
-    inputs |= {"ref_logps": torch.tensor(reference), "ref_KL_logps": torch.tensor(reference_unmatched)}
+    inputs = {
+        "input_ids": torch.ones(N, 2, dtype=torch.long),
+        "completion_mask": torch.tensor([[0, 1]] * N),
+        "label": torch.tensor(good),
+    }
+    inputs |= {
+        "ref_logps": torch.tensor(reference),
+        "ref_KL_logps": torch.tensor(reference_unmatched),
+    }
     scored = tensor(policy)
     theirs = KTOTrainer._compute_loss(trainer, lambda **_: Output(scored[:, None]), inputs, False)
     kl = unmatched - reference_unmatched
     assert (kl.mean() > 0) == (shift > 0)
-    ours = lambda p: preference_losses.kto(p, reference, desirable=good, kl=kl, **settings)[0].mean()
+    ours = lambda p: preference_losses.kto(p, reference, desirable=good, kl=kl, **settings)[
+        0
+    ].mean()
     agree(ours, theirs, (policy,), [scored])
 
 
@@ -131,17 +178,40 @@ def test_grpo(kl_weight):
     advantages = np.random.default_rng(1).standard_normal(N).astype(np.float32)
     scored = tensor(new)
     trainer = stand_in(
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level="token", beta=kl_weight, loss_type="grpo", epsilon_low=0.2,
-        epsilon_high=0.2, use_vllm=False, _entropy_bonus_enabled=False, args=types.SimpleNamespace(use_bias_correction_kl=False, delta=None),
-        _get_per_token_logps_and_entropies=lambda *_, **__: (scored, torch.zeros_like(scored), None),
-    )  # fmt: skip
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        beta=kl_weight,
+        loss_type="grpo",
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+        args=types.SimpleNamespace(use_bias_correction_kl=False, delta=None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (
+            scored,
+            torch.zeros_like(scored),
+            None,
+        ),
+    )
     ids = torch.ones(N, T, dtype=torch.long)
-    inputs = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": torch.tensor(mask).long()}
-    inputs |= {"advantages": torch.tensor(advantages), "old_per_token_logps": torch.tensor(old), "ref_per_token_logps": torch.tensor(reference)}
+    inputs = {
+        "prompt_ids": ids,
+        "prompt_mask": ids,
+        "completion_ids": ids,
+        "completion_mask": torch.tensor(mask).long(),
+    }
+    inputs |= {
+        "advantages": torch.tensor(advantages),
+        "old_per_token_logps": torch.tensor(old),
+        "ref_per_token_logps": torch.tensor(reference),
+    }
     theirs = GRPOTrainer._compute_loss(trainer, None, inputs)
 
     def ours(new):
-        total, weight = preference_losses.grpo(new, old, mask=mask, advantages=advantages, reference=reference, kl_weight=kl_weight)
+        total, weight = preference_losses.grpo(
+            new, old, mask=mask, advantages=advantages, reference=reference, kl_weight=kl_weight
+        )
         return total / weight
 
     agree(ours, theirs, (new,), [scored])

@@ -21,15 +21,36 @@ STEPS = 60
 
 def arguments(corpus, workdir, *extra):
     return [
-        sys.executable, "-m", "gptjax.train", *TINY, f"--config.data.path={corpus}", f"--workdir={workdir}", f"--config.train.steps={STEPS}",
-        "--config.model.dropout=0.1", "--config.train.grad_accum_steps=2", "--config.train.log_every=1", "--config.train.save_every=4",
-        "--config.train.eval_every=0", "--config.train.sample_tokens=0", *extra,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "gptjax.train",
+        *TINY,
+        f"--config.data.path={corpus}",
+        f"--workdir={workdir}",
+        f"--config.train.steps={STEPS}",
+        "--config.model.dropout=0.1",
+        "--config.train.grad_accum_steps=2",
+        "--config.train.log_every=1",
+        "--config.train.save_every=4",
+        "--config.train.eval_every=0",
+        "--config.train.sample_tokens=0",
+        *extra,
+    ]
 
 
 def start(args, devices=1):
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"}
-    process = subprocess.Popen(args, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+    }
+    process = subprocess.Popen(
+        args,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     _started.append(process)
     return process
 
@@ -63,7 +84,11 @@ def wait_for(process, text):
 
 
 def outcome(workdir):
-    losses = {r["step"]: r["train/loss"] for r in read_jsonl(workdir / "metrics.jsonl") if "train/loss" in r}
+    losses = {
+        r["step"]: r["train/loss"]
+        for r in read_jsonl(workdir / "metrics.jsonl")
+        if "train/loss" in r
+    }
     step = newest_step(workdir / "checkpoints")
     return losses, step.name, tree.flatten(load_params(step))
 
@@ -78,7 +103,11 @@ def assert_same(a, b):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "corpus.txt"
-    path.write_text("".join(f"Line {i}: the quick brown fox jumps over {i % 7} lazy dogs.\n" for i in range(400)))
+    path.write_text(
+        "".join(
+            f"Line {i}: the quick brown fox jumps over {i % 7} lazy dogs.\n" for i in range(400)
+        )
+    )
     return path
 
 
@@ -140,10 +169,19 @@ def test_a_second_run_in_the_same_workdir_is_refused(text, tmp_path):
 
 @pytest.mark.slow
 def test_stop_on_eight_devices_go_on_with_one(text, tmp_path):
-    whole = arguments(text, tmp_path / "whole", "--config.model.dropout=0", "--config.train.batch_size=16")
+    whole = arguments(
+        text, tmp_path / "whole", "--config.model.dropout=0", "--config.train.batch_size=16"
+    )
     finish(start(whole))
-    moved = arguments(text, tmp_path / "run", "--config.model.dropout=0", "--config.train.batch_size=16")
-    finish(start([*moved, "--config.mesh.data=4", "--config.mesh.tensor=2", "--config.train.stop_at=25"], devices=8))
+    moved = arguments(
+        text, tmp_path / "run", "--config.model.dropout=0", "--config.train.batch_size=16"
+    )
+    finish(
+        start(
+            [*moved, "--config.mesh.data=4", "--config.mesh.tensor=2", "--config.train.stop_at=25"],
+            devices=8,
+        )
+    )
     finish(start(moved))
     a, b = outcome(tmp_path / "whole")[0], outcome(tmp_path / "run")[0]
     assert a.keys() == b.keys()
@@ -153,5 +191,7 @@ def test_stop_on_eight_devices_go_on_with_one(text, tmp_path):
 def test_the_second_start_reads_its_programs_from_the_cache(text, tmp_path):
     done = command("gptjax.train", *arguments(text, tmp_path / "a", "--config.train.stop_at=2")[3:])
     assert "new)" in done.stderr
-    again = command("gptjax.train", *arguments(text, tmp_path / "b", "--config.train.stop_at=2")[3:])
+    again = command(
+        "gptjax.train", *arguments(text, tmp_path / "b", "--config.train.stop_at=2")[3:]
+    )
     assert ", 0 new)" in again.stderr

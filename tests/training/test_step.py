@@ -21,9 +21,12 @@ def batch_for(config, step=0):
     ids = generator.integers(0, config.model.vocab_size, (b, t + 1)).astype(np.int32)
     segments = 1 + np.sort(generator.integers(0, 2, (b, t)), axis=1).astype(np.int32)
     return {
-        "tokens": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": (generator.random((b, t)) < 0.7).astype(np.float32),
-        "segment_ids": segments, "positions": np.broadcast_to(np.arange(t, dtype=np.int32), (b, t)),
-    }  # fmt: skip
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "loss_weights": (generator.random((b, t)) < 0.7).astype(np.float32),
+        "segment_ids": segments,
+        "positions": np.broadcast_to(np.arange(t, dtype=np.int32), (b, t)),
+    }
 
 
 def run(config, devices, n=3):
@@ -44,13 +47,26 @@ def test_micro_batches_equal_one_batch_with_unequal_weights(one_device):
     expected, state, _, _ = run(config, one_device)
     found, accumulated, _, _ = run(make_config(train=dict(grad_accum_steps=4)), one_device)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(accumulated.params), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(accumulated.params), strict=True
+    ):
         np.testing.assert_allclose(b, a, atol=2e-5)
     weights = batch_for(config)["loss_weights"].reshape(-1, 4, 16).sum((0, 2))
     assert len(set(weights)) > 1  # a mean of means would differ
 
 
-FAMILIES = {"gpt2": {}, "llama": dict(positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=4, tie_embeddings=False, scan_layers=True)}
+FAMILIES = {
+    "gpt2": {},
+    "llama": dict(
+        positions="rope",
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias="none",
+        kv_heads=4,
+        tie_embeddings=False,
+        scan_layers=True,
+    ),
+}
 MESHES = [
     ("gpt2", dict(data=8)),
     ("gpt2", dict(data=1, fsdp=8)),
@@ -61,7 +77,10 @@ MESHES = [
 
 
 def options(family):
-    return dict(model=dict(width=64, heads=4, **FAMILIES[family]), train=dict(batch_size=16, grad_accum_steps=2))
+    return dict(
+        model=dict(width=64, heads=4, **FAMILIES[family]),
+        train=dict(batch_size=16, grad_accum_steps=2),
+    )
 
 
 @functools.lru_cache
@@ -69,7 +88,11 @@ def one_device_losses(family):
     return run(make_config(**options(family)), jax.devices()[:1])[0]
 
 
-@pytest.mark.parametrize(("family", "mesh"), MESHES, ids=lambda m: m if isinstance(m, str) else " ".join(f"{k}{v}" for k, v in m.items()))
+@pytest.mark.parametrize(
+    ("family", "mesh"),
+    MESHES,
+    ids=lambda m: m if isinstance(m, str) else " ".join(f"{k}{v}" for k, v in m.items()),
+)
 def test_every_mesh_gives_the_losses_of_one_device(family, mesh):
     found, state, step, made = run(make_config(**options(family), mesh=mesh), None)
     np.testing.assert_allclose(found, one_device_losses(family), rtol=1e-5)
@@ -78,7 +101,9 @@ def test_every_mesh_gives_the_losses_of_one_device(family, mesh):
     held = [tree.bytes_on_device(state, d) for d in jax.devices()]
     assert len(set(held)) == 1
     assert held[0] < tree.nbytes(state) * (1.35 / parts)
-    for path, leaf in tree.flatten(state.opt_state).items():  # moments are split as their parameters are
+    for path, leaf in tree.flatten(
+        state.opt_state
+    ).items():  # moments are split as their parameters are
         if path.endswith("kernel"):
             assert parts == 1 or leaf.addressable_shards[0].data.size < leaf.size
 
@@ -99,8 +124,14 @@ def test_dropout_does_not_depend_on_the_mesh(one_device):
         (dict(mesh=dict(data=-1, fsdp=3)), "8 devices are not a multiple of 3"),
         (dict(mesh=dict(data=8), train=dict(batch_size=4)), "does not divide train.batch_size"),
         (dict(mesh=dict(data=1, tensor=8)), "model.kv_heads = 4"),
-        (dict(mesh=dict(data=4, fsdp=2), train=dict(batch_size=8, grad_accum_steps=2)), "mesh.data x mesh.fsdp = 8"),
-        (dict(mesh=dict(data=4, tensor=2), model=dict(vocab_multiple=1)), "padded vocabulary of 257"),
+        (
+            dict(mesh=dict(data=4, fsdp=2), train=dict(batch_size=8, grad_accum_steps=2)),
+            "mesh.data x mesh.fsdp = 8",
+        ),
+        (
+            dict(mesh=dict(data=4, tensor=2), model=dict(vocab_multiple=1)),
+            "padded vocabulary of 257",
+        ),
     ],
 )
 def test_illegal_meshes_are_refused_by_name(wrong, part):
@@ -118,11 +149,22 @@ def test_every_parameter_has_a_rule():
 
 
 def test_one_batch_overfits(one_device):
-    config = make_config(train=dict(steps=400), optim=dict(lr=1e-2, schedule="constant", weight_decay=0.0), model=dict(width=64))
+    config = make_config(
+        train=dict(steps=400),
+        optim=dict(lr=1e-2, schedule="constant", weight_decay=0.0),
+        model=dict(width=64),
+    )
     mesh = make_mesh(config, one_device)
-    batch = {**batch_for(config), "loss_weights": np.ones((8, 16), np.float32), "segment_ids": np.ones((8, 16), np.int32)}
+    batch = {
+        **batch_for(config),
+        "loss_weights": np.ones((8, 16), np.float32),
+        "segment_ids": np.ones((8, 16), np.int32),
+    }
     with jax.set_mesh(mesh):
-        (state, frozen), step = train_step.init_state(config, mesh), train_step.make_train_step(config, mesh)
+        (state, frozen), step = (
+            train_step.init_state(config, mesh),
+            train_step.make_train_step(config, mesh),
+        )
         batch = sharding.to_global(mesh, batch)
         for _ in range(400):
             state, metrics = step(state, batch, frozen)

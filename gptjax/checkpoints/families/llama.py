@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from gptjax.checkpoints.families.common import choose, read_common, read_rope, write_common
-from gptjax.checkpoints.tensor_map import Raw, TensorMap, gate_up_maps, head_maps, linear, norm_maps, same, split_qkv, table
+from gptjax.checkpoints.tensor_map import (
+    Raw,
+    TensorMap,
+    gate_up_maps,
+    head_maps,
+    linear,
+    norm_maps,
+    same,
+    split_qkv,
+    table,
+)
 from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
 
@@ -14,7 +24,9 @@ def llama_maps(c: ModelConfig) -> list[TensorMap]:
     """Llama, Mistral, Qwen2, Qwen3 and SmolLM2: they differ in biases and in the norms of queries and keys."""
     rows, h = [table("embed/tokens", "model.embed_tokens.weight")], "model.layers.{}."
     rows += norm_maps("final_norm", "model.norm", False)
-    rows += norm_maps("blocks/norm1", h + "input_layernorm", False) + norm_maps("blocks/norm2", h + "post_attention_layernorm", False)
+    rows += norm_maps("blocks/norm1", h + "input_layernorm", False) + norm_maps(
+        "blocks/norm2", h + "post_attention_layernorm", False
+    )
     qkv = [f"{h}self_attn.{name}_proj" for name in "qkv"]
     rows.append(split_qkv("blocks/attn/qkv/kernel", *(f"{name}.weight" for name in qkv)))
     if c.bias != "none":
@@ -24,7 +36,11 @@ def llama_maps(c: ModelConfig) -> list[TensorMap]:
     rows.append(linear("blocks/attn/out/kernel", f"{h}self_attn.o_proj.weight", inputs=2))
     if c.bias == "attention":
         rows.append(same("blocks/attn/out/bias", f"{h}self_attn.o_proj.bias"))
-    rows.append(gate_up_maps("blocks/mlp/gate_up/kernel", f"{h}mlp.gate_proj.weight", f"{h}mlp.up_proj.weight"))
+    rows.append(
+        gate_up_maps(
+            "blocks/mlp/gate_up/kernel", f"{h}mlp.gate_proj.weight", f"{h}mlp.up_proj.weight"
+        )
+    )
     rows.append(linear("blocks/mlp/down/kernel", f"{h}mlp.down_proj.weight"))
     return rows + head_maps(c, "lm_head.weight")
 
@@ -39,7 +55,12 @@ def read_llama(raw: Raw) -> dict[str, Any]:
     if kind in ("qwen2", "qwen3"):
         first = raw.get("max_window_layers", 28)
         kinds = raw.get("layer_types") or [
-            name for name, there in (("full_attention", first > 0), ("sliding_attention", first < raw["num_hidden_layers"])) if there
+            name
+            for name, there in (
+                ("full_attention", first > 0),
+                ("sliding_attention", first < raw["num_hidden_layers"]),
+            )
+            if there
         ]
         window = window if raw.get("use_sliding_window") and "sliding_attention" in kinds else 0
         if window and "full_attention" in kinds:
@@ -50,20 +71,35 @@ def read_llama(raw: Raw) -> dict[str, Any]:
         window = 0
     context = raw["max_position_embeddings"]
     return {
-        **read_common(raw), **read_rope(raw, context), "kv_heads": raw.get("num_key_value_heads") or 0,
-        "head_dim": raw.get("head_dim") or (128 if kind == "qwen3" else 0), "norm": "rmsnorm", "norm_eps": raw.get("rms_norm_eps", 1e-6),
-        "mlp": "swiglu", "bias": "qkv" if kind == "qwen2" else "attention" if biased else "none", "qk_norm": kind == "qwen3",
-        "sliding_window": window, "tie_embeddings": raw.get("tie_word_embeddings", False),
-    }  # fmt: skip
+        **read_common(raw),
+        **read_rope(raw, context),
+        "kv_heads": raw.get("num_key_value_heads") or 0,
+        "head_dim": raw.get("head_dim") or (128 if kind == "qwen3" else 0),
+        "norm": "rmsnorm",
+        "norm_eps": raw.get("rms_norm_eps", 1e-6),
+        "mlp": "swiglu",
+        "bias": "qkv" if kind == "qwen2" else "attention" if biased else "none",
+        "qk_norm": kind == "qwen3",
+        "sliding_window": window,
+        "tie_embeddings": raw.get("tie_word_embeddings", False),
+    }
 
 
 def write_llama(c: ModelConfig, kind: str) -> dict[str, Any]:
     found = {
-        **write_common(c), "num_key_value_heads": c.kv, "head_dim": c.head_width, "rms_norm_eps": c.norm_eps, "hidden_act": "silu",
+        **write_common(c),
+        "num_key_value_heads": c.kv,
+        "head_dim": c.head_width,
+        "rms_norm_eps": c.norm_eps,
+        "hidden_act": "silu",
         "attention_bias": c.bias == "attention",
-    }  # fmt: skip
+    }
     if kind == "mistral":
         found["sliding_window"] = c.sliding_window
     if kind in ("qwen2", "qwen3"):
-        found |= {"sliding_window": c.sliding_window or None, "use_sliding_window": bool(c.sliding_window), "max_window_layers": 0 if c.sliding_window else c.layers}
+        found |= {
+            "sliding_window": c.sliding_window or None,
+            "use_sliding_window": bool(c.sliding_window),
+            "max_window_layers": 0 if c.sliding_window else c.layers,
+        }
     return found

@@ -9,4 +9,8 @@ from gptjax.ops.attention.blockwise import blockwise
 from gptjax.ops.attention.reference import reference
 from gptjax.ops.attention.xla import xla
 
-BACKENDS: dict[str, Callable[..., Array]] = {"reference": reference, "xla": xla, "blockwise": blockwise}
+BACKENDS: dict[str, Callable[..., Array]] = {
+    "reference": reference,
+    "xla": xla,
+    "blockwise": blockwise,
+}

@@ -12,16 +12,28 @@ from gptjax.core.types import Array
 from gptjax.ops.attention.mask import MASKED, Mask
 
 
-def blockwise(q_BTKGC: Array, k_BSKC: Array, v_BSKC: Array, mask: Mask, *, block: int = 256, keep: Array | None = None) -> Array:
+def blockwise(
+    q_BTKGC: Array,
+    k_BSKC: Array,
+    v_BSKC: Array,
+    mask: Mask,
+    *,
+    block: int = 256,
+    keep: Array | None = None,
+) -> Array:
     """Online softmax over blocks of keys (Rabe & Staats 2021; Dao et al. 2022), recomputed block by block in the backward pass."""
     if keep is not None:
-        raise ValueError("blockwise attention has no dropout on its weights: use model.attention = 'xla' or model.dropout = 0")
+        raise ValueError(
+            "blockwise attention has no dropout on its weights: use model.attention = 'xla' or model.dropout = 0"
+        )
     size = min(block, k_BSKC.shape[1])
     pad = -k_BSKC.shape[1] % size
     if pad:  # padded slots lie past every query, so the causal rule hides them
         k_BSKC, v_BSKC = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (k_BSKC, v_BSKC))
         if mask.k_segments is not None:
-            mask = dataclasses.replace(mask, k_segments=jnp.pad(mask.k_segments, ((0, 0), (0, pad))))
+            mask = dataclasses.replace(
+                mask, k_segments=jnp.pad(mask.k_segments, ((0, 0), (0, pad)))
+            )
     return _blockwise(size, q_BTKGC, k_BSKC, v_BSKC, mask)
 
 
@@ -33,7 +45,10 @@ def _blockwise(block: int, q: Array, k: Array, v: Array, mask: Mask) -> Array:
 def _block_scores(block: int, i: Array, q: Array, k: Array, mask: Mask) -> Array:
     """Masked scores [B, K, G, T, block] of key block i, float32."""
     k_i = jax.lax.dynamic_slice_in_dim(k, i * block, block, axis=1)
-    scores = jnp.einsum("BTKGC,BSKC->BKGTS", q, k_i, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = (
+        jnp.einsum("BTKGC,BSKC->BKGTS", q, k_i, preferred_element_type=jnp.float32)
+        * q.shape[-1] ** -0.5
+    )
     return jnp.where(mask.allowed(i * block, block)[:, None, None], scores, MASKED)
 
 
@@ -47,11 +62,17 @@ def _blockwise_forward(block: int, q: Array, k: Array, v: Array, mask: Mask):
         keep = jnp.exp(peak - new_peak)
         probs = jnp.exp(scores - new_peak[..., None])
         v_i = jax.lax.dynamic_slice_in_dim(v, i * block, block, axis=1)
-        partial = jnp.einsum("BKGTS,BSKC->BKGTC", probs.astype(v.dtype), v_i, preferred_element_type=jnp.float32)
+        partial = jnp.einsum(
+            "BKGTS,BSKC->BKGTC", probs.astype(v.dtype), v_i, preferred_element_type=jnp.float32
+        )
         return (new_peak, total * keep + probs.sum(-1), out * keep[..., None] + partial), None
 
     # _MASKED / 2: above every masked score, so that a block in which a query sees nothing adds exact zeros
-    start = (jnp.full((b, heads, groups, t), MASKED / 2), jnp.zeros((b, heads, groups, t)), jnp.zeros((b, heads, groups, t, c)))
+    start = (
+        jnp.full((b, heads, groups, t), MASKED / 2),
+        jnp.zeros((b, heads, groups, t)),
+        jnp.zeros((b, heads, groups, t, c)),
+    )
     (peak, total, out), _ = jax.lax.scan(body, start, jnp.arange(k.shape[1] // block))
     result = jnp.einsum("BKGTC->BTKGC", out / total[..., None]).astype(q.dtype)
     return result, (q, k, v, mask, result, peak + jnp.log(total))
@@ -65,13 +86,18 @@ def _blockwise_backward(block: int, saved, d_out: Array):
 
     def body(dq, i):
         probs = jnp.exp(_block_scores(block, i, q, k, mask) - log_total[..., None])
-        k_i, v_i = (jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1).astype(jnp.float32) for x in (k, v))
+        k_i, v_i = (
+            jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1).astype(jnp.float32)
+            for x in (k, v)
+        )
         d_scores = probs * (jnp.einsum("BTKGC,BSKC->BKGTS", d_out, v_i) - delta[..., None]) * scale
         dk_i = jnp.einsum("BKGTS,BTKGC->BSKC", d_scores, q.astype(jnp.float32))
         dv_i = jnp.einsum("BKGTS,BTKGC->BSKC", probs, d_out)
         return dq + jnp.einsum("BKGTS,BSKC->BTKGC", d_scores, k_i), (dk_i, dv_i)
 
-    dq, blocks = jax.lax.scan(body, jnp.zeros(q.shape, jnp.float32), jnp.arange(k.shape[1] // block))
+    dq, blocks = jax.lax.scan(
+        body, jnp.zeros(q.shape, jnp.float32), jnp.arange(k.shape[1] // block)
+    )
     dk, dv = (jnp.moveaxis(x, 0, 1).reshape(k.shape) for x in blocks)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 

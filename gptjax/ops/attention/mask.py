@@ -11,10 +11,16 @@ import jax.numpy as jnp
 
 from gptjax.core.types import Array
 
-MASKED = -1e30  # finite: exp underflows to an exact 0, and no NaN arises from a block without a visible key
+MASKED = (
+    -1e30
+)  # finite: exp underflows to an exact 0, and no NaN arises from a block without a visible key
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["q_index", "q_segments", "k_segments"], meta_fields=["window"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q_index", "q_segments", "k_segments"],
+    meta_fields=["window"],
+)
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """A query sees key s when s <= its own index, in its own segment, and less than `window` back (0: any distance).
