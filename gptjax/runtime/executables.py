@@ -27,6 +27,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 
 from gptjax.core import files
+from gptjax.runtime.devices import default_platform
 
 _ANY_ORDER = {
     "xla_cpu_enable_fast_math": True,
@@ -188,7 +189,7 @@ def prepare(calls: Sequence[Call], folder: str | Path | None = None) -> None:
 def _storable() -> bool:
     settings, flags = jax.config.values, os.environ.get("XLA_FLAGS", "").strip()
     if (
-        jax.default_backend() != "cpu"
+        default_platform() != "cpu"
         or jax.device_count() > 1
         or not _FILES
         or settings["jax_disable_jit"]
@@ -249,7 +250,7 @@ def _keep(compiled: Any, place: Path, name: str) -> None:
 
 
 def _options() -> dict[str, Any] | None:
-    return _ANY_ORDER if jax.default_backend() == "cpu" else None
+    return _ANY_ORDER if default_platform() == "cpu" else None
 
 
 @functools.cache
