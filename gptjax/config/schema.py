@@ -114,6 +114,13 @@ class ModelConfig:
     dtype: str = setting(
         "float32", "compute dtype; parameters stay float32", choices=("float32", "bfloat16")
     )
+    implementation: str = setting(
+        "auto",
+        "auto: the fastest ops for the platform of the mesh's devices; reference: the definitions "
+        "in plain JAX, which also differentiate forward (jvp, hessian)",
+        choices=("auto", "reference"),
+        shapes=False,
+    )
     attention: str = setting(
         "xla", "attention backend", choices=("xla", "blockwise", "reference"), shapes=False
     )
