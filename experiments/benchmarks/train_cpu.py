@@ -39,6 +39,7 @@ def gptjax_worker(shape: str, dtype: str):
     import numpy as np
 
     from gptjax.config import build
+    from gptjax.core.types import Batch
     from gptjax.runtime import sharding
     from gptjax.runtime.mesh import make_mesh
     from gptjax.training import step as train_step
@@ -61,13 +62,13 @@ def gptjax_worker(shape: str, dtype: str):
     mesh = make_mesh(c)
     ids = np.random.default_rng(0).integers(0, vocab, (batch, context + 1)).astype(np.int32)
     ones = np.ones((batch, context), np.int32)
-    data = {
-        "tokens": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "loss_weights": ones.astype(np.float32),
-        "segment_ids": ones,
-        "positions": np.broadcast_to(np.arange(context, dtype=np.int32), (batch, context)),
-    }
+    data = Batch(
+        tokens=ids[:, :-1],
+        targets=ids[:, 1:],
+        loss_weights=ones.astype(np.float32),
+        segment_ids=ones,
+        positions=np.broadcast_to(np.arange(context, dtype=np.int32), (batch, context)),
+    )
     with jax.set_mesh(mesh):
         state, _ = train_step.init_state(c, mesh)
         data = sharding.to_global(mesh, data)

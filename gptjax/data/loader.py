@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import grain
+import jax
 import numpy as np
 
 from gptjax.config.errors import UserError
+from gptjax.core.types import Batch
 from gptjax.data.shards import Prepared
-
-Batch = dict[str, np.ndarray]
 
 
 class Split(Protocol):
@@ -102,17 +102,18 @@ class Windows:
             cuts = (self.documents[first:last] - start).astype(np.int32)
             segments = 1 + np.searchsorted(cuts, arange, side="right").astype(np.int32)
             positions = arange - np.concatenate([[0], cuts]).astype(np.int32)[segments - 1]
-        return {
-            "tokens": ids[:-1],
-            "targets": ids[1:],
-            "loss_weights": (arange < real).astype(np.float32),
-            "segment_ids": segments,
-            "positions": positions,
-        }
+        return Batch(
+            tokens=ids[:-1],
+            targets=ids[1:],
+            loss_weights=(arange < real).astype(np.float32),
+            segment_ids=segments,
+            positions=positions,
+        )
 
 
 def stack(rows: Sequence[Batch]) -> Batch:
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    """Rows with arrays [T] as one batch with arrays [B, T]."""
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
 
 
 class _Steps:
@@ -153,28 +154,24 @@ def eval_batches(
     batches = -(-split.count // batch_size)
     for b in range(min(batches, limit) if limit else batches):
         numbers = [b * batch_size + r for r in rows]
-        found = [split.row(i) if i < split.count else nothing(split.length) for i in numbers]
-        like = found[0]  # rows of weight 0 know neither labels nor references
-        yield stack(
-            [
-                {
-                    name: row[name].astype(like[name].dtype)
-                    if name in row
-                    else np.zeros_like(like[name])
-                    for name in like
-                }
-                for row in found
-            ]
-        )
+        found = [split.row(i) for i in numbers if i < split.count]
+        padding = [padding_row(found[0])] * (len(numbers) - len(found))
+        yield stack([*found, *padding])
 
 
-def nothing(length: int) -> Batch:
-    """A row of weight 0."""
-    zeros = np.zeros(length, np.int32)
-    return {
-        "tokens": zeros.copy(),
-        "targets": zeros.copy(),
-        "loss_weights": zeros.astype(np.float32),
-        "segment_ids": zeros + 1,
-        "positions": np.arange(length, dtype=np.int32),
-    }
+def empty_row(length: int) -> Batch:
+    """A row of weight 0, to be filled in place."""
+    return Batch(
+        tokens=np.zeros(length, np.int32),
+        targets=np.zeros(length, np.int32),
+        loss_weights=np.zeros(length, np.float32),
+        segment_ids=np.ones(length, np.int32),
+        positions=np.arange(length, dtype=np.int32),
+    )
+
+
+def padding_row(like: Batch) -> Batch:
+    """A row of weight 0 with the fields and dtypes of another row."""
+    zeros = jax.tree.map(np.zeros_like, like)
+    empty = empty_row(len(like.tokens))
+    return dataclasses.replace(zeros, segment_ids=empty.segment_ids, positions=empty.positions)

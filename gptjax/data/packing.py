@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.data.loader import Batch, nothing
+from gptjax.core.types import Batch
+from gptjax.data.loader import empty_row
 
 
 class PackedExample(NamedTuple):
@@ -64,32 +65,27 @@ class Packed:
 
     def row(self, i: int, shift: int = 0) -> Batch:
         first = self.examples[self.rows[i][0]]
-        row = {
-            **nothing(self.length),
-            "targets": np.zeros(self.length, first.targets.dtype),
-            "segment_ids": np.zeros(self.length, np.int32),
-        }
-        if first.reference:
-            row["reference"] = np.zeros(self.length, np.float32)
+        row = dataclasses.replace(
+            empty_row(self.length),
+            targets=np.zeros(self.length, first.targets.dtype),
+            segment_ids=np.zeros(self.length, np.int32),
+            reference=np.zeros(self.length, np.float32) if first.reference else None,
+        )
         at = number = 0
         for k in self.rows[i]:
             unit = self.examples[k]
             here = slice(at, at + len(unit.tokens))
-            row["tokens"][here], row["targets"][here], row["loss_weights"][here] = (
-                unit.tokens,
-                unit.targets,
-                unit.weights,
-            )
+            row.tokens[here] = unit.tokens
+            row.targets[here] = unit.targets
+            row.loss_weights[here] = unit.weights
             for part, size in enumerate(unit.parts):
                 number += 1
-                row["segment_ids"][at : at + size], row["positions"][at : at + size] = (
-                    number,
-                    np.arange(size),
-                )
+                row.segment_ids[at : at + size] = number
+                row.positions[at : at + size] = np.arange(size)
                 if unit.reference:
-                    row["reference"][at] = unit.reference[part]
+                    row.reference[at] = unit.reference[part]
                 at += size
-        row["positions"][at:] = np.arange(self.length - at)
+        row.positions[at:] = np.arange(self.length - at)
         return row
 
 

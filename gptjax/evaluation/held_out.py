@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -38,13 +39,10 @@ def held_out_scores(
     ):
         if not config.model.labels:
             count += float(
-                (byte_lengths[batch["targets"]] * batch["loss_weights"]).sum()
+                (byte_lengths[batch.targets] * batch.loss_weights).sum()
             )  # of all rows, whoever computes them
-        sums = eval_step(
-            params,
-            sharding.to_global(mesh, {name: array[mine] for name, array in batch.items()}),
-            frozen,
-        )
+        local = jax.tree.map(lambda array: array[mine], batch)
+        sums = eval_step(params, sharding.to_global(mesh, local), frozen)
         total, weight, right = (
             a + float(b) for a, b in zip((total, weight, right), sums, strict=True)
         )

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.core import tree
+from gptjax.core.types import Batch
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -74,13 +74,12 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     )
 
 
-def to_global(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+def to_global(mesh: Mesh, batch: Batch) -> Batch:
     """This process's rows as part of arrays over all devices."""
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
+    return jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(sharding, array), batch
+    )
 
 
 def place(tree: Any, shardings: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config
 from gptjax.core import files
-from gptjax.core.types import Array
+from gptjax.core.types import Array, Batch
 from gptjax.data import loader
 from gptjax.data.packing import Packed
 from gptjax.model import lora, transformer
@@ -21,21 +21,19 @@ from gptjax.tasks.preference import WITH_REFERENCE
 from gptjax.training import objectives
 from gptjax.training.setup import Run
 
-Batch = dict[str, np.ndarray]
 
-
-def token_logprobs(config: Config, params: Any, batch: dict[str, Array]) -> Array:
+def token_logprobs(config: Config, params: Any, batch: Batch) -> Array:
     """log p of each target of a batch, float32 [B, T], without dropout."""
     x, _ = transformer.apply(
         config.model,
         params,
-        batch["tokens"],
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
+        batch.tokens,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
     )
-    rows, length = batch["tokens"].shape
+    rows, length = batch.tokens.shape
     chunk = cross_entropy.chunk_length(config.model, rows, length, config.train.loss_chunk)
-    return cross_entropy.token_logprobs(config.model, params, x, batch["targets"], chunk=chunk)
+    return cross_entropy.token_logprobs(config.model, params, x, batch.targets, chunk=chunk)
 
 
 def with_reference(
@@ -71,9 +69,9 @@ def _answer_logprobs(run: Run, split: Packed, params: Any, frozen: Any) -> np.nd
     c, size = run.config, run.config.train.batch_size
 
     @jax.jit
-    def sums(params: Any, frozen: Any, batch: dict[str, Array]) -> Array:
+    def sums(params: Any, frozen: Any, batch: Batch) -> Array:
         logp = token_logprobs(c, lora.apply_adapter(c.lora, frozen, params), batch)
-        return objectives.segment_sums(logp * batch["loss_weights"], batch["segment_ids"])
+        return objectives.segment_sums(logp * batch.loss_weights, batch.segment_ids)
 
     batches = loader.eval_batches(split, batch_size=size, rows=range(size))
     rows = itertools.chain.from_iterable(
@@ -98,7 +96,7 @@ class Reads:
             split, seed=t.seed, batch_size=t.batch_size, rows=run.rows, start=start
         )
 
-    def next(self, step: int, params: Any) -> tuple[dict[str, Array], dict[str, float]]:
+    def next(self, step: int, params: Any) -> tuple[Batch, dict[str, float]]:
         return sharding.to_global(self._mesh, next(self._batches)), {}
 
     def close(self) -> None:

@@ -12,41 +12,34 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config.schema import Config
-from gptjax.core.types import Array
+from gptjax.core.types import Array, Batch
 from gptjax.model import transformer
 from gptjax.ops import cross_entropy
 from gptjax.tasks.preference import SEGMENTS, WITH_REFERENCE
 from gptjax.training import preference_losses
-
-Batch = dict[str, Array]
-
 
 Sums = tuple[Array, Array, Array]
 
 
 def compute_loss(config: Config, params: Any, x_BTD: Array, batch: Batch, *, chunk: int) -> Sums:
     """The objective of `config.task` on hidden states as `model.apply` returns them."""
-    weights, nothing = batch["loss_weights"], jnp.zeros(())
+    weights, nothing = batch.loss_weights, jnp.zeros(())
     if config.model.labels:
         total, right = cross_entropy.head_loss(
-            transformer.score(params, x_BTD), batch["targets"], weights
+            transformer.score(params, x_BTD), batch.targets, weights
         )
         return total, weights.sum(), right
     if config.task.name == "preference":
         return _preference(
             config,
-            cross_entropy.token_logprobs(
-                config.model, params, x_BTD, batch["targets"], chunk=chunk
-            ),
+            cross_entropy.token_logprobs(config.model, params, x_BTD, batch.targets, chunk=chunk),
             batch,
         )
     if config.task.name == "grpo":
-        logp = cross_entropy.token_logprobs(
-            config.model, params, x_BTD, batch["targets"], chunk=chunk
-        )
+        logp = cross_entropy.token_logprobs(config.model, params, x_BTD, batch.targets, chunk=chunk)
         return (*_grpo(config, logp, batch), nothing)
     total = cross_entropy.token_cross_entropy(
-        config.model, params, x_BTD, batch["targets"], weights, chunk=chunk
+        config.model, params, x_BTD, batch.targets, weights, chunk=chunk
     )
     return total, weights.sum(), nothing
 
@@ -60,7 +53,7 @@ def segment_sums(values_BT: Array, segments_BT: Array) -> Array:
 
 
 def _preference(config: Config, logp_BT: Array, batch: Batch) -> Sums:
-    weights, segments = batch["loss_weights"], batch["segment_ids"]
+    weights, segments = batch.loss_weights, batch.segment_ids
     group = SEGMENTS[config.task.loss]
     count = logp_BT.shape[1] // group  # of examples that a row can hold
 
@@ -70,7 +63,7 @@ def _preference(config: Config, logp_BT: Array, batch: Batch) -> Sums:
 
     sums, lengths = answers(logp_BT * weights), answers(weights)
     there = lengths[0] > 0
-    reference = answers(batch["reference"]) if config.task.loss in WITH_REFERENCE else None
+    reference = answers(batch.reference) if config.task.loss in WITH_REFERENCE else None
     if config.task.loss == "orpo":
         means = sums / jnp.maximum(lengths, 1)
         means = jnp.where(there, means, -1.0)  # an empty place has no odds
@@ -112,13 +105,13 @@ def _preference(config: Config, logp_BT: Array, batch: Batch) -> Sums:
 
 
 def _grpo(config: Config, logp_BT: Array, batch: Batch) -> tuple[Array, Array]:
-    reference = batch["reference"] if config.task.kl_coef else None
-    advantages = batch["advantages"][:, 0]
+    reference = batch.reference if config.task.kl_coef else None
+    advantages = batch.advantages[:, 0]
     # one update follows each set of answers, so the policy that wrote them is the one that is updated: the ratio is 1, its gradient is not 0
     return preference_losses.grpo(
         logp_BT,
         jax.lax.stop_gradient(logp_BT),
-        mask=batch["loss_weights"],
+        mask=batch.loss_weights,
         advantages=advantages,
         reference=reference,
         kl_weight=config.task.kl_coef,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from gptjax.config.errors import UserError
-from gptjax.core.types import Array
+from gptjax.core.types import Batch
 from gptjax.data import loader
 from gptjax.data.sources import TRAIN
 from gptjax.generation.language_model import LanguageModel
@@ -52,7 +53,7 @@ class Rollouts:
             )
             yield int(random.permutation(count)[at % count])
 
-    def next(self, step: int, params: Any) -> tuple[dict[str, Array], dict[str, float]]:
+    def next(self, step: int, params: Any) -> tuple[Batch, dict[str, float]]:
         c, task = self._config, self._config.task
         chosen = [self._examples[i] for i in self._prompts(step)]
         lm = LanguageModel(
@@ -81,13 +82,14 @@ class Rollouts:
         for e, one, gain in zip(asked, found, gains, strict=True):
             answer = one.tokens if one.end is None else [*one.tokens, one.end]
             ids = np.array([*e.ids[: e.prompt].tolist(), *answer], np.int32)
-            row, n = loader.nothing(c.length), len(ids) - 1
-            row["tokens"][:n], row["targets"][:n] = ids[:-1], ids[1:]
-            row["loss_weights"][e.prompt - 1 : n] = 1
-            rows.append({**row, "advantages": np.full(c.length, gain, np.float32)})
+            row, n = loader.empty_row(c.length), len(ids) - 1
+            row.tokens[:n], row.targets[:n] = ids[:-1], ids[1:]
+            row.loss_weights[e.prompt - 1 : n] = 1
+            rows.append(dataclasses.replace(row, advantages=np.full(c.length, gain, np.float32)))
         batch = sharding.to_global(self._run.mesh, loader.stack(rows))
         if task.kl_coef:
-            batch["reference"] = self._logprobs(lora.apply_adapter(c.lora, self._frozen, {}), batch)
+            reference = self._logprobs(lora.apply_adapter(c.lora, self._frozen, {}), batch)
+            batch = dataclasses.replace(batch, reference=reference)
         lengths = float(np.mean([len(one.tokens) for one in found]))
         return batch, {"reward": float(rewards.mean()), "answer_tokens": lengths}
 

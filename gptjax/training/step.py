@@ -17,14 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config.schema import Config
 from gptjax.core import tree
-from gptjax.core.types import Array, TrainState
+from gptjax.core.types import Array, Batch, TrainState
 from gptjax.model import init as model_init
 from gptjax.model import lora, quantize, transformer
 from gptjax.ops import cross_entropy
 from gptjax.runtime import sharding
 from gptjax.training import objectives, optim
-
-Batch = dict[str, Array]
 
 
 def init_trained(
@@ -145,12 +143,12 @@ def loss_sum(
     x, _ = transformer.apply(
         config.model,
         whole,
-        batch["tokens"],
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
+        batch.tokens,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
         dropout_key=dropout_key,
     )
-    rows, length = batch["tokens"].shape
+    rows, length = batch.tokens.shape
     chunk = cross_entropy.chunk_length(
         config.model, max(rows // devices, 1), length, config.train.loss_chunk
     )
@@ -175,10 +173,9 @@ def make_train_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
             (total, (weight, _)), grads = grad(state.params, frozen, batch, key)
         else:
             # row i goes to micro-batch i mod count, so each device splits the rows that it holds
-            micro = {
-                name: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1)
-                for name, a in batch.items()
-            }
+            micro = jax.tree.map(
+                lambda a: a.reshape(a.shape[0] // count, count, *a.shape[1:]).swapaxes(0, 1), batch
+            )
 
             def add(carry: Any, piece: tuple[Array, Batch]) -> tuple[Any, None]:
                 number, rows = piece

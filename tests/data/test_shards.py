@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import SHARED, make_config
@@ -165,11 +166,9 @@ def test_batches_are_a_function_of_seed_and_step(windows):
     w, _ = windows
     all_steps = take(w, 6)
     for a, b in zip(all_steps[4:], take(w, 2, start=4), strict=True):
-        for name in a:
-            np.testing.assert_array_equal(a[name], b[name])
+        jax.tree.map(np.testing.assert_array_equal, a, b)
     assert any(
-        (a["tokens"] != b["tokens"]).any()
-        for a, b in zip(all_steps, take(w, 6, seed=4), strict=True)
+        (a.tokens != b.tokens).any() for a, b in zip(all_steps, take(w, 6, seed=4), strict=True)
     )
 
 
@@ -179,7 +178,7 @@ def test_processes_together_read_what_one_reads(windows):
     halves = [take(w, 3, rows=rows) for rows in (range(4), range(4, 8))]
     for step in range(3):
         np.testing.assert_array_equal(
-            whole[step]["tokens"], np.concatenate([half[step]["tokens"] for half in halves])
+            whole[step].tokens, np.concatenate([half[step].tokens for half in halves])
         )
 
 
@@ -190,22 +189,22 @@ def test_windows_follow_the_stream_and_documents_become_segments(windows):
     eot = prepared.tokenizer.eot
     for start in range(0, w.total - 33, 7):
         x = w.window(start)
-        np.testing.assert_array_equal(x["tokens"], stream[start : start + 32])
-        np.testing.assert_array_equal(x["targets"], stream[start + 1 : start + 33])
-        new = x["tokens"] == eot
-        np.testing.assert_array_equal(x["segment_ids"], 1 + np.cumsum(new))
+        np.testing.assert_array_equal(x.tokens, stream[start : start + 32])
+        np.testing.assert_array_equal(x.targets, stream[start + 1 : start + 33])
+        new = x.tokens == eot
+        np.testing.assert_array_equal(x.segment_ids, 1 + np.cumsum(new))
         for i in range(32):
-            expected = 0 if i == 0 or new[i] else x["positions"][i - 1] + 1
-            assert x["positions"][i] == expected
+            expected = 0 if i == 0 or new[i] else x.positions[i - 1] + 1
+            assert x.positions[i] == expected
 
 
 def test_evaluation_sees_every_token_once(windows):
     _, prepared = windows
     w = loader.Windows.of(prepared, EVAL, 32, isolate=True)
     batches = list(loader.eval_batches(w, batch_size=8, rows=range(8)))
-    seen = np.concatenate([b["targets"][b["loss_weights"] > 0] for b in batches])
+    seen = np.concatenate([b.targets[b.loss_weights > 0] for b in batches])
     np.testing.assert_array_equal(seen, w.read(1, w.total))
-    assert {b["tokens"].shape for b in batches} == {(8, 32)}
+    assert {b.tokens.shape for b in batches} == {(8, 32)}
 
 
 def test_an_epoch_covers_the_text(windows):
@@ -215,7 +214,7 @@ def test_an_epoch_covers_the_text(windows):
     for batch in take(w, 40):
         starts.update(
             int(np.flatnonzero((w.read(0, w.total)[:-32, None] == row[0]).any(1))[0])
-            for row in batch["tokens"]
+            for row in batch.tokens
         )
     order = loader._Steps(w, 3, 8, range(8))._order
     assert sorted(order[i] for i in range(count)) == list(range(count))

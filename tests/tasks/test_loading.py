@@ -407,13 +407,13 @@ def test_packed_rows_hold_every_example_once(tmp_path):
     counted = 0
     for i in range(split.count):
         row = split.row(i)
-        for number in range(1, row["segment_ids"].max() + 1):
-            here = row["segment_ids"] == number
-            assert (row["positions"][here] == np.arange(here.sum())).all() and row["loss_weights"][
+        for number in range(1, row.segment_ids.max() + 1):
+            here = row.segment_ids == number
+            assert (row.positions[here] == np.arange(here.sum())).all() and row.loss_weights[
                 here
             ].tolist() == [0] * (here.sum() - 1) + [1]
             counted += 1
-        assert row["loss_weights"][row["segment_ids"] == 0].sum() == 0
+        assert row.loss_weights[row.segment_ids == 0].sum() == 0
     assert counted == len(found.train) and split.count < len(found.train) / 2
     alone, _, _ = packed_for(tmp_path, pack=False)
     assert alone.count == len(found.train)
@@ -424,7 +424,7 @@ def test_packed_batches_are_a_function_of_seed_and_step(tmp_path):
 
     def take(seed, start, n):
         batches = loader.train_batches(split, seed=seed, batch_size=4, rows=range(4), start=start)
-        found = [next(batches)["tokens"] for _ in range(n)]
+        found = [next(batches).tokens for _ in range(n)]
         batches.close()
         return found
 

@@ -122,9 +122,9 @@ def test_the_batch_objective_is_the_formula_on_sums(kind, place, tmp_path):
         x, _ = transformer.apply(
             config.model,
             params,
-            batch["tokens"],
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
+            batch.tokens,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids,
         )
         return objectives.compute_loss(config, params, x, batch, chunk=48)
 
@@ -272,7 +272,7 @@ def test_the_end_that_was_sampled_is_the_one_credited(place):
     )
     with jax.set_mesh(run.mesh):
         batch, _ = rollouts.Rollouts(run, {}).next(0, random_params(config.model))
-    targets, weights = np.asarray(batch["targets"]), np.asarray(batch["loss_weights"])
+    targets, weights = np.asarray(batch.targets), np.asarray(batch.loss_weights)
     last = {
         int(row[np.flatnonzero(weight)[-1]]) for row, weight in zip(targets, weights, strict=True)
     }

@@ -1,5 +1,6 @@
 """The train step: accumulation, meshes, one compile, real sharding."""
 
+import dataclasses
 import functools
 import re
 
@@ -10,6 +11,7 @@ from conftest import make_config
 
 from gptjax.config.errors import UserError
 from gptjax.core import tree
+from gptjax.core.types import Batch
 from gptjax.runtime import sharding
 from gptjax.runtime.mesh import make_mesh
 from gptjax.training import step as train_step
@@ -20,13 +22,13 @@ def batch_for(config, step=0):
     b, t = config.train.batch_size, config.model.context
     ids = generator.integers(0, config.model.vocab_size, (b, t + 1)).astype(np.int32)
     segments = 1 + np.sort(generator.integers(0, 2, (b, t)), axis=1).astype(np.int32)
-    return {
-        "tokens": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "loss_weights": (generator.random((b, t)) < 0.7).astype(np.float32),
-        "segment_ids": segments,
-        "positions": np.broadcast_to(np.arange(t, dtype=np.int32), (b, t)),
-    }
+    return Batch(
+        tokens=ids[:, :-1],
+        targets=ids[:, 1:],
+        loss_weights=(generator.random((b, t)) < 0.7).astype(np.float32),
+        segment_ids=segments,
+        positions=np.broadcast_to(np.arange(t, dtype=np.int32), (b, t)),
+    )
 
 
 def run(config, devices, n=3):
@@ -51,7 +53,7 @@ def test_micro_batches_equal_one_batch_with_unequal_weights(one_device):
         jax.tree.leaves(state.params), jax.tree.leaves(accumulated.params), strict=True
     ):
         np.testing.assert_allclose(b, a, atol=2e-5)
-    weights = batch_for(config)["loss_weights"].reshape(-1, 4, 16).sum((0, 2))
+    weights = batch_for(config).loss_weights.reshape(-1, 4, 16).sum((0, 2))
     assert len(set(weights)) > 1  # a mean of means would differ
 
 
@@ -155,11 +157,11 @@ def test_one_batch_overfits(one_device):
         model=dict(width=64),
     )
     mesh = make_mesh(config, one_device)
-    batch = {
-        **batch_for(config),
-        "loss_weights": np.ones((8, 16), np.float32),
-        "segment_ids": np.ones((8, 16), np.int32),
-    }
+    batch = dataclasses.replace(
+        batch_for(config),
+        loss_weights=np.ones((8, 16), np.float32),
+        segment_ids=np.ones((8, 16), np.int32),
+    )
     with jax.set_mesh(mesh):
         (state, frozen), step = (
             train_step.init_state(config, mesh),
