@@ -160,7 +160,7 @@ run("-m", "gptjax.train", f"--config={CONFIG}", f"--workdir={WORKDIR}", *flags)
 # Where the held-out loss stays as low as the training loss, the model learned the language and not the pages by heart.
 
 # %%
-from gptjax.tracking.trackers import read_jsonl
+from gptjax.tracking.jsonl import read_jsonl
 
 records = read_jsonl(WORKDIR / "metrics.jsonl")
 train, held_out = (

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_origin
 import ml_collections
 
 from gptjax.config.checks import cross_checks
-from gptjax.config.errors import UserError, nearest
+from gptjax.config.errors import UserError, nearest, unknown_name
 from gptjax.config.schema import SECTIONS, Config, all_settings, to_dict
 
 # Settings that had another name: a `config.json` written before reads through this table, and nothing else does.
@@ -94,6 +94,8 @@ def _typed(path: str, value: Any, kind: Any, field: dataclasses.Field, faults: l
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
         if isinstance(value, list | tuple) and all(isinstance(v, item) for v in value):
+            for unknown in (v for v in value if meta["choices"] and v not in meta["choices"]):
+                faults.append(f"{path}: {unknown_name('choice', unknown, list(meta['choices']))}")
             return tuple(value)
         faults.append(f"{shown}: must be a list of {item.__name__}, such as {field.default!r}")
         return field.default

@@ -46,6 +46,9 @@ TASKS = (
 )
 
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # each is a file in gptjax/tracking/
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The decoder. Defaults are GPT-2's choices at toy size; a zero means "derived" (see `--explain`)."""
@@ -385,6 +388,12 @@ class TrainConfig:
         False, "keep the checkpoint with the lowest eval loss under best/", shapes=False
     )
     log_every: int = setting(10, "steps between lines of metrics", low=1, shapes=False)
+    trackers: tuple[str, ...] = setting(
+        ("tensorboard",),
+        "where metrics go in addition to metrics.jsonl",
+        choices=TRACKERS,
+        shapes=False,
+    )
     sample_every: int = setting(
         0, "steps between samples; 0 = only at the end", low=0, shapes=False
     )

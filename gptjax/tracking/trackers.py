@@ -1,59 +1,74 @@
-"""TODO docstring."""
+"""Where a run's metrics go: `metrics.jsonl` always, and the trackers named in `train.trackers`.
+
+To add a tracker, add its name to `TRACKERS` in `config/schema.py`, and a file of that name here
+with PACKAGE (what must be importable), INSTALL (the command that installs it) and
+`start(run) -> Tracker`; see `tensorboard.py`.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import importlib.util
-import json
-import math
-import time
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from gptjax.core import files
+from gptjax.config.errors import UserError
+from gptjax.core import cli
+from gptjax.tracking import jsonl
+from gptjax.tracking.base import TrackedRun, Tracker
 
 
-class Tracker:
-    """Appends records to `metrics.jsonl` and TensorBoard. Records past `start` (of a killed run) are dropped when a run goes on."""
+def _module(name: str) -> Any:
+    return importlib.import_module(f"gptjax.tracking.{name}")
 
-    def __init__(self, workdir: Path, *, start: int):
-        self.path = workdir / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in read_jsonl(self.path) if line["step"] <= start]
-            files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - held for the run
-        self._board = None
-        if importlib.util.find_spec("tensorboardX"):
-            import tensorboardX
 
-            self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
+def check_installed(names: Sequence[str]) -> None:
+    """Raises UserError, with the command that installs it, if a tracker's package is missing."""
+    for name in names:
+        module = _module(name)
+        spec = importlib.util.find_spec(module.PACKAGE)
+        if spec is None or spec.origin is None:  # a mere folder of that name has no origin
+            raise UserError(
+                f"train.trackers has {name!r}, which needs the package {module.PACKAGE}: "
+                f"{module.INSTALL}, or leave it out with --config.train.trackers="
+            )
+
+
+class Trackers:
+    """Sends each record to all trackers. One that raises is named on stderr, once, and dropped:
+    the run goes on without it.
+    """
+
+    def __init__(self, names: Sequence[str], run: TrackedRun) -> None:
+        """names: of `train.trackers`, in addition to metrics.jsonl."""
+        self._trackers: dict[str, Tracker] = {}
+        starts: dict[str, Callable[[TrackedRun], Tracker]] = {"metrics.jsonl": jsonl.start}
+        for name in names:
+            starts[name] = _module(name).start
+        for name, start in starts.items():
+            try:
+                self._trackers[name] = start(run)
+            except Exception as error:
+                _say_dropped(name, error)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        record = {"step": step, "time": round(time.time(), 3), **values}
-        self._file.write(
-            json.dumps(
-                {
-                    k: v if not isinstance(v, float) or math.isfinite(v) else str(v)
-                    for k, v in record.items()
-                }
-            )
-            + "\n"
-        )
-        self._file.flush()
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        """Records values by name (`group/name`) at this step."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(step, values)
+            except Exception as error:
+                del self._trackers[name]
+                _say_dropped(name, error)
 
     def close(self) -> None:
-        self._file.close()
-        if self._board:
-            self._board.close()
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.close()
+            except Exception as error:
+                _say_dropped(name, error)
+        self._trackers = {}
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics file; a last line that a killed process left half-written is passed over."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+def _say_dropped(name: str, error: Exception) -> None:
+    reason = (str(error) or repr(error)).splitlines()[0]
+    cli.say(f"tracker {name}: {type(error).__name__}: {reason}; the run goes on without it")

@@ -16,7 +16,7 @@ import jax
 
 from gptjax.checkpoints.store import Checkpoints
 from gptjax.checkpoints.workdir import fault, read_meta, steps_in
-from gptjax.config import checks
+from gptjax.config import checks, schema
 from gptjax.config.errors import UserError
 from gptjax.core import cli, files, tree
 from gptjax.data import loader, shards
@@ -31,9 +31,11 @@ from gptjax.runtime import sharding
 from gptjax.runtime.devices import memory, peak_flops
 from gptjax.tasks import loading
 from gptjax.tracking import progress
+from gptjax.tracking.base import TrackedRun
+from gptjax.tracking.jsonl import read_jsonl
 from gptjax.tracking.progress import Progress
 from gptjax.tracking.throughput import StepMetrics, flops_per_token
-from gptjax.tracking.trackers import Tracker, read_jsonl
+from gptjax.tracking.trackers import Trackers
 from gptjax.training import batches, report, rollouts
 from gptjax.training import step as train_step
 from gptjax.training.setup import Run
@@ -162,7 +164,10 @@ class Loop:
             peak_flops(jax.devices()[0]),
             flops_per_token(c, model_init.count_params(c.model)),
         )
-        self.tracker = Tracker(run.workdir, start=self.step) if jax.process_index() == 0 else None
+        self.tracker = None
+        if jax.process_index() == 0:
+            tracked = TrackedRun(run.workdir, start=self.step, config=schema.to_dict(c))
+            self.tracker = Trackers(t.trackers, tracked)
         self.progress = Progress(start=self.step, steps=t.steps)
 
     def until(self, last: int) -> str:

@@ -24,7 +24,7 @@ from gptjax.data.loader import Windows
 from gptjax.data.shards import Prepared
 from gptjax.data.sources import EVAL, TRAIN
 from gptjax.tracking import progress
-from gptjax.tracking.trackers import read_jsonl
+from gptjax.tracking.jsonl import read_jsonl
 
 _BASELINE_TOKENS = 1 << 22  # of the training split, enough for a bigram model
 

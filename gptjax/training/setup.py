@@ -27,6 +27,7 @@ from gptjax.runtime.interrupt import Stop
 from gptjax.runtime.mesh import make_mesh
 from gptjax.tasks import loading
 from gptjax.tokenizer.base import Tokenizer
+from gptjax.tracking.trackers import check_installed
 from gptjax.training import report
 from gptjax.training.checkpointing import check_same_run
 
@@ -180,6 +181,7 @@ def setup(
     config: Config, workdir: Path, overrides: dict[str, str], stop: Stop, compiles: Compiles
 ) -> Run:
     """Checks everything, then describes the run in its workdir; nothing is written when a check fails."""
+    check_installed(config.train.trackers)
     config, source = resolve_checkpoint(config)
     data = load_data(config, source)
     config = resolve_config(config, data)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, command
 
-from gptjax.tracking.trackers import read_jsonl
+from gptjax.tracking.jsonl import read_jsonl
 
 DASHES = ["--", "--config=configs/debug.py", "--workdir=runs/x y"]
 

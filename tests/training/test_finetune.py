@@ -18,7 +18,7 @@ from gptjax.checkpoints import formats, peft
 from gptjax.evaluation import compare as comparison
 from gptjax.evaluation.held_out import text_scores
 from gptjax.generation import language_model
-from gptjax.tracking.trackers import read_jsonl
+from gptjax.tracking.jsonl import read_jsonl
 
 
 @pytest.fixture(scope="module")

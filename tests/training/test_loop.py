@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY, command
 
-from gptjax.tracking.trackers import read_jsonl
+from gptjax.tracking.jsonl import read_jsonl
 
 QUICK = (
     "--config.train.steps=6",

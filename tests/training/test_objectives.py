@@ -22,7 +22,7 @@ from gptjax.runtime.mesh import make_mesh
 from gptjax.tasks import loading
 from gptjax.tasks.grpo import reward_of
 from gptjax.tasks.preference import SEGMENTS
-from gptjax.tracking.trackers import read_jsonl
+from gptjax.tracking.jsonl import read_jsonl
 from gptjax.training import objectives, preference_losses, rollouts
 from gptjax.training.setup import resolve_config
 

@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, command
 
 from gptjax.checkpoints.workdir import load_params, newest_step
 from gptjax.core import tree
-from gptjax.tracking.trackers import read_jsonl
+from gptjax.tracking.jsonl import read_jsonl
 
 STEPS = 60
 
