@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
         gc.freeze()  # what is here now stays
         gc.enable()
     if args["adapter"]:
-        lm = lm.adapted(args["adapter"])
+        lm = lm.with_adapter(args["adapter"])
     if "chat" in args:
         converse(lm, args)
     else:

@@ -22,12 +22,14 @@ from gptjax.runtime import executables
 
 def loss(lm, ids: np.ndarray, *, chunk: int = 32) -> float:
     """Mean loss of ids [1, T] read in chunks through the cache, as a prompt is, so that the cache's own error counts."""
-    cache = init_cache(lm._engine, 1, ids.shape[1], dtype=lm.cache_dtype)
+    cache = init_cache(lm._inference_config, 1, ids.shape[1], dtype=lm.cache_dtype)
 
     @executables.jit
     def step(weights, cache, piece, at):
-        x, cache = transformer.apply(lm._engine, weights, piece, cache=cache, start_B=at[None])
-        return jax.nn.log_softmax(transformer.unembed(lm._engine, weights, x[0])), cache
+        x, cache = transformer.apply(
+            lm._inference_config, weights, piece, cache=cache, start_B=at[None]
+        )
+        return jax.nn.log_softmax(transformer.unembed(lm._inference_config, weights, x[0])), cache
 
     total = 0.0
     for at in range(0, ids.shape[1], chunk):

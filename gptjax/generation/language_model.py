@@ -80,7 +80,7 @@ class LanguageModel:
         )
         # on a CPU activations stay float32: its products convert each weight anyway
         dtype = "float32" if weights == "float32" or jax.default_backend() == "cpu" else "bfloat16"
-        self._engine = dataclasses.replace(
+        self._inference_config = dataclasses.replace(
             config, dropout=0.0, remat="none", attention="reference", scan_layers=False, dtype=dtype
         )
         self._params = params
@@ -122,7 +122,7 @@ class LanguageModel:
         return self._params
 
     @property
-    def stops(self) -> tuple[int, ...]:
+    def eos_ids(self) -> tuple[int, ...]:
         return self.tokenizer.ends if self.tokenizer else ()
 
     @property
@@ -166,7 +166,7 @@ class LanguageModel:
             )
         return ids
 
-    def adapted(self, path: str | Path) -> LanguageModel:
+    def with_adapter(self, path: str | Path) -> LanguageModel:
         """This model with the adapters of a run or a PEFT folder beside its weights, which both share (DoRA's norms need a copy). Raises UserError."""
         from gptjax.checkpoints import peft
 
@@ -180,7 +180,9 @@ class LanguageModel:
                 self.config,
                 labels=peft.labels_of(Path(path).expanduser(), len(trained["score"]["kernel"])),
             )
-            other._engine = dataclasses.replace(self._engine, labels=other.config.labels)
+            other._inference_config = dataclasses.replace(
+                self._inference_config, labels=other.config.labels
+            )
         other._params = lambda: lora.apply_adapter(
             settings, self.params, trained
         )  # only DoRA, and whoever looks, needs it
@@ -208,7 +210,7 @@ class LanguageModel:
         padded = np.pad(
             tokens.astype(np.int32), ((0, 0), (0, size - tokens.shape[1]))
         )  # lengths share programs; what is behind changes nothing before it
-        found = np.asarray(decode_loop.logits(self._engine, self._weights, padded))[
+        found = np.asarray(decode_loop.logits(self._inference_config, self._weights, padded))[
             :, : tokens.shape[1]
         ]
         if lengths is None:
@@ -258,7 +260,7 @@ class LanguageModel:
         for group, tokens in self._groups(rows, 1):  # the last token is no query
             logprobs, best = (
                 np.asarray(a)
-                for a in decode_loop.token_logprobs(self._engine, self._weights, tokens)
+                for a in decode_loop.token_logprobs(self._inference_config, self._weights, tokens)
             )
             for k, i in enumerate(group):
                 result[i] = (logprobs[k, : len(rows[i]) - 1], best[k, : len(rows[i]) - 1])
@@ -292,7 +294,7 @@ class LanguageModel:
                 [len(rows[i]) for i in group] + [1] * (len(tokens) - len(group)), np.int32
             )
             found[group] = np.asarray(
-                decode_loop.head_scores(self._engine, self._weights, tokens, lengths)
+                decode_loop.head_scores(self._inference_config, self._weights, tokens, lengths)
             )[: len(group)]
         if found.shape[1] == 1:
             return found
@@ -344,7 +346,7 @@ class LanguageModel:
             guess = self._speculation(request, speculate_tokens, draft)
             steps = (16,) if request.has_stop_text else (1 << 30,)
             for _ in engine.run(
-                self._engine,
+                self._inference_config,
                 self._weights,
                 request,
                 steps=steps,
@@ -390,7 +392,7 @@ class LanguageModel:
         guess = self._speculation(request, speculate_tokens, draft)
         row, shown = request.rows[0], 0
         for _ in engine.run(
-            self._engine,
+            self._inference_config,
             self._weights,
             request,
             steps=_STREAM_STEPS,
@@ -415,7 +417,7 @@ class LanguageModel:
         options: theirs but beams, speculation and `prompt_logprobs`. folder: where programs are kept whole for other processes (`programs.make_ready`).
         The weights may be on their way (see `opening`). Raises UserError."""
         engine.compile_ahead(
-            self._engine,
+            self._inference_config,
             self._weights,
             self._request([prompt], **options),
             cache_dtype=self.cache_dtype,
@@ -465,7 +467,7 @@ class LanguageModel:
         seed, bans = sampling.pop("seed", 0), self._banned(banned)
         first = Sampling(**sampling, banned=bans, seed=seed)
         samplings = [dataclasses.replace(first, seed=(seed + i) % 2**32) for i in range(len(ids))]
-        stops = sorted({*(() if ignore_end else self.stops), *self._ids(stop_tokens)})
+        stops = sorted({*(() if ignore_end else self.eos_ids), *self._ids(stop_tokens)})
         rows = [SequenceState(self.tokenizer, texts, stops) for _ in range(len(ids) * n)]
         return Request(
             ids, samplings, rows, n, max_new_tokens, stops, bool(texts), overflow == "slide"
@@ -503,7 +505,9 @@ class LanguageModel:
             raise UserError(
                 f"the draft model has {draft.config.vocab_size:,} tokens and the model {self.config.vocab_size:,}: they must share one vocabulary"
             )
-        return engine.Speculation(count or 4, draft._engine, draft._weights, draft.cache_dtype)
+        return engine.Speculation(
+            count or 4, draft._inference_config, draft._weights, draft.cache_dtype
+        )
 
     def _beams(
         self, request: Request, beams: int, length_penalty: float, early_stopping: bool | str
@@ -523,7 +527,7 @@ class LanguageModel:
             min(len(p) + request.max_new_tokens, self.config.context + 1) for p in request.prompts
         ]
         state = decode_loop.start(
-            self._engine,
+            self._inference_config,
             self._weights,
             request.prompts,
             limits=limits,
@@ -534,7 +538,7 @@ class LanguageModel:
         )
         options = arrays(request.samplings, self.config.vocab_size, request.stops, beams)
         state = beam_search.search(
-            self._engine,
+            self._inference_config,
             self._weights,
             beam_search.begin(state, beams),
             options,

@@ -121,7 +121,7 @@ def test_adapters_of_peft_load_here(tmp_path, family, kind):
                 p, std=0.2
             ) if "magnitude" not in name else torch.nn.init.uniform_(p, 0.5, 2.0)
     net.save_pretrained(tmp_path / "adapter")
-    lm = gptjax.load(tmp_path / "base").adapted(tmp_path / "adapter")
+    lm = gptjax.load(tmp_path / "base").with_adapter(tmp_path / "adapter")
     expected = logits_of(net)
     if kind == "prompt":
         found = lm.logits(np.concatenate([np.zeros((3, 4), int), TOKENS], 1))
@@ -154,5 +154,7 @@ def test_a_tuned_classifier_leaves_as_an_adapter(tmp_path):
     net.config.pad_token_id = 263
     net = theirs.PeftModel.from_pretrained(net, tmp_path / "adapter")
     expected = np.exp(logits_of(net))
-    found = gptjax.load(tmp_path / "base").adapted(tmp_path / "adapter").classify(TOKENS.tolist())
+    found = (
+        gptjax.load(tmp_path / "base").with_adapter(tmp_path / "adapter").classify(TOKENS.tolist())
+    )
     np.testing.assert_allclose(found, expected / expected.sum(1, keepdims=True), atol=1e-5)

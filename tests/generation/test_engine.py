@@ -105,24 +105,24 @@ def test_speculation_needs_fewer_passes():
     from gptjax.generation import speculative
 
     state = decode_loop.start(
-        lm._engine,
+        lm._inference_config,
         lm._weights,
         [[5, 9, 30]],
         limits=[23],
         seeds=[0],
         slots=decode_loop.bucket(40, 64),
     )
-    cache = decode_loop.prefill(lm._engine, lm._weights, state["tokens"], state["length"])
+    cache = decode_loop.prefill(lm._inference_config, lm._weights, state["tokens"], state["length"])
     options = sampling.arrays([Sampling()], 264, [])
     state = speculative.advance(
-        lm._engine,
+        lm._inference_config,
         lm._weights,
         {**state, "passes": jnp.int32(0), "draft_cache": cache},
         options,
         np.int32(99),
         active=frozenset(),
         count=count,
-        draft_config=lm._engine,
+        draft_config=lm._inference_config,
         draft_params=lm._weights,
     )
     assert state["length"].tolist() == [23]
@@ -497,10 +497,16 @@ def test_smaller_caches_stay_close(cache_dtype, lm):
     found = {}
     for one in (lm, small):
         cache = decode_loop.prefill(
-            one._engine, one._weights, tokens, np.array([35], np.int32), cache_dtype=one.cache_dtype
+            one._inference_config,
+            one._weights,
+            tokens,
+            np.array([35], np.int32),
+            cache_dtype=one.cache_dtype,
         )
         state = {"tokens": jnp.asarray(tokens), "length": jnp.asarray([35]), "cache": cache}
-        found[one.cache_dtype] = np.asarray(decode_loop.feed(one._engine, one._weights, state)[0])
+        found[one.cache_dtype] = np.asarray(
+            decode_loop.feed(one._inference_config, one._weights, state)[0]
+        )
         assert cache[0]["k"].dtype == (cache_dtype if one is small else "float32")
     gap = np.abs(found[cache_dtype] - found[""]).max() / np.abs(found[""]).max()
     assert 0 < gap < 0.03

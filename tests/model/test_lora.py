@@ -222,7 +222,7 @@ def test_a_handle_takes_several_adapters(tmp_path):
             adapters_for(config, base.params, scale=0.1 * (k + 1)),
             "base",
         )
-    one, two = (lm.adapted(tmp_path / name) for name in ("one", "two"))
+    one, two = (lm.with_adapter(tmp_path / name) for name in ("one", "two"))
     found = [h.generate([[5, 6, 7]], max_new_tokens=8)[0] for h in (lm, one, two)]
     assert len({tuple(c.logprobs) for c in found}) == 3
     settings, trained = peft.read_adapter(tmp_path / "two", config.model)
@@ -250,8 +250,8 @@ def test_adapters_need_no_second_reading_of_a_stored_base(tmp_path, monkeypatch)
         "params",
         lambda self, params=safetensors.LazyParams.params: (read.append(1), params(self))[1],
     )
-    one = lm.adapted(tmp_path / "one")
-    held = LanguageModel(base.config, base.params, base.tokenizer).adapted(tmp_path / "one")
+    one = lm.with_adapter(tmp_path / "one")
+    held = LanguageModel(base.config, base.params, base.tokenizer).with_adapter(tmp_path / "one")
     assert (
         one.generate([[5, 6, 7]], max_new_tokens=8) == held.generate([[5, 6, 7]], max_new_tokens=8)
         and not read
@@ -396,7 +396,7 @@ def test_adapters_bring_the_chat_template_they_were_tuned_with(tmp_path):
     formats.convert(tmp_path / "run", tmp_path / "hf", form="hf")
     lm = language_model.load(tmp_path / "base")
     handles = [language_model.load(tmp_path / name) for name in ("run", "hf")] + [
-        lm.adapted(tmp_path / name) for name in ("run", "peft")
+        lm.with_adapter(tmp_path / name) for name in ("run", "peft")
     ]
     assert (
         all(handle.tokenizer.chat_template == tokenizer.chat_template for handle in handles)
@@ -404,7 +404,7 @@ def test_adapters_bring_the_chat_template_they_were_tuned_with(tmp_path):
     )
     (tmp_path / "peft" / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"chat_template.jinja.*UTF-8"):
-        lm.adapted(tmp_path / "peft")
+        lm.with_adapter(tmp_path / "peft")
 
 
 def test_a_classifier_goes_out_and_in(tmp_path):

@@ -125,7 +125,7 @@ def test_adapters_leave_and_the_merged_model_answers_alike(place, tuned):
     expected = merged.classify(texts)
     assert merged.config.labels == ("in", "the") and expected.argmax(1).tolist() == [1, 0]
     for path in (tuned, place / "adapter"):
-        np.testing.assert_allclose(base.adapted(path).classify(texts), expected, atol=1e-5)
+        np.testing.assert_allclose(base.with_adapter(path).classify(texts), expected, atol=1e-5)
     command("gptjax.convert", f"--from={tuned}", f"--to={place}/merged")
     np.testing.assert_allclose(
         language_model.load(place / "merged").classify(texts), expected, atol=1e-5
