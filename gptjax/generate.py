@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         ):
             lm.compile(
                 args["prompt"],
-                folder=files.cache_path("programs"),
+                folder=files.cache_path("executables"),
                 n=n,
                 max_new_tokens=new_tokens(lm, args),
                 **settings,

@@ -1,7 +1,12 @@
-"""Compiled programs: under XLA's options for generation, and kept on disk whole.
+"""`jit` for generation, and executables cached on disk.
 
-jax's own cache finds a program by what tracing and lowering give, which takes longer than fetching it. A kept program is found by what it is made from:
-the source of this package and the versions under it, jax's settings, the processor, and the arguments' shapes. It is not traced again.
+JAX's own cache looks a program up by the result of tracing and lowering, which takes longer than
+reading the executable. Here an executable is looked up by what it is made from: the source of this
+package, the versions of Python and JAX, JAX's settings, the processor, and the arguments' shapes.
+So a second process neither traces nor compiles.
+
+`jit(function)` gives a `JittedFunction`; `prepare([f.call(...)], folder)` fetches or compiles what
+later calls need. The folder holds machine code: trust it as you trust JAX's cache.
 """
 
 from __future__ import annotations
@@ -29,26 +34,33 @@ from jax.experimental import serialize_executable
 from gptjax.core import files
 from gptjax.runtime.devices import default_platform
 
-_ANY_ORDER = {
+# Sums in any order, which is what lets XLA:CPU use vector instructions for them. Divisions and
+# functions stay exact, and NaN and infinities are honoured.
+_CPU_OPTIONS = {
     "xla_cpu_enable_fast_math": True,
-    **{
-        f"xla_cpu_fast_math_honor_{what}": True
-        for what in ("nans", "infs", "division", "functions")
-    },
+    "xla_cpu_fast_math_honor_nans": True,
+    "xla_cpu_fast_math_honor_infs": True,
+    "xla_cpu_fast_math_honor_division": True,
+    "xla_cpu_fast_math_honor_functions": True,
 }
+_MAX_CACHED = 32  # executables in the folder; one is about 2 MB at 12 layers
+_SUFFIX = ".executable"
 
 
-_MOST = 32  # programs kept; each is about 2 MB at 12 layers
+def source_files(package: Path) -> list[Path]:
+    """The Python files of a package, in a fixed order. Empty where only bytecode is installed."""
+    return [path for path in sorted(package.rglob("*.py")) if path.is_file()]
 
 
-_FILES = [
-    path for path in sorted(Path(__file__).parents[1].rglob("*.py")) if path.is_file()
-]  # none where only bytecode was installed
+def source_digest(package: Path) -> str:
+    """sha256 of the contents of the package's Python files."""
+    return files.digest(*(path.read_bytes() for path in source_files(package)))
 
 
-_SOURCE = files.digest(
-    *(path.read_bytes() for path in _FILES)
-)  # read with the code, not when asked for: they may have changed by then
+# Read when the code is imported, because the files may change while the process runs.
+_PACKAGE = Path(__file__).parents[1]
+_HAS_SOURCES = bool(source_files(_PACKAGE))
+_SOURCE_DIGEST = source_digest(_PACKAGE)
 
 
 def jit(
@@ -56,207 +68,210 @@ def jit(
     *,
     static_argnames: tuple[str, ...] = (),
     donate_argnames: tuple[str, ...] = (),
-) -> Program:
-    """`jax.jit`, at the top level only, where XLA:CPU may take sums in any order, which is how it comes to add vectors of numbers in
-    `products.few_rows`. Of its fast math that is all that is asked for: divisions and functions stay as they are, comparisons, softmax and values read at
-    run time keep NaN and infinities, but x - x and x * 0 may be folded to 0. The jitted function itself is `.compiled()`."""
-    return Program(function, static_argnames, donate_argnames)
+) -> JittedFunction:
+    """`jax.jit` for the outermost function, with XLA's options for generation.
+
+    On a CPU, XLA may take sums in any order; `ops.products` needs that to be fast. NaN and infinity
+    survive comparisons, softmax and values read at run time, but XLA may fold x - x and x * 0 to 0.
+    """
+    return JittedFunction(function, static_argnames, donate_argnames)
 
 
-class Program:
-    """A jitted function, and what is ready of it."""
+class JittedFunction:
+    """A jitted function with the executables that are ready.
+
+    executables: {key of a `Call`: compiled function of the arrays}.
+    """
 
     def __init__(
         self, function: Callable[..., Any], static: tuple[str, ...], donated: tuple[str, ...]
-    ):
+    ) -> None:
         functools.update_wrapper(self, function)
         self.function, self.static, self.donated = function, static, donated
         self.signature = inspect.signature(function)
-        self.ready: dict[Any, Any] = {}
+        self.executables: dict[Any, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.ready and (ready := self.ready.get((call := self.call(*args, **kwargs)).key)):
-            return ready(*call.arrays.values())
+        if self.executables:
+            call = self.call(*args, **kwargs)
+            if executable := self.executables.get(call.key):
+                return executable(*call.arrays.values())
         return self.compiled()(*args, **kwargs)
 
     def call(self, *args: Any, **kwargs: Any) -> Call:
+        """This function with these arguments, not yet run."""
         return Call(self, args, kwargs)
 
-    @functools.cache  # noqa: B019  (a program lives as long as its module)
-    def compiled(
-        self,
-    ) -> Any:  # made at the first call: asking for the backend starts it, and `jax.distributed` must come before
+    @functools.cache  # noqa: B019 - a jitted function lives as long as its module
+    def compiled(self) -> Any:
+        """The function of `jax.jit`.
+
+        Made at the first call, because asking for the platform starts JAX's backend, and
+        `jax.distributed` must be initialized before that.
+        """
         return jax.jit(
             self.function,
             static_argnames=self.static,
             donate_argnames=self.donated,
-            compiler_options=_options(),
+            compiler_options=_compiler_options(),
         )
 
 
 @dataclasses.dataclass
 class Call:
-    """A program and its arguments; shapes do for arrays."""
+    """A jitted function and its arguments. In place of an array its shape and dtype will do."""
 
-    program: Program
+    jitted: JittedFunction
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     @functools.cached_property
     def _arguments(self) -> dict[str, Any]:
-        bound = self.program.signature.bind(*self.args, **self.kwargs)
+        bound = self.jitted.signature.bind(*self.args, **self.kwargs)
         bound.apply_defaults()
         return bound.arguments
 
     @functools.cached_property
     def arrays(self) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in self._arguments.items()
-            if name not in self.program.static
-        }
+        """The arguments that are not static."""
+        static = self.jitted.static
+        return {name: value for name, value in self._arguments.items() if name not in static}
 
     @functools.cached_property
     def key(self) -> Any:
-        """jax's settings, static arguments, structure, shapes and dtypes."""
-        static = [self._arguments[name] for name in self.program.static]
-        static = [
-            tuple(sorted(value)) if isinstance(value, frozenset) else value for value in static
-        ]  # whose order is another in each process
+        """JAX's settings, static arguments, structure, shapes and dtypes: hashable."""
+        static = []
+        for name in self.jitted.static:
+            value = self._arguments[name]
+            # the order of a set differs between processes
+            static.append(tuple(sorted(value)) if isinstance(value, frozenset) else value)
         leaves, structure = jax.tree.flatten(tuple(self.arrays.values()))
-        settings = repr(
-            [
-                item
-                for item in jax.config.values.items()
-                if "cache" not in item[0] and "traceback" not in item[0]
-            ]
-        )
-        return (
-            settings,
-            tuple(static),
-            structure,
-            tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves),
-        )
-
-    def place(self, folder: Path) -> Path:
-        versions = [
-            platform.python_version(),
-            *(module.__version__ for module in (jax, jaxlib, flax)),
+        shapes = tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+        settings = [
+            (name, value)
+            for name, value in jax.config.values.items()
+            if "cache" not in name and "traceback" not in name
         ]
-        digest = files.digest(
-            _SOURCE, repr([versions, _machine(), os.environ.get("XLA_FLAGS"), self.key])
-        )
-        return folder / f"{self.program.function.__name__}-{digest[:32]}.program"
+        return repr(settings), tuple(static), structure, shapes
+
+    def path(self, folder: Path) -> Path:
+        """The file of this call's executable."""
+        versions = [platform.python_version()]
+        versions += [module.__version__ for module in (jax, jaxlib, flax)]
+        parts = [versions, _processor(), os.environ.get("XLA_FLAGS"), self.key]
+        digest = files.digest(_SOURCE_DIGEST, repr(parts))
+        return folder / f"{self.jitted.function.__name__}-{digest[:32]}{_SUFFIX}"
 
     def lower(self, name: str) -> Any:
-        """The program of its own function called `name`."""
-        static, names = (
-            {name: self._arguments[name] for name in self.program.static},
-            list(self.arrays),
-        )
+        """Lowered, as a function called `name` of the arrays alone."""
+        static = {argument: self._arguments[argument] for argument in self.jitted.static}
+        names = list(self.arrays)
 
         def function(*arrays: Any) -> Any:
-            return self.program.function(**static, **dict(zip(names, arrays, strict=True)))
+            return self.jitted.function(**static, **dict(zip(names, arrays, strict=True)))
 
         function.__name__ = name
-        donated = tuple(names.index(name) for name in self.program.donated)
-        return jax.jit(function, donate_argnums=donated, compiler_options=_options()).lower(
-            *self.arrays.values()
-        )
+        donated = tuple(names.index(argument) for argument in self.jitted.donated)
+        jitted = jax.jit(function, donate_argnums=donated, compiler_options=_compiler_options())
+        return jitted.lower(*self.arrays.values())
 
 
 def prepare(calls: Sequence[Call], folder: str | Path | None = None) -> None:
-    """The programs of these calls are fetched from `folder`, or compiled and kept there; without a folder they come from jax's cache or are compiled, and so
-    wherever programs cannot safely be kept: away from one CPU device, or where jax's cache is disabled. The folder holds machine code, to be trusted like
-    jax's cache. Functions of this package that were replaced at run time are not seen."""
-    if folder is None or not _storable():
-        _compile(call.program.compiled().lower(*call.args, **call.kwargs) for call in calls)
+    """Gets the executables of these calls ready: read from `folder`, or compiled and stored there.
+
+    Without a folder they come from JAX's cache or are compiled. So they do where they cannot safely
+    be stored: on anything but one CPU device, or where JAX's cache is disabled. Functions of this
+    package that were replaced at run time are not noticed.
+    """
+    if folder is None or not _can_store():
+        _compile(call.jitted.compiled().lower(*call.args, **call.kwargs) for call in calls)
         return
-    places = {call.place(Path(folder).expanduser()): call for call in calls}
-    missing = {place: call for place, call in places.items() if not _fetch(call, place)}
-    # names that no cache knows: an executable that came from jax's cannot be stored again (it loads, and fails when it runs)
-    names = [f"{call.program.function.__name__}_{uuid.uuid4().hex}" for call in missing.values()]
-    made = _compile(call.lower(name) for call, name in zip(missing.values(), names, strict=True))
-    pool = concurrent.futures.ThreadPoolExecutor(
-        1
-    )  # beside what comes now; the process waits for it at its end
-    for (place, call), name, compiled in zip(missing.items(), names, made, strict=True):
-        call.program.ready[call.key] = compiled
-        pool.submit(_keep, compiled, place, name)
+    paths = {call.path(Path(folder).expanduser()): call for call in calls}
+    missing = {path: call for path, call in paths.items() if not _load(call, path)}
+    # Names that no cache knows: an executable that came from JAX's cache cannot be stored again
+    # (it loads, and then fails when it runs).
+    names = [f"{call.jitted.function.__name__}_{uuid.uuid4().hex}" for call in missing.values()]
+    lowered = (call.lower(name) for call, name in zip(missing.values(), names, strict=True))
+    compiled = _compile(lowered)
+    # Stored while the process goes on; it waits for the thread at its end.
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    for (path, call), name, executable in zip(missing.items(), names, compiled, strict=True):
+        call.jitted.executables[call.key] = executable
+        pool.submit(_store, executable, path, name)
     pool.shutdown(wait=False)
 
 
-def _storable() -> bool:
-    settings, flags = jax.config.values, os.environ.get("XLA_FLAGS", "").strip()
-    if (
-        default_platform() != "cpu"
-        or jax.device_count() > 1
-        or not _FILES
-        or settings["jax_disable_jit"]
-    ):
+def _can_store() -> bool:
+    """Whether executables may be stored and loaded here."""
+    if default_platform() != "cpu" or jax.device_count() > 1 or not _HAS_SOURCES:
         return False
-    return settings["jax_enable_compilation_cache"] and (
-        not flags or flags.startswith("--")
-    )  # else they are in a file
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("--"):
+        return False  # XLA reads its flags from a file of that name, which the key does not cover
+    settings = jax.config.values
+    return settings["jax_enable_compilation_cache"] and not settings["jax_disable_jit"]
 
 
-def _compile(programs: Iterable[Any]) -> list[Any]:
-    """Each is compiled in a thread, outside the interpreter's lock, while the next one is traced."""
+def _compile(lowered: Iterable[Any]) -> list[Any]:
+    """Compiles each in a thread, outside the interpreter's lock, while the next one is traced."""
     pool = concurrent.futures.ThreadPoolExecutor(1)
     try:
-        making = [pool.submit(one.compile) for one in programs]
-        return [one.result() for one in making]
+        futures = [pool.submit(program.compile) for program in lowered]
+        return [future.result() for future in futures]
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for one program at most
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for one compilation at most
 
 
-def _fetch(call: Call, place: Path) -> bool:
-    """Whether the program is ready, or there and whole."""
-    if call.key in call.program.ready:
+def _load(call: Call, path: Path) -> bool:
+    """Whether the executable is ready now: it was, or its file is there and intact."""
+    if call.key in call.jitted.executables:
         return True
     try:
-        data = place.read_bytes()
-        checksum, data = data[:64], data[64:]
+        content = path.read_bytes()
+        checksum, data = content[:64], content[64:]
         if files.digest(data).encode() != checksum:
             return False
-        call.program.ready[call.key] = serialize_executable.deserialize_and_load(
-            *pickle.loads(data)
-        )
-    except Exception:  # not there, or of another machine: whatever XLA raises; it is compiled then
+        executable = serialize_executable.deserialize_and_load(*pickle.loads(data))
+        call.jitted.executables[call.key] = executable
+    except Exception:  # missing, or of another machine (XLA raises what it likes): compile it
         return False
     with contextlib.suppress(OSError):
-        os.utime(place)  # used last
+        os.utime(path)  # used last
     return True
 
 
-def _keep(compiled: Any, place: Path, name: str) -> None:
-    data = pickle.dumps(serialize_executable.serialize(compiled))
+def _store(executable: Any, path: Path, name: str) -> None:
+    """Writes the executable, with its checksum first. Removes what is no longer needed: the copy in
+    JAX's cache, which nobody will look up, and the executables that were used longest ago.
+    """
+    data = pickle.dumps(serialize_executable.serialize(executable))
     try:
-        files.write_bytes(place, files.digest(data).encode() + data)
+        files.write_bytes(path, files.digest(data).encode() + data)
     except OSError as error:
         warnings.warn(
-            f"a compiled program could not be kept for the next start: {error}", stacklevel=1
+            f"a compiled program could not be stored for the next start: {error}", stacklevel=1
         )
     with contextlib.suppress(OSError):  # another process may do the same
-        for copy in Path(jax.config.values["jax_compilation_cache_dir"] or place.parent).glob(
-            f"*{name}*"
-        ):  # nobody will look for it in jax's cache
+        jax_cache = Path(jax.config.values["jax_compilation_cache_dir"] or path.parent)
+        for copy in jax_cache.glob(f"*{name}*"):
             copy.unlink(missing_ok=True)
-        ages = {
-            path: path.stat().st_mtime for path in place.parent.glob("*.program")
-        }  # and what killed processes left half written
-        for old in sorted(ages, key=lambda path: ages[path])[:-_MOST]:
+        # this includes files that killed processes left half-written
+        last_used = {other: other.stat().st_mtime for other in path.parent.glob(f"*{_SUFFIX}")}
+        for old in sorted(last_used, key=lambda other: last_used[other])[:-_MAX_CACHED]:
             old.unlink(missing_ok=True)
 
 
-def _options() -> dict[str, Any] | None:
-    return _ANY_ORDER if default_platform() == "cpu" else None
+def _compiler_options() -> dict[str, Any] | None:
+    return _CPU_OPTIONS if default_platform() == "cpu" else None
 
 
 @functools.cache
-def _machine() -> list[Any]:
-    """What XLA:CPU compiles for: it divides work by the number of processors then."""
+def _processor() -> list[Any]:
+    """What XLA:CPU compiles for: instruction sets, and the cores that it divides work between."""
     flags = ""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
+        for line in file:
+            if line.startswith(("flags", "Features")):
+                flags = line
+                break
     return [platform.machine(), flags, os.cpu_count()]

@@ -28,7 +28,7 @@ class JsonlTracker:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        record = {"step": step, "time": round(time.time(), 3)}
+        record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         for name, value in values.items():
             # NaN and infinity are not JSON: they become text
             is_json = not isinstance(value, float) or math.isfinite(value)

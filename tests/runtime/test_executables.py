@@ -1,12 +1,13 @@
-"""Programs kept on disk whole: found by what they are made from, and by nothing else."""
+"""Executables cached on disk: found by what they are made from, and by nothing else."""
 
 import json
 import os
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from conftest import byte_level_tokenizer, command, tiny_checkpoint
+from conftest import ROOT, byte_level_tokenizer, command, tiny_checkpoint
 
 from gptjax.checkpoints import formats
 from gptjax.generation import language_model
@@ -51,10 +52,9 @@ def test_a_second_process_compiles_neither_prefill_nor_the_loop(tmp_path):
         if "prefill" in path.name or "advance" in path.name
     ]
     assert generated(folder, tmp_path, PYTHONHASHSEED="2") == (first, set())
-    for kept in (tmp_path / "cache" / "programs").glob("advance-*"):  # damaged: compiled again
-        kept.write_bytes(
-            bytes(32) + kept.read_bytes()[32:]
-        )  # its checksum, since what damaged machine code does is anyone's guess
+    for path in (tmp_path / "cache" / "executables").glob("advance-*"):
+        # damaged: compiled again (its checksum; what damaged machine code does is anyone's guess)
+        path.write_bytes(bytes(32) + path.read_bytes()[32:])
     assert generated(folder, tmp_path) == (first, {"advance"})
     assert generated(folder, tmp_path, JAX_DISABLE_JIT="1")[0]["tokens"] == first["tokens"]
     expected = language_model.load(folder).generate("the cat", max_new_tokens=20, **SETTINGS)
@@ -67,27 +67,44 @@ def twice(x, *, bias):
     return 2 * x + bias
 
 
-def test_a_program_is_found_by_all_that_it_depends_on(tmp_path, monkeypatch):
-    place = lambda shape=(4,), dtype=np.float32: twice.call(
+def test_an_executable_is_found_by_all_that_it_depends_on(tmp_path, monkeypatch):
+    path = lambda shape=(4,), dtype=np.float32: twice.call(
         np.zeros(shape, dtype), bias=np.zeros(1)
-    ).place(tmp_path)
-    usual = place()
-    assert place() == usual
-    others = [place((5,)), place(dtype=np.int8)]
+    ).path(tmp_path)
+    usual = path()
+    assert path() == usual
+    others = [path((5,)), path(dtype=np.int8)]
     with jax.default_matmul_precision("highest"):
-        others.append(place())
+        others.append(path())
     with monkeypatch.context() as patch:
-        patch.setattr(executables, "_SOURCE", "another")
-        others.append(place())
+        patch.setattr(executables, "_SOURCE_DIGEST", "another")
+        others.append(path())
     with monkeypatch.context() as patch:
-        patch.setenv(
-            "XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_fast_math=false"
-        )
-        others.append(place())
+        flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_fast_math=false"
+        patch.setenv("XLA_FLAGS", flags)
+        others.append(path())
     with monkeypatch.context() as patch:
         patch.setattr(jax, "__version__", "0.0.0")
-        others.append(place())
+        others.append(path())
     assert len({usual, *others}) == 1 + len(others) == 7
+
+
+@pytest.mark.parametrize("edited", ["model/transformer.py", "ops/norm.py", "generation/loop.py"])
+def test_an_edited_file_of_any_folder_changes_the_key(tmp_path, monkeypatch, edited):
+    path = lambda: twice.call(np.zeros(4, np.float32), bias=np.zeros(1)).path(tmp_path)
+    copy = shutil.copytree(ROOT / "gptjax", tmp_path / "gptjax")
+    monkeypatch.setattr(executables, "_SOURCE_DIGEST", executables.source_digest(copy))
+    before = path()
+    (copy / edited).write_text((copy / edited).read_text() + "\n# edited\n")
+    monkeypatch.setattr(executables, "_SOURCE_DIGEST", executables.source_digest(copy))
+    assert path() != before
+
+
+def test_the_key_covers_the_package_that_runs():
+    assert ROOT / "gptjax" / "model" / "transformer.py" in executables.source_files(
+        executables._PACKAGE
+    )
+    assert executables.source_digest(ROOT / "gptjax") == executables._SOURCE_DIGEST
 
 
 def test_static_arguments_and_their_order_count():
@@ -99,10 +116,10 @@ def test_static_arguments_and_their_order_count():
     assert one == other != three.call(np.zeros(2), frozenset(["top_k"])).key
 
 
-def test_a_ready_program_is_for_its_settings():
+def test_a_ready_executable_is_for_its_settings():
     call = lambda: twice(np.ones(2, np.float32), bias=np.ones(1, np.float32)).tolist()
     key = twice.call(np.zeros(2, np.float32), bias=np.zeros(1, np.float32)).key
-    twice.ready[key] = lambda x, bias: np.array([7])
+    twice.executables[key] = lambda x, bias: np.array([7])
     try:
         assert call() == [7]
         with jax.default_matmul_precision("highest"):
@@ -111,20 +128,20 @@ def test_a_ready_program_is_for_its_settings():
             assert call() == [3, 3]
         assert twice(np.ones(2), bias=1).tolist() == [3, 3]
     finally:
-        twice.ready.clear()
+        twice.executables.clear()
 
 
-def test_old_programs_make_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(executables, "_MOST", 2)
+def test_the_executables_used_longest_ago_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(executables, "_MAX_CACHED", 2)
     (tmp_path / "thesis.txt").touch()
     compiled = jax.jit(lambda x: x + 1).lower(np.float32(1)).compile()
     for i, name in enumerate("abcd"):
-        executables._keep(compiled, tmp_path / f"{name}.program", "no name")
-        os.utime(tmp_path / f"{name}.program", (i, i))
+        executables._store(compiled, tmp_path / f"{name}.executable", "no name")
+        os.utime(tmp_path / f"{name}.executable", (i, i))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "c.program",
-        "d.program",
+        "c.executable",
+        "d.executable",
         "thesis.txt",
     ]
-    with pytest.warns(UserWarning, match="could not be kept"):
-        executables._keep(compiled, tmp_path / "thesis.txt" / "e.program", "no name")
+    with pytest.warns(UserWarning, match="could not be stored"):
+        executables._store(compiled, tmp_path / "thesis.txt" / "e.executable", "no name")
