@@ -34,7 +34,7 @@ def files(tmp_path, corpus):
 
 
 CASES = {
-    "misspelt knob": ("train", ["--config.model.widht=3"], "did you mean model.width"),
+    "misspelt setting": ("train", ["--config.model.widht=3"], "did you mean model.width"),
     "misspelt section": ("train", ["--config.modle.width=3"], "did you mean model"),
     "wrong type": ("train", ["--config.train.steps=many"], "must be int"),
     "wrong choice": ("train", ["--config.optim.schedule=cosin"], "did you mean 'cosine'"),
@@ -125,7 +125,7 @@ CASES = {
         ],
         "no sentencepiece model",
     ),
-    "bad pattern": ("train", ["--config.optim.freeze=*bias"], "no regular expression"),
+    "bad pattern": ("train", ["--config.optim.freeze=*bias"], "not a valid regular expression"),
     "seed out of range": ("train", ["--config.train.seed=9223372036854775808"], "at most"),
     "config without return": ("train", ["--config={dir}/none.py"], "returned None"),
     "half a character": (

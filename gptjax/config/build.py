@@ -1,6 +1,7 @@
-"""Settings to a `Config` and back: strict reading of config files, overrides from the command line, JSON.
+"""Settings to a `Config` and back: strict reading of config files, overrides and JSON.
 
-In: a `ConfigDict` from a file in `configs/` plus `--config.a.b=value` overrides. Out: one frozen `Config`, or one message with all faults.
+In: a `ConfigDict` from a file in `configs/`, with `--config.section.setting=value` overrides.
+Out: one frozen `Config`, or one message with all faults.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -19,8 +20,10 @@ import ml_collections
 from gptjax.config.checks import cross_checks
 from gptjax.config.errors import UserError, nearest, unknown_name
 from gptjax.config.schema import SECTIONS, Config, all_settings, to_dict
+from gptjax.config.setting import choices_of
 
-# Settings that had another name: a `config.json` written before reads through this table, and nothing else does.
+# Settings that had another name: an older `config.json` is read through this table, and nothing
+# else is.
 RENAMED: dict[str, str] = {
     "model.hidden": "mlp_dim",
     "model.rope_base": "rope_theta",
@@ -46,7 +49,7 @@ RENAMED: dict[str, str] = {
 
 
 def from_stored(content: Mapping[str, Mapping[str, Any]]) -> Config:
-    """The config that a run's files hold; old names of settings are read. Raises UserError."""
+    """The config in a run's files, whose settings may have their old names. Raises UserError."""
     current = {
         section: {RENAMED.get(f"{section}.{name}", name): value for name, value in values.items()}
         for section, values in content.items()
@@ -60,74 +63,98 @@ def from_json(text: str) -> Config:
 
 
 def to_config_dict(config: Config, *, locked: bool = True) -> ml_collections.ConfigDict:
-    """The same settings as a `ConfigDict`. Unlocked ones collect misspelt names, so that `build` can report all at once."""
+    """The same settings as a `ConfigDict`.
+
+    An unlocked one collects misspelt names, so that `build_config` can report all at once.
+    """
     result = ml_collections.ConfigDict(to_dict(config), type_safe=False)
     return result.lock() if locked else result
 
 
 def parse(text: str, kind: Any) -> Any:
-    """A command-line string as `kind`; what cannot be read is returned unchanged and faulted by `build`."""
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
-        if kind is int:
-            number = float(text)
-            return (
-                int(text)
-                if text.lstrip("+-").isdigit()
-                else int(number)
-                if number.is_integer()
-                else text
-            )
-        if kind is float:
-            return float(text)
-        if get_origin(kind) is tuple:
-            return tuple(part for part in text.split(",") if part)
-    except (ValueError, OverflowError):
-        return text
-    return text
+    """A text from the command line as `kind`.
 
-
-def _typed(path: str, value: Any, kind: Any, field: dataclasses.Field, faults: list[str]) -> Any:
-    """Checks one value against its knob; returns it in its exact type."""
-    meta, shown = field.metadata, f"{path} = {value!r}"
+    A text that is no such value is returned unchanged, and `build_config` reports it.
+    """
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
     if get_origin(kind) is tuple:
-        item = get_args(kind)[0]
-        if isinstance(value, list | tuple) and all(isinstance(v, item) for v in value):
-            for unknown in (v for v in value if meta["choices"] and v not in meta["choices"]):
-                faults.append(f"{path}: {unknown_name('choice', unknown, list(meta['choices']))}")
-            return tuple(value)
-        faults.append(f"{shown}: must be a list of {item.__name__}, such as {field.default!r}")
-        return field.default
+        return tuple(part for part in text.split(",") if part)
+    if kind not in (int, float):
+        return text
+    try:
+        number = float(text)
+        if kind is float:
+            return number
+        if text.lstrip("+-").isdigit():
+            return int(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else text  # "1e3" is 1000
+
+
+def _check_value(
+    path: str, value: Any, kind: Any, field: dataclasses.Field, faults: list[str]
+) -> Any:
+    """The value of one setting in its exact type; what is wrong with it is added to `faults`."""
+    if get_origin(kind) is tuple:
+        return _check_list(path, value, kind, field, faults)
+    fault = ""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        faults.append(f"{shown}: must be {kind.__name__}, such as {field.default!r}")
+        fault = f"must be {kind.__name__}, such as {field.default!r}"
+    elif kind is float and not math.isfinite(value):
+        fault = f"must be finite, such as {field.default!r}"
+    else:
+        fault = _choice_fault(value, choices_of(field)) or _range_fault(value, field)
+    if fault:
+        faults.append(f"{path} = {value!r}: {fault}")
         return field.default
-    if kind is float and not math.isfinite(value):
-        faults.append(f"{shown}: must be finite, such as {field.default!r}")
-        return field.default
-    if meta["choices"] and value not in meta["choices"]:
-        near = nearest(value, list(meta["choices"]))
-        faults.append(
-            f"{shown}: must be one of {', '.join(meta['choices'])}"
-            + (f"; did you mean {near!r}?" if near else "")
-        )
-        return field.default
-    for bound, bad, word in (
-        (meta["low"], lambda v, b: v < b, "least"),
-        (meta["high"], lambda v, b: v > b, "most"),
-    ):
-        if bound is not None and bad(value, bound):
-            faults.append(f"{shown}: must be at {word} {bound:g}")
-            return field.default
     return value
 
 
+def _check_list(
+    path: str, value: Any, kind: Any, field: dataclasses.Field, faults: list[str]
+) -> Any:
+    item, choices = get_args(kind)[0], choices_of(field)
+    if not isinstance(value, list | tuple) or not all(isinstance(v, item) for v in value):
+        faults.append(
+            f"{path} = {value!r}: must be a list of {item.__name__}, such as {field.default!r}"
+        )
+        return field.default
+    for name in value:
+        if choices and name not in choices:
+            faults.append(f"{path}: {unknown_name('choice', name, list(choices))}")
+    return tuple(value)
+
+
+def _choice_fault(value: Any, choices: Sequence[str]) -> str:
+    """What is wrong with a value that is none of the choices, or ""."""
+    if not choices or value in choices:
+        return ""
+    near = nearest(value, list(choices))
+    hint = f"; did you mean {near!r}?" if near else ""
+    return f"must be one of {', '.join(choices)}{hint}"
+
+
+def _range_fault(value: Any, field: dataclasses.Field) -> str:
+    """What is wrong with a value outside its range, or ""."""
+    low, high = field.metadata["low"], field.metadata["high"]
+    if low is not None and value < low:
+        return f"must be at least {low:g}"
+    if high is not None and value > high:
+        return f"must be at most {high:g}"
+    return ""
+
+
 def build_config(settings: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
-    """The frozen `Config` of `settings`. Raises one `UserError` that lists every fault with path, value and a mend."""
+    """The frozen `Config` of `settings`.
+
+    Raises one `UserError` that lists every fault with its path, its value and a way to fix it.
+    """
     if isinstance(settings, ml_collections.ConfigDict):
         settings = settings.to_dict()
     faults: list[str] = []
@@ -135,50 +162,51 @@ def build_config(settings: Mapping[str, Any] | ml_collections.ConfigDict) -> Con
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for section, content in settings.items():
         if section not in SECTIONS or not isinstance(content, Mapping):
-            near = nearest(str(section), list(SECTIONS)) or nearest(f"x.{section}", list(known))
-            faults.append(
-                f"{section} = {content!r}: no such section"
-                + (f"; did you mean {near}?" if near else f"; there are {', '.join(SECTIONS)}")
-            )
+            faults.append(_section_fault(section, content, list(known)))
             continue
         for name, value in content.items():
             path = f"{section}.{name}"
-            if path not in known:
-                near = nearest(path, list(known))
-                faults.append(
-                    f"{path} = {value!r}: no such knob"
-                    + (f"; did you mean {near}?" if near else "")
-                )
+            if path in known:
+                values[section][name] = _check_value(path, value, *known[path], faults)
                 continue
-            values[section][name] = _typed(path, value, *known[path], faults)
+            near = nearest(path, list(known))
+            hint = f"; did you mean {near}?" if near else ""
+            faults.append(f"{path} = {value!r}: no such setting{hint}")
     config = Config(**{section: cls(**values[section]) for section, cls in SECTIONS.items()})
-    faults += cross_checks(config) if not faults else []
+    if not faults:
+        faults = cross_checks(config)
     if faults:
-        shown = (
-            faults
-            if len(faults) <= 5
-            else [*faults[:4], f"and {len(faults) - 4} more; mend these first"]
-        )
-        head = "" if len(faults) == 1 else f"{len(faults)} faults in the configuration:\n  "
-        raise UserError(head + "\n  ".join(shown))
+        raise UserError(_summary(faults))
     return config
 
 
+def _section_fault(section: str, content: Any, known: list[str]) -> str:
+    near = nearest(str(section), list(SECTIONS)) or nearest(f"x.{section}", known)
+    hint = f"did you mean {near}?" if near else f"there are {', '.join(SECTIONS)}"
+    return f"{section} = {content!r}: no such section; {hint}"
+
+
+def _summary(faults: list[str]) -> str:
+    """All faults, or the first four where there are more than five."""
+    if len(faults) == 1:
+        return faults[0]
+    lines = faults
+    if len(faults) > 5:
+        lines = [*faults[:4], f"and {len(faults) - 4} more; fix these first"]
+    return f"{len(faults)} faults in the configuration:\n  " + "\n  ".join(lines)
+
+
 def load_file(spec: str) -> ml_collections.ConfigDict:
-    """Runs `get_config()` of `path.py` or `get_config(arg)` of `path.py:arg`."""
+    """The settings of a config file: `path.py`, or `path.py:arg` for `get_config(arg)`.
+
+    Raises UserError where there is no such file, or where it fails.
+    """
     name, _, arg = spec.partition(":")
     path = Path(name).resolve()
     if not path.is_file():
-        here = (
-            sorted(p.as_posix() for p in Path("configs").glob("*.py"))
-            if Path("configs").is_dir()
-            else []
-        )
-        near = nearest(name, here)
-        raise UserError(
-            f"--config={spec}: no such file"
-            + (f"; did you mean {near}?" if near else f"; the working directory is {Path.cwd()}")
-        )
+        near = nearest(name, sorted(p.as_posix() for p in Path("configs").glob("*.py")))
+        hint = f"did you mean {near}?" if near else f"the working directory is {Path.cwd()}"
+        raise UserError(f"--config={spec}: no such file; {hint}")
     root = str(path.parent.parent)
     if root not in sys.path:  # configs import one another as `from configs import base`
         sys.path.insert(0, root)
@@ -189,21 +217,23 @@ def load_file(spec: str) -> ml_collections.ConfigDict:
     try:
         module_spec.loader.exec_module(module)
         settings = module.get_config(arg) if arg else module.get_config()
-        if not isinstance(settings, ml_collections.ConfigDict):
-            raise UserError(
-                f"--config={spec}: get_config() returned {settings!r:.80}; it must return base.get_config() with changes"
-            )
-        return settings
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"--config={spec}: {type(error).__name__}: {error}\nA config file defines get_config() and returns base.get_config() with changes."
+            f"--config={spec}: {type(error).__name__}: {error}\n"
+            "A config file defines get_config() and returns base.get_config() with changes."
         ) from error
+    if not isinstance(settings, ml_collections.ConfigDict):
+        raise UserError(
+            f"--config={spec}: get_config() returned {settings!r:.80}; "
+            "it must return base.get_config() with changes"
+        )
+    return settings
 
 
 def override(settings: ml_collections.ConfigDict, pairs: dict[str, str]) -> None:
-    """Applies `{"model.width": "256"}` in place; names and values are judged by `build`, with everything else."""
+    """Applies `{"model.width": "256"}` in place; `build_config` checks the names and the values."""
     kinds = {path: kind for path, kind, _ in all_settings()}
     for path, text in pairs.items():
         section, _, name = path.partition(".")
@@ -212,17 +242,23 @@ def override(settings: ml_collections.ConfigDict, pairs: dict[str, str]) -> None
         target = settings[section]
         if not isinstance(target, ml_collections.ConfigDict) or not name:
             raise UserError(
-                f"--config.{path}={text}: name a section and a knob, such as --config.train.steps=100"
+                f"--config.{path}={text}: name a section and a setting, "
+                "such as --config.train.steps=100"
             )
         target[name] = parse(text, kinds.get(path, str))
 
 
 def changes(old: Config, new: Config, *, shaping_only: bool = True) -> list[str]:
-    """`path: old -> new` of each knob that differs; by default only those that shape the run's numbers."""
-    a, b = to_dict(old), to_dict(new)
-    rows = []
+    """`path: old -> new` of each setting that differs.
+
+    By default only of those that shape the run's numbers.
+    """
+    before, after = to_dict(old), to_dict(new)
+    lines = []
     for path, _, field in all_settings():
         section, name = path.split(".")
-        if a[section][name] != b[section][name] and (field.metadata["shapes"] or not shaping_only):
-            rows.append(f"{path}: {a[section][name]!r} -> {b[section][name]!r}")
-    return rows
+        if shaping_only and not field.metadata["shapes"]:
+            continue
+        if before[section][name] != after[section][name]:
+            lines.append(f"{path}: {before[section][name]!r} -> {after[section][name]!r}")
+    return lines

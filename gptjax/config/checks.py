@@ -1,4 +1,9 @@
-"""TODO docstring."""
+"""Faults that concern several settings at once, section by section.
+
+Each function takes a config whose settings are valid one by one, and returns a sentence for each
+fault: the settings, their values, and a way to fix it. To add a check, add it to the function of
+the section that a user would change.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,23 @@ from gptjax.config.schema import ROW_SOURCES, Config
 
 
 def cross_checks(c: Config) -> list[str]:
-    """Faults that concern several knobs at once."""
-    m, o, t, faults = c.model, c.optim, c.train, []
+    """Every fault that concerns several settings at once."""
+    return [
+        *_model_checks(c),
+        *_train_checks(c),
+        *_pattern_checks(c),
+        *_mesh_checks(c),
+        *_data_checks(c),
+        *_task_checks(c),
+    ]
+
+
+def _model_checks(c: Config) -> list[str]:
+    m, faults = c.model, []
     if not m.head_dim and m.width % m.heads:
         faults.append(
-            f"model.heads = {m.heads} does not divide model.width = {m.width}: pick a divisor or set model.head_dim"
+            f"model.heads = {m.heads} does not divide model.width = {m.width}: "
+            "pick a divisor or set model.head_dim"
         )
     if m.heads % m.kv:
         faults.append(
@@ -20,74 +37,105 @@ def cross_checks(c: Config) -> list[str]:
         )
     if m.positions == "rope" and (m.rotary_width % 2 or not m.rotary_width):
         faults.append(
-            f"RoPE turns pairs and model.head_dim = {m.head_width} with model.rotary_fraction = {m.rotary_fraction} has {m.rotary_width} dims: pick an even number"
+            f"RoPE rotates pairs of dimensions, and model.head_dim = {m.head_width} with "
+            f"model.rotary_fraction = {m.rotary_fraction} gives {m.rotary_width}: "
+            "pick an even number"
         )
     if m.rope_scaling != "none" and m.positions != "rope":
         faults.append(f"model.rope_scaling = {m.rope_scaling!r} needs model.positions = 'rope'")
     if m.rope_scaling == "llama3" and m.rope_high_freq_factor <= m.rope_low_freq_factor:
         faults.append(
-            f"model.rope_high_freq_factor = {m.rope_high_freq_factor} must exceed model.rope_low_freq_factor = {m.rope_low_freq_factor}"
+            f"model.rope_high_freq_factor = {m.rope_high_freq_factor} must exceed "
+            f"model.rope_low_freq_factor = {m.rope_low_freq_factor}"
         )
     if m.dropout and m.attention == "blockwise":
         faults.append(
-            f"model.dropout = {m.dropout} needs model.attention = 'xla': blockwise attention has no dropout on its weights"
+            f"model.dropout = {m.dropout} needs model.attention = 'xla': "
+            "blockwise attention has no dropout on its weights"
         )
+    return faults
+
+
+def _train_checks(c: Config) -> list[str]:
+    """Steps, batches and rows."""
+    t, faults = c.train, []
     if t.batch_size % t.grad_accum_steps:
         faults.append(
-            f"train.grad_accum_steps = {t.grad_accum_steps} does not divide train.batch_size = {t.batch_size}: pick a divisor"
+            f"train.grad_accum_steps = {t.grad_accum_steps} does not divide "
+            f"train.batch_size = {t.batch_size}: pick a divisor"
         )
-    if o.warmup_steps > t.steps and not (
-        t.epochs and c.task.name
-    ):  # then asked again, when the data have said how many
+    # with train.epochs, the data decide the number of steps, and this is checked again then
+    by_epochs = t.epochs and c.task.name
+    if c.optim.warmup_steps > t.steps and not by_epochs:
         faults.append(
-            f"optim.warmup_steps = {o.warmup_steps} exceeds train.steps = {t.steps}: warm up for fewer steps"
+            f"optim.warmup_steps = {c.optim.warmup_steps} exceeds train.steps = {t.steps}: "
+            "warm up for fewer steps"
         )
     if t.loss_chunk and c.length % t.loss_chunk:
         faults.append(
-            f"train.loss_chunk = {t.loss_chunk} does not divide the row of {c.length} tokens: pick a divisor or 0"
+            f"train.loss_chunk = {t.loss_chunk} does not divide the row of {c.length} tokens: "
+            "pick a divisor or 0"
         )
-    if c.data.length > m.context:
+    if c.data.length > c.model.context:
         faults.append(
-            f"data.length = {c.data.length} exceeds model.context = {m.context}: shorten the rows"
+            f"data.length = {c.data.length} exceeds model.context = {c.model.context}: "
+            "shorten the rows"
         )
     if t.profile_steps and profile_range(c) is None:
         faults.append(
             f"train.profile_steps = {t.profile_steps!r}: must be first:last, such as '10:15'"
         )
-    for name, patterns in (
-        ("optim.no_decay", o.no_decay),
-        ("optim.freeze", o.freeze),
-        ("lora.targets", c.lora.targets),
-    ):
+    return faults
+
+
+def _pattern_checks(c: Config) -> list[str]:
+    """Settings that hold regular expressions."""
+    faults = []
+    patterns_by_setting = {
+        "optim.no_decay": c.optim.no_decay,
+        "optim.freeze": c.optim.freeze,
+        "lora.targets": c.lora.targets,
+    }
+    for name, patterns in patterns_by_setting.items():
         for pattern in patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
                 faults.append(
-                    f"{name}: {pattern!r} is no regular expression ({error}); paths look like blocks/mlp/up/bias, so try '.*/bias'"
+                    f"{name}: {pattern!r} is not a valid regular expression ({error}); "
+                    "paths look like blocks/mlp/up/bias, so try '.*/bias'"
                 )
+    return faults
+
+
+def _mesh_checks(c: Config) -> list[str]:
+    faults = []
     if [c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) > 1:
         faults.append("mesh: only one axis may be -1, the others need a number")
     for axis in ("data", "fsdp", "tensor"):
         if getattr(c.mesh, axis) == 0:
             faults.append(f"mesh.{axis} = 0: must be 1 or more, or -1 for all devices left")
-    if (
-        c.data.source in ("text", "shards", *ROW_SOURCES)
-        and c.data.source not in ("tfds", "datasets")
-        and not c.data.path
-    ):
+    return faults
+
+
+def _data_checks(c: Config) -> list[str]:
+    d, faults = c.data, []
+    of_files = d.source in ("text", "shards", *ROW_SOURCES)
+    if of_files and d.source not in ("tfds", "datasets") and not d.path:
         faults.append(
-            f"data.path is empty and data.source = {c.data.source!r} needs it: --config.data.path=FILE_OR_FOLDER"
+            f"data.path is empty and data.source = {d.source!r} needs it: "
+            "--config.data.path=FILE_OR_FOLDER"
         )
-    if c.data.source == "tfds" and not c.data.name:
+    if d.source == "tfds" and not d.name:
         faults.append(
             "data.name is empty and data.source = 'tfds' needs it: --config.data.name=c4/en:3.1.0"
         )
-    if c.data.source == "datasets" and not (c.data.name or c.data.path):
+    if d.source == "datasets" and not (d.name or d.path):
         faults.append(
-            "data.source = 'datasets' needs data.name (a name on the hub) or data.path (what save_to_disk wrote)"
+            "data.source = 'datasets' needs data.name (a name on the hub) or data.path "
+            "(what save_to_disk wrote)"
         )
-    return faults + _task_checks(c)
+    return faults
 
 
 def _task_checks(c: Config) -> list[str]:

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The error that a user sees for wrong input, and the words for a misspelt name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class UserError(ValueError):
 def nearest(name: str, names: list[str]) -> str:
     """The name that a misspelt one may have meant, or ""."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if not close:  # a knob set in the wrong section: look for the same leaf elsewhere
+    if not close:  # a setting in the wrong section: look for the same leaf elsewhere
         close = [n for n in names if n.split(".")[-1] == name.split(".")[-1]]
     return close[0] if close else ""
 
@@ -20,6 +20,5 @@ def nearest(name: str, names: list[str]) -> str:
 def unknown_name(what: str, name: str, names: list[str]) -> str:
     """One sentence for a misspelt name, used wherever a table is looked up."""
     near = nearest(name, names)
-    return f"no {what} {name!r}; " + (
-        f"did you mean {near!r}?" if near else f"there are: {', '.join(names)}"
-    )
+    hint = f"did you mean {near!r}?" if near else f"there are: {', '.join(names)}"
+    return f"no {what} {name!r}; {hint}"

@@ -97,7 +97,7 @@ def parse(
             + "\n".join(f"  --{name:<18} {meaning}" for name, meaning in known.items())
         )
         if "config" in known:
-            print("  --config.section.knob=value overrides one knob:")
+            print("  --config.section.setting=value overrides one setting:")
             for path, kind, field in schema.all_settings():
                 print(
                     f"      {path:<28} {field.metadata['meaning']} ({getattr(kind, '__name__', kind)}, {field.default!r})"
@@ -110,7 +110,7 @@ def parse(
     settings = None
     if overrides and not flags.get("config"):
         raise UserError(
-            "--config.section.knob=value changes a config, and there is no --config=FILE"
+            "--config.section.setting=value changes a config, and there is no --config=FILE"
         )
     if flags.get("config"):
         settings = build.load_file(flags["config"])

@@ -14,7 +14,34 @@ from gptjax.config.errors import UserError
 from gptjax.model import init as model_init
 
 
-def test_all_faults_are_reported_together_with_path_value_and_mend():
+# a value that is not the default for each setting that had another name
+RENAMED_SETTINGS = {
+    "model": dict(
+        mlp_dim=96,
+        positions="rope",
+        rope_theta=5e5,
+        rotary_fraction=0.5,
+        rope_scaling="llama3",
+        rope_low_freq_factor=2.0,
+        rope_high_freq_factor=8.0,
+        sliding_window=7,
+        tie_embeddings=False,
+        scan_layers=True,
+    ),
+    "data": dict(mask_documents=False),
+    "task": dict(num_generations=4, kl_coef=0.5, truncation="drop", eval_samples=7),
+    "optim": dict(
+        min_lr_ratio=0.2,
+        decay_fraction=0.3,
+        max_grad_norm=2.0,
+        muon_lr=0.03,
+        layerwise_lr_decay=0.9,
+    ),
+    "train": dict(grad_accum_steps=2, max_to_keep=3),
+}
+
+
+def test_all_faults_are_reported_together_with_path_value_and_fix():
     with pytest.raises(UserError) as caught:
         build_config(
             {"model": {"widht": 3, "layers": "four", "norm": "layernrom"}, "trian": {"steps": 1}}
@@ -35,7 +62,7 @@ def test_all_faults_are_reported_together_with_path_value_and_mend():
 
 def test_message_stays_short_when_everything_is_wrong():
     with pytest.raises(UserError) as caught:
-        build_config({"model": {f"knob{i}": i for i in range(20)}})
+        build_config({"model": {f"setting{i}": i for i in range(20)}})
     assert len(str(caught.value).splitlines()) <= 6
     assert "more" in str(caught.value)
 
@@ -55,7 +82,7 @@ def test_message_stays_short_when_everything_is_wrong():
         ({"train": {"steps": True}}, "must be int"),
     ],
 )
-def test_faults_across_knobs(settings, part):
+def test_faults_that_concern_several_settings(settings, part):
     with pytest.raises(UserError, match=re.escape(part)):
         build_config(settings)
 
@@ -88,6 +115,34 @@ def test_json_round_trip_and_locked_view():
         build.to_config_dict(config).model.widht = 3
 
 
+def test_an_old_config_json_becomes_the_same_config():
+    """Every setting that was renamed, written under its old name as an earlier version did."""
+    config = build_config(RENAMED_SETTINGS)
+    current = schema.to_dict(config)
+    old_names = {f"{path.split('.')[0]}.{new}": path for path, new in build.RENAMED.items()}
+    old: dict[str, dict] = {}
+    for path, _, _ in schema.all_settings():
+        section, name = path.split(".")
+        old_name = old_names.pop(path, path).split(".")[1]
+        old.setdefault(section, {})[old_name] = current[section][name]
+    assert not old_names, "RENAMED names settings that do not exist"
+    del old["model"]["implementation"]  # newer than the renames
+    assert build.from_json(json.dumps(old)) == config
+    changed = {
+        path
+        for path, _, field in schema.all_settings()
+        if getattr(getattr(config, path.split(".")[0]), path.split(".")[1]) != field.default
+    }
+    assert {f"{path.split('.')[0]}.{new}" for path, new in build.RENAMED.items()} <= changed
+
+
+def test_an_unknown_setting_of_an_old_config_json_is_refused_by_name():
+    with pytest.raises(UserError, match=r"model.hiden = 3: no such setting"):
+        build.from_json('{"model": {"hiden": 3}}')
+    with pytest.raises(UserError, match=r"model.hidden = 3: no such setting"):
+        build_config({"model": {"hidden": 3}})  # in a config file there are no old names
+
+
 def test_changes_name_only_what_shapes_the_run():
     a, b = make_config(), make_config(train=dict(seed=1, log_every=3), mesh=dict(fsdp=2))
     assert build.changes(a, b) == ["train.seed: 0 -> 1"]
@@ -116,7 +171,10 @@ def test_gpt2_parameter_counts():
 
 
 def test_other_published_sizes():
-    """SmolLM2-135M has 134,515,008 parameters on its hub page; GPT-3's are rounded in the paper, and its 1.3B row (24 heads of 128) has more."""
+    """SmolLM2-135M has 134,515,008 parameters on its hub page.
+
+    GPT-3's are rounded in the paper, and its 1.3B row (24 heads of 128) has more.
+    """
     assert model_init.count_params(build_config({"model": sizes.SMOLLM2_135M}).model) == 134_515_008
     for name, billions in {
         "gpt3-1.3b": 1.5,

@@ -1,0 +1,172 @@
+"""The settings of the model: the section `model` of a config.
+
+They also describe every checkpoint that the package reads: a family's file in
+`checkpoints/families/` turns a foreign `config.json` into a `ModelConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from gptjax.config.setting import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder. The defaults are GPT-2's choices at toy size; 0 often means "derived"."""
+
+    layers: int = setting(4, "Number of transformer blocks.", low=1, high=10_000)
+    width: int = setting(128, "Width D of the residual stream.", low=1, high=1 << 20)
+    heads: int = setting(4, "Number of query heads H.", low=1, high=1 << 16)
+    kv_heads: int = setting(
+        0, "Number of key and value heads K; 0 = as many as query heads.", low=0, high=1 << 16
+    )
+    head_dim: int = setting(0, "Width C of one head; 0 = width / heads.", low=0, high=1 << 16)
+    mlp_dim: int = setting(
+        0,
+        "Width F of the MLP's hidden layer; 0 = 4 x width (gelu), or 8/3 x width rounded up to a "
+        "multiple of 64 (swiglu).",
+        low=0,
+        high=1 << 24,
+    )
+    context: int = setting(128, "Longest sequence, in tokens.", low=1, high=1 << 30)
+    vocab_size: int = setting(
+        0,
+        "Number of tokens that the model knows; 0 = as many as the tokenizer has.",
+        low=0,
+        high=1 << 28,
+    )
+    vocab_multiple: int = setting(
+        128, "The embedding is padded to a multiple of this, so that meshes divide it.", low=1
+    )
+    positions: str = setting(
+        "learned",
+        "How the model knows positions: learned embeddings, rotary embeddings (RoPE), or not.",
+        choices=("learned", "rope", "none"),
+    )
+    rope_theta: float = setting(10_000.0, "Base of the RoPE frequencies.", low=1.01)
+    rotary_fraction: float = setting(
+        1.0,
+        "Fraction of each head's dimensions that RoPE rotates (GPT-NeoX: 0.25).",
+        low=0.0,
+        high=1.0,
+    )
+    rope_scaling: str = setting(
+        "none",
+        "How RoPE is stretched to a longer context.",
+        choices=("none", "linear", "llama3", "yarn"),
+    )
+    rope_factor: float = setting(
+        1.0, "How many times longer RoPE scaling makes the context.", low=1.0
+    )
+    rope_low_freq_factor: float = setting(
+        1.0, "llama3 scaling: frequencies with fewer turns than this are divided.", low=0.0
+    )
+    rope_high_freq_factor: float = setting(
+        4.0, "llama3 scaling: frequencies with more turns than this stay as they are.", low=0.0
+    )
+    rope_beta_fast: float = setting(
+        32.0, "yarn: frequencies with more turns over the context stay as they are.", low=0.0
+    )
+    rope_beta_slow: float = setting(
+        1.0, "yarn: frequencies with fewer turns over the context are divided.", low=0.0
+    )
+    rope_attention_factor: float = setting(
+        0.0, "yarn: cos and sin are multiplied by it; 0 = 0.1 ln(rope_factor) + 1.", low=0.0
+    )
+    rope_original_context: int = setting(
+        8192, "llama3 and yarn: context of the pretraining, in tokens.", low=1
+    )
+    norm: str = setting("layernorm", "Normalisation.", choices=("layernorm", "rmsnorm"))
+    norm_eps: float = setting(1e-5, "Added to the variance in a normalisation.", low=0.0)
+    mlp: str = setting(
+        "gelu",
+        "Activation of the MLP: gelu is the tanh form (GPT-2), gelu_exact the erf form, and "
+        "swiglu is gated.",
+        choices=("gelu", "gelu_exact", "swiglu"),
+    )
+    bias: str = setting(
+        "all",
+        "Which layers have a bias: all, those of attention, only q, k and v, or none.",
+        choices=("all", "attention", "qkv", "none"),
+    )
+    parallel: bool = setting(False, "Attention and MLP read the same residual stream (GPT-NeoX).")
+    qk_norm: bool = setting(False, "RMSNorm on queries and keys, per head.")
+    logit_softcap: float = setting(0.0, "Logits become cap * tanh(logits / cap); 0 = off.", low=0.0)
+    sliding_window: int = setting(
+        0, "A token attends to this many tokens, itself included; 0 = the full context.", low=0
+    )
+    dropout: float = setting(
+        0.0,
+        "Dropout rate of embeddings, attention weights and residual branches.",
+        low=0.0,
+        high=0.99,
+    )
+    tie_embeddings: bool = setting(True, "The output head is the token embedding.")
+    labels: tuple[str, ...] = setting(
+        (),
+        "Classes of a head on the last token; with one label the head gives a number. "
+        "Empty = a language model.",
+    )
+    init_std: float = setting(0.02, "Standard deviation of the initial weights.", low=0.0)
+    dtype: str = setting(
+        "float32",
+        "Dtype of the computation; parameters stay float32.",
+        choices=("float32", "bfloat16"),
+    )
+    implementation: str = setting(
+        "auto",
+        "auto: the fastest ops for the platform of the mesh's devices. reference: the definitions "
+        "in plain JAX, which can also be differentiated forward (jvp, hessian).",
+        choices=("auto", "reference"),
+        shapes=False,
+    )
+    attention: str = setting(
+        "xla",
+        "Attention backend.",
+        choices=("xla", "blockwise", "reference"),
+        shapes=False,
+    )
+    attention_block: int = setting(
+        256, "Keys in a block of the blockwise backend.", low=1, shapes=False
+    )
+    scan_layers: bool = setting(
+        False,
+        "Run the layers in one lax.scan: a deep model compiles several times faster.",
+        shapes=False,
+    )
+    remat: str = setting(
+        "none",
+        "What the backward pass computes again instead of storing it: nothing, all but matrix "
+        "products, or all.",
+        choices=("none", "dots", "full"),
+        shapes=False,
+    )
+
+    @property
+    def kv(self) -> int:
+        """Key/value heads K."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_width(self) -> int:
+        """Width C of one head."""
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def mlp_width(self) -> int:
+        """MLP width F."""
+        if self.mlp_dim:
+            return self.mlp_dim
+        return 64 * math.ceil(self.width * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.width
+
+    @property
+    def rotary_width(self) -> int:
+        """Number of leading dimensions of a head that RoPE rotates."""
+        return int(self.head_width * self.rotary_fraction)
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding table; logits of the rows past `vocab_size` never count."""
+        return self.vocab_multiple * math.ceil(self.vocab_size / self.vocab_multiple)

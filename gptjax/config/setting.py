@@ -1,0 +1,49 @@
+"""How one setting is declared: its default, what it means, and the values that it may have."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    table: str = "",
+    shapes: bool = True,
+) -> Any:
+    """One setting. `low` and `high` are inclusive; `shapes=False` marks what may change on resume.
+
+    table: "module:TABLE", whose rows are the choices besides the default (see `load_table`).
+    """
+    metadata = {
+        "meaning": meaning,
+        "low": low,
+        "high": high,
+        "choices": choices,
+        "table": table,
+        "shapes": shapes,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def load_table(name: str) -> dict[str, Any]:
+    """The dict literal that "module:TABLE" names.
+
+    It stands next to its users, in a folder that imports this one, so it is read when a config
+    is built and not before: a new row there is a new choice, and nothing is edited here.
+    """
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
+    """The values that a setting may have; () where they are not a list of names."""
+    if not field.metadata["table"]:
+        return field.metadata["choices"]
+    return tuple(dict.fromkeys([field.default, *load_table(field.metadata["table"])]))
