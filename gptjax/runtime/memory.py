@@ -1,4 +1,6 @@
-"""TODO docstring."""
+"""How the C library's allocator treats freed memory. Both functions do nothing where the C library
+is not glibc.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +9,33 @@ import sys
 
 import jax
 
+# Options of mallopt(3), from glibc's <malloc.h>.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
+
 
 def keep_freed_memory() -> None:
-    """XLA's CPU buffers of one step become those of the next: glibc keeps freed blocks instead of handing each back to the kernel, which would
-    fault fresh pages in every time (measured in experiments/LOG.md). Call it before the first array; elsewhere a no-op."""
-    if _mallopt({-4: 0, -1: 2**31 - 1}):  # <malloc.h>: M_MMAP_MAX, M_TRIM_THRESHOLD
-        # steps run in the thread that asks for them: the heap of any other ends at 64 MB, and a larger block would be mapped anew all the same
+    """For training: the buffers of one step on a CPU are used again by the next.
+
+    glibc keeps freed blocks, instead of giving each back to the kernel, which would have to hand
+    out new pages at every step (measured in experiments/LOG.md). Call it before the first array.
+    """
+    if _mallopt({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}):
+        # A step then runs in the thread that asks for it. The heap of any other thread ends at
+        # 64 MB, and larger blocks would be mapped again at every step all the same.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def return_freed_memory() -> None:
-    """The contrary: blocks of a MiB and more go back as soon as they are freed, so that memory holds what is in use."""
-    _mallopt(
-        {-3: 1 << 20, -8: 1}
-    )  # M_MMAP_THRESHOLD, which would grow with the blocks freed; M_ARENA_MAX: one heap for all threads
+    """The opposite: blocks of 1 MiB and more go back to the kernel as soon as they are freed."""
+    # set, because the threshold would grow with the blocks freed; one heap for all threads
+    _mallopt({_MMAP_THRESHOLD: 1 << 20, _ARENA_MAX: 1})
 
 
 def _mallopt(options: dict[int, int]) -> bool:
-    """Whether this C library has such options; not all do."""
-    mallopt = (
-        getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    )
+    """Whether this C library has mallopt; not all do."""
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
     for name, value in options.items():

@@ -1,7 +1,7 @@
-"""The mesh, the table of parameter paths to mesh axes, and host arrays made global.
+"""How arrays are split over the mesh: the table of parameter paths, and host arrays made global.
 
-To split a new parameter, add a row to RULES. Axes: data (replicas), fsdp (batch and parameters), tensor (heads, MLP, vocabulary),
-context (sequence).
+To split a new parameter, add a row to `RULES`. The mesh axes are data (replicas that split the
+batch), fsdp (batch and parameters), tensor (heads, MLP, vocabulary) and context (sequence).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,13 +17,12 @@ from gptjax.core import tree
 from gptjax.core.types import Batch
 
 AXES = ("data", "fsdp", "tensor", "context")
+BATCH = P(("data", "fsdp"), "context")  # of arrays [B, T]
 
 
-BATCH = P(("data", "fsdp"), "context")
-
-
-# Blocks carry the layer axis first. Of each matrix, one axis is split over `tensor` (the one that keeps heads or hidden units
-# whole) and the other over `fsdp`; vectors are small and stay whole over fsdp.
+# Parameters of blocks have the layer as axis 0. Of each matrix, one axis is split over `tensor`:
+# the one that leaves each head or hidden unit on one device. The other is split over `fsdp`.
+# Vectors are small, and not split over `fsdp`.
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed/tokens|head/kernel", P(("tensor", "fsdp"), None)),
     (r"embed/positions", P(None, "fsdp")),
@@ -34,16 +34,16 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/mlp/gate_up/kernel", P(None, "fsdp", None, "tensor")),
     (r"blocks/mlp/gate_up/bias", P(None, None, "tensor")),
     (r"blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),
-    (
-        r"blocks/.*/(rows|row_scale|lora_[a-z]+)|embed/(rows|row_scale|prompt)|head/(rows|row_scale)|score/kernel",
-        P(),
-    ),
+    (r"blocks/.*/(rows|row_scale|lora_[a-z]+)", P()),
+    (r"embed/(rows|row_scale|prompt)|head/(rows|row_scale)|score/kernel", P()),
     (r".*/(scale|bias)", P()),
 )
 
 
 def spec_of(path: str) -> P:
-    """Mesh axes of a parameter, or of the optimizer's moment of it (whose path ends in the parameter's)."""
+    """Mesh axes of a parameter, or of a moment of it in the optimizer's state (its path ends in the
+    parameter's). Raises ValueError for a parameter that no row of `RULES` matches.
+    """
     for start in ("embed/", "head/", "blocks/", "final_norm/", "score/"):
         if (at := f"/{path}".rfind(f"/{start}")) >= 0:
             return tree.first_match(RULES, path[at:])
@@ -58,20 +58,18 @@ def shardings(mesh: Mesh, shapes: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of the arrays [B, T] of a batch."""
     return NamedSharding(mesh, BATCH)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """Rows of the global batch that this process holds."""
+    """Rows of the global batch that are on this process's devices, ascending."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size, 1)).values()
-    return sorted(
-        {
-            row
-            for index in indices
-            if index is not None
-            for row in range(*index[0].indices(batch_size))
-        }
-    )
+    rows: set[int] = set()
+    for index in indices:
+        if index is not None:
+            rows.update(range(*index[0].indices(batch_size)))
+    return sorted(rows)
 
 
 def to_global(mesh: Mesh, batch: Batch) -> Batch:
@@ -83,8 +81,9 @@ def to_global(mesh: Mesh, batch: Batch) -> Batch:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Host arrays that every process holds whole, as arrays over all devices."""
-    one = lambda array, sharding: jax.make_array_from_callback(
-        array.shape, sharding, lambda index: array[index]
-    )
-    return jax.tree.map(one, tree, shardings)
+    """Host arrays, of which every process has a complete copy, as arrays over all devices."""
+
+    def place_array(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(place_array, tree, shardings)

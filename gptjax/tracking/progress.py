@@ -1,6 +1,6 @@
-"""What a run tells while it goes: `metrics.jsonl` always, TensorBoard where it is installed, a progress bar or plain lines.
+"""What a run shows on the terminal: a progress bar, or plain lines where stderr is no terminal.
 
-Every record has `step` and `time`; names are `group/name` (train, eval, perf, mem). Rates count from the first step after compilation.
+Names of values are `group/name` (train, eval, answers, perf, mem).
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ from typing import Any
 
 from gptjax.core import cli
 
-SCORE_GROUPS = (
-    "eval/",
-    "answers/",
-)  # names of scores: over the whole held-out split, and of the answers written to some of it
+# Groups of scores: of the complete held-out split, and of the answers written to a part of it.
+SCORE_GROUPS = ("eval/", "answers/")
 
 
 def display_name(name: str) -> str:
-    """The name of a score as people read it."""
+    """A score's name for people: `answers/bleu` is `answers: bleu`."""
     return name.removeprefix("eval/").replace("answers/", "answers: ")
 
 
 class Progress:
-    """A bar with loss, tokens/s and ETA on a terminal; elsewhere a line whenever `show` is called."""
+    """A bar with loss, tokens/s and ETA on a terminal; elsewhere a line at each `show`."""
 
-    def __init__(self, *, start: int, steps: int):
-        self.steps, self._start, self._began = steps, start, time.monotonic()
+    def __init__(self, *, start: int, steps: int) -> None:
+        """start: steps done before. steps: the last step of the run."""
+        self.steps = steps
+        self._start = start
+        self._start_time = time.monotonic()
         self._bar: Any = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -39,22 +40,26 @@ class Progress:
             self._bar.start()
 
     def begin(self) -> None:
-        """The clock of the ETA starts: compilation is over."""
-        self._began = time.monotonic()
+        """Starts the clock of the ETA: compilation is over."""
+        self._start_time = time.monotonic()
 
     def show(self, step: int, values: dict[str, float]) -> None:
-        done, elapsed = step - self._start, time.monotonic() - self._began
-        eta = elapsed / max(done, 1) * (self.steps - step)
-        parts = (
-            [f"reward {values['train/reward']:.3f}"]
-            if "train/reward" in values
-            else [f"loss {values['train/loss']:.4f}"]
-        )
-        parts += [f"lr {values['train/lr']:.2e}"]
+        """Loss (or reward), learning rate, speed and ETA, from the values of `StepMetrics`."""
+        if "train/reward" in values:
+            parts = [f"reward {values['train/reward']:.3f}"]
+        else:
+            parts = [f"loss {values['train/loss']:.4f}"]
+        parts.append(f"lr {values['train/lr']:.2e}")
         if "perf/tokens_per_sec" in values:
             parts.append(f"{values['perf/tokens_per_sec']:,.0f} tokens/s")
+        elapsed = time.monotonic() - self._start_time
+        eta = elapsed / max(step - self._start, 1) * (self.steps - step)
         parts.append(f"ETA {duration(eta)}")
-        self._say(step, "  ".join(parts))
+        text = "  ".join(parts)
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+        else:
+            cli.say(f"step {step}/{self.steps}  {text}")
 
     def note(self, step: int, text: str) -> None:
         """A line that stays, such as an evaluation."""
@@ -63,22 +68,16 @@ class Progress:
         else:
             cli.say(f"step {step}: {text}")
 
-    def _say(self, step: int, text: str) -> None:
-        if self._bar:
-            self._bar.update(self._task, completed=step, text=text)
-        else:
-            cli.say(f"step {step}/{self.steps}  {text}")
-
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
 
 
 def duration(seconds: float) -> str:
-    """`2 h 05 min`, `3 min 20 s` or `12 s`."""
+    """`2 h 05 min`, `3 min 20 s` or `12 s`; `?` for a number that is not finite."""
     if not math.isfinite(seconds):
         return "?"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remainder = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes} min {remainder:02d} s" if minutes else f"{remainder} s"

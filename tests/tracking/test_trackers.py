@@ -1,4 +1,4 @@
-"""Where metrics go: what each tracker keeps, what a resumed run continues, what never stops a run."""
+"""Where metrics go: what a tracker keeps, what a resumed run continues, what never stops a run."""
 
 import importlib
 import importlib.util
