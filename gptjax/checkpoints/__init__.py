@@ -1,0 +1,1 @@
+"""Files of weights to (config, params, tokenizer) and back: workdirs, Hugging Face, GGUF, PEFT."""

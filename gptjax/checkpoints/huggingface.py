@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints: one table of names and transforms for each family, read in both directions.
+"""The `config.json` of Hugging Face checkpoints as a ModelConfig, and back.
 
-A family says how its `config.json` reads as a `ModelConfig` and is written from one, and which of their tensors make which of our
-parameters (`gptjax.transfer` applies them). To add a family, add a function of rows and an entry in `FAMILIES`. Both spellings of configs are read (transformers 4 and 5).
+Both spellings of configs are read, transformers 4's and 5's. To add a family, see
+`families/common.py`; its row goes into `FAMILIES` here.
 """
 
 from __future__ import annotations
@@ -11,114 +11,96 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptjax.checkpoints.families.common import Family
-from gptjax.checkpoints.families.gpt2 import gpt2_maps, read_gpt2, write_gpt2
-from gptjax.checkpoints.families.gpt_neox import neox_maps, read_neox, write_neox
-from gptjax.checkpoints.families.llama import llama_maps, read_llama, write_llama
-from gptjax.checkpoints.tensor_map import Raw
+from gptjax.checkpoints.families.gpt2 import GPT2
+from gptjax.checkpoints.families.gpt_neox import GPT_NEOX
+from gptjax.checkpoints.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from gptjax.checkpoints.tensor_map import RawConfig
 from gptjax.config import build
 from gptjax.config.errors import UserError, unknown_name
 from gptjax.config.schema import ModelConfig
 
+# By `model_type`. Where several hold a model, the first one writes it.
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("GPT2LMHeadModel", "transformer.", read_gpt2, write_gpt2, gpt2_maps),
-    "gpt_neox": Family("GPTNeoXForCausalLM", "gpt_neox.", read_neox, write_neox, neox_maps),
-    "llama": Family("LlamaForCausalLM", "model.", read_llama, write_llama, llama_maps),
-    "mistral": Family("MistralForCausalLM", "model.", read_llama, write_llama, llama_maps),
-    "qwen2": Family("Qwen2ForCausalLM", "model.", read_llama, write_llama, llama_maps),
-    "qwen3": Family("Qwen3ForCausalLM", "model.", read_llama, write_llama, llama_maps),
+    family.model_type: family for family in (GPT2, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3)
 }
 
-
-# Buffers that old files carry: masks of GPT-2 and NeoX, RoPE's frequencies.
+# Tensors of old files that hold no parameters: masks of GPT-2 and NeoX, RoPE's frequencies.
 BUFFERS = re.compile(r"(.*\.)?(attn|attention)\.(bias|masked_bias)|.*rotary_emb\.inv_freq")
 
 
-def family_of(c: ModelConfig) -> str:
+def family_of(config: ModelConfig) -> Family:
     """The family that holds a model of this config. Raises UserError where none does."""
-    plain = not c.logit_softcap and c.rotary_fraction == 1.0 and not c.parallel
-    square = (
-        c.kv == c.heads
-        and c.head_width * c.heads == c.width
-        and not c.sliding_window
-        and not c.qk_norm
-        and not c.logit_softcap
-    )
-    if c.norm == "layernorm" and c.mlp != "swiglu" and c.bias == "all" and square:
-        if c.positions == "learned" and not c.parallel:
-            return "gpt2"
-        if c.positions == "rope":
-            return "gpt_neox"
-    if c.positions == "rope" and c.norm == "rmsnorm" and c.mlp == "swiglu" and plain:
-        if c.qk_norm and c.bias in ("none", "attention"):
-            return "qwen3"
-        if c.bias == "qkv" and not c.qk_norm and c.head_width * c.heads == c.width:
-            return "qwen2"
-        if c.bias in ("none", "attention") and not c.qk_norm:
-            if not c.sliding_window:
-                return "llama"
-            if c.bias == "none":
-                return "mistral"
+    for family in FAMILIES.values():
+        if family.matches(config):
+            return family
     raise UserError(
-        f"no Hugging Face architecture holds this model (positions {c.positions}, norm {c.norm}, mlp {c.mlp}, bias {c.bias}, window {c.sliding_window}, "
-        f"softcap {c.logit_softcap});\nknown: {', '.join(FAMILIES)}. Keep it as a workdir: --format=gptjax"
+        f"no Hugging Face architecture holds this model (positions {config.positions}, "
+        f"norm {config.norm}, mlp {config.mlp}, bias {config.bias}, "
+        f"window {config.sliding_window}, softcap {config.logit_softcap});\n"
+        f"known: {', '.join(FAMILIES)}. Keep it as a workdir: --format=gptjax"
     )
 
 
-def read_config(raw: Raw) -> ModelConfig:
-    """`config.json` as a ModelConfig. Raises UserError for an unknown architecture, a missing key or a value that makes no sense."""
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"config.json: {unknown_name('architecture', str(kind), list(FAMILIES))}")
+def read_config(raw: RawConfig) -> ModelConfig:
+    """`config.json` as a ModelConfig.
+
+    Raises UserError for an unknown architecture, a missing key or a value that makes no sense.
+    """
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(
+            f"config.json: {unknown_name('architecture', str(model_type), list(FAMILIES))}"
+        )
     try:
-        return build.build_config(
-            {"model": {**FAMILIES[kind].read(raw), "labels": _labels(raw)}}
-        ).model
+        settings = {**FAMILIES[model_type].read_config(raw), "labels": _read_labels(raw)}
+        return build.build_config({"model": settings}).model
     except KeyError as error:
-        raise UserError(f"config.json has no {error}, which a {kind} model needs") from None
+        raise UserError(f"config.json has no {error}, which a {model_type} model needs") from None
+    except UserError as error:
+        raise UserError(f"config.json: {error}") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        if isinstance(error, UserError):
-            raise UserError(f"config.json: {error}") from None
         raise UserError(f"config.json holds a value of a wrong type: {error}") from None
 
 
-def _labels(raw: Raw) -> list[str]:
+def _read_labels(raw: RawConfig) -> list[str]:
     """Names of the classes of a `...ForSequenceClassification`; none of a language model."""
-    if not any(
-        str(name).endswith("ForSequenceClassification") for name in raw.get("architectures") or []
-    ):
+    architectures = raw.get("architectures") or []
+    if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
         return []
     names = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}
     return [str(names[key]) for key in sorted(names, key=int)]
 
 
-def write_config(c: ModelConfig, dtype: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+def write_config(config: ModelConfig, dtype: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     """`config.json` of a model. extra: ids of special tokens and other keys to keep."""
-    kind = family_of(c)
-    family = FAMILIES[kind]
+    family = family_of(config)
     architecture = family.architecture
-    if c.labels:
+    if config.labels:
         architecture = re.sub("LMHeadModel|ForCausalLM", "ForSequenceClassification", architecture)
-        names = {
-            "id2label": dict(enumerate(c.labels)),
-            "label2id": {name: i for i, name in enumerate(c.labels)},
-        }
-        kind_of = "regression" if len(c.labels) == 1 else "single_label_classification"
-        eos = extra.get(
-            "eos_token_id"
-        )  # theirs finds each row's last token by what is no padding, so there must be some
-        extra = {
-            "pad_token_id": eos[0] if isinstance(eos, list) else eos,
-            **extra,
-            **names,
-            "problem_type": kind_of,
-        }
+        extra = _classifier_keys(config, extra)
     return {
         "architectures": [architecture],
-        "model_type": kind,
-        **family.write(c, kind),
-        "vocab_size": c.vocab_size,
-        "tie_word_embeddings": c.tie_embeddings,
-        "initializer_range": c.init_std,
+        "model_type": family.model_type,
+        **family.write_config(config),
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.init_std,
         "torch_dtype": dtype,
         **extra,
+    }
+
+
+def _classifier_keys(config: ModelConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """`extra` with the labels and a padding token.
+
+    transformers takes the last token that is not padding as the end of a row, so it needs one.
+    """
+    eos = extra.get("eos_token_id")
+    one_number = len(config.labels) == 1
+    return {
+        "pad_token_id": eos[0] if isinstance(eos, list) else eos,
+        **extra,
+        "id2label": dict(enumerate(config.labels)),
+        "label2id": {name: i for i, name in enumerate(config.labels)},
+        "problem_type": "regression" if one_number else "single_label_classification",
     }

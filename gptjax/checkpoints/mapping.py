@@ -1,76 +1,83 @@
-"""Their tensors to our parameters and back, by the tables of `gptjax.hf`.
+"""Parameters to the tensors of a Hugging Face file and back, by the maps of a family.
 
-Shapes of their tensors follow from ours, so every tensor of a file is accounted for before any is read; each is read and written once.
+The shapes of the tensors follow from those of the parameters, so every tensor of a file is
+accounted for before any is read; each is read and written once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from gptjax.checkpoints import huggingface
+from gptjax.checkpoints.families.common import Family
 from gptjax.checkpoints.tensor_map import TensorMap
 from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
 from gptjax.core import tree
 from gptjax.model.init import kernel_shapes
 
+Shape = tuple[int, ...]
 
-def foreign_tensors(
-    c: ModelConfig, kind: str
-) -> Iterator[tuple[TensorMap, int | None, list[tuple[str, tuple[int, ...]]]]]:
-    """(row, layer or None, [(name, shape)]) of every tensor of the family's file, in its order."""
-    shapes = kernel_shapes(c)
-    rows = huggingface.FAMILIES[kind].rows(c)
-    if {row.ours for row in rows} != set(shapes):
-        raise UserError(
-            f"a {kind} file cannot hold {sorted({row.ours for row in rows} ^ set(shapes))[:4]}"
-        )
-    for row in rows:
-        dumped = jax.eval_shape(
-            lambda x, row=row: row.dump(c, x), jax.ShapeDtypeStruct(shapes[row.ours], np.float32)
-        )
-        for layer in range(c.layers) if row.ours.startswith("blocks/") else (None,):
-            yield (
-                row,
-                layer,
-                [
-                    (name.format(layer), tuple(d.shape))
-                    for name, d in zip(row.theirs, dumped, strict=True)
-                ],
-            )
+
+class MappedTensors(NamedTuple):
+    """The tensors that hold one parameter (of one layer, or with layer None of the model)."""
+
+    tensor_map: TensorMap
+    layer: int | None
+    shapes: dict[str, Shape]  # {name in the file: shape}, in the order of the map
+
+
+class WritableTensor(NamedTuple):
+    """A tensor to write. make: computes the array, when its turn comes."""
+
+    name: str
+    shape: Shape
+    make: Callable[[], np.ndarray]
+
+
+def hf_tensors(config: ModelConfig, family: Family) -> Iterator[MappedTensors]:
+    """All tensors of the family's file for this model, in the file's order.
+
+    Raises UserError where the family has no place for a parameter of the model.
+    """
+    shapes = kernel_shapes(config)
+    maps = family.tensor_maps(config)
+    if different := {m.param_path for m in maps} ^ set(shapes):
+        raise UserError(f"a {family.model_type} file cannot hold {sorted(different)[:4]}")
+    for tensor_map in maps:
+        param = jax.ShapeDtypeStruct(shapes[tensor_map.param_path], np.float32)
+        tensors = jax.eval_shape(lambda x, m=tensor_map: m.to_hf(config, x), param)
+        for layer in range(config.layers) if tensor_map.in_blocks else (None,):
+            names = [name.format(layer) for name in tensor_map.hf_names]
+            by_name = {n: tuple(t.shape) for n, t in zip(names, tensors, strict=True)}
+            yield MappedTensors(tensor_map, layer, by_name)
 
 
 @contextlib.contextmanager
-def named(place: Path) -> Iterator[None]:
-    """Errors name the checkpoint."""
+def naming(path: Path) -> Iterator[None]:
+    """Lets every UserError inside name the checkpoint at `path`."""
     try:
         yield
     except UserError as error:
-        raise UserError(str(error) if str(place) in str(error) else f"{place}: {error}") from None
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
-def from_params(
-    c: ModelConfig, params: Any
-) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-    """(name, shape, array when called) of each of their tensors, one by one: nothing is copied before its turn."""
+def from_params(config: ModelConfig, params: Any) -> Iterator[WritableTensor]:
+    """The tensors of a Hugging Face file, one by one: nothing is copied before its turn."""
     flat = tree.flatten(params)
-    for row, layer, tensors in foreign_tensors(c, huggingface.family_of(c)):
-        for part, (name, shape) in enumerate(tensors):
 
-            def make(
-                row: TensorMap = row, layer: int | None = layer, part: int = part
-            ) -> np.ndarray:
-                leaf = (
-                    np.asarray(flat[row.ours])
-                    if layer is None
-                    else np.asarray(flat[row.ours][layer])
-                )
-                return np.ascontiguousarray(row.dump(c, leaf)[part])
+    def make(tensor_map: TensorMap, layer: int | None, part: int) -> np.ndarray:
+        leaf = flat[tensor_map.param_path]
+        param = np.asarray(leaf if layer is None else leaf[layer])
+        return np.ascontiguousarray(tensor_map.to_hf(config, param)[part])
 
-            yield name, shape, make
+    for tensor_map, layer, shapes in hf_tensors(config, huggingface.family_of(config)):
+        for part, (name, shape) in enumerate(shapes.items()):
+            yield WritableTensor(name, shape, functools.partial(make, tensor_map, layer, part))

@@ -1,7 +1,11 @@
-"""Adapters in PEFT's form and back: adapter_config.json and adapter_model.safetensors, by the tables of `gptjax.hf`.
+"""Adapters in PEFT's form and back: adapter_config.json and adapter_model.safetensors.
 
-Our layers hold q, k, v (and gate, up) in one kernel with one A. Written out, each of theirs gets that A and its own rows of B: the same function.
-Read in, the A of each are stacked and B becomes block-diagonal, unless all are one A.
+Our layers hold q, k, v (and gate, up) in one kernel with one A; PEFT has an A and a B for each of
+these modules. Written out, each module gets our A and its own rows of B: the same function. Read
+in, the A's of the modules are stacked and B becomes block-diagonal, unless all have one A.
+
+The maps of a family (`tensor_map.py`) know which outputs of a kernel are which module's. They see
+B [r, out] as a kernel with r inputs.
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gptjax.checkpoints import huggingface, safetensors
+from gptjax.checkpoints.mapping import Shape, WritableTensor
 from gptjax.checkpoints.tensor_map import TensorMap
 from gptjax.config.errors import UserError
 from gptjax.config.schema import LoraConfig, ModelConfig
@@ -25,181 +30,357 @@ from gptjax.core.files import decode
 from gptjax.model import init as model_init
 from gptjax.model import quantize
 
-CONFIG, WEIGHTS, TEMPLATE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "chat_template.jinja",
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+TEMPLATE = "chat_template.jinja"
+
+# Begins the names of all tensors.
+_PREFIX = "base_model.model."
+
+_SCORE = f"{_PREFIX}score.weight"
+
+_PARTIAL_DORA = (
+    "DoRA on some layers or parts of a layer only is not supported: "
+    "our layers hold q, k, v (and gate, up) together"
 )
 
 
-_HEAD = "base_model."
+class _Layer(NamedTuple):
+    """One of our layers that can have an adapter, in each block.
+
+    path: of the layer, such as `blocks/attn/qkv`. tensor_map: of its kernel. in_shape, out_shape:
+    the kernel's axes.
+    """
+
+    path: str
+    tensor_map: TensorMap
+    in_shape: Shape
+    out_shape: Shape
+
+    def modules(self, number: int) -> list[str]:
+        """Names of PEFT's modules in block `number`, without the prefix."""
+        return [n.format(number).removesuffix(".weight") for n in self.tensor_map.hf_names]
 
 
-_SCORE = f"{_HEAD}model.score.weight"
+def _layers(config: ModelConfig) -> Iterator[_Layer]:
+    shapes = model_init.kernel_shapes(config)
+    for tensor_map in huggingface.family_of(config).tensor_maps(config):
+        path, _, leaf = tensor_map.param_path.rpartition("/")
+        if tensor_map.in_blocks and leaf == "kernel":
+            shape, inputs = shapes[tensor_map.param_path], quantize.input_axes(path)
+            yield _Layer(path, tensor_map, shape[:inputs], shape[inputs:])
 
 
-_PARTS_OF_DORA = "DoRA on some layers or parts of a layer only is not supported: our layers hold q, k, v (and gate, up) together"
+def _split_outputs(config: ModelConfig, layer: _Layer, b: np.ndarray) -> list[np.ndarray]:
+    """The B [out, r] of each module, of our lora_b [r, *out_shape] of one block."""
+    in_shape = (len(b), *[1] * (len(layer.in_shape) - 1))
+    parts = layer.tensor_map.to_hf(config, b.reshape(*in_shape, *layer.out_shape))
+    in_out = huggingface.family_of(config).kernels_in_out
+    return [np.ascontiguousarray(part.T if in_out else part) for part in parts]
 
 
-def _layers(c: ModelConfig) -> Iterator[tuple[str, TensorMap, tuple[int, ...]]]:
-    """(path of our layer, row of its kernel, shape of the kernel) of each that can have an adapter."""
-    shapes = model_init.kernel_shapes(c)
-    for row in huggingface.FAMILIES[huggingface.family_of(c)].rows(c):
-        if row.ours.startswith("blocks/") and row.ours.endswith("/kernel"):
-            yield row.ours.removesuffix("/kernel"), row, shapes[row.ours]
+def _join_outputs(config: ModelConfig, layer: _Layer, parts: list[np.ndarray]) -> np.ndarray:
+    """lora_b [r, *out_shape] of the modules' B [out, r]: what `_split_outputs` takes apart."""
+    rank = parts[0].shape[1]
+    in_out = huggingface.family_of(config).kernels_in_out
+    tensors = [part.T if in_out else part for part in parts]
+    shape = (rank, *[1] * (len(layer.in_shape) - 1), *layer.out_shape)
+    return layer.tensor_map.from_hf(config, shape, *tensors).reshape(rank, *layer.out_shape)
 
 
-def _conv(c: ModelConfig) -> bool:
-    """Whether the family keeps kernels as [in, out] (GPT-2's Conv1D), so that B comes out of the tables transposed."""
-    return huggingface.family_of(c) == "gpt2"
-
-
-def _parts(c: ModelConfig, row: TensorMap, b: np.ndarray, inputs: int) -> list[np.ndarray]:
-    """Their B's [out, r] of our lora_b [r, *out] (of one layer): the table's own transform, with r in the place of the inputs."""
-    found = row.dump(c, b.reshape(b.shape[0], *[1] * (inputs - 1), *b.shape[1:]))
-    return [np.ascontiguousarray(part.T if _conv(c) else part) for part in found]
+# Writing
 
 
 def write_adapter(
-    folder: Path, c: ModelConfig, config: LoraConfig, trained: Any, base: str
+    folder: Path, config: ModelConfig, settings: LoraConfig, adapters: Any, base: str
 ) -> None:
-    """The adapters as a folder that PEFT's `PeftModel.from_pretrained(base, folder)` reads. Raises UserError."""
-    if config.rank and config.prompt_tokens:
+    """Writes a folder that PEFT's `PeftModel.from_pretrained(base_model, folder)` reads.
+
+    adapters: as `lora.init` makes them. base: the checkpoint that they were trained on. Raises
+    UserError.
+    """
+    if settings.rank and settings.prompt_tokens:
         raise UserError(
-            "PEFT keeps adapters and prompts in separate folders: train one of lora.rank and lora.prompt_tokens at a time to export it"
+            "PEFT keeps adapters and prompts in separate folders: "
+            "train one of lora.rank and lora.prompt_tokens at a time to export it"
         )
-    flat = {path: np.asarray(leaf) for path, leaf in tree.flatten(trained).items()}
-    tensors: dict[str, np.ndarray] = {}
-    modules: set[str] = set()
-    for path, row, _ in _layers(c) if config.rank else ():
-        if f"{path}/lora_a" not in flat:
-            continue
-        inputs = quantize.input_axes(path)
-        for layer in range(c.layers):
-            a, b = flat[f"{path}/lora_a"][layer], flat[f"{path}/lora_b"][layer]
-            lengths = (
-                _parts(c, row, flat[f"{path}/lora_m"][layer][None], inputs) if config.dora else []
-            )
-            for k, (theirs, part) in enumerate(
-                zip(row.theirs, _parts(c, row, b, inputs), strict=True)
-            ):
-                name = f"{_HEAD}model.{theirs.format(layer).removesuffix('.weight')}"
-                modules.add(name.rpartition(".")[2])
-                tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(
-                    a.reshape(-1, a.shape[-1]).T
-                )
-                tensors[f"{name}.lora_B.weight"] = part
-                if lengths:
-                    tensors[f"{name}.lora_magnitude_vector"] = lengths[k].reshape(-1)
-    task: dict[str, Any] = {
-        "base_model_name_or_path": base,
-        "task_type": "SEQ_CLS" if c.labels else "CAUSAL_LM",
-        "inference_mode": True,
-    }
-    if config.rank:
-        task |= {
-            "peft_type": "LORA",
-            "r": config.rank,
-            "lora_alpha": config.alpha,
-            "lora_dropout": config.dropout,
-            "target_modules": sorted(modules),
-        }
-        task |= {
-            "bias": "none",
-            "use_dora": config.dora,
-            "fan_in_fan_out": _conv(c),
-            "modules_to_save": ["score"] if c.labels else None,
-        }
+    flat = {path: np.asarray(leaf) for path, leaf in tree.flatten(adapters).items()}
+    if settings.rank:
+        tensors = _lora_tensors(config, settings, flat)
+        described = _describe_lora(config, settings, tensors)
     else:
-        tensors["prompt_embeddings"] = flat["embed/prompt"]
-        task |= {
+        tensors = {"prompt_embeddings": flat["embed/prompt"]}
+        described = {
             "peft_type": "PROMPT_TUNING",
-            "num_virtual_tokens": config.prompt_tokens,
-            "token_dim": c.width,
-            "num_layers": c.layers,
+            "num_virtual_tokens": settings.prompt_tokens,
+            "token_dim": config.width,
+            "num_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "num_transformer_submodules": 1,
         }
-        task |= {"num_attention_heads": c.heads, "num_transformer_submodules": 1}
+    task = {
+        "base_model_name_or_path": base,
+        "task_type": "SEQ_CLS" if config.labels else "CAUSAL_LM",
+        "inference_mode": True,
+        **described,
+    }
     if "score/kernel" in flat:
         tensors[_SCORE] = flat["score/kernel"]
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.write_safetensors(
-        folder / WEIGHTS,
-        [(name, array.shape, tensors[name].copy) for name, array in tensors.items()],
-        "float32",
-    )
+    writable = [WritableTensor(name, x.shape, x.copy) for name, x in tensors.items()]
+    safetensors.write_safetensors(folder / WEIGHTS, writable, "float32")
     files.write_text(folder / CONFIG, json.dumps(task, indent=1))
 
 
-def read_adapter(folder: Path, c: ModelConfig) -> tuple[LoraConfig, Any]:
-    """(config, adapters) of a PEFT folder for a model of this config. Raises UserError for kinds and tensors that do not fit."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def _lora_tensors(
+    config: ModelConfig, settings: LoraConfig, flat: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """{name: array} of the adapters of all modules."""
+    tensors: dict[str, np.ndarray] = {}
+    for layer in _layers(config):
+        if f"{layer.path}/lora_a" not in flat:
+            continue
+        for number in range(config.layers):
+            a = flat[f"{layer.path}/lora_a"][number]
+            a = np.ascontiguousarray(a.reshape(-1, a.shape[-1]).T)  # [r, in]
+            b_parts = _split_outputs(config, layer, flat[f"{layer.path}/lora_b"][number])
+            magnitudes = []
+            if settings.dora:
+                magnitude = flat[f"{layer.path}/lora_m"][number]
+                magnitudes = _split_outputs(config, layer, magnitude[None])
+            for i, module in enumerate(layer.modules(number)):
+                tensors[f"{_PREFIX}{module}.lora_A.weight"] = a
+                tensors[f"{_PREFIX}{module}.lora_B.weight"] = b_parts[i]
+                if magnitudes:
+                    name = f"{_PREFIX}{module}.lora_magnitude_vector"
+                    tensors[name] = magnitudes[i].reshape(-1)
+    return tensors
 
-    try:
-        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = dict(load_file(folder / WEIGHTS))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} is no PEFT adapter of {CONFIG} and {WEIGHTS}: {error}") from None
-    kind = raw.get("peft_type")
-    if kind == "PROMPT_TUNING":
-        prompt = tensors.get("prompt_embeddings", np.zeros((0, 0), np.float32))
-        if prompt.shape != (raw.get("num_virtual_tokens"), c.width):
+
+def _describe_lora(
+    config: ModelConfig, settings: LoraConfig, tensors: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings of a LORA adapter in adapter_config.json."""
+    modules = {name.split(".")[-3] for name in tensors if name.endswith(".lora_A.weight")}
+    return {
+        "peft_type": "LORA",
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "target_modules": sorted(modules),
+        "bias": "none",
+        "use_dora": settings.dora,
+        "fan_in_fan_out": huggingface.family_of(config).kernels_in_out,
+        "modules_to_save": ["score"] if config.labels else None,
+    }
+
+
+# Reading
+
+
+class _AdapterFile:
+    """A PEFT folder: its config, and tensors that are taken one by one, so that none is ignored."""
+
+    def __init__(self, folder: Path):
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            self.config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            self._tensors = dict(load_file(folder / WEIGHTS))
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(
-                f"{folder}: prompt_embeddings are {prompt.shape} and the model's width is {c.width}"
-            )
-        head = (
-            {"score": {"kernel": tensors[_SCORE].astype(np.float32)}} if _SCORE in tensors else {}
-        )
-        return LoraConfig(prompt_tokens=len(prompt)), {
-            "embed": {"prompt": prompt.astype(np.float32)},
-            **head,
-        }
-    if kind != "LORA" or raw.get("bias", "none") != "none":
+                f"{folder} is no PEFT adapter of {CONFIG} and {WEIGHTS}: {error}"
+            ) from None
+
+    def look(self, name: str) -> np.ndarray | None:
+        return self._tensors.get(name)
+
+    def take(self, name: str) -> np.ndarray | None:
+        """The tensor in float32, or None."""
+        tensor = self._tensors.pop(name, None)
+        return None if tensor is None else tensor.astype(np.float32)
+
+    @property
+    def rest(self) -> dict[str, np.ndarray]:
+        """What was not taken."""
+        return self._tensors
+
+
+def read_adapter(folder: Path, config: ModelConfig) -> tuple[LoraConfig, Any]:
+    """(settings, adapters) of a PEFT folder for a model of this config.
+
+    The scale alpha / r is in lora_b already: the settings' alpha is their rank. Raises UserError
+    for kinds of adapters and for tensors that do not fit.
+    """
+    file = _AdapterFile(folder)
+    kind, bias = file.config.get("peft_type"), file.config.get("bias", "none")
+    if kind == "PROMPT_TUNING":
+        return _read_prompt(folder, config, file)
+    if kind != "LORA" or bias != "none":
         raise UserError(
-            f"{folder}: peft_type = {kind!r}, bias = {raw.get('bias')!r} is not supported; LORA without biases and PROMPT_TUNING are"
+            f"{folder}: peft_type = {kind!r}, bias = {file.config.get('bias')!r} is not supported; "
+            "LORA without biases and PROMPT_TUNING are"
         )
     flat: dict[str, np.ndarray] = {}
-    used: set[str] = set()
-    for path, row, shape in _layers(c):
-        found = _read_layer(c, raw, tensors, path, row, shape, used)
-        flat |= {f"{path}/{leaf}": array for leaf, array in found.items()}
-    if _SCORE in tensors:
-        flat["score/kernel"] = tensors[_SCORE].astype(np.float32)
-        used.add(_SCORE)
-    if rest := sorted(set(tensors) - used):
+    for layer in _layers(config):
+        for leaf, array in _read_layer(config, file, layer).items():
+            flat[f"{layer.path}/{leaf}"] = array
+    score = file.take(_SCORE)
+    if score is not None:
+        flat["score/kernel"] = score
+    if rest := sorted(file.rest):
+        model_type = huggingface.family_of(config).model_type
         raise UserError(
-            f"{folder}: {len(rest)} tensors fit no layer of this {huggingface.family_of(c)} model, such as {rest[0]} {list(tensors[rest[0]].shape)}"
+            f"{folder}: {len(rest)} tensors fit no layer of this {model_type} model, "
+            f"such as {rest[0]} {list(file.rest[rest[0]].shape)}"
         )
-    rank = max(
-        (array.shape[-1] for path, array in flat.items() if path.endswith("lora_a")), default=0
-    )
-    if not rank:
+    ranks = [array.shape[-1] for path, array in flat.items() if path.endswith("lora_a")]
+    if not ranks:
         raise UserError(f"{folder} holds no adapter for this model's layers")
-    return LoraConfig(rank=rank, alpha=float(rank), dora=bool(raw.get("use_dora"))), tree.nested(
-        flat
-    )
+    rank, dora = max(ranks), bool(file.config.get("use_dora"))
+    return LoraConfig(rank=rank, alpha=float(rank), dora=dora), tree.nested(flat)
 
 
-def find(path: Path, c: ModelConfig) -> tuple[LoraConfig, Any, str]:
-    """(config, adapters, chat template or "") of a run's workdir or of a PEFT folder. Raises UserError where they are not for this model."""
-    if (path / CONFIG).is_file():
-        template = path / TEMPLATE
-        return *read_adapter(path, c), decode(
-            template.read_bytes(), str(template)
-        ) if template.is_file() else ""
-    from gptjax.checkpoints.workdir import load_run  # orbax takes a second to import
-
-    config, trained, tokenizer, _ = load_run(path)
-    if not config.lora.on:
-        raise UserError(f"{path} trained a whole model and no adapters: load it by itself")
-    if (a := dataclasses.replace(config.model, **_FREE)) != (b := dataclasses.replace(c, **_FREE)):
-        differ = [f.name for f in dataclasses.fields(a) if getattr(a, f.name) != getattr(b, f.name)]
-        raise UserError(f"{path} adapts another model: {', '.join(differ)} differ")
-    return config.lora, trained, tokenizer.chat_template
+def _read_prompt(folder: Path, config: ModelConfig, file: _AdapterFile) -> tuple[LoraConfig, Any]:
+    prompt = file.take("prompt_embeddings")
+    shape = (0, 0) if prompt is None else prompt.shape
+    if prompt is None or shape != (file.config.get("num_virtual_tokens"), config.width):
+        raise UserError(
+            f"{folder}: prompt_embeddings are {shape} and the model's width is {config.width}"
+        )
+    adapters: dict[str, Any] = {"embed": {"prompt": prompt}}
+    score = file.take(_SCORE)
+    if score is not None:
+        adapters["score"] = {"kernel": score}
+    return LoraConfig(prompt_tokens=len(prompt)), adapters
 
 
-# What may differ between the model that adapters were trained on and the one they are put on.
-_FREE: dict[str, Any] = dict(
+class _ModuleAdapter(NamedTuple):
+    """PEFT's adapter of one module. a [r, in]; b [out, r], scaled; magnitude [out, 1] with DoRA."""
+
+    number: int  # of the module among those of our layer
+    a: np.ndarray
+    b: np.ndarray
+    magnitude: np.ndarray | None
+
+
+def _read_layer(config: ModelConfig, file: _AdapterFile, layer: _Layer) -> dict[str, np.ndarray]:
+    """lora_a, lora_b (scaled) and lora_m of one of our layers, [L, ...]; empty without an adapter.
+
+    Blocks may have other ranks, or none: lower ones are filled up with zeros.
+    """
+    nothing = np.zeros((1, *layer.out_shape), np.float32)
+    sizes = [len(part) for part in _split_outputs(config, layer, nothing)]
+    blocks = []
+    for number in range(config.layers):
+        modules = []
+        for index, name in enumerate(layer.modules(number)):
+            module = _read_module(file, index, name, math.prod(layer.in_shape), sizes[index])
+            if module is not None:
+                modules.append(module)
+        blocks.append(_join_modules(config, layer, modules, sizes))
+    if not any(blocks):
+        return {}
+    with_dora = ["lora_m" in block for block in blocks]
+    if any(with_dora) and not all(with_dora):
+        raise UserError(_PARTIAL_DORA)
+    rank = max(block["lora_a"].shape[-1] for block in blocks if block)
+    no_adapter = {
+        "lora_a": np.zeros((*layer.in_shape, 0), np.float32),
+        "lora_b": np.zeros((0, *layer.out_shape), np.float32),
+    }
+    padded = [_pad_rank(block or no_adapter, rank) for block in blocks]
+    return {leaf: np.stack([block[leaf] for block in padded]) for leaf in padded[0]}
+
+
+def _read_module(
+    file: _AdapterFile, number: int, name: str, in_size: int, out_size: int
+) -> _ModuleAdapter | None:
+    """The adapter of the module `name`, or None where the file has none. Raises UserError."""
+    a_name, b_name = (f"{_PREFIX}{name}.lora_{x}.weight" for x in "AB")
+    if file.look(a_name) is None or file.look(b_name) is None:
+        return None
+    a, b = file.take(a_name), file.take(b_name)
+    assert a is not None and b is not None  # they were there a line ago
+    if a.shape != (b.shape[1], in_size) or b.shape[0] != out_size:
+        raise UserError(
+            f"{_PREFIX}{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} "
+            f"do not fit a layer of {in_size} to {out_size}"
+        )
+    magnitude = file.take(f"{_PREFIX}{name}.lora_magnitude_vector")
+    if magnitude is not None:
+        magnitude = magnitude.reshape(-1, 1)
+    return _ModuleAdapter(number, a, b * _scale(file.config, name, len(a)), magnitude)
+
+
+def _scale(peft_config: Mapping[str, Any], module: str, rank: int) -> float:
+    """What B A of a module is multiplied by: alpha / r, or alpha / sqrt(r) (rank-stabilised).
+
+    A module has its own alpha where `alpha_pattern` names one.
+    """
+    alpha = peft_config.get("lora_alpha", 8)
+    for pattern, own_alpha in (peft_config.get("alpha_pattern") or {}).items():
+        try:
+            matches = re.fullmatch(rf"(.*\.)?({pattern})", module)
+        except re.error as error:
+            raise UserError(
+                f"{CONFIG}: alpha_pattern is no table of regular expressions: {error}"
+            ) from None
+        if matches:
+            alpha = own_alpha
+            break
+    return alpha / (math.sqrt(rank) if peft_config.get("use_rslora") else rank)
+
+
+def _join_modules(
+    config: ModelConfig, layer: _Layer, modules: list[_ModuleAdapter], sizes: list[int]
+) -> dict[str, np.ndarray]:
+    """Our adapter of one block's layer, of those of its modules; empty without any.
+
+    sizes: outputs of every module, also of those without an adapter.
+    """
+    if not modules:
+        return {}
+
+    def outputs(with_b: list[_ModuleAdapter]) -> np.ndarray:
+        """lora_b with the rows of these modules, and zeros elsewhere."""
+        rank = with_b[0].b.shape[1]
+        parts = [np.zeros((size, rank), np.float32) for size in sizes]
+        for module in with_b:
+            parts[module.number] = module.b
+        return _join_outputs(config, layer, parts)
+
+    first = modules[0].a
+    if all(np.array_equal(module.a, first) for module in modules):
+        a, lora_b = first, outputs(modules)
+    else:  # block-diagonal: each module's rows use its own A
+        a = np.concatenate([module.a for module in modules])
+        lora_b = np.concatenate([outputs([module]) for module in modules])
+    joined = {"lora_a": np.ascontiguousarray(a.T).reshape(*layer.in_shape, -1), "lora_b": lora_b}
+    magnitudes = [module.magnitude for module in modules if module.magnitude is not None]
+    if magnitudes:
+        if len(magnitudes) < len(sizes):
+            raise UserError(_PARTIAL_DORA)
+        joined["lora_m"] = _join_outputs(config, layer, magnitudes)[0]
+    return joined
+
+
+def _pad_rank(adapter: dict[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
+    """The adapter with zeros up to a common rank."""
+    a, b = adapter["lora_a"], adapter["lora_b"]
+    missing = rank - len(b)
+    return {
+        **adapter,
+        "lora_a": np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)]),
+        "lora_b": np.pad(b, [(0, missing)] + [(0, 0)] * (b.ndim - 1)),
+    }
+
+
+# Adapters of either kind
+
+# What may differ between the model that adapters were trained on and the one that gets them.
+_MAY_DIFFER: dict[str, Any] = dict(
     labels=(),
     dropout=0.0,
     dtype="float32",
@@ -212,120 +393,32 @@ _FREE: dict[str, Any] = dict(
 )
 
 
+def find(path: Path, config: ModelConfig) -> tuple[LoraConfig, Any, str]:
+    """(settings, adapters, chat template or "") of a run's workdir or of a PEFT folder.
+
+    Raises UserError where they are not for a model of this config.
+    """
+    if (path / CONFIG).is_file():
+        settings, adapters = read_adapter(path, config)
+        file = path / TEMPLATE
+        template = decode(file.read_bytes(), str(file)) if file.is_file() else ""
+        return settings, adapters, template
+    from gptjax.checkpoints.workdir import load_run  # orbax takes a second to import
+
+    run_config, adapters, tokenizer, _ = load_run(path)
+    if not run_config.lora.on:
+        raise UserError(f"{path} trained all weights and no adapters: load it by itself")
+    trained_on = dataclasses.replace(run_config.model, **_MAY_DIFFER)
+    adapted = dataclasses.replace(config, **_MAY_DIFFER)
+    if trained_on != adapted:
+        names = [field.name for field in dataclasses.fields(adapted)]
+        different = [name for name in names if getattr(trained_on, name) != getattr(adapted, name)]
+        raise UserError(f"{path} adapts another model: {', '.join(different)} differ")
+    return run_config.lora, adapters, tokenizer.chat_template
+
+
 def labels_of(path: Path, count: int) -> tuple[str, ...]:
-    """Names of the classes of a run's head; PEFT's files keep none."""
+    """Names of the classes of a run's head; PEFT's files have none."""
     if (path / CONFIG).is_file():
         return tuple(f"LABEL_{i}" for i in range(count))
     return tuple(json.loads((path / "config.json").read_text(encoding="utf-8"))["model"]["labels"])
-
-
-def _scale(raw: Mapping[str, Any], name: str, rank: int) -> float:
-    """What a module's B A is multiplied by: alpha / r, or alpha / sqrt(r), with its own alpha where a pattern names one."""
-    module = name.removeprefix(f"{_HEAD}model.")
-    try:
-        alpha = next(
-            (
-                v
-                for key, v in (raw.get("alpha_pattern") or {}).items()
-                if re.fullmatch(rf"(.*\.)?({key})", module)
-            ),
-            raw.get("lora_alpha", 8),
-        )
-    except re.error as error:
-        raise UserError(
-            f"{CONFIG}: alpha_pattern is no table of regular expressions: {error}"
-        ) from None
-    return alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
-
-
-def _read_layer(
-    c: ModelConfig,
-    raw: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    path: str,
-    row: TensorMap,
-    shape: tuple[int, ...],
-    used: set[str],
-) -> dict[str, np.ndarray]:
-    """lora_a, lora_b (scaled) and lora_m of one of our layers, [L, ...]; nothing where the file has none of its parts."""
-    inputs = quantize.input_axes(path)
-    ins, outs = shape[:inputs], shape[inputs:]
-    sizes = [part.shape[0] for part in _parts(c, row, np.zeros((1, *outs), np.float32), inputs)]
-    each: list[dict[str, np.ndarray]] = []
-    for layer in range(c.layers):
-        names = [
-            f"{_HEAD}model.{theirs.format(layer).removesuffix('.weight')}" for theirs in row.theirs
-        ]
-        pairs, lengths = [], []
-        for k, name in enumerate(names):
-            a, b = (tensors.get(f"{name}.lora_{x}.weight") for x in "AB")
-            if a is None or b is None:
-                continue
-            if a.shape != (b.shape[1], math.prod(ins)) or b.shape[0] != sizes[k]:
-                raise UserError(
-                    f"{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit a layer of {math.prod(ins)} to {sizes[k]}"
-                )
-            pairs.append(
-                (k, a.astype(np.float32), b.astype(np.float32) * _scale(raw, name, len(a)))
-            )
-            used |= {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
-            if (length := tensors.get(f"{name}.lora_magnitude_vector")) is not None:
-                lengths.append(length.reshape(-1, 1).astype(np.float32))
-                used.add(f"{name}.lora_magnitude_vector")
-        each.append(_join(c, row, pairs, lengths, sizes, ins, outs, inputs))
-    if not any(each):
-        return {}
-    rank = max(one["lora_a"].shape[-1] for one in each if one)
-    empty = {
-        "lora_a": np.zeros((*ins, rank), np.float32),
-        "lora_b": np.zeros((rank, *outs), np.float32),
-    }
-    if any("lora_m" in one for one in each) and not all("lora_m" in one for one in each):
-        raise UserError(_PARTS_OF_DORA)
-    filled = [one or empty for one in each]
-    return {leaf: np.stack([_grown(one[leaf], leaf, rank) for one in filled]) for leaf in filled[0]}
-
-
-def _grown(array: np.ndarray, leaf: str, rank: int) -> np.ndarray:
-    """With zeros up to the common rank."""
-    if leaf == "lora_m":
-        return array
-    axis = array.ndim - 1 if leaf == "lora_a" else 0
-    return np.pad(
-        array, [(0, rank - array.shape[axis] if i == axis else 0) for i in range(array.ndim)]
-    )
-
-
-def _join(
-    c: ModelConfig,
-    row: TensorMap,
-    pairs: list[tuple[int, np.ndarray, np.ndarray]],
-    lengths: list[np.ndarray],
-    sizes: list[int],
-    ins: tuple[int, ...],
-    outs: tuple[int, ...],
-    inputs: int,
-) -> dict[str, np.ndarray]:
-    """Our adapter of one layer from the (part, A [r, in], B [out, r]) of theirs; lengths: DoRA's magnitudes [out, 1] of every part."""
-    if not pairs:
-        return {}
-
-    def ours(parts: dict[int, np.ndarray], rank: int) -> np.ndarray:
-        whole = [parts.get(k, np.zeros((size, rank), np.float32)) for k, size in enumerate(sizes)]
-        one = [1] * (inputs - 1)
-        return row.load(c, (rank, *one, *outs), *(p.T if _conv(c) else p for p in whole)).reshape(
-            rank, *outs
-        )
-
-    first = pairs[0][1]
-    if all(np.array_equal(a, first) for _, a, _ in pairs):
-        a_all, b_all = first, ours({k: b for k, _, b in pairs}, len(first))
-    else:
-        a_all = np.concatenate([a for _, a, _ in pairs])
-        b_all = np.concatenate([ours({k: b}, len(a)) for k, a, b in pairs])
-    found = {"lora_a": np.ascontiguousarray(a_all.T).reshape(*ins, -1), "lora_b": b_all}
-    if lengths:
-        if len(lengths) < len(sizes):
-            raise UserError(_PARTS_OF_DORA)
-        found["lora_m"] = ours(dict(enumerate(lengths)), 1)[0]
-    return found

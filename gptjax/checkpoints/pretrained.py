@@ -1,4 +1,8 @@
-"""TODO docstring."""
+"""Any checkpoint, opened: a workdir, a Hugging Face folder or name, or a GGUF file.
+
+`open_checkpoint` reads what is small and leaves the weights in their files; `read_checkpoint` reads
+all. Both give a `Pretrained`, the only form that the rest of the package sees.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,13 @@ from gptjax.tokenizer.pretrained import FILES, PretrainedTokenizer
 
 @dataclasses.dataclass
 class Pretrained:
-    """What every checkpoint becomes. params: nested dict of host arrays, or `transfer.Stored` where they are yet to be read; dtype: the one that it
-    was stored in; generation: what its generation_config.json says; keep: ids of special tokens from its config.json."""
+    """What every checkpoint becomes.
+
+    params: nested dict of host arrays, or `safetensors.LazyParams` where they are yet to be read.
+    dtype: the one that they are stored in.
+    generation: what its generation_config.json says.
+    keep: ids of special tokens from its config.json, which an export writes again.
+    """
 
     config: ModelConfig
     params: Any
@@ -34,164 +43,169 @@ class Pretrained:
 
 
 def read_checkpoint(path: str | Path, *, dtype: str = "float32") -> Pretrained:
-    """The checkpoint at `path`. dtype: of the parameters in memory; "" keeps the stored one. Raises UserError with one clear message."""
-    found = open_checkpoint(path)
-    if isinstance(found.params, safetensors.LazyParams):
-        return dataclasses.replace(found, params=found.params.params(dtype))
-    return (
-        dataclasses.replace(found, params=jax.tree.map(lambda p: p.astype(dtype), found.params))
-        if dtype
-        else found
-    )
+    """The checkpoint at `path`, its parameters in memory in `dtype` ("" keeps the stored one).
+
+    Raises UserError with one clear message that names the checkpoint.
+    """
+    checkpoint = open_checkpoint(path)
+    params = checkpoint.params
+    if isinstance(params, safetensors.LazyParams):
+        params = params.params(dtype)
+    elif dtype:
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
+    return dataclasses.replace(checkpoint, params=params)
 
 
 def open_checkpoint(path: str | Path) -> Pretrained:
-    """The checkpoint at `path`, its parameters yet to be read (`transfer.Stored`) unless it is a run. Raises UserError."""
+    """The checkpoint at `path`, its parameters yet to be read unless it is a run.
+
+    path: a workdir, a step's folder in it, a Hugging Face folder or repository, or a GGUF file.
+    Raises UserError.
+    """
     place = Path(path).expanduser()
     if not place.exists():
-        return open_checkpoint(_from_hub(str(path)))
+        return open_checkpoint(_download(str(path)))
     try:
-        with mapping.named(place):
+        with mapping.naming(place):
             if place.suffix == ".gguf" or place.is_file():
                 return _open_gguf(files.require_regular_file(place))
-            if (place / "config.json").exists() and "model_type" in files.read_json(
-                place / "config.json"
-            ):
+            config_file = place / "config.json"
+            if config_file.exists() and "model_type" in files.read_json(config_file):
                 return _open_hf(place)
-            from gptjax.checkpoints.workdir import (
-                load_run,
-            )  # orbax takes a second to import, and only runs of our own need it
-
-            config, params, tokenizer, base = load_run(place)
-            if config.lora.on:
-                return _with_adapter(config, params, tokenizer, base=base)
+            return _open_run(place)
     except RecursionError:
         raise UserError(
             f"{place}: a JSON file in it is nested too deeply to be one of a checkpoint"
         ) from None
-    return Pretrained(
-        config.model, jax.tree.map(np.asarray, params), tokenizer, keep=_special_ids({}, tokenizer)
-    )
 
 
-_DIGEST = "sampled:"  # a run of before it is not compared
+def _open_run(path: Path) -> Pretrained:
+    # orbax takes a second to import, and only runs of our own need it
+    from gptjax.checkpoints.workdir import load_run
+
+    run = load_run(path)
+    if run.config.lora.on:
+        return _with_adapter(run.config, run.params, run.tokenizer, base=run.base)
+    params = jax.tree.map(np.asarray, run.params)
+    return Pretrained(run.config.model, params, run.tokenizer, keep=_special_ids({}, run.tokenizer))
 
 
-_HEADS = (
-    "score",
-    "head",
-    "embed/positions",
-    "embed/prompt",
-)  # what a run may cut, replace or train on beside its adapters
+# Begins a digest; a run of before there was one is not compared.
+_DIGEST = "sampled:"
+
+# What a run with adapters may cut, replace or train too: no adapter multiplies these.
+_TRAINED_WITH_ADAPTERS = ("score", "head", "embed/positions", "embed/prompt")
 
 
 def params_digest(params: Any) -> str:
-    """A hash of every matrix that adapters may stand on: its path, its shape and up to 65,536 of its numbers, evenly spread."""
+    """A hash of every matrix that adapters may be trained on.
+
+    Of each: its path, its shape and up to 65,536 of its numbers, evenly spread.
+    """
     result = hashlib.sha256()
     for path, leaf in sorted(tree.flatten(params).items()):
-        if not path.startswith(_HEADS):
-            sample = np.asarray(leaf).reshape(-1)[:: max(1, -(-leaf.size // 65536))]
-            result.update(
-                f"{path} {leaf.shape}".encode() + np.ascontiguousarray(sample, np.float32).tobytes()
-            )
+        if path.startswith(_TRAINED_WITH_ADAPTERS):
+            continue
+        stride = max(1, -(-leaf.size // 65536))
+        sample = np.ascontiguousarray(np.asarray(leaf).reshape(-1)[::stride], np.float32)
+        result.update(f"{path} {leaf.shape}".encode() + sample.tobytes())
     return _DIGEST + result.hexdigest()
 
 
 def _with_adapter(config: Config, trained: Any, tokenizer: Tokenizer, *, base: str) -> Pretrained:
-    """A run's adapters merged into the checkpoint that they were trained on, whose digest was `base`; its tokenizer may know a chat template more."""
-    found = read_checkpoint(config.train.init_from)
-    if base.startswith(_DIGEST) and params_digest(found.params) != base:
+    """A run's adapters, merged into the checkpoint that they were trained on.
+
+    base: that checkpoint's `params_digest`. The run's tokenizer may have one chat template more.
+    """
+    checkpoint = read_checkpoint(config.train.init_from)
+    if base.startswith(_DIGEST) and params_digest(checkpoint.params) != base:
         raise UserError(
-            f"the adapters were trained on other weights than {config.train.init_from} holds now: restore the checkpoint that was there"
+            f"the adapters were trained on other weights than {config.train.init_from} "
+            "holds now: restore the checkpoint that was there"
         )
-    found.params.pop("score", None)
+    checkpoint.params.pop("score", None)
     if config.model.labels:
-        found.params.pop("head", None)
-    merged = jax.tree.map(np.asarray, lora.merge(config.lora, found.params, trained))
+        checkpoint.params.pop("head", None)
+    merged = jax.tree.map(np.asarray, lora.merge(config.lora, checkpoint.params, trained))
     changed = dataclasses.replace(
-        found.config, labels=config.model.labels, dropout=config.model.dropout
+        checkpoint.config, labels=config.model.labels, dropout=config.model.dropout
     )
     return dataclasses.replace(
-        found, config=changed, params=merged, tokenizer=tokenizer, dtype="float32"
+        checkpoint, config=changed, params=merged, tokenizer=tokenizer, dtype="float32"
     )
 
 
-def _from_hub(name: str) -> Path:
-    """A repository's name, where the hub package and a network exist."""
+def _download(name: str) -> Path:
+    """The folder of a Hugging Face repository, where the hub's package and a network exist."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such file or folder")
     try:
         import huggingface_hub
     except ImportError:
         raise UserError(
-            f"{name}: no such folder; to fetch it from the Hugging Face hub, pip install 'gptjax[hub]'"
+            f"{name}: no such folder; to fetch it from the Hugging Face hub, "
+            "pip install 'gptjax[hub]'"
         ) from None
+    patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
     try:
-        wanted = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # network, name, permission: whatever the package raises
-        raise UserError(
-            f"{name}: no such folder here, and the hub gave none: {str(error).splitlines()[0][:150]}"
-        ) from None
+        reason = str(error).splitlines()[0][:150]
+        raise UserError(f"{name}: no such folder here, and the hub gave none: {reason}") from None
 
 
 def _open_gguf(path: Path) -> Pretrained:
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"{path} is neither a folder nor a GGUF file")
-    raw, found, get, tokenizer = gguf.read_gguf(path)
-    c = huggingface.read_config(raw)
-    _check_vocabulary(c, tokenizer)
-    return Pretrained(
-        c,
-        safetensors.LazyParams(path, c, raw["model_type"], found, get),
-        tokenizer,
-        keep=_special_ids({}, tokenizer),
-    )
+    contents = gguf.read_gguf(path)
+    _check_vocabulary(contents.config, contents.tokenizer)
+    params = safetensors.LazyParams(path, contents.config, contents.family, contents.tensors)
+    keep = _special_ids({}, contents.tokenizer)
+    return Pretrained(contents.config, params, contents.tokenizer, keep=keep)
 
 
 def _open_hf(folder: Path) -> Pretrained:
     raw = files.read_json(folder / "config.json")
-    c = huggingface.read_config(raw)
-    generation = (
-        files.read_json(folder / "generation_config.json")
-        if (folder / "generation_config.json").exists()
-        else {}
-    )
-    stops = generation.get("eos_token_id", raw.get("eos_token_id"))
-    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-    if not all(isinstance(i, int) for i in stops):
-        raise UserError(f"{folder}: eos_token_id = {stops!r} holds what is no token id")
+    config = huggingface.read_config(raw)
+    generation_file = folder / "generation_config.json"
+    generation = files.read_json(generation_file) if generation_file.exists() else {}
+    eos_ids = generation.get("eos_token_id", raw.get("eos_token_id"))
+    if eos_ids is None:
+        eos_ids = []
+    elif not isinstance(eos_ids, list):
+        eos_ids = [eos_ids]
+    if not all(isinstance(i, int) for i in eos_ids):
+        raise UserError(f"{folder}: eos_token_id = {eos_ids!r} holds what is no token id")
     for name in FILES:
         if (folder / name).exists():
             files.require_regular_file(folder / name)
-    found, get, stored = safetensors.open_tensors(folder)
-    params = safetensors.LazyParams(folder, c, raw["model_type"], found, get)
+    tensors = safetensors.open_tensors(folder)
+    family = huggingface.FAMILIES[raw["model_type"]]
+    params = safetensors.LazyParams(folder, config, family, tensors)
     try:
-        tokenizer = PretrainedTokenizer.from_folder(folder, stops)
+        tokenizer = PretrainedTokenizer.from_folder(folder, eos_ids)
     except UnicodeDecodeError as error:
         raise UserError(f"{folder}: a tokenizer file is no UTF-8: {error}") from None
-    _check_vocabulary(c, tokenizer)
-    return Pretrained(c, params, tokenizer, stored, generation, _special_ids(raw, tokenizer))
+    _check_vocabulary(config, tokenizer)
+    keep = _special_ids(raw, tokenizer)
+    return Pretrained(config, params, tokenizer, tensors.dtype, generation, keep)
 
 
 def _special_ids(raw: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    kept = {
-        key: raw[key]
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if raw.get(key) is not None
-    }
-    if "eos_token_id" not in kept and tokenizer:
-        stops = list(tokenizer.ends)
-        kept |= {
-            "eos_token_id": stops if len(stops) > 1 else stops[0],
-            "bos_token_id": (tokenizer.prefix or (tokenizer.eot,))[0],
-        }
-    return kept
+    """Ids of special tokens in config.json, or the tokenizer's where that names no end of text."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: raw[name] for name in names if raw.get(name) is not None}
+    if "eos_token_id" not in ids and tokenizer:
+        eos_ids = list(tokenizer.ends)
+        ids["eos_token_id"] = eos_ids if len(eos_ids) > 1 else eos_ids[0]
+        ids["bos_token_id"] = (tokenizer.prefix or (tokenizer.eot,))[0]
+    return ids
 
 
-def _check_vocabulary(c: ModelConfig, tokenizer: Tokenizer | None) -> None:
-    if tokenizer and tokenizer.vocab_size > c.vocab_size:
+def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model {c.vocab_size:,}: they do not belong together"
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model "
+            f"{config.vocab_size:,}: they do not belong together"
         )

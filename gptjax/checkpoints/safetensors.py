@@ -1,23 +1,30 @@
-"""TODO docstring."""
+"""Weights in files, read when they are asked for (`LazyParams`), and safetensors files written.
+
+In goes a folder with safetensors, or with the msgpack of transformers 4's Flax models; out come
+the parameters of `model/`, by the maps of a family. gguf.py gives its tensors the same form.
+Pickles (`.bin`, `.pt`) are never read: they can run code.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import json
 import math
 import mmap
 import os
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from gptjax.checkpoints import huggingface
-from gptjax.checkpoints.mapping import foreign_tensors, named
+from gptjax.checkpoints.families.common import Family
+from gptjax.checkpoints.mapping import Shape, WritableTensor, hf_tensors, naming
 from gptjax.checkpoints.tensor_map import TensorMap
 from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
@@ -25,10 +32,11 @@ from gptjax.core import cli, files, tree
 from gptjax.core.tree import nested
 from gptjax.model.init import kernel_shapes
 
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
+# Names of dtypes in safetensors: NumPy's. Weights are stored in these ...
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-
-_LAZY = DTYPES | {
+# ... and a tensor in one of these is read, to be refused by name or ignored as a buffer.
+_READABLE = DTYPES | {
     "F64": "float64",
     "I64": "int64",
     "I32": "int32",
@@ -38,60 +46,92 @@ _LAZY = DTYPES | {
     "BOOL": "bool",
 }
 
+# Heads that files carry and that a tied model, or a classifier, does not use.
+_UNUSED_HEADS = frozenset({"lm_head.weight", "embed_out.weight"})
 
-def _matched(
-    c: ModelConfig, kind: str, found: Mapping[str, tuple[int, ...]]
-) -> dict[int | None, list[tuple[TensorMap, list[str]]]]:
-    """{layer: [(row, names in the file)]}, None for what is in no layer. Raises one UserError that lists all that is missing, extra or of another shape."""
-    family = huggingface.FAMILIES[kind]
-    if c.layers > len(found):  # before their names are spelled out: a damaged number can be huge
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensors:
+    """The tensors of a checkpoint's files.
+
+    shapes: {name: shape}. read: name -> array, which may be a view of the file. dtype: the one
+    that most tensors are stored in, a value of `DTYPES`.
+    """
+
+    shapes: dict[str, Shape]
+    read: Callable[[str], np.ndarray]
+    dtype: str = "float32"
+
+
+class _Source(NamedTuple):
+    """One parameter and the tensors of the files that hold it, under the files' own names."""
+
+    tensor_map: TensorMap
+    names: list[str]
+
+
+def _match_tensors(
+    config: ModelConfig, family: Family, stored: dict[str, Shape]
+) -> dict[int | None, list[_Source]]:
+    """{layer: what its parameters are read from}; None: those that are in no layer.
+
+    Raises one UserError that lists all that is missing, extra or of another shape.
+    """
+    # before names are spelled out: a damaged number of layers can be huge
+    if config.layers > len(stored):
         raise UserError(
-            f"config.json names {c.layers:,} layers and the file holds {len(found):,} tensors"
+            f"config.json names {config.layers:,} layers and the file holds {len(stored):,} tensors"
         )
-    bare = not any(name.startswith(family.prefix) for name in found)
-    expected: dict[str, tuple[int, ...]] = {}
-    result: dict[int | None, list[tuple[TensorMap, list[str]]]] = {}
-    for row, layer, tensors in foreign_tensors(c, kind):
-        names = [name.removeprefix(family.prefix) if bare else name for name, _ in tensors]
-        expected |= zip(names, (shape for _, shape in tensors), strict=True)
-        result.setdefault(layer, []).append((row, names))
-    ignored = {"lm_head.weight", "embed_out.weight"} if c.tie_embeddings or c.labels else set()
-    faults = [f"missing {name}" for name in expected if name not in found]
-    faults += [
-        f"extra {name}"
-        for name in found
-        if name not in expected and name not in ignored and not huggingface.BUFFERS.fullmatch(name)
-    ]
-    faults += [
-        f"{name} is {list(found[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if found.get(name, shape) != shape
-    ]
-    if faults:
-        shown = "\n  ".join(faults[:4] if len(faults) > 5 else faults)
+    # files that hold the decoder without a head leave the prefix out
+    has_prefix = any(name.startswith(family.prefix) for name in stored)
+    expected: dict[str, Shape] = {}
+    sources: dict[int | None, list[_Source]] = {}
+    for tensor_map, layer, shapes in hf_tensors(config, family):
+        if not has_prefix:
+            shapes = {name.removeprefix(family.prefix): s for name, s in shapes.items()}
+        expected |= shapes
+        sources.setdefault(layer, []).append(_Source(tensor_map, list(shapes)))
+    ignored = _UNUSED_HEADS if config.tie_embeddings or config.labels else frozenset()
+    if faults := _differences(expected, stored, ignored):
+        listed = "\n  ".join(faults[:4] if len(faults) > 5 else faults)
         raise UserError(
-            f"{len(faults)} tensors do not fit a {kind} model of this config.json:\n  {shown}"
+            f"{len(faults)} tensors do not fit a {family.model_type} model of this config.json:"
+            f"\n  {listed}"
         )
-    return result
+    return sources
+
+
+def _differences(
+    expected: dict[str, Shape], stored: dict[str, Shape], ignored: frozenset[str]
+) -> list[str]:
+    """A line for each tensor that is missing, extra or of another shape."""
+    missing = [f"missing {name}" for name in expected if name not in stored]
+    extra = []
+    for name in stored:
+        is_buffer = huggingface.BUFFERS.fullmatch(name)
+        if name not in expected and name not in ignored and not is_buffer:
+            extra.append(f"extra {name}")
+    other_shapes = []
+    for name, shape in expected.items():
+        if stored.get(name, shape) != shape:
+            other_shapes.append(f"{name} is {list(stored[name])} instead of {list(shape)}")
+    return missing + extra + other_shapes
 
 
 class LazyParams:
-    """The parameters of a checkpoint that are yet to be read from its files, a layer at a time or all at once.
+    """The parameters of a checkpoint that are yet to be read, a layer at a time or all at once.
 
-    place: its folder or file; found: {name in the file: shape}; get(name): the array. Raises UserError for what does not fit, and when read for what is
-    not finite, or where a file has changed since."""
+    path: its folder or file; tensors: what it holds. Raises UserError for what does not fit, and
+    when read for numbers that are not finite, or where a file has changed since.
+    """
 
-    def __init__(
-        self,
-        place: Path,
-        c: ModelConfig,
-        kind: str,
-        found: Mapping[str, tuple[int, ...]],
-        get: Callable[[str], np.ndarray],
-    ):
-        self._place, self._config, self._get = place, c, get
-        self._tensors, self._shapes, self._ended = _matched(c, kind, found), kernel_shapes(c), False
-        paths = place.absolute().glob("*.safetensors") if place.is_dir() else [place.absolute()]
+    def __init__(self, path: Path, config: ModelConfig, family: Family, tensors: StoredTensors):
+        self._path, self._config, self._tensors = path, config, tensors
+        self._sources = _match_tensors(config, family, tensors.shapes)
+        self._shapes = kernel_shapes(config)
+        self._ended = False
+        path = path.absolute()
+        paths = path.glob("*.safetensors") if path.is_dir() else [path]
         self._stamps = {path: _stamp(path) for path in paths}
 
     def end(self) -> None:
@@ -99,59 +139,66 @@ class LazyParams:
         self._ended = True
 
     def part(self, layer: int | None) -> dict[str, Any]:
-        """Nested dict of one layer's parameters as stored, views of the file where its order is ours; or with None of those in no layer, JAX arrays."""
+        """One layer's parameters as stored, as a nested dict; with None, those in no layer.
+
+        Those of a layer are views of the file where its order is ours; the others JAX arrays.
+        """
         flat: dict[str, Any] = {}
-        for row, names in self._tensors[layer]:
-            ours = self._load(row, names)
-            if (
-                layer is None
-            ):  # copied once, with our padding of the vocabulary: JAX takes these pages as they are
-                own = _zeros(self._shapes[row.ours], ours.dtype)
-                own[: len(ours)] = ours
-                ours = jax.device_put(own)
-            flat[row.ours.removeprefix("blocks/")] = ours
+        for tensor_map, names in self._sources[layer]:
+            param: Any = self._load(tensor_map, names)
+            if layer is None:
+                # copied once, with the padding of the vocabulary: JAX takes these pages as they are
+                padded = _zeros(self._shapes[tensor_map.param_path], param.dtype)
+                padded[: len(param)] = param
+                param = jax.device_put(padded)
+            flat[tensor_map.param_path.removeprefix("blocks/")] = param
         return nested(flat)
 
     def params(self, dtype: str = "float32") -> dict[str, Any]:
-        """Our parameters, blocks stacked on axis 0: each tensor is read once and written into its place. dtype "": as stored."""
+        """All parameters, blocks stacked on axis 0: each tensor is read once, into its place.
+
+        dtype: of the result; "" keeps the stored one.
+        """
         flat: dict[str, np.ndarray] = {}
+        lock = threading.Lock()
 
-        def put(item: tuple[int | None, TensorMap, list[str]]) -> None:
-            layer, row, names = item
-            ours, shape = self._load(row, names), self._shapes[row.ours]
+        def read_into_place(layer: int | None, source: _Source) -> None:
+            tensor_map, names = source
+            path = tensor_map.param_path
+            param = self._load(tensor_map, names)
             with lock:
-                if row.ours not in flat:
-                    kept = ours.dtype if not dtype else jax.numpy.dtype(dtype)
-                    flat[row.ours] = _zeros(
-                        shape if layer is None else (self._config.layers, *shape), kept
-                    )
-            place = flat[row.ours] if layer is None else flat[row.ours][layer]
-            place[: len(ours)] = ours
+                if path not in flat:
+                    shape = self._shapes[path]
+                    full = shape if layer is None else (self._config.layers, *shape)
+                    flat[path] = _zeros(full, jax.numpy.dtype(dtype) if dtype else param.dtype)
+            target = flat[path] if layer is None else flat[path][layer]
+            target[: len(param)] = param
 
-        lock, items = (
-            threading.Lock(),
-            [(layer, *one) for layer, many in self._tensors.items() for one in many],
-        )
-        with concurrent.futures.ThreadPoolExecutor(
-            min(4, os.cpu_count() or 1)
-        ) as pool:  # NumPy copies and checks without the interpreter's lock
-            list(pool.map(put, items))  # raises what `put` raised
+        jobs = []
+        for layer, sources in self._sources.items():
+            jobs += [(layer, source) for source in sources]
+        # NumPy copies and checks without the interpreter's lock, so threads help
+        with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            for _ in pool.map(lambda job: read_into_place(*job), jobs):
+                pass  # raises what a thread raised
         return nested(flat)
 
-    def _load(self, row: TensorMap, names: list[str]) -> np.ndarray:
-        with named(self._place):
+    def _load(self, tensor_map: TensorMap, names: list[str]) -> np.ndarray:
+        """One parameter of one layer."""
+        with naming(self._path):
             if self._ended:
                 raise UserError("its reading was ended before all was read: load it again")
             if any(_stamp(path) != stamp for path, stamp in self._stamps.items()):
                 raise UserError(
                     "a file of it was changed or removed while it was in use: load it again"
                 )
-            arrays = [self._get(name) for name in names]
+            arrays = [self._tensors.read(name) for name in names]
             for name, array in zip(names, arrays, strict=True):
-                if array.dtype.kind not in "fV" or not _finite(array):
-                    what = "values that are not finite" if array.dtype.kind in "fV" else array.dtype
-                    raise UserError(f"{name} holds {what}: the file is damaged")
-            return row.load(self._config, self._shapes[row.ours], *arrays)
+                if array.dtype.kind not in "fV":  # V: bfloat16, which NumPy does not know
+                    raise UserError(f"{name} holds {array.dtype}: the file is damaged")
+                if not _is_finite(array):
+                    raise UserError(f"{name} holds values that are not finite: the file is damaged")
+            return tensor_map.from_hf(self._config, self._shapes[tensor_map.param_path], *arrays)
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -163,131 +210,142 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return info.st_ino, info.st_size, info.st_mtime_ns
 
 
-def _finite(array: np.ndarray) -> bool:
+def _is_finite(array: np.ndarray) -> bool:
     if array.dtype != np.float32:
         return bool(np.isfinite(array).all())
-    with np.errstate(
-        invalid="ignore"
-    ):  # by extremes: no array of booleans, which is a quarter of it; slow in 16 bits
+    # by extremes, which needs no array of booleans, a quarter of it; in 16 bits that is slow
+    with np.errstate(invalid="ignore"):
         return bool(np.isfinite(array.min(initial=0)) and np.isfinite(array.max(initial=0)))
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Zeros in whole pages of their own: JAX on a CPU uses memory at a multiple of 64 bytes as it is. Not NumPy's, which asks for huge pages where the
-    kernel leaves that to programs: a virtual machine may have to find each of those first (154 MB take 0.1 s in small ones, 0.03 to 0.6 s in huge ones)."""
+def _zeros(shape: Shape, dtype: Any) -> np.ndarray:
+    """Zeros in complete pages of their own: JAX on a CPU uses aligned memory without a copy.
+
+    Not NumPy's, which asks for huge pages where the kernel leaves that to programs: a virtual
+    machine may have to find each of those first (154 MB take 0.1 s in small pages, 0.03 to 0.6 s
+    in huge ones).
+    """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     pages = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(pages, np.uint8, size).view(dtype).reshape(shape)
 
 
-def read_safetensors(
-    paths: list[Path],
-) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
-    """({name: shape}, name -> array, stored dtype) of plain files that together hold a checkpoint. The library checks them; arrays are mapped one by
-    one, since all that it maps stays in memory until the last one is read. Raises UserError."""
+class _Extent(NamedTuple):
+    """Where a tensor lies: its file, the offset of its first byte, and its dtype's name."""
+
+    path: Path
+    start: int
+    dtype: str
+
+
+def read_safetensors(paths: list[Path]) -> StoredTensors:
+    """The tensors of files that together hold a checkpoint. Raises UserError.
+
+    The library checks the files. Arrays are mapped here, one by one, because all that the library
+    maps stays in memory until the last tensor is read.
+    """
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, tuple[int, ...]] = {}
-    where: dict[str, tuple[Path, int, str]] = {}
+    shapes: dict[str, Shape] = {}
+    extents: dict[str, _Extent] = {}
     for path in paths:
         try:
-            with safe_open(path, framework="np") as file, open(path, "rb") as raw:
+            with safe_open(path, framework="np") as checked, open(path, "rb") as raw:
                 (size,) = struct.unpack("<Q", raw.read(8))
                 header = json.loads(raw.read(size))
-                for name in file.keys():  # noqa: SIM118  (the handle is no dict)
-                    found[name] = tuple(header[name]["shape"])
-                    where[name] = (
-                        path.absolute(),
-                        8 + size + header[name]["data_offsets"][0],
-                        header[name]["dtype"],
-                    )
+                for name in checked.keys():  # noqa: SIM118  (the handle is no dict)
+                    entry = header[name]
+                    start = 8 + size + entry["data_offsets"][0]
+                    shapes[name] = tuple(entry["shape"])
+                    extents[name] = _Extent(path.absolute(), start, entry["dtype"])
         except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} is no whole safetensors file: {error}") from None
+            raise UserError(f"{path} is not a complete safetensors file: {error}") from None
 
-    def get(name: str) -> np.ndarray:
-        path, start, kind = where[name]
-        if kind not in _LAZY:
-            raise UserError(f"{name} is stored as {kind}; what is read is {', '.join(DTYPES)}")
-        dtype = np.dtype(jax.numpy.dtype(_LAZY[kind]))
-        size = math.prod(found[name]) * dtype.itemsize
+    def read(name: str) -> np.ndarray:
+        path, start, kind = extents[name]
+        if kind not in _READABLE:
+            raise UserError(f"{name} is stored as {kind}; supported: {', '.join(DTYPES)}")
+        dtype = np.dtype(jax.numpy.dtype(_READABLE[kind]))
+        size = math.prod(shapes[name]) * dtype.itemsize
         raw = np.memmap(path, np.uint8, "r", start, (size,)) if size else np.empty(0, np.uint8)
-        return np.asarray(raw).view(dtype).reshape(found[name])
+        return np.asarray(raw).view(dtype).reshape(shapes[name])
 
-    dtypes = [kind for _, _, kind in where.values()]
-    return found, get, DTYPES.get(max(set(dtypes), key=dtypes.count, default="F32"), "float32")
+    kinds = [extent.dtype for extent in extents.values()]
+    usual = max(set(kinds), key=kinds.count, default="F32")
+    return StoredTensors(shapes, read, DTYPES.get(usual, "float32"))
 
 
-def open_tensors(
-    folder: Path,
-) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
-    """({name: shape}, name -> array, stored dtype) of the weights in a Hugging Face folder."""
-    if (folder / "model.safetensors").exists():
-        return read_safetensors([files.require_regular_file(folder / "model.safetensors")])
-    if (index := folder / "model.safetensors.index.json").exists():
-        places = files.read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not all(
-            isinstance(name, str) for name in places.values()
-        ):
-            raise UserError(f"{index} has no weight_map of names to files")
-        if outside := [
-            name for name in places.values() if Path(name).name != name or name in ("..", ".")
-        ]:
-            raise UserError(
-                f"{index} names {outside[0]!r}, which is outside the checkpoint's folder"
-            )
-        return read_safetensors(
-            [files.require_regular_file(folder / name) for name in sorted(set(places.values()))]
-        )
+def open_tensors(folder: Path) -> StoredTensors:
+    """The weights in a Hugging Face folder. Raises UserError where there are none to be read."""
+    single = folder / "model.safetensors"
+    if single.exists():
+        return read_safetensors([files.require_regular_file(single)])
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return read_safetensors(_indexed_files(index))
     if (folder / "flax_model.msgpack").exists():
-        return _msgpack(folder / "flax_model.msgpack")
+        return _read_msgpack(folder / "flax_model.msgpack")
     if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
         raise UserError(
             f"{pickles[0]} is a pickle, which can run code when it is read, so it is not read.\n"
-            "Convert it where you trust it: transformers' AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors."
+            "Convert it where you trust it: transformers' "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors."
         )
     raise UserError(
-        f"{folder} has a config.json and no weights: no model.safetensors, no index, no flax_model.msgpack"
+        f"{folder} has a config.json and no weights: "
+        "no model.safetensors, no index, no flax_model.msgpack"
     )
 
 
-def _msgpack(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], str]:
+def _indexed_files(index: Path) -> list[Path]:
+    """The files that an index names, all in its own folder."""
+    weight_map = files.read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise UserError(f"{index} has no weight_map of names to files")
+    for name in weight_map.values():
+        if Path(name).name != name or name in ("..", "."):
+            raise UserError(f"{index} names {name!r}, which is outside the checkpoint's folder")
+    names = sorted(set(weight_map.values()))
+    return [files.require_regular_file(index.parent / name) for name in names]
+
+
+def _read_msgpack(path: Path) -> StoredTensors:
     """transformers 4's Flax weights, under PyTorch's names; Flax's kernels are transposed."""
     from flax import serialization
 
     try:
-        flat = {
-            p.replace("/", "."): np.asarray(a)
-            for p, a in tree.flatten(
-                serialization.msgpack_restore(files.require_regular_file(path).read_bytes())
-            ).items()
-        }
+        data = files.require_regular_file(path).read_bytes()
+        leaves = tree.flatten(serialization.msgpack_restore(data))
+        flat = {name.replace("/", "."): np.asarray(leaf) for name, leaf in leaves.items()}
     except Exception as error:  # whatever msgpack raises
-        raise UserError(
-            f"{path} is no Flax checkpoint: {type(error).__name__}: {str(error)[:150]}"
-        ) from None
+        reason = f"{type(error).__name__}: {str(error)[:150]}"
+        raise UserError(f"{path} is no Flax checkpoint: {reason}") from None
     arrays = {}
     for name, array in flat.items():
         module, _, kind = name.rpartition(".")
-        arrays[
-            f"{module}.{ {'kernel': 'weight', 'embedding': 'weight', 'scale': 'weight'}.get(kind, kind) }"
-        ] = array.T if kind == "kernel" else array
-    stored = str(next(iter(arrays.values())).dtype) if arrays else "float32"
-    return {name: a.shape for name, a in arrays.items()}, arrays.__getitem__, stored
+        torch_kind = "weight" if kind in ("kernel", "embedding", "scale") else kind
+        arrays[f"{module}.{torch_kind}"] = array.T if kind == "kernel" else array
+    dtype = str(next(iter(arrays.values())).dtype) if arrays else "float32"
+    shapes = {name: array.shape for name, array in arrays.items()}
+    return StoredTensors(shapes, arrays.__getitem__, dtype)
 
 
-def write_safetensors(
-    path: Path, tensors: list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]], dtype: str
-) -> None:
-    """The format is a length, a JSON header and the bytes; written here because the library's own writer holds all tensors at once."""
-    kind, size, at = (
-        {ours: theirs for theirs, ours in DTYPES.items()}[dtype],
-        np.dtype(jax.numpy.dtype(dtype)).itemsize,
-        0,
-    )
+def write_safetensors(path: Path, tensors: Sequence[WritableTensor], dtype: str) -> None:
+    """Writes the tensors in `dtype`, a value of `DTYPES`, making one after the other.
+
+    The format is a length, a JSON header and the bytes. It is written here because the library's
+    own writer holds all tensors at once. Raises UserError for numbers that float16 cannot hold.
+    """
+    kind = {numpy_name: name for name, numpy_name in DTYPES.items()}[dtype]
+    itemsize = np.dtype(jax.numpy.dtype(dtype)).itemsize
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
     for name, shape, _ in tensors:
-        end = at + int(np.prod(shape)) * size
-        header[name], at = {"dtype": kind, "shape": list(shape), "data_offsets": [at, end]}, end
+        end = start + int(np.prod(shape)) * itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with (
@@ -300,7 +358,8 @@ def write_safetensors(
             array = make()
             if dtype == "float16" and np.abs(array).max(initial=0) > np.finfo(np.float16).max:
                 raise UserError(
-                    f"{name} holds values above 65,504, which float16 cannot: use bfloat16 or float32"
+                    f"{name} holds values above 65,504, which float16 cannot hold: "
+                    "use bfloat16 or float32"
                 )
             array = np.ascontiguousarray(array.astype(dtype, copy=False))
             file.write(array.view(np.uint8).data if array.size else b"")

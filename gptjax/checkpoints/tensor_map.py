@@ -1,4 +1,11 @@
-"""TODO docstring."""
+"""How one parameter is held by tensors of a Hugging Face file: a `TensorMap`, and the usual ones.
+
+A family (`families/`) lists one map for each parameter; `mapping.py` applies them in both
+directions. A map sees the arrays of one layer at a time, and `to_hf(from_hf(x))` is x, bit for bit.
+To support another layout of tensors, add a function here that returns a `TensorMap`.
+
+Dims: D width, H query heads, K key/value heads, G = H / K, C head width, F MLP width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -11,108 +18,145 @@ import numpy as np
 
 from gptjax.config.schema import ModelConfig
 
-Raw = Mapping[str, Any]
-
-
-Load = Callable[..., np.ndarray]  # (config, our shape, *their arrays) -> our array (of one layer)
-
-
-Dump = Callable[
-    [ModelConfig, Any], tuple[Any, ...]
-]  # (config, our array of one layer) -> their arrays
+RawConfig = Mapping[str, Any]  # a config.json as it was parsed
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorMap:
-    """`ours` (a path; below blocks/ it stands for every layer) is made of the tensors `theirs` (`{}` is the layer's number)."""
+    """One parameter and the tensors that hold it in a Hugging Face file.
 
-    ours: str
-    theirs: tuple[str, ...]
-    load: Load
-    dump: Dump
+    param_path: path of the parameter; below `blocks/` it stands for that of every layer.
+    hf_names: names of the tensors; `{}` is the layer's number.
+    from_hf: (config, shape of the parameter in one layer, *tensors) -> the parameter.
+    to_hf: (config, the parameter of one layer) -> the tensors. It also runs on shapes alone
+        (`jax.eval_shape`), so it only reshapes, transposes and slices.
+    """
 
+    param_path: str
+    hf_names: tuple[str, ...]
+    from_hf: Callable[..., np.ndarray]
+    to_hf: Callable[[ModelConfig, Any], tuple[Any, ...]]
 
-def same(ours: str, theirs: str) -> TensorMap:
-    return TensorMap(
-        ours,
-        (theirs,),
-        lambda c, shape, a: a.reshape(shape),
-        lambda c, x: (x.reshape(-1) if ours.endswith("bias") else x,),
-    )
-
-
-def table(ours: str, theirs: str) -> TensorMap:
-    """An embedding: our padding of the vocabulary comes and goes."""
-    return TensorMap(ours, (theirs,), lambda c, shape, a: a, lambda c, x: (x[: c.vocab_size],))
+    @property
+    def in_blocks(self) -> bool:
+        """Whether every layer has this parameter."""
+        return self.param_path.startswith("blocks/")
 
 
-def linear(ours: str, theirs: str, *, inputs: int = 1, transposed: bool = True) -> TensorMap:
-    """A kernel with `inputs` leading input axes; theirs is [out, in], or [in, out] where not `transposed` (GPT-2's Conv1D)."""
+def same(param_path: str, hf_name: str) -> TensorMap:
+    """A parameter with the same numbers in the same order; biases are flat in the file."""
+    is_bias = param_path.endswith("bias")
 
-    def dump(c: ModelConfig, x: Any) -> tuple[Any, ...]:
-        flat = x.reshape(math.prod(x.shape[:inputs]), -1)
-        return (flat.T if transposed else flat,)
+    def from_hf(config: ModelConfig, shape: tuple[int, ...], tensor: np.ndarray) -> np.ndarray:
+        return tensor.reshape(shape)
 
-    return TensorMap(
-        ours, (theirs,), lambda c, shape, a: (a.T if transposed else a).reshape(shape), dump
-    )
+    def to_hf(config: ModelConfig, param: Any) -> tuple[Any, ...]:
+        return (param.reshape(-1) if is_bias else param,)
 
-
-def split_qkv(ours: str, *theirs: str) -> TensorMap:
-    """q [H C, D], k and v [K C, D] (or biases) as our [D, K, G + 2, C]: each key/value head beside its own queries."""
-
-    def load(
-        c: ModelConfig, shape: tuple[int, ...], q: np.ndarray, k: np.ndarray, v: np.ndarray
-    ) -> np.ndarray:
-        rest = q.shape[1:]
-        heads = np.concatenate(
-            [a.reshape(c.kv, -1, c.head_width, *rest) for a in (q, k, v)], axis=1
-        )
-        return heads.transpose(3, 0, 1, 2) if rest else heads
-
-    def dump(c: ModelConfig, x: Any) -> tuple[Any, ...]:
-        heads = x.transpose(1, 2, 3, 0) if x.ndim == 4 else x
-        groups, rest = c.heads // c.kv, heads.shape[3:]
-        return tuple(
-            part.reshape(-1, *rest)
-            for part in (heads[:, :groups], heads[:, groups : groups + 1], heads[:, groups + 1 :])
-        )
-
-    return TensorMap(ours, theirs, load, dump)
+    return TensorMap(param_path, (hf_name,), from_hf, to_hf)
 
 
-def fused_qkv(ours: str, theirs: str, *, conv: bool) -> TensorMap:
-    """q, k, v in one tensor: [D, 3, H, C] in GPT-2 (`conv`), [H, 3, C, D] in GPT-NeoX."""
+def table(param_path: str, hf_name: str) -> TensorMap:
+    """A table [V, D]; our padding of the vocabulary is not in the file."""
 
-    def load(c: ModelConfig, shape: tuple[int, ...], a: np.ndarray) -> np.ndarray:
-        if conv:
-            return a.reshape(*a.shape[:-1], 3, c.heads, c.head_width).swapaxes(-2, -3)
-        split = a.reshape(c.heads, 3, c.head_width, *a.shape[1:])
+    def from_hf(config: ModelConfig, shape: tuple[int, ...], tensor: np.ndarray) -> np.ndarray:
+        return tensor  # whoever stores it adds the padding
+
+    def to_hf(config: ModelConfig, param: Any) -> tuple[Any, ...]:
+        return (param[: config.vocab_size],)
+
+    return TensorMap(param_path, (hf_name,), from_hf, to_hf)
+
+
+def linear(param_path: str, hf_name: str, *, inputs: int = 1, transposed: bool = True) -> TensorMap:
+    """A kernel with `inputs` leading input axes.
+
+    transposed: the file has [out, in], as PyTorch's Linear; else [in, out], as GPT-2's Conv1D.
+    """
+
+    def from_hf(config: ModelConfig, shape: tuple[int, ...], tensor: np.ndarray) -> np.ndarray:
+        return (tensor.T if transposed else tensor).reshape(shape)
+
+    def to_hf(config: ModelConfig, param: Any) -> tuple[Any, ...]:
+        matrix = param.reshape(math.prod(param.shape[:inputs]), -1)
+        return (matrix.T if transposed else matrix,)
+
+    return TensorMap(param_path, (hf_name,), from_hf, to_hf)
+
+
+def split_qkv(param_path: str, q_name: str, k_name: str, v_name: str) -> TensorMap:
+    """q [H C, D], k and v [K C, D], or their biases, in three tensors; here [D, K, G + 2, C]."""
+    return TensorMap(param_path, (q_name, k_name, v_name), _join_qkv, _split_qkv)
+
+
+def _join_qkv(
+    config: ModelConfig, shape: tuple[int, ...], q: np.ndarray, k: np.ndarray, v: np.ndarray
+) -> np.ndarray:
+    """Each key/value head next to its own queries; the input axis, if any, comes first."""
+    parts = [x.reshape(config.kv, -1, config.head_width, *x.shape[1:]) for x in (q, k, v)]
+    heads = np.concatenate(parts, axis=1)  # [K, G + 2, C, D]
+    return heads.transpose(3, 0, 1, 2) if heads.ndim == 4 else heads
+
+
+def _split_qkv(config: ModelConfig, param: Any) -> tuple[Any, ...]:
+    heads = param.transpose(1, 2, 3, 0) if param.ndim == 4 else param  # [K, G + 2, C, D]
+    groups, inputs = config.heads // config.kv, heads.shape[3:]
+    q, k, v = heads[:, :groups], heads[:, groups : groups + 1], heads[:, groups + 1 :]
+    return q.reshape(-1, *inputs), k.reshape(-1, *inputs), v.reshape(-1, *inputs)
+
+
+def gpt2_qkv(param_path: str, hf_name: str) -> TensorMap:
+    """GPT-2's q, k, v in one tensor [D, 3 H C], or bias [3 H C]: all q, then all k, then all v."""
+
+    def from_hf(config: ModelConfig, shape: tuple[int, ...], tensor: np.ndarray) -> np.ndarray:
+        split = tensor.reshape(*tensor.shape[:-1], 3, config.heads, config.head_width)
+        return split.swapaxes(-2, -3)
+
+    def to_hf(config: ModelConfig, param: Any) -> tuple[Any, ...]:
+        return (param.swapaxes(-2, -3).reshape(*param.shape[:-3], -1),)
+
+    return TensorMap(param_path, (hf_name,), from_hf, to_hf)
+
+
+def neox_qkv(param_path: str, hf_name: str) -> TensorMap:
+    """GPT-NeoX's q, k, v in one tensor [H 3 C, D], or bias [H 3 C]: head by head."""
+
+    def from_hf(config: ModelConfig, shape: tuple[int, ...], tensor: np.ndarray) -> np.ndarray:
+        split = tensor.reshape(config.heads, 3, config.head_width, *tensor.shape[1:])
         return split.transpose(3, 0, 1, 2) if split.ndim == 4 else split
 
-    def dump(c: ModelConfig, x: Any) -> tuple[Any, ...]:
-        if conv:
-            return (x.swapaxes(-2, -3).reshape(*x.shape[:-3], -1),)
-        return (
-            (x.transpose(1, 2, 3, 0).reshape(-1, x.shape[0]) if x.ndim == 4 else x.reshape(-1)),
-        )
+    def to_hf(config: ModelConfig, param: Any) -> tuple[Any, ...]:
+        if param.ndim == 4:
+            return (param.transpose(1, 2, 3, 0).reshape(-1, param.shape[0]),)
+        return (param.reshape(-1),)
 
-    return TensorMap(ours, (theirs,), load, dump)
+    return TensorMap(param_path, (hf_name,), from_hf, to_hf)
 
 
-def gate_up_maps(ours: str, gate: str, up: str) -> TensorMap:
-    load = lambda c, shape, a, b: np.stack([a.T, b.T], axis=-2)
-    return TensorMap(ours, (gate, up), load, lambda c, x: (x[..., 0, :].T, x[..., 1, :].T))
+def split_gate_up(param_path: str, gate_name: str, up_name: str) -> TensorMap:
+    """The gate and the up projection [F, D] in two tensors; our kernel is [D, 2, F]."""
+
+    def from_hf(
+        config: ModelConfig, shape: tuple[int, ...], gate: np.ndarray, up: np.ndarray
+    ) -> np.ndarray:
+        return np.stack([gate.T, up.T], axis=-2)
+
+    def to_hf(config: ModelConfig, param: Any) -> tuple[Any, ...]:
+        return param[..., 0, :].T, param[..., 1, :].T
+
+    return TensorMap(param_path, (gate_name, up_name), from_hf, to_hf)
 
 
-def norm_maps(ours: str, theirs: str, bias: bool) -> list[TensorMap]:
-    return [same(f"{ours}/scale", f"{theirs}.weight")] + (
-        [same(f"{ours}/bias", f"{theirs}.bias")] if bias else []
-    )
+def norm_maps(param_path: str, hf_module: str, *, bias: bool) -> list[TensorMap]:
+    """A norm's scale, and its bias where it has one."""
+    maps = [same(f"{param_path}/scale", f"{hf_module}.weight")]
+    if bias:
+        maps.append(same(f"{param_path}/bias", f"{hf_module}.bias"))
+    return maps
 
 
-def head_maps(c: ModelConfig, theirs: str) -> list[TensorMap]:
-    """The head on tokens that tells classes apart, or the one of an untied language model."""
-    if c.labels:
+def head_maps(config: ModelConfig, hf_name: str) -> list[TensorMap]:
+    """A classifier's head, an untied language model's, or none."""
+    if config.labels:
         return [same("score/kernel", "score.weight")]
-    return [] if c.tie_embeddings else [table("head/kernel", theirs)]
+    return [] if config.tie_embeddings else [table("head/kernel", hf_name)]

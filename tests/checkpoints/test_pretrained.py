@@ -246,16 +246,19 @@ HOSTILE = {
         lambda d: (d / "model.safetensors").write_bytes(
             (d / "model.safetensors").read_bytes()[:-100]
         ),
-        "no whole safetensors",
+        "not a complete safetensors",
     ),
-    "empty weights": (lambda d: (d / "model.safetensors").write_bytes(b""), "no whole safetensors"),
+    "empty weights": (
+        lambda d: (d / "model.safetensors").write_bytes(b""),
+        "not a complete safetensors",
+    ),
     "garbage weights": (
         lambda d: (d / "model.safetensors").write_bytes(os.urandom(4096)),
-        "no whole safetensors",
+        "not a complete safetensors",
     ),
     "header of a petabyte": (
         lambda d: (d / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 50) + b"{}"),
-        "no whole safetensors",
+        "not a complete safetensors",
     ),
     "wrong shape": (
         lambda d: safetensors_of(d / "model.safetensors", lambda t: {**t, WTE: t[WTE][:, :-1]}),

@@ -95,7 +95,7 @@ def test_a_damaged_step_is_never_trained_from(saved, tmp_path, capfd, seed):
         for p in (copy / "2").rglob("*")
         if p.is_file()
         and p.stat().st_size
-        and p.relative_to(copy / "2").as_posix() not in store._AFTER
+        and p.relative_to(copy / "2").as_posix() not in store._WITHOUT_CHECKSUM
     )
     files.append(copy / "2" / "checksums.json")
     victim = generator.choice(files)
@@ -126,11 +126,11 @@ def test_readers_skip_damage_without_touching_it(saved, tmp_path, capfd):
     assert_equal(states[1].params, load_params(step))
     assert (copy / "2").is_dir()
     shutil.rmtree(copy / "1")
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         newest_step(copy)
 
 
-def test_nothing_whole_means_refusal_and_leftovers_mean_nothing(tmp_path, capfd):
+def test_nothing_complete_means_refusal_and_leftovers_mean_nothing(tmp_path, capfd):
     config = make_config()
     mesh = make_mesh(config)
     folder = tmp_path / "checkpoints"
@@ -140,7 +140,7 @@ def test_nothing_whole_means_refusal_and_leftovers_mean_nothing(tmp_path, capfd)
         assert checkpoints.restore(*places(config, mesh)) is None
         assert not (folder / "7.orbax-checkpoint-tmp-0").exists()
         (folder / "7").mkdir()  # an empty step is damage, not a new run
-        with pytest.raises(UserError, match="no checkpoint is whole"):
+        with pytest.raises(UserError, match="no checkpoint is complete"):
             checkpoints.restore(*places(config, mesh))
         checkpoints.close()
 
@@ -164,7 +164,7 @@ def test_a_failed_save_is_reported_and_the_next_one_succeeds(tmp_path, capfd, mo
     def full(folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, "_write_sums", full)
+    monkeypatch.setattr(store, "_write_checksums", full)
     assert not checkpoints.save(state, {}, wait=True)
     assert steps_in(tmp_path / "checkpoints") == []
     assert "could not be written" in capfd.readouterr().err

@@ -1,14 +1,14 @@
-"""TODO docstring."""
+"""GPT-2 (`model_type` gpt2): learned positions, LayerNorm, biases everywhere, kernels [in, out]."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from gptjax.checkpoints.families.common import GELUS, choose
+from gptjax.checkpoints.families.common import GELUS, Family, GgufNames, choose, has_gpt2_shape
 from gptjax.checkpoints.tensor_map import (
-    Raw,
+    RawConfig,
     TensorMap,
-    fused_qkv,
+    gpt2_qkv,
     head_maps,
     linear,
     norm_maps,
@@ -18,42 +18,41 @@ from gptjax.checkpoints.tensor_map import (
 from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
 
+# Settings that change what a GPT-2 computes: the only value that is supported.
+_REQUIRED = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
 
-def gpt2_maps(c: ModelConfig) -> list[TensorMap]:
-    rows, h = (
-        [
-            table("embed/tokens", "transformer.wte.weight"),
-            same("embed/positions", "transformer.wpe.weight"),
-        ],
-        "transformer.h.{}.",
-    )
-    rows += norm_maps("final_norm", "transformer.ln_f", True)
-    rows += norm_maps("blocks/norm1", h + "ln_1", True) + norm_maps(
-        "blocks/norm2", h + "ln_2", True
-    )
-    for kind, name in (("kernel", "weight"), ("bias", "bias")):
-        rows.append(fused_qkv(f"blocks/attn/qkv/{kind}", f"{h}attn.c_attn.{name}", conv=True))
-    for ours, theirs, inputs in (
-        ("attn/out", "attn.c_proj", 2),
-        ("mlp/up", "mlp.c_fc", 1),
-        ("mlp/down", "mlp.c_proj", 1),
+
+def _tensor_maps(config: ModelConfig) -> list[TensorMap]:
+    block = "transformer.h.{}."
+    maps = [
+        table("embed/tokens", "transformer.wte.weight"),
+        same("embed/positions", "transformer.wpe.weight"),
+        *norm_maps("final_norm", "transformer.ln_f", bias=True),
+        *norm_maps("blocks/norm1", block + "ln_1", bias=True),
+        *norm_maps("blocks/norm2", block + "ln_2", bias=True),
+        gpt2_qkv("blocks/attn/qkv/kernel", block + "attn.c_attn.weight"),
+        gpt2_qkv("blocks/attn/qkv/bias", block + "attn.c_attn.bias"),
+    ]
+    for layer, module, inputs in (
+        ("blocks/attn/out", "attn.c_proj", 2),
+        ("blocks/mlp/up", "mlp.c_fc", 1),
+        ("blocks/mlp/down", "mlp.c_proj", 1),
     ):
-        rows.append(
-            linear(f"blocks/{ours}/kernel", f"{h}{theirs}.weight", inputs=inputs, transposed=False)
-        )
-        rows.append(same(f"blocks/{ours}/bias", f"{h}{theirs}.bias"))
-    return rows + head_maps(c, "lm_head.weight")
+        weight, bias = f"{block}{module}.weight", f"{block}{module}.bias"
+        maps.append(linear(f"{layer}/kernel", weight, inputs=inputs, transposed=False))
+        maps.append(same(f"{layer}/bias", bias))
+    return maps + head_maps(config, "lm_head.weight")
 
 
-def read_gpt2(raw: Raw) -> dict[str, Any]:
-    for key, usual in (
-        ("scale_attn_weights", True),
-        ("scale_attn_by_inverse_layer_idx", False),
-        ("add_cross_attention", False),
-    ):
-        if raw.get(key, usual) != usual:
+def _read_config(raw: RawConfig) -> dict[str, Any]:
+    for key, value in _REQUIRED.items():
+        if raw.get(key, value) != value:
             raise UserError(
-                f"config.json: {key} = {raw[key]!r} is not supported; GPT-2 has {usual}"
+                f"config.json: {key} = {raw[key]!r} is not supported; GPT-2 has {value}"
             )
     return {
         "layers": raw["n_layer"],
@@ -69,17 +68,48 @@ def read_gpt2(raw: Raw) -> dict[str, Any]:
     }
 
 
-def write_gpt2(c: ModelConfig, kind: str) -> dict[str, Any]:
+def _write_config(config: ModelConfig) -> dict[str, Any]:
     return {
-        "n_layer": c.layers,
-        "n_embd": c.width,
-        "n_head": c.heads,
-        "n_inner": c.mlp_dim or None,
-        "n_positions": c.context,
-        "n_ctx": c.context,
-        "layer_norm_epsilon": c.norm_eps,
-        "activation_function": "gelu_new" if c.mlp == "gelu" else "gelu",
-        "resid_pdrop": c.dropout,
-        "embd_pdrop": c.dropout,
-        "attn_pdrop": c.dropout,
+        "n_layer": config.layers,
+        "n_embd": config.width,
+        "n_head": config.heads,
+        "n_inner": config.mlp_dim or None,
+        "n_positions": config.context,
+        "n_ctx": config.context,
+        "layer_norm_epsilon": config.norm_eps,
+        "activation_function": "gelu_new" if config.mlp == "gelu" else "gelu",
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
     }
+
+
+def _matches(config: ModelConfig) -> bool:
+    return has_gpt2_shape(config) and config.positions == "learned" and not config.parallel
+
+
+GPT2 = Family(
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    prefix="transformer.",
+    read_config=_read_config,
+    write_config=_write_config,
+    tensor_maps=_tensor_maps,
+    matches=_matches,
+    kernels_in_out=True,
+    gguf=GgufNames(
+        "gpt2",
+        {
+            "transformer.wte": "token_embd",
+            "transformer.wpe": "position_embd",
+            "transformer.ln_f": "output_norm",
+            "lm_head": "output",
+            "ln_1": "attn_norm",
+            "ln_2": "ffn_norm",
+            "attn.c_attn": "attn_qkv",
+            "attn.c_proj": "attn_output",
+            "mlp.c_fc": "ffn_up",
+            "mlp.c_proj": "ffn_down",
+        },
+    ),
+)
