@@ -347,7 +347,7 @@ def test_tuning_goes_on_from_a_tuned_checkpoint(tmp_path, one_device):
     made = tiny_checkpoint("llama", tokenizer=byte_level_tokenizer())
     made.params["embed"]["prompt"] = np.ones((3, 32), np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "read", lambda path: made)
+        patch.setattr(pretrained, "read_checkpoint", lambda path: made)
         for adapters in ({}, {"rank": 2}, {"prompt_tokens": 4}):
             wanted = make_config(
                 lora=adapters, train=dict(init_from="x"), model=dict(context=64), **task
