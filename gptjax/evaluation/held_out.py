@@ -17,6 +17,7 @@ from gptjax.generation.language_model import LanguageModel
 from gptjax.metrics import loss as loss_metrics
 from gptjax.metrics.bootstrap import Metric
 from gptjax.runtime import sharding
+from gptjax.tasks.table import task_of
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tracking import progress
 
@@ -49,7 +50,7 @@ def held_out_scores(
     loss = total / weight
     if len(config.model.labels) == 1:
         return {"eval/loss": loss}
-    if config.model.labels or config.task.name == "preference":
+    if config.model.labels or task_of(config.task).counts_correct:
         return {"eval/loss": loss, "eval/accuracy": right / weight}
     return {
         "eval/loss": loss,

@@ -1,7 +1,7 @@
-"""From a row to an example: ids, which of them are learned, and what an answer is compared with.
+"""What a task is made of: examples, answers, and the `Task` in which all that is special stands.
 
-Ids and loss weights come from the same spans, so neither depends on what an id is: the end of an answer is learned also where it is the id
-that elsewhere fills up. Prompt and answer are encoded apart, as they are when the model answers.
+To add a task, write a file with a `Task` at its end and add a row to TASKS in `tasks/table.py`.
+Nothing else names it: training, evaluation and the checks of the config ask the `Task`.
 """
 
 from __future__ import annotations
@@ -9,255 +9,202 @@ from __future__ import annotations
 import collections
 import dataclasses
 import importlib.util
-import string
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from gptjax.config.errors import UserError
-from gptjax.config.schema import TaskConfig
+from gptjax.config.schema import Config, TaskConfig
 from gptjax.data.rows import Record
 from gptjax.metrics.bootstrap import Metric
-from gptjax.tokenizer import chat_template
 from gptjax.tokenizer.base import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """ids [n] int32 with learned [n] bool; the first `prompt` ids are what the model is given when it answers. references: right answers as
-    text; label: class or number; source: text of the prompt's first field; cut: whether it was too long; parts: lengths of
-    several texts that `ids` holds one behind the other; fields: the row's."""
+    """One row as ids, with which of them are learned and what an answer is compared with.
 
-    where: str
-    ids: np.ndarray
-    learned: np.ndarray
+    The first `prompt` of the ids are what the model gets when it answers. `learned` says of each
+    id whether it is a target; it comes from the same spans as the ids, so that the end of an
+    answer is learned even where its id also pads rows.
+    """
+
+    where: str  # the row, as file:line
+    ids: np.ndarray  # int32 [n]
+    learned: np.ndarray  # bool [n]
     prompt: int
-    references: tuple[str, ...] = ()
-    label: float | None = None
-    source: str = ""
-    cut: bool = False
-    parts: tuple[int, ...] = ()
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    references: tuple[str, ...] = ()  # correct answers as text
+    label: float | None = None  # number of the class, or the number itself
+    source: str = ""  # text of the prompt's first field
+    cut: bool = False  # whether it was too long and lost some of its prompt
+    parts: tuple[int, ...] = ()  # lengths of several texts that `ids` holds one after the other
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # those of the row
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A model's: text, or a class with the probabilities of all, or a number. ids: what it wrote."""
+    """What a model or a baseline answers to one example: a text, a class, or a number."""
 
     text: str = ""
-    value: float = 0.0
-    probabilities: tuple[float, ...] = ()
-    ids: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A task: its templates, how answers are judged, and answers that need no model. headline: the metric that a table shows first."""
-
-    prompt: str
-    completion: str
-    headline: str
-    judge: Callable[
-        [TaskConfig, Sequence[str], Sequence[Example], Sequence[Answer]], dict[str, Metric]
-    ]
-    baselines: Callable[[Sequence[Example], Sequence[Example]], dict[str, list[Answer]]]
-    package: str = ""  # that judging needs
-
-    def check_package(self) -> None:
-        """Raises UserError where judging would fail in the end."""
-        if self.package and importlib.util.find_spec(self.package) is None:
-            raise UserError(
-                f"answers are judged with the package {self.package}: pip install 'gptjax[eval]' (or train with task.eval_samples = 0)"
-            )
-
-
-def no_baseline(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
-    return {}
-
-
-def most_frequent(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
-    """The answer that is right most often in the training split."""
-    text, _ = collections.Counter(
-        e.references[0] if e.references else "" for e in train
-    ).most_common(1)[0]
-    return {"most frequent answer": [Answer(text)] * len(examples)}
-
-
-def copied(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
-    """The prompt's first field back."""
-    return {"copy": [Answer(e.source) for e in examples]}
+    value: float = 0.0  # number of the class, or the number itself
+    probabilities: tuple[float, ...] = ()  # of all classes
+    ids: tuple[int, ...] = ()  # what the model wrote
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenBudget:
-    """How much fits: `length` positions of a row, of which an example's ids take one less where the last is only a target."""
+    """How many tokens an example may have.
+
+    length: positions of a row. As the last id of an example is only a target, its ids may be one
+    more. policy: `task.truncation`.
+    """
 
     length: int
-    policy: str  # task.truncation
+    policy: str
     lead: int = 0  # lora.prompt_tokens: places before every example
-    answer: int = 0  # where a model is asked: places left for what it writes, however long the right answer is
+    answer: int = 0  # in evaluation: places for what the model writes; 0 = the reference's length
 
 
-def names_in(template: str, knob: str) -> list[str]:
-    """Names of the fields in a template's braces. Raises UserError for braces that are more than a name."""
-    try:
-        parts = [
-            (name, spec, conversion)
-            for _, name, spec, conversion in string.Formatter().parse(template)
-            if name is not None
-        ]
-    except ValueError as error:
-        raise UserError(
-            f"{knob} = {template!r}: {error}; write {{{{ and }}}} for braces in the text"
-        ) from None
-    if bad := [
-        name for name, spec, conversion in parts if not name.isidentifier() or spec or conversion
-    ]:
-        raise UserError(
-            f"{knob} = {template!r}: {{{bad[0]}}} is no name of a field; write {{{{ and }}}} for braces in the text"
-        )
-    return [name for name, _, _ in parts]
+@dataclasses.dataclass(frozen=True)
+class Rendering:
+    """What turns rows into examples. config: with the task's own templates where it names none."""
+
+    config: TaskConfig
+    tokenizer: Tokenizer
+    budget: TokenBudget
+    labels: tuple[str, ...] = ()
 
 
-def fill_template(template: str, row: Record, knob: str, changed: Mapping[str, str] = {}) -> str:
-    """The template with the row's fields, numbers as they print. `changed` stands in for some of them."""
-    values = {}
-    for name in names_in(template, knob):
-        value = changed.get(name, row.fields.get(name))
-        values[name] = (
-            str(value)
-            if isinstance(value, int | float)
-            else changed[name]
-            if name in changed
-            else row.text(name, knob=knob)
-        )
-    return template.format_map(values)
+AnsweredBy = Literal["head", "likelihood", "preference", "writing"]
+Baselines = dict[str, list[Answer]]
 
 
-def fields_in_order(config: TaskConfig, tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a prompt as the model sees it: plain behind the vocabulary's prefix (or the start of a document), or through the chat template."""
-    if config.template == "chat":
-        system = [{"role": "system", "content": config.system}] * bool(config.system)
-        return chat_template.encode(tokenizer, [*system, {"role": "user", "content": text}])
-    return [*tokenizer.prefix, *tokenizer.encode(text)] or [tokenizer.eot]
+def no_baselines(examples: Sequence[Example], train: Sequence[Example]) -> Baselines:
+    """Where nothing simple can answer."""
+    return {}
 
 
-def completion(
-    config: TaskConfig,
-    kind: Task,
-    tokenizer: Tokenizer,
-    row: Record,
-    room: TokenBudget,
-    *,
-    references: Sequence[str],
-    answer: str = "",
-    empty: bool = False,
-    room_for: int = 0,
-) -> Example | None:
-    """Prompt, then the answer (default: the completion's template), learned with its end; an answer may be `empty` where that says something.
-    room_for: tokens of the longest answer that the same prompt gets. None where it is too long and the policy is to drop it. Raises UserError."""
-    text = answer or fill_template(config.completion or kind.completion, row, "task.completion")
-    if empty and not text.strip():
-        text = ""
-    elif not text.strip():
-        raise UserError(
-            f"{row.where}: the completion is empty, so there is nothing to learn from: fill the field or drop the row"
-        )
-    text = text.strip() if config.template == "chat" else text
-    tail = [*tokenizer.encode(text), tokenizer.ends[0]]
-    head, cut = _fitting(
-        config, kind, tokenizer, row, room, (room.answer or max(len(tail), room_for)) - 1
+def most_frequent(examples: Sequence[Example], train: Sequence[Example]) -> Baselines:
+    """The reference that is most frequent in the training split."""
+    counts = collections.Counter(e.references[0] if e.references else "" for e in train)
+    text, _ = counts.most_common(1)[0]
+    return {"most frequent answer": [Answer(text)] * len(examples)}
+
+
+def copy_source(examples: Sequence[Example], train: Sequence[Example]) -> Baselines:
+    """The text of the prompt's first field as the answer."""
+    return {"copy": [Answer(e.source) for e in examples]}
+
+
+def no_labels(config: TaskConfig, rows: Sequence[Record]) -> tuple[str, ...]:
+    """Of a task that writes text."""
+    return ()
+
+
+def no_faults(config: Config) -> list[str]:
+    return []
+
+
+def needs_checkpoint(config: Config) -> list[str]:
+    """The fault of a config that would tune random parameters, where the task needs better ones."""
+    if config.train.init_from:
+        return []
+    fault = (
+        f"task.name = {config.task.name!r} tunes a model that can answer: "
+        "name its checkpoint in train.init_from"
     )
-    if not head:
-        return None
-    ids = np.asarray([*head, *tail], np.int32)
-    source = source_of(config, kind, row)
-    return Example(
-        row.where,
-        ids,
-        np.arange(len(ids)) >= len(head),
-        len(head),
-        tuple(references),
-        source=source,
-        cut=cut,
-        fields=row.fields,
+    return [fault]
+
+
+def no_reference(config: TaskConfig) -> bool:
+    return False
+
+
+def by_writing(config: TaskConfig) -> AnsweredBy:
+    return "writing"
+
+
+def same_config(config: TaskConfig, has_head: bool) -> TaskConfig:
+    return config
+
+
+def same_examples(config: Config, examples: list[Example]) -> list[Example]:
+    return examples
+
+
+def same_answers(
+    config: TaskConfig, examples: Sequence[Example], answers: list[Answer]
+) -> list[Answer]:
+    return answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """All that is special about a task. Only the first three must be given.
+
+    make_example: (rendering, row) to an example; None where it is too long and is to be dropped.
+    evaluate: (config, labels, examples, answers) to metrics, of which `headline` is shown first.
+    """
+
+    make_example: Callable[[Rendering, Record], Example | None]
+    evaluate: Callable[
+        [TaskConfig, Sequence[str], Sequence[Example], Sequence[Answer]], dict[str, Metric]
+    ]
+    headline: str
+
+    # the config
+    prompt: str = ""  # template where task.prompt is empty
+    completion: str = ""  # template where task.completion is empty
+    check: Callable[[Config], list[str]] = no_faults  # faults of several settings together
+
+    # rows to examples
+    labels: Callable[[TaskConfig, Sequence[Record]], tuple[str, ...]] = no_labels
+    label_dtype: type[np.number] = np.int32  # of targets of a head
+    chat: bool = False  # rows are conversations, always written by the chat template
+    texts: Callable[[TaskConfig, Record], list[str]] | None = None
+    """What a new tokenizer learns from, where that is not the row's prompt and completion."""
+    finish: Callable[[Config, list[Example]], list[Example]] = same_examples
+    """Changes the examples of a split when all of them are there."""
+
+    # training
+    objective: str = (
+        "next_token"  # a row of OBJECTIVES in training/objectives.py; a head has its own
     )
+    counts_correct: bool = False  # whether the objective counts correct predictions: an accuracy
+    needs_reference: Callable[[TaskConfig], bool] = no_reference
+    """Whether the loss needs log-probabilities of the checkpoint that training starts from."""
+    samples_rollouts: bool = False
+    """Whether batches are what the model itself writes. There is no held-out loss then: answers
+    are evaluated along the run, and the best checkpoint has the highest headline metric."""
 
-
-def prompt_only(
-    config: TaskConfig,
-    kind: Task,
-    tokenizer: Tokenizer,
-    row: Record,
-    room: TokenBudget,
-    *,
-    label: float,
-    reference: str,
-) -> Example | None:
-    """A text for a head on its last token."""
-    head, cut = _fitting(config, kind, tokenizer, row, room, 0)
-    if not head:
-        return None
-    ids = np.asarray(head, np.int32)
-    return Example(
-        row.where,
-        ids,
-        np.zeros(len(ids), bool),
-        len(ids),
-        (reference,),
-        label,
-        source_of(config, kind, row),
-        cut,
-        fields=row.fields,
+    # evaluation
+    answered_by: Callable[[TaskConfig], AnsweredBy] = by_writing
+    postprocess: Callable[[TaskConfig, Sequence[Example], list[Answer]], list[Answer]] = (
+        same_answers
     )
+    baselines: Callable[[Sequence[Example], Sequence[Example]], Baselines] = no_baselines
+    """(examples, training examples) to answers that need no model."""
+    adapt: Callable[[TaskConfig, bool], TaskConfig] = same_config
+    """The config for a checkpoint, which has a head for classes or has none."""
+    package: str = ""  # that `evaluate` needs
 
+    def has_head(self, config: TaskConfig) -> bool:
+        """Whether a head on the last token gives a class or a number, instead of text."""
+        return self.answered_by(config) == "head"
 
-def source_of(config: TaskConfig, kind: Task, row: Record) -> str:
-    """Text of the prompt's first field: what a baseline copies or takes the first sentence of."""
-    names = names_in(config.prompt or kind.prompt, "task.prompt")
-    return fill_template("{" + names[0] + "}", row, "task.prompt") if names else ""
-
-
-def _fitting(
-    config: TaskConfig, kind: Task, tokenizer: Tokenizer, row: Record, room: TokenBudget, rest: int
-) -> tuple[list[int], bool]:
-    """(ids of the prompt, at most room.length - rest of them, whether it was cut); no ids where it is dropped. The longest field is what is cut."""
-    template = config.prompt or kind.prompt
-    changed: dict[str, str] = {}
-    lead = [tokenizer.eot] * room.lead
-    for _ in range(8):  # cutting at a token can make more tokens of what is left, so look again
-        ids = [
-            *lead,
-            *fields_in_order(
-                config, tokenizer, fill_template(template, row, "task.prompt", changed)
-            ),
-        ]
-        over = len(ids) + rest - room.length
-        if over <= 0:
-            return ids, bool(changed)
-        if room.policy == "drop":
-            return [], False
-        names = names_in(template, "task.prompt")
-        texts = {
-            name: fill_template("{" + name + "}", row, "task.prompt", changed) for name in names
-        }
-        longest = max(texts, key=lambda name: len(texts[name]), default="")
-        parts = tokenizer.encode(texts[longest]) if longest else []
-        if room.policy == "refuse" or len(parts) <= over:
-            cure = (
-                "to drop, cut_start or cut_end"
-                if room.policy == "refuse"
-                else "= 'drop': there is not enough of a prompt to cut"
-            )
+    def check_package(self) -> None:
+        """Raises UserError where evaluating would fail in the end."""
+        if self.package and importlib.util.find_spec(self.package) is None:
             raise UserError(
-                f"{row.where} needs {len(ids) + rest} tokens and a row holds {room.length}:\nraise data.length or model.context, "
-                f"or set task.truncation {cure}"
+                f"answers are evaluated with the package {self.package}: "
+                "pip install 'gptjax[eval]' (or train with task.eval_samples = 0)"
             )
-        kept = tokenizer.decode_bytes(parts[over:] if room.policy == "cut_start" else parts[:-over])
-        changed[longest] = kept.decode(
-            errors="ignore"
-        ).strip()  # a cut through a character drops it: U+FFFD would take as many tokens again
-    raise UserError(
-        f"{row.where} could not be cut to {room.length} tokens: raise data.length, or set task.truncation = 'drop'"
-    )
+
+    def with_templates(self, config: TaskConfig) -> TaskConfig:
+        """The config with the task's own templates where it names none."""
+        return dataclasses.replace(
+            config,
+            prompt=config.prompt or self.prompt,
+            completion=config.completion or self.completion,
+        )

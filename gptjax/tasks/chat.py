@@ -1,11 +1,12 @@
-"""Conversations of several turns through the checkpoint's chat template; only what the assistant says is learned, every turn of it.
+"""Conversations through the checkpoint's chat template: all that the assistant says is learned.
 
-A model is judged on the last answer, given all turns before it.
+A model is evaluated on the last answer, given all turns before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,129 +16,173 @@ from gptjax.data.rows import Record
 from gptjax.metrics import text as text_metrics
 from gptjax.metrics.bootstrap import Metric, corpus_metric
 from gptjax.tasks import summarization, translation
-from gptjax.tasks.base import Answer, Example, Task, TokenBudget, copied, most_frequent
+from gptjax.tasks.base import (
+    Answer,
+    Baselines,
+    Example,
+    Rendering,
+    Task,
+    copy_source,
+    most_frequent,
+)
 from gptjax.tokenizer import chat_template
-from gptjax.tokenizer.base import Tokenizer
+
+Message = dict[str, str]
+
+# Which roles may follow a role; "" is the start.
+_NEXT_ROLES = {
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
 
 
-def messages_of(config: TaskConfig, row: Record) -> list[dict[str, str]]:
-    """The row's messages, behind task.system where they bring no system message. Raises UserError for roles out of order."""
-    found = row.fields.get(config.messages)
-    if not isinstance(found, list) or not found:
+def messages_of(config: TaskConfig, row: Record) -> list[Message]:
+    """The row's messages, behind task.system where they bring no system message.
+
+    Raises UserError for roles out of order.
+    """
+    messages = row.fields.get(config.messages)
+    if not isinstance(messages, list) or not messages:
         raise UserError(
-            f"{row.where} has no messages under task.messages = {config.messages!r}; fields are {', '.join(map(str, row.fields))}"
+            f"{row.where} has no messages under task.messages = {config.messages!r}; "
+            f"fields are {', '.join(map(str, row.fields))}"
         )
-    messages, before = [dict(m) if isinstance(m, Mapping) else m for m in found], ""
+    previous = ""
     for i, message in enumerate(messages):
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or not isinstance(message.get("content"), str)
-        ):
+        if not _is_message(message):
+            shown = str(dict(message) if isinstance(message, Mapping) else message)
             raise UserError(
-                f"{row.where}: message {i} is {str(message)[:60]!r}: each is {{'role': ..., 'content': text}}"
+                f"{row.where}: message {i} is {shown[:60]!r}: "
+                "each is {'role': ..., 'content': text}"
             )
         role = message["role"]
-        after = {
-            "": ("system", "user"),
-            "system": ("user",),
-            "user": ("assistant",),
-            "assistant": ("user", "tool"),
-            "tool": ("assistant", "tool"),
-        }
-        if role not in after.get(before, ()):
-            place = f"after {before!r}" if before else "first"
+        if role not in _NEXT_ROLES.get(previous, ()):
+            place = f"after {previous!r}" if previous else "first"
             raise UserError(
-                f"{row.where}: message {i} has role {role!r} {place}; roles go system (at most once, first), user, assistant, user, ..."
+                f"{row.where}: message {i} has role {role!r} {place}; "
+                "roles go system (at most once, first), user, assistant, user, ..."
             )
-        before = role
-    if before != "assistant":
+        previous = role
+    if previous != "assistant":
         raise UserError(
-            f"{row.where}: the last message is the {before}'s, so its answer is missing: end with the assistant, or drop the row"
+            f"{row.where}: the last message is the {previous}'s, so its answer is missing: "
+            "end with the assistant, or drop the row"
         )
-    system = (
-        [{"role": "system", "content": config.system}]
-        if config.system and messages[0]["role"] != "system"
-        else []
+    messages = [dict(message) for message in messages]
+    if config.system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": config.system})
+    return messages
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
     )
-    return system + messages
 
 
-def example(
-    config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]
-) -> Example | None:
-    messages = whole = messages_of(config, row)
+def make_example(rendering: Rendering, row: Record) -> Example | None:
+    """All turns that fit; with a policy that cuts, the first or the last ones are left out."""
+    budget = rendering.budget
+    all_messages = messages = messages_of(rendering.config, row)
     while True:
-        ids, learned, last = _join(chat_template.turns(tokenizer, messages))
-        needed = room.lead + (last + room.answer if room.answer else len(ids)) - 1
-        if needed <= room.length:
+        turns = _join_turns(chat_template.turns(rendering.tokenizer, messages))
+        tokens = turns.last_answer + budget.answer if budget.answer else len(turns.ids)
+        needed = budget.lead + tokens - 1  # the last one is only a target
+        if needed <= budget.length:
             break
-        if room.policy == "drop":
+        if budget.policy == "drop":
             return None
-        asks = [
-            i for i, message in enumerate(messages) if message["role"] == "user"
-        ]  # a turn begins with each of them
-        from_end = (
-            room.policy == "cut_end" and not room.answer
-        )  # the last answer is what a model is asked for
-        cut = (
-            messages[: asks[-1]]
-            if from_end
-            else [*messages[: asks[0]], *messages[asks[1] if len(asks) > 1 else len(messages) :]]
+        shorter = _without_a_turn(
+            messages,
+            # in evaluation the last answer is what the model is asked for
+            from_end=budget.policy == "cut_end" and not budget.answer,
         )
-        if room.policy == "refuse" or len(asks) < 2:
+        if budget.policy == "refuse" or not shorter:
             raise UserError(
-                f"{row.where} needs {needed} tokens and a row holds {room.length}:\nraise data.length or model.context, "
-                "or set task.truncation to drop, or to cut_start or cut_end, which leave out whole turns"
+                f"{row.where} needs {needed} tokens and a row holds {budget.length}:\n"
+                "raise data.length or model.context, or set task.truncation to drop, "
+                "or to cut_start or cut_end, which leave out complete turns"
             )
-        messages = cut
-    lead = np.full(room.lead, tokenizer.eot, np.int32)
-    answer = messages[-1]["content"]
-    marks = np.concatenate([np.zeros(room.lead, bool), learned])
+        messages = shorter
+    lead_ids = np.full(budget.lead, rendering.tokenizer.eot, np.int32)
     return Example(
         row.where,
-        np.concatenate([lead, ids]),
-        marks,
-        room.lead + last,
-        (answer,),
+        ids=np.concatenate([lead_ids, turns.ids]),
+        learned=np.concatenate([np.zeros(budget.lead, bool), turns.learned]),
+        prompt=budget.lead + turns.last_answer,
+        references=(messages[-1]["content"],),
         source=messages[-2]["content"],
-        cut=messages is not whole,
+        cut=messages is not all_messages,
         fields=row.fields,
     )
 
 
-def _join(turns: Sequence[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarray, int]:
-    """(ids, learned, where the last learned span begins)."""
-    ids = np.array([i for span, _ in turns for i in span], np.int32)
-    learned = np.repeat([mark for _, mark in turns], [len(span) for span, _ in turns])
-    starts = np.cumsum([0, *(len(span) for span, _ in turns)])
-    return ids, learned, int(max(at for at, (_, mark) in zip(starts, turns, strict=False) if mark))
+def _without_a_turn(messages: list[Message], *, from_end: bool) -> list[Message]:
+    """The messages without their first (or last) turn; none where there is but one.
+
+    A turn begins with each message of the user. What comes before the first one stays.
+    """
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if len(starts) < 2:
+        return []
+    if from_end:
+        return messages[: starts[-1]]
+    return messages[: starts[0]] + messages[starts[1] :]
 
 
-def judge(
+class _Turns(NamedTuple):
+    ids: np.ndarray  # int32 [n]
+    learned: np.ndarray  # bool [n]
+    last_answer: int  # where the last learned span begins
+
+
+def _join_turns(turns: Sequence[tuple[list[int], bool]]) -> _Turns:
+    ids: list[int] = []
+    learned: list[bool] = []
+    last_answer = 0
+    for span, is_learned in turns:
+        if is_learned:
+            last_answer = len(ids)
+        ids += span
+        learned += [is_learned] * len(span)
+    return _Turns(np.array(ids, np.int32), np.array(learned, bool), last_answer)
+
+
+def _texts(config: TaskConfig, row: Record) -> list[str]:
+    return [message["content"] for message in messages_of(config, row)]
+
+
+def evaluate(
     config: TaskConfig,
     labels: Sequence[str],
     examples: Sequence[Example],
     answers: Sequence[Answer],
 ) -> dict[str, Metric]:
-    """BLEU, chrF and ROUGE-L against the reference; distinct n-grams and repetition of what was written."""
-    rouge, texts = (
-        summarization.judge(config, labels, examples, answers)["rougeL"],
-        [a.text for a in answers],
-    )
-    alone = {name: corpus_metric(value) for name, value in text_metrics.distinct(texts).items()}
-    return {
-        **translation.judge(config, labels, examples, answers),
-        "rougeL": rouge,
-        **alone,
-        **text_metrics.diversity(texts),
-    }
+    """BLEU, chrF, ROUGE-L against the reference; distinct n-grams and repetition of answers."""
+    texts = [answer.text for answer in answers]
+    rouge = summarization.evaluate(config, labels, examples, answers)
+    metrics = translation.evaluate(config, labels, examples, answers)
+    metrics["rougeL"] = rouge["rougeL"]
+    for name, value in text_metrics.distinct(texts).items():
+        metrics[name] = corpus_metric(value)
+    return metrics | text_metrics.diversity(texts)
 
 
-def _baselines(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
-    return {**most_frequent(examples, train), **copied(examples, train)}
+def _baselines(examples: Sequence[Example], train: Sequence[Example]) -> Baselines:
+    return most_frequent(examples, train) | copy_source(examples, train)
 
 
 CHAT = Task(
-    "", "", "bleu", judge, _baselines, "sacrebleu"
-)  # as the field reports; chrF's recall rewards the copying of long turns
+    make_example,
+    evaluate,
+    headline="bleu",  # as the field reports; chrF's recall rewards the copying of long turns
+    chat=True,
+    texts=_texts,
+    baselines=_baselines,
+    package="sacrebleu",
+)

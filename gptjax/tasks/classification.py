@@ -1,4 +1,4 @@
-"""Texts to classes or a number: by a head on the last token (GPT-2 style), or for classes by writing the label.
+"""Texts to classes: by a head on the last token (GPT-2 style), or by writing the label.
 
 A pair of texts is a prompt with two fields, such as '{premise}\n{hypothesis}'.
 """
@@ -6,7 +6,8 @@ A pair of texts is a prompt with two fields, such as '{premise}\n{hypothesis}'.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,78 +16,109 @@ from gptjax.config.schema import TaskConfig
 from gptjax.data.rows import Record
 from gptjax.metrics import classification as classification_metrics
 from gptjax.metrics.bootstrap import Metric
-from gptjax.tasks.base import Answer, Example, Task, TokenBudget, completion, prompt_only
-from gptjax.tokenizer.base import Tokenizer
+from gptjax.tasks.base import Answer, AnsweredBy, Baselines, Example, Rendering, Task
+from gptjax.tasks.templates import completion_example, fill_template, head_example
 
 
 def label_of(config: TaskConfig, row: Record) -> str:
+    """The row's class as text. Raises UserError where it has none."""
     value = row.fields.get(config.label)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int | bool) or value == "":
         raise UserError(
-            f"{row.where} has no label under task.label = {config.label!r}; fields are {', '.join(map(str, row.fields))}"
+            f"{row.where} has no label under task.label = {config.label!r}; "
+            f"fields are {', '.join(map(str, row.fields))}"
         )
     return str(value)
 
 
-def labels_of(config: TaskConfig, rows: Iterable[Record]) -> tuple[str, ...]:
-    """task.labels, or the classes of the training rows, sorted. Raises UserError where there is one class only."""
-    if config.name == "regression":
-        return (config.label,)
-    found = sorted(
-        {label_of(config, row) for row in rows},
-        key=lambda s: (len(s), s) if s.isdigit() else (1 << 30, s),
-    )
-    if len(found) < 2:
+def labels_of(config: TaskConfig, rows: Sequence[Record]) -> tuple[str, ...]:
+    """task.labels, or the classes of the training rows, sorted.
+
+    Raises UserError where there is one class only.
+    """
+    labels = sorted({label_of(config, row) for row in rows}, key=_sort_key)
+    if len(labels) < 2:
         raise UserError(
-            f"task.label = {config.label!r}: the training split has one class only, {found[0]!r}: there is nothing to tell apart"
+            f"task.label = {config.label!r}: the training split has one class only, "
+            f"{labels[0]!r}: there is nothing to tell apart"
         )
-    return config.labels or tuple(found)
+    return config.labels or tuple(labels)
 
 
-def words_of(config: TaskConfig, labels: Sequence[str]) -> Sequence[str]:
+def _sort_key(label: str) -> tuple[int, str]:
+    """Numbers first, by value; then words."""
+    return (len(label), label) if label.isdigit() else (1 << 30, label)
+
+
+def label_words(config: TaskConfig, labels: Sequence[str]) -> Sequence[str]:
+    """What is written for each label."""
     return config.words or labels
 
 
-def example(
-    config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]
-) -> Example | None:
-    name = label_of(config, row)
-    if name not in labels:
-        raise UserError(f"{row.where}: {unknown_name('label', name, list(labels))}")
+def make_example(rendering: Rendering, row: Record) -> Example | None:
+    """The text for a head, or followed by the word for its class."""
+    config, labels = rendering.config, rendering.labels
+    label = label_of(config, row)
+    if label not in labels:
+        raise UserError(f"{row.where}: {unknown_name('label', label, list(labels))}")
+    number = labels.index(label)
     if config.method == "head":
-        return prompt_only(
-            config, CLASSIFICATION, tokenizer, row, room, label=labels.index(name), reference=name
-        )
-    word = words_of(config, labels)[labels.index(name)]
-    found = completion(
-        config, CLASSIFICATION, tokenizer, row, room, references=[name], answer=" " + word
-    )
-    return found and Example(**{**vars(found), "label": float(labels.index(name))})
+        return head_example(rendering, row, label=number, reference=label)
+    word = label_words(config, labels)[number]
+    example = completion_example(rendering, row, references=[label], answer=" " + word)
+    return dataclasses.replace(example, label=float(number)) if example else None
 
 
-def _judge(
+def _texts(config: TaskConfig, row: Record) -> list[str]:
+    prompt = fill_template(config.prompt, row, "task.prompt")
+    if config.method == "head":
+        return [prompt]
+    return [f"{prompt} {row.fields.get(config.label, '')}"]
+
+
+def answered_by(config: TaskConfig) -> AnsweredBy:
+    return "head" if config.method == "head" else "likelihood"
+
+
+def _adapt(config: TaskConfig, has_head: bool) -> TaskConfig:
+    """A checkpoint without a head answers by the likelihood of the labels as text."""
+    return dataclasses.replace(config, method="head" if has_head else "text")
+
+
+def evaluate(
     config: TaskConfig,
     labels: Sequence[str],
     examples: Sequence[Example],
     answers: Sequence[Answer],
 ) -> dict[str, Metric]:
-    actual = np.array([int(e.label or 0) for e in examples])
-    probabilities = (
-        np.array([a.probabilities for a in answers])
-        if answers and answers[0].probabilities
-        else None
-    )
+    """Accuracy, F1, Matthews' correlation and, with probabilities, the calibration error."""
+    probabilities = None
+    if answers and answers[0].probabilities:
+        probabilities = np.array([answer.probabilities for answer in answers])
     return classification_metrics.classification(
-        np.array([int(a.value) for a in answers]), actual, len(labels), probabilities
+        np.array([int(answer.value) for answer in answers]),
+        np.array([int(example.label or 0) for example in examples]),
+        len(labels),
+        probabilities,
     )
 
 
-def _majority(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
-    """The class that the training split holds most of."""
-    value, _ = collections.Counter(e.label for e in train).most_common(1)[0]
-    return {"majority": [Answer(value=float(value or 0))] * len(examples)}
+def _majority(examples: Sequence[Example], train: Sequence[Example]) -> Baselines:
+    """The class that the training split has most of."""
+    label, _ = collections.Counter(example.label for example in train).most_common(1)[0]
+    return {"majority": [Answer(value=float(label or 0))] * len(examples)}
 
 
-CLASSIFICATION = Task("{text}", "", "accuracy", _judge, _majority)
+CLASSIFICATION = Task(
+    make_example,
+    evaluate,
+    headline="accuracy",
+    prompt="{text}",
+    labels=labels_of,
+    texts=_texts,
+    answered_by=answered_by,
+    adapt=_adapt,
+    baselines=_majority,
+)

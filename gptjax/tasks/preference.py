@@ -1,102 +1,146 @@
-"""Pairs of answers, one preferred: DPO, IPO, ORPO and KTO. A model is judged on how often it finds the chosen answer likelier, per token."""
+"""Pairs of answers, one of them preferred: DPO, IPO, ORPO and KTO.
+
+A model is evaluated on how often it finds the chosen answer likelier than the other, per token.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from gptjax.config.errors import UserError
-from gptjax.config.schema import TaskConfig
+from gptjax.config.schema import Config, TaskConfig
 from gptjax.data.rows import Record
 from gptjax.metrics.bootstrap import Metric, mean_metric
-from gptjax.tasks.base import Answer, Example, Task, TokenBudget, completion, fill_template
-from gptjax.tokenizer.base import Tokenizer
+from gptjax.tasks.base import (
+    Answer,
+    AnsweredBy,
+    Baselines,
+    Example,
+    Rendering,
+    Task,
+    TokenBudget,
+    needs_checkpoint,
+)
+from gptjax.tasks.templates import completion_example, fill_template
 
 REJECTED = "{rejected}"
-SEGMENTS = {
-    "dpo": 2,
-    "ipo": 2,
-    "orpo": 2,
-    "kto": 3,
-}  # of an example: chosen, rejected, and for KTO an answer to another prompt
+# Segments of an example by task.loss: chosen, rejected, and for KTO an answer to another prompt.
+SEGMENTS = {"dpo": 2, "ipo": 2, "orpo": 2, "kto": 3}
 WITH_REFERENCE = ("dpo", "ipo", "kto")
 
 
-def example(
-    config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]
-) -> Example | None:
-    """ids: the prompt with the chosen answer, then the prompt with the rejected one; parts: their lengths."""
+def check(config: Config) -> list[str]:
+    faults = []
+    if config.task.loss == "kto" and config.train.grad_accum_steps > 1:
+        faults.append(
+            f"train.grad_accum_steps = {config.train.grad_accum_steps} changes KTO's loss, "
+            "which compares the answers of a batch with one another: set 1"
+        )
+    return faults + needs_checkpoint(config)
+
+
+def make_example(rendering: Rendering, row: Record) -> Example | None:
+    """ids: the prompt with the chosen answer, then the prompt with the rejected one."""
+    config, budget = rendering.config, rendering.budget
     rejected = fill_template(config.rejected or REJECTED, row, "task.rejected")
     if not rejected.strip():
         raise UserError(
-            f"{row.where}: the rejected answer is empty, so there is nothing to prefer: fill the field or drop the row"
+            f"{row.where}: the rejected answer is empty, so there is nothing to prefer: "
+            "fill the field or drop the row"
         )
-    part = TokenBudget(room.length // SEGMENTS[config.loss], room.policy, room.lead)
-    chosen = fill_template(config.completion or PREFERENCE.completion, row, "task.completion")
+    chosen = fill_template(config.completion, row, "task.completion")
     if chosen == rejected:
         raise UserError(
-            f"{row.where}: the chosen and the rejected answer are the same, so there is nothing to prefer: drop the row"
+            f"{row.where}: the chosen and the rejected answer are the same, "
+            "so there is nothing to prefer: drop the row"
         )
-    texts = [text.strip() if config.template == "chat" else text for text in (chosen, rejected)]
-    longest = max(
-        len(tokenizer.encode(text)) + 1 for text in texts
-    )  # one cut for both, or they would answer different prompts
-    first, second = (
-        completion(
-            config,
-            PREFERENCE,
-            tokenizer,
-            row,
-            part,
-            references=[chosen],
-            answer=text,
-            room_for=longest,
+    length = budget.length // SEGMENTS[config.loss]
+    rendering = dataclasses.replace(
+        rendering, budget=TokenBudget(length, budget.policy, budget.lead)
+    )
+    texts = [chosen, rejected]
+    if config.template == "chat":
+        texts = [text.strip() for text in texts]
+    # one cut for both, or they would answer different prompts
+    longest = max(len(rendering.tokenizer.encode(text)) + 1 for text in texts)
+    parts = []
+    for text in (chosen, rejected):
+        part = completion_example(
+            rendering, row, references=[chosen], answer=text, longest_answer=longest
         )
-        for text in (chosen, rejected)
+        if part is None:
+            return None
+        parts.append(part)
+    return dataclasses.replace(
+        parts[0],
+        ids=np.concatenate([part.ids for part in parts]),
+        learned=np.concatenate([part.learned for part in parts]),
+        parts=tuple(len(part.ids) for part in parts),
+        cut=any(part.cut for part in parts),
     )
-    if first is None or second is None:
-        return None
-    ids, learned = (
-        np.concatenate([first.ids, second.ids]),
-        np.concatenate([first.learned, second.learned]),
-    )
-    changed = {
-        "ids": ids,
-        "learned": learned,
-        "parts": (len(first.ids), len(second.ids)),
-        "cut": first.cut or second.cut,
-    }
-    return Example(**{**vars(first), **changed})
 
 
-def with_strangers(examples: Sequence[Example], length: int) -> list[Example]:
-    """Each example with a third part, its prompt before the next example's chosen answer (cut to a third of a row): KTO's estimate of the divergence."""
-    made = []
-    for e, other in zip(examples, [*examples[1:], *examples[:1]], strict=True):
+def add_unrelated_answers(config: Config, examples: list[Example]) -> list[Example]:
+    """For KTO, each example with a third part: its prompt before the next example's chosen answer.
+
+    KTO estimates the divergence from the reference on them. A part is cut to a third of a row.
+    """
+    if config.task.loss != "kto":
+        return examples
+    limit = config.length // SEGMENTS["kto"] + 1  # the last id is only a target
+    extended = []
+    for i, example in enumerate(examples):
+        other = examples[(i + 1) % len(examples)]
         answer = other.ids[other.prompt : other.parts[0]]
-        ids = np.concatenate([e.ids[: e.prompt], answer])[: length // 3 + 1]
-        learned = np.arange(len(ids)) >= e.prompt
-        changed = {
-            "ids": np.concatenate([e.ids, ids]),
-            "learned": np.concatenate([e.learned, learned]),
-            "parts": (*e.parts, len(ids)),
-        }
-        made.append(Example(**{**vars(e), **changed}))
-    return made
+        ids = np.concatenate([example.ids[: example.prompt], answer])[:limit]
+        learned = np.arange(len(ids)) >= example.prompt
+        extended.append(
+            dataclasses.replace(
+                example,
+                ids=np.concatenate([example.ids, ids]),
+                learned=np.concatenate([example.learned, learned]),
+                parts=(*example.parts, len(ids)),
+            )
+        )
+    return extended
 
 
-def _judge(
+def _needs_reference(config: TaskConfig) -> bool:
+    return config.loss in WITH_REFERENCE
+
+
+def _answered_by(config: TaskConfig) -> AnsweredBy:
+    return "preference"
+
+
+def evaluate(
     config: TaskConfig,
     labels: Sequence[str],
     examples: Sequence[Example],
     answers: Sequence[Answer],
 ) -> dict[str, Metric]:
-    return {"accuracy": mean_metric(np.array([a.value for a in answers]))}
+    """The share of pairs whose chosen answer is likelier."""
+    return {"accuracy": mean_metric(np.array([answer.value for answer in answers]))}
 
 
-def _coin(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
+def _coin(examples: Sequence[Example], train: Sequence[Example]) -> Baselines:
     return {"coin": [Answer(value=0.5)] * len(examples)}
 
 
-PREFERENCE = Task("{prompt}", "{chosen}", "accuracy", _judge, _coin)
+PREFERENCE = Task(
+    make_example,
+    evaluate,
+    headline="accuracy",
+    prompt="{prompt}",
+    completion="{chosen}",
+    check=check,
+    finish=add_unrelated_answers,
+    objective="preference",
+    counts_correct=True,
+    needs_reference=_needs_reference,
+    answered_by=_answered_by,
+    baselines=_coin,
+)

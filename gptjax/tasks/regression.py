@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Texts to a number: a head on the last token predicts the field task.label."""
 
 from __future__ import annotations
 
@@ -8,41 +8,70 @@ from collections.abc import Sequence
 import numpy as np
 
 from gptjax.config.errors import UserError
-from gptjax.config.schema import TaskConfig
+from gptjax.config.schema import Config, TaskConfig
 from gptjax.data.rows import Record
 from gptjax.metrics import classification as classification_metrics
 from gptjax.metrics.bootstrap import Metric
-from gptjax.tasks.base import Answer, Example, Task, TokenBudget, prompt_only
-from gptjax.tokenizer.base import Tokenizer
+from gptjax.tasks.base import Answer, AnsweredBy, Baselines, Example, Rendering, Task
+from gptjax.tasks.templates import head_example
 
 
-def number_example(
-    config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]
-) -> Example | None:
+def check(config: Config) -> list[str]:
+    if config.task.method == "head":
+        return []
+    return ["task.method = 'text' is for classification: a number needs the head"]
+
+
+def make_example(rendering: Rendering, row: Record) -> Example | None:
+    """The text with its number. Raises UserError where the field is no finite number."""
+    name = rendering.config.label
     try:
-        value = float(row.fields.get(config.label, "nothing"))
+        number = float(row.fields.get(name, "nothing"))
     except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
+        number = math.nan
+    if not math.isfinite(number):
         raise UserError(
-            f"{row.where}: task.label = {config.label!r} is {row.fields.get(config.label)!r}, which is no number"
+            f"{row.where}: task.label = {name!r} is {row.fields.get(name)!r}, which is no number"
         )
-    return prompt_only(config, REGRESSION, tokenizer, row, room, label=value, reference=str(value))
+    return head_example(rendering, row, label=number, reference=str(number))
 
 
-def _judge_numbers(
+def _labels(config: TaskConfig, rows: Sequence[Record]) -> tuple[str, ...]:
+    """The name of the one number that the head predicts."""
+    return (config.label,)
+
+
+def _answered_by(config: TaskConfig) -> AnsweredBy:
+    return "head"
+
+
+def evaluate(
     config: TaskConfig,
     labels: Sequence[str],
     examples: Sequence[Example],
     answers: Sequence[Answer],
 ) -> dict[str, Metric]:
+    """Mean squared error and Pearson's correlation."""
     return classification_metrics.regression(
-        np.array([a.value for a in answers]), np.array([float(e.label or 0) for e in examples])
+        np.array([answer.value for answer in answers]),
+        np.array([float(example.label or 0) for example in examples]),
     )
 
 
-def _mean(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
-    return {"mean": [Answer(value=float(np.mean([e.label for e in train])))] * len(examples)}
+def _mean(examples: Sequence[Example], train: Sequence[Example]) -> Baselines:
+    """The mean of the training split."""
+    mean = float(np.mean([example.label for example in train]))
+    return {"mean": [Answer(value=mean)] * len(examples)}
 
 
-REGRESSION = Task("{text}", "", "pearson", _judge_numbers, _mean)
+REGRESSION = Task(
+    make_example,
+    evaluate,
+    headline="pearson",
+    prompt="{text}",
+    check=check,
+    labels=_labels,
+    label_dtype=np.float32,
+    answered_by=_answered_by,
+    baselines=_mean,
+)

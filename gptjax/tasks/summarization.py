@@ -9,50 +9,54 @@ from gptjax.config.schema import TaskConfig
 from gptjax.data.rows import Record
 from gptjax.metrics import text as text_metrics
 from gptjax.metrics.bootstrap import Metric
-from gptjax.tasks.base import Answer, Example, Task, TokenBudget, completion, names_in
-from gptjax.tokenizer.base import Tokenizer
+from gptjax.tasks.base import Answer, Baselines, Example, Rendering, Task
+from gptjax.tasks.templates import completion_example, names_in
+
+# Up to the first mark that ends a sentence, in English or Chinese.
+_FIRST_SENTENCE = re.compile(r".+?(?:[.!?](?=\s)|[。！？]|$)", re.DOTALL)
 
 
-def example(
-    config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]
-) -> Example | None:
-    """Where the field of the summary is a list, its texts are references of equal right, and the first is learned."""
-    names = names_in(config.completion or SUMMARIZATION.completion, "task.completion")
-    several = row.fields.get(names[0]) if names else None
-    if isinstance(several, list) and several and all(isinstance(s, str) for s in several):
-        row = Record(row.where, {**row.fields, names[0]: several[0]})
-        return completion(config, SUMMARIZATION, tokenizer, row, room, references=several)
-    return completion(
-        config,
-        SUMMARIZATION,
-        tokenizer,
-        row,
-        room,
-        references=[row.text(name, knob="task.completion") for name in names],
-    )
+def make_example(rendering: Rendering, row: Record) -> Example | None:
+    """Where the summary's field is a list, its texts are equal references; the first is learned."""
+    names = names_in(rendering.config.completion, "task.completion")
+    summaries = row.fields.get(names[0]) if names else None
+    if isinstance(summaries, list) and summaries and all(isinstance(s, str) for s in summaries):
+        row = Record(row.where, {**row.fields, names[0]: summaries[0]})
+        references = summaries
+    else:
+        references = [row.text(name, knob="task.completion") for name in names]
+    return completion_example(rendering, row, references=references)
 
 
-def judge(
+def evaluate(
     config: TaskConfig,
     labels: Sequence[str],
     examples: Sequence[Example],
     answers: Sequence[Answer],
 ) -> dict[str, Metric]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L; of Chinese over characters."""
     return text_metrics.rouge(
-        [a.text for a in answers],
-        [list(e.references) for e in examples],
+        [answer.text for answer in answers],
+        [list(example.references) for example in examples],
         characters=config.language == "zh",
     )
 
 
 def first_sentence(text: str) -> str:
-    """Up to the first mark that ends a sentence."""
-    found = re.match(r".+?(?:[.!?](?=\s)|[。！？]|$)", text.strip(), re.DOTALL)
-    return found.group() if found else text
+    """The text up to the first mark that ends a sentence."""
+    sentence = _FIRST_SENTENCE.match(text.strip())
+    return sentence.group() if sentence else text
 
 
-def _lead(examples: Sequence[Example], train: Sequence[Example]) -> dict[str, list[Answer]]:
-    return {"lead-1": [Answer(first_sentence(e.source)) for e in examples]}
+def _lead(examples: Sequence[Example], train: Sequence[Example]) -> Baselines:
+    return {"lead-1": [Answer(first_sentence(example.source)) for example in examples]}
 
 
-SUMMARIZATION = Task("{document}\n\nTL;DR:", " {summary}", "rougeL", judge, _lead)
+SUMMARIZATION = Task(
+    make_example,
+    evaluate,
+    headline="rougeL",
+    prompt="{document}\n\nTL;DR:",
+    completion=" {summary}",
+    baselines=_lead,
+)

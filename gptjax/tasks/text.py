@@ -1,21 +1,25 @@
-"""Free text behind a control prefix: poems, stories, instructions. The prompt steers, the completion is learned, its end too."""
+"""Free text behind a control prefix: poems, stories, instructions.
+
+The prompt steers; the completion is learned, with its end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from gptjax.config.schema import TaskConfig
 from gptjax.data.rows import Record
 from gptjax.tasks import chat
-from gptjax.tasks.base import Example, Task, TokenBudget, completion, fill_template, no_baseline
-from gptjax.tokenizer.base import Tokenizer
+from gptjax.tasks.base import Example, Rendering, Task
+from gptjax.tasks.templates import completion_example, fill_template
 
 
-def example(
-    config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]
-) -> Example | None:
-    reference = fill_template(config.completion or TEXT.completion, row, "task.completion").strip()
-    return completion(config, TEXT, tokenizer, row, room, references=[reference])
+def make_example(rendering: Rendering, row: Record) -> Example | None:
+    text = fill_template(rendering.config.completion, row, "task.completion")
+    return completion_example(rendering, row, references=[text.strip()])
 
 
-TEXT = Task("", "{text}", "chrf", chat.judge, no_baseline, "sacrebleu")
+TEXT = Task(
+    make_example,
+    chat.evaluate,
+    headline="chrf",
+    completion="{text}",
+    package="sacrebleu",
+)

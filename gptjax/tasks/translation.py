@@ -8,34 +8,37 @@ from gptjax.config.schema import TaskConfig
 from gptjax.data.rows import Record
 from gptjax.metrics import text as text_metrics
 from gptjax.metrics.bootstrap import Metric
-from gptjax.tasks.base import Answer, Example, Task, TokenBudget, completion, copied, names_in
-from gptjax.tokenizer.base import Tokenizer
+from gptjax.tasks.base import Answer, Example, Rendering, Task, copy_source
+from gptjax.tasks.templates import completion_example, names_in
 
 
-def example(
-    config: TaskConfig, tokenizer: Tokenizer, row: Record, room: TokenBudget, labels: Sequence[str]
-) -> Example | None:
-    names = names_in(config.completion or TRANSLATION.completion, "task.completion")
-    return completion(
-        config,
-        TRANSLATION,
-        tokenizer,
-        row,
-        room,
-        references=[row.text(name, knob="task.completion") for name in names[:1]],
-    )
+def make_example(rendering: Rendering, row: Record) -> Example | None:
+    """The source, then its translation. The completion's first field is the reference."""
+    names = names_in(rendering.config.completion, "task.completion")
+    references = [row.text(name, knob="task.completion") for name in names[:1]]
+    return completion_example(rendering, row, references=references)
 
 
-def judge(
+def evaluate(
     config: TaskConfig,
     labels: Sequence[str],
     examples: Sequence[Example],
     answers: Sequence[Answer],
 ) -> dict[str, Metric]:
-    words = "zh" if config.language == "zh" else "13a"
+    """BLEU and chrF by sacrebleu."""
     return text_metrics.translation(
-        [a.text for a in answers], [list(e.references) for e in examples], tokenize=words
+        [answer.text for answer in answers],
+        [list(example.references) for example in examples],
+        tokenize="zh" if config.language == "zh" else "13a",
     )
 
 
-TRANSLATION = Task("{source} =", " {target}", "chrf", judge, copied, "sacrebleu")
+TRANSLATION = Task(
+    make_example,
+    evaluate,
+    headline="chrf",
+    prompt="{source} =",
+    completion=" {target}",
+    baselines=copy_source,
+    package="sacrebleu",
+)

@@ -17,7 +17,7 @@ from gptjax.data.packing import Packed
 from gptjax.model import lora, transformer
 from gptjax.ops import cross_entropy
 from gptjax.runtime import sharding
-from gptjax.tasks.preference import WITH_REFERENCE
+from gptjax.tasks.table import task_of
 from gptjax.training import objectives
 from gptjax.training.setup import Run
 
@@ -42,7 +42,7 @@ def with_reference(
     """The split with the log-probability of each answer under the parameters that training starts from: computed before the first step, and read
     from the workdir once they have been trained."""
     c = run.config
-    if c.task.name != "preference" or c.task.loss not in WITH_REFERENCE or not split.count:
+    if not task_of(c.task).needs_reference(c.task) or not split.count:
         return split
     assert isinstance(split, Packed)
     if jax.process_count() > 1:

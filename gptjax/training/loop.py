@@ -30,6 +30,7 @@ from gptjax.model import lora
 from gptjax.runtime import sharding
 from gptjax.runtime.devices import memory, peak_flops
 from gptjax.tasks import loading
+from gptjax.tasks.table import task_of
 from gptjax.tracking import progress
 from gptjax.tracking.base import TrackedRun
 from gptjax.tracking.jsonl import read_jsonl
@@ -63,11 +64,11 @@ def evaluate_task(run: Run, step: int, params: Any) -> dict[str, float]:
     lm = LanguageModel(c.model, params, run.tokenizer)
     found = answers.answer_examples(lm, c.task, run.data.labels, examples)
     shown = "\n\n".join(
-        answers.format_answer(run.tokenizer, run.data.labels, e, a)
+        answers.format_answer(run.tokenizer, e, a)
         for e, a in zip(examples[:20], found, strict=False)
     )
     files.write_text(run.workdir / "samples" / f"{step}.txt", shown + "\n")
-    scores = loading.TASKS[c.task.name][0].judge(c.task, run.data.labels, examples, found)
+    scores = task_of(c.task).evaluate(c.task, run.data.labels, examples, found)
     return {f"answers/{name}": metric.value for name, metric in scores.items()}
 
 
@@ -146,6 +147,7 @@ class Loop:
             checkpoints,
             int(state.step),
         )
+        self.task = task_of(c.task)
         self.batches = rollouts.feed(run, self.step, state.params, frozen)
         self.batch, self.extra = self.batches.next(
             self.step, state.params
@@ -203,7 +205,7 @@ class Loop:
             if stopping:
                 return "interrupted"
             if due(t.eval_every) and held_out.count:
-                self.evaluate(held_out, answers=self.step == last or run.config.task.name == "grpo")
+                self.evaluate(held_out, answers=self.step == last or self.task.samples_rollouts)
             if (
                 due(t.sample_every)
                 and t.sample_tokens
@@ -261,7 +263,7 @@ class Loop:
         """Scores of the held-out split and, where a task judges them, of `answers`; keeps the best state."""
         run, c, params = self.run, self.run.config, self.state.params
         values = {}
-        if c.task.name != "grpo":  # its objective is judged on answers alone
+        if not self.task.samples_rollouts:  # whose objective needs answers
             values = held_out_scores(
                 c, run.mesh, held_out, run.tokenizer, self.eval_step, params, self.frozen
             )
@@ -276,7 +278,8 @@ class Loop:
         if self.tracker:
             self.tracker.log(self.step, values)
         if c.train.keep_best:
-            save_best(run, self.state, values.get("eval/loss", -values.get("answers/reward", 0.0)))
+            headline = values.get(f"answers/{self.task.headline}", 0.0)
+            save_best(run, self.state, values.get("eval/loss", -headline))
 
     def close(self) -> None:
         for part in (self.progress, self.batches, self.checkpoints, self.tracker):

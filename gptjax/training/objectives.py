@@ -1,11 +1,13 @@
-"""What a step minimises, by task: next tokens, a head's label, preferences between answers, rewards of answers.
+"""What a step minimises: next tokens, a head's label, preferences between answers, rewards.
 
-In: final hidden states and a batch. Out: (loss sum, weight, right answers), float32 scalars. To add one, write a function of that form and a
-line in `of`. Sums over a segment are sums over its tokens: answers of a pair are neighbouring segments of one row.
+In: final hidden states and a batch. Out: (loss sum, weight, correct predictions), float32 scalars.
+To add one, write a function of that form, add a row to OBJECTIVES, and name it in a `Task`.
+Sums over a segment are sums over its tokens: answers of a pair are neighbouring segments of a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,32 +18,31 @@ from gptjax.core.types import Array, Batch
 from gptjax.model import transformer
 from gptjax.ops import cross_entropy
 from gptjax.tasks.preference import SEGMENTS, WITH_REFERENCE
+from gptjax.tasks.table import task_of
 from gptjax.training import preference_losses
 
 Sums = tuple[Array, Array, Array]
 
 
 def compute_loss(config: Config, params: Any, x_BTD: Array, batch: Batch, *, chunk: int) -> Sums:
-    """The objective of `config.task` on hidden states as `model.apply` returns them."""
-    weights, nothing = batch.loss_weights, jnp.zeros(())
-    if config.model.labels:
-        total, right = cross_entropy.head_loss(
-            transformer.score(params, x_BTD), batch.targets, weights
-        )
-        return total, weights.sum(), right
-    if config.task.name == "preference":
-        return _preference(
-            config,
-            cross_entropy.token_logprobs(config.model, params, x_BTD, batch.targets, chunk=chunk),
-            batch,
-        )
-    if config.task.name == "grpo":
-        logp = cross_entropy.token_logprobs(config.model, params, x_BTD, batch.targets, chunk=chunk)
-        return (*_grpo(config, logp, batch), nothing)
+    """The task's objective on hidden states as `transformer.apply` returns them."""
+    name = "head" if config.model.labels else task_of(config.task).objective
+    return OBJECTIVES[name](config, params, x_BTD, batch, chunk)
+
+
+def _next_token(config: Config, params: Any, x_BTD: Array, batch: Batch, chunk: int) -> Sums:
+    weights = batch.loss_weights
     total = cross_entropy.token_cross_entropy(
         config.model, params, x_BTD, batch.targets, weights, chunk=chunk
     )
-    return total, weights.sum(), nothing
+    return total, weights.sum(), jnp.zeros(())
+
+
+def _head(config: Config, params: Any, x_BTD: Array, batch: Batch, chunk: int) -> Sums:
+    weights = batch.loss_weights
+    scores = transformer.score(params, x_BTD)
+    total, correct = cross_entropy.head_loss(scores, batch.targets, weights)
+    return total, weights.sum(), correct
 
 
 def segment_sums(values_BT: Array, segments_BT: Array) -> Array:
@@ -52,7 +53,8 @@ def segment_sums(values_BT: Array, segments_BT: Array) -> Array:
     return jax.vmap(one)(values_BT, segments_BT)
 
 
-def _preference(config: Config, logp_BT: Array, batch: Batch) -> Sums:
+def _preference(config: Config, params: Any, x_BTD: Array, batch: Batch, chunk: int) -> Sums:
+    logp_BT = cross_entropy.token_logprobs(config.model, params, x_BTD, batch.targets, chunk=chunk)
     weights, segments = batch.loss_weights, batch.segment_ids
     group = SEGMENTS[config.task.loss]
     count = logp_BT.shape[1] // group  # of examples that a row can hold
@@ -104,11 +106,13 @@ def _preference(config: Config, logp_BT: Array, batch: Batch) -> Sums:
     )
 
 
-def _grpo(config: Config, logp_BT: Array, batch: Batch) -> tuple[Array, Array]:
+def _grpo(config: Config, params: Any, x_BTD: Array, batch: Batch, chunk: int) -> Sums:
+    logp_BT = cross_entropy.token_logprobs(config.model, params, x_BTD, batch.targets, chunk=chunk)
     reference = batch.reference if config.task.kl_coef else None
     advantages = batch.advantages[:, 0]
-    # one update follows each set of answers, so the policy that wrote them is the one that is updated: the ratio is 1, its gradient is not 0
-    return preference_losses.grpo(
+    # one update follows each set of answers, so the policy that wrote them is the one that is
+    # updated: the ratio is 1, its gradient is not 0
+    total, weight = preference_losses.grpo(
         logp_BT,
         jax.lax.stop_gradient(logp_BT),
         mask=batch.loss_weights,
@@ -116,3 +120,13 @@ def _grpo(config: Config, logp_BT: Array, batch: Batch) -> tuple[Array, Array]:
         reference=reference,
         kl_weight=config.task.kl_coef,
     )
+    return total, weight, jnp.zeros(())
+
+
+# `Task.objective` names a row; a model with a head has the row "head".
+OBJECTIVES: dict[str, Callable[[Config, Any, Array, Batch, int], Sums]] = {
+    "next_token": _next_token,
+    "head": _head,
+    "preference": _preference,
+    "grpo": _grpo,
+}

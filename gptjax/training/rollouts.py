@@ -18,6 +18,7 @@ from gptjax.model import lora
 from gptjax.runtime import sharding
 from gptjax.tasks import loading
 from gptjax.tasks.grpo import reward_of
+from gptjax.tasks.table import task_of
 from gptjax.training import preference_losses
 from gptjax.training.batches import Reads, token_logprobs, with_reference
 from gptjax.training.setup import Run
@@ -31,7 +32,9 @@ class Rollouts:
         assert isinstance(run.data, loading.Examples)
         self._run, self._frozen, self._config = run, frozen, run.config
         if jax.process_count() > 1:
-            raise UserError("task.name = 'grpo' writes its answers in one process: start one")
+            raise UserError(
+                f"task.name = {run.config.task.name!r} writes its answers in one process: start one"
+            )
         self._examples, self._reward = run.data.train, reward_of(run.config.task)
         longest = max(e.prompt for e in self._examples)
         if longest + run.config.task.max_new_tokens > run.config.length:
@@ -99,6 +102,6 @@ class Rollouts:
 
 def feed(run: Run, start: int, params: Any, frozen: Any) -> Reads | Rollouts:
     """Where the batches of the run come from. params: those that training starts from (a reference needs them)."""
-    if run.config.task.name == "grpo":
+    if task_of(run.config.task).samples_rollouts:
         return Rollouts(run, frozen)
     return Reads(run, with_reference(run, run.split(TRAIN), TRAIN, start, params, frozen), start)

@@ -26,6 +26,7 @@ from gptjax.runtime.compile_cache import Compiles
 from gptjax.runtime.interrupt import Stop
 from gptjax.runtime.mesh import make_mesh
 from gptjax.tasks import loading
+from gptjax.tasks.table import task_of
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tracking.trackers import check_installed
 from gptjax.training import report
@@ -146,7 +147,7 @@ def resolve_config(config: Config, data: Data) -> Config:
 
 def rows_of_epoch(config: Config, data: Data) -> int:
     """Rows of batches in one pass over the training split."""
-    if config.task.name == "grpo" and isinstance(data, loading.Examples):
+    if task_of(config.task).samples_rollouts and isinstance(data, loading.Examples):
         return len(data.train) * config.task.num_generations
     return split_rows(config, data, TRAIN).count
 

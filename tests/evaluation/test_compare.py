@@ -15,7 +15,7 @@ from gptjax.evaluation import compare as comparison
 from gptjax.evaluation.held_out import text_scores
 from gptjax.generation import language_model
 from gptjax.generation.language_model import LanguageModel
-from gptjax.tasks import loading
+from gptjax.tasks import loading, records
 from gptjax.tasks.base import Answer, Example
 from gptjax.tokenizer.trained import ByteTokenizer
 
@@ -236,7 +236,7 @@ def test_a_prompt_is_cut_alike_whatever_the_right_answer(tmp_path):
         write_jsonl(tmp_path / "rows.jsonl", rows),
         task=dict(name="summarization", truncation="cut_end"),
     )
-    train, _, _ = loading.read_records(config)
+    train, _, _ = records.read_records(config)
     made = loading.render(config, ByteTokenizer(), train, (), "x", answer=16)
     assert [e.prompt for e in made] == [49, 49]  # the last of 16 is only a target
     assert (
@@ -261,12 +261,12 @@ def test_answers_end_at_stop_texts_and_are_taken_from_the_text(tmp_path, monkeyp
     assert (
         answers.answer_examples(lm, config, (), made)[0].text == free[: free.index(free[3])].strip()
     )
-    monkeypatch.setattr(answers, "_by_writing", lambda *rest: [Answer("in paris, France")])
+    monkeypatch.setitem(answers.ANSWERED_BY, "writing", lambda *rest: [Answer("in paris, France")])
     asked = dataclasses.replace(config, name="qa", extract=True)
     found = answers.answer_examples(lm, asked, (), made)
     assert (
         found[0].text == "in Paris"
-        and answers.record(made[0], found[0], lm.tokenizer)["prediction"] == "in Paris"
+        and answers.prediction_row(lm.tokenizer, made[0], found[0])["prediction"] == "in Paris"
     )
 
 

@@ -20,6 +20,7 @@ from gptjax.model import transformer
 from gptjax.tasks import loading, preview
 from gptjax.tasks.base import Example
 from gptjax.tasks.qa import extract
+from gptjax.tasks.records import read_other_records, read_records
 from gptjax.tasks.summarization import first_sentence
 from gptjax.tokenizer.trained import ByteTokenizer
 from gptjax.training.setup import split_rows
@@ -251,15 +252,15 @@ def test_named_splits_of_a_data_set_are_read(monkeypatch):
     config = build.build_config(
         {"data": {"source": "datasets", "name": "x"}, "task": {"name": "classification"}}
     )
-    train, held, _ = loading.read_records(config)
+    train, held, _ = read_records(config)
     assert [r.fields["text"] for r in held] == [f"validation{i}" for i in range(4)] and len(
         train
     ) == 4
-    assert [r.fields["text"] for r in loading.read_other_records(config, "test")] == [
+    assert [r.fields["text"] for r in read_other_records(config, "test")] == [
         f"test{i}" for i in range(4)
     ]
     with pytest.raises(UserError, match="x has no split 'tset': it has train, validation, test"):
-        loading.read_other_records(config, "tset")
+        read_other_records(config, "tset")
 
 
 @pytest.mark.parametrize("policy", ["cut_start", "cut_end"])

@@ -1,0 +1,113 @@
+"""The rows of a task: read, split, limited and mixed as `data.*` says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from gptjax.config.errors import UserError
+from gptjax.config.schema import Config, DataConfig
+from gptjax.core import files
+from gptjax.data import rows
+from gptjax.data.rows import Record
+
+_MAX_WEIGHT = 1e4  # of a file of data.mixture
+
+
+class Records(NamedTuple):
+    """Rows of both splits. fingerprint: of the files and of how they were split and mixed."""
+
+    train: list[Record]
+    eval: list[Record]
+    fingerprint: str
+
+
+def read_records(config: Config) -> Records:
+    """The rows that the config names. Raises UserError where there is nothing to train on."""
+    d = config.data
+    read = rows.READERS[d.source]
+    main = read(d, d.path, d.train_split)
+    fingerprints = [main.fingerprint, str(d.eval_fraction)]
+    if d.eval_path or rows.has_eval_split(d):
+        held_out = read(d, d.eval_path or d.path, d.eval_split)
+        fingerprints.append(held_out.fingerprint)
+        train_rows = list(_with_unique_ids(main.read()))
+        eval_rows = list(_with_unique_ids(held_out.read()))
+    else:
+        is_held_out = rows.held_out(main.count, d.eval_fraction)
+        train_rows, eval_rows = [], []
+        for i, row in enumerate(_with_unique_ids(main.read())):
+            (eval_rows if is_held_out(i) else train_rows).append(row)
+    train_rows = rows.subsample_evenly(train_rows, d.train_limit)
+    eval_rows = rows.subsample_evenly(eval_rows, d.eval_limit)
+    for entry in d.mixture:
+        path, weight = _mixture_entry(entry)
+        extra = read(d, path, d.train_split)
+        fingerprints += [extra.fingerprint, entry.rpartition("=")[2]]
+        train_rows += _repeat(list(_with_unique_ids(extra.read())), weight)
+    if not train_rows:
+        raise UserError(
+            f"data.path = {d.path!r}: the training split is empty; "
+            f"lower data.eval_fraction = {d.eval_fraction}"
+        )
+    return Records(train_rows, eval_rows, files.digest(*fingerprints))
+
+
+def read_other_records(config: Config, path: str) -> list[Record]:
+    """The rows of one more file, or of a split where the source has named ones.
+
+    Raises UserError.
+    """
+    d = config.data
+    if d.source == "sotu":
+        raise UserError(
+            f"--path={path}: data.source = 'sotu' is one corpus without files; "
+            "leave --path out to take its held-out paragraphs"
+        )
+    return list(_with_unique_ids(_open_other(d, path).read()))
+
+
+def _open_other(d: DataConfig, path: str) -> rows.SplitRecords:
+    is_split = d.source in ("tfds", "datasets") and not Path(path).exists()
+    if is_split:
+        return rows.READERS[d.source](d, d.path, path)
+    return rows.READERS[d.source](d, path, d.eval_split)
+
+
+def _mixture_entry(entry: str) -> tuple[str, float]:
+    """(path, weight) of PATH=WEIGHT. Raises UserError."""
+    path, _, text = entry.rpartition("=")
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = -1.0
+    if not path or not 0 < weight < _MAX_WEIGHT:
+        raise UserError(
+            f"data.mixture: {entry!r} is no PATH=WEIGHT with a weight above 0, "
+            "such as extra.jsonl=0.5"
+        )
+    return path, weight
+
+
+def _repeat(extra: list[Record], weight: float) -> list[Record]:
+    """The rows as often as the weight says; of its fraction, that share of them, evenly spread."""
+    repeated = extra * int(weight)
+    rest = round((weight - int(weight)) * len(extra))
+    # for subsample_evenly, a limit of 0 means all
+    return repeated + rows.subsample_evenly(extra, rest) if rest else repeated
+
+
+def _with_unique_ids(records: Iterable[Record]) -> Iterator[Record]:
+    """The rows. Raises UserError where two of them carry one id."""
+    first_place: dict[str, str] = {}
+    for row in records:
+        key = row.fields.get("id")
+        if isinstance(key, str | int):
+            first = first_place.setdefault(str(key), row.where)
+            if first != row.where:
+                raise UserError(
+                    f"{row.where} has the id {key!r}, which {first} has too: "
+                    "ids name one row each; fix them or rename the field"
+                )
+        yield row
