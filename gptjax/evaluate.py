@@ -1,11 +1,16 @@
-"""What a checkpoint is worth: held-out loss, a task's own scores with their intervals, any text's bits per byte, probes, lm-evaluation-harness.
+"""How good a checkpoint is: held-out loss, a task's scores with intervals, bits per byte, probes.
 
-    python -m gptjax.evaluate --checkpoint=runs/sst[,OTHER,...] [--config=configs/finetune_sentiment.py] [--path=test.jsonl] [--out=FOLDER]
-    python -m gptjax.evaluate --checkpoint=PATH --text=FILES | --probes[=FILE.json] | --harness=TASK,TASK
+    python -m gptjax.evaluate --checkpoint=runs/sst[,OTHER,...]
+        [--config=configs/finetune_sentiment.py] [--path=test.jsonl] [--out=FOLDER]
+    python -m gptjax.evaluate --checkpoint=PATH --text=FILES
+    python -m gptjax.evaluate --checkpoint=PATH --probes[=FILE.json]
+    python -m gptjax.evaluate --checkpoint=PATH --harness=TASK,TASK
 
-A task's config comes from --config, or from the first checkpoint's workdir, and then a run of the same task is asked with its own prompt. --path
-is a file in the form of its data, such as a test split, or the split's name in a data set that has several (default: the held-out split). Several
-checkpoints, and the baselines that the task knows, are compared with the first on the examples that fit all of them.
+A task's config comes from --config, or from the first checkpoint's workdir; then a run of the same
+task is evaluated with its own prompt. --path is a file in the form of its data, such as a test
+split, or the split's name in a data set that has several (default: the held-out split). Several
+checkpoints, and the baselines that the task knows, are compared with the first on the examples
+that fit all of them. --harness runs tasks of lm-evaluation-harness.
 """
 
 from __future__ import annotations
@@ -23,17 +28,6 @@ from gptjax.evaluation.held_out import text_scores
 from gptjax.generation import language_model
 from gptjax.runtime.compile_cache import enable_compile_cache
 from gptjax.tasks.table import task_of
-
-
-def task_config(checkpoint: str) -> Config:
-    """The config of a run that tuned a task. Raises UserError."""
-    config = run_config(checkpoint)
-    if config is None or not config.task.name:
-        raise UserError(
-            f"{checkpoint} names no task: give --config=configs/..., or --text, --probes or --harness"
-        )
-    return config
-
 
 FLAGS = {
     "checkpoint": "workdir, Hugging Face folder, .gguf file; several with a comma between",
@@ -58,44 +52,62 @@ def main(argv: list[str]) -> None:
             raise UserError(
                 "--out is for predictions and probes, and --text makes none: leave it out"
             )
-        documents = rows.subsample_evenly(
-            [p.read_bytes() for p in rows.paths_of(args["text"], (".txt", ".md", ".text"))], limit
-        )
-        texts = [files.decode(data, args["text"]) for data in documents]
-        entries = [
-            Comparison(name, text_scores(language_model.load(name), iter(texts))) for name in names
-        ]
-        headline = "bits_per_byte"
+        comparisons, headline = _compare_on_text(names, args["text"], limit), "bits_per_byte"
     elif "probes" in args or "harness" in args:
         if len(names) > 1:
             raise UserError(
-                f"--probes and --harness look at one checkpoint, not at {len(names)}: run them for each"
+                f"--probes and --harness look at one checkpoint, not at {len(names)}: "
+                "run them for each"
             )
-        _others(args, names[0], limit, out)
+        if "harness" in args:
+            _run_harness(args, names[0], limit)
+        else:
+            _run_probes(args, names[0], out)
         return
     else:
-        own = args.settings is None
-        config = task_config(names[0]) if own else args.config
+        of_run = args.settings is None
+        config = task_config(names[0]) if of_run else args.config
         if not config.task.name:
             raise UserError("the config has no task.name: use --text for the loss of a text")
-        entries = compare(config, names, path=args["path"], limit=limit, out=out, own=own)
+        comparisons = compare(
+            config, names, path=args["path"], limit=limit, out=out, own_prompts=of_run
+        )
         headline = task_of(config.task).headline
-    print(to_json(entries) if "json" in args else table(entries, headline))
+    print(to_json(comparisons) if "json" in args else table(comparisons, headline))
 
 
-def _others(args: cli.Args, name: str, limit: int, out: Path | None) -> None:
+def task_config(checkpoint: str) -> Config:
+    """The config of a run that tuned a task. Raises UserError."""
+    config = run_config(checkpoint)
+    if config is None or not config.task.name:
+        raise UserError(
+            f"{checkpoint} names no task: give --config=configs/..., "
+            "or --text, --probes or --harness"
+        )
+    return config
+
+
+def _compare_on_text(names: list[str], pattern: str, limit: int) -> list[Comparison]:
+    paths = rows.paths_of(pattern, (".txt", ".md", ".text"))
+    documents = rows.subsample_evenly([path.read_bytes() for path in paths], limit)
+    texts = [files.decode(document, pattern) for document in documents]
+    return [Comparison(name, text_scores(language_model.load(name), iter(texts))) for name in names]
+
+
+def _run_harness(args: cli.Args, name: str, limit: int) -> None:
     lm = language_model.load(name)
-    if "harness" in args:
-        from gptjax.evaluation.harness import evaluate_tasks  # lm_eval is an extra
+    from gptjax.evaluation.harness import evaluate_tasks  # lm_eval is an extra
 
-        found = evaluate_tasks(lm, args["harness"].split(","), limit=limit or None)
-        print(json.dumps(found, indent=1, default=str))
-        return
+    results = evaluate_tasks(lm, args["harness"].split(","), limit=limit or None)
+    print(json.dumps(results, indent=1, default=str))
+
+
+def _run_probes(args: cli.Args, name: str, out: Path | None) -> None:
+    lm = language_model.load(name)
     from gptjax.evaluation import probes
 
-    report = probes.run_probes(
-        lm, probes.load_probes(probes.PROBES if args["probes"] == "true" else Path(args["probes"]))
-    )
+    path = probes.PROBES if args["probes"] == "true" else Path(args["probes"])
+    report = probes.run_probes(lm, probes.load_probes(path))
     if out:
         files.write_text(out / "probes.html", probes.to_html(report))
         cli.say(f"wrote {out / 'probes.html'}")

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Losses without answers: of a run's held-out split, and of any documents."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from gptjax.tasks.table import task_of
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tracking import progress
 
+_MAX_LOSS = 700.0  # exp of more overflows
+
 
 def held_out_scores(
     config: Config,
@@ -31,68 +33,84 @@ def held_out_scores(
     params: Any,
     frozen: Any,
 ) -> dict[str, float]:
-    """Means over the held-out split, each target once: loss, and of text perplexity and bits per byte, of classes the accuracy."""
-    byte_lengths = np.array([len(b) for b in tokenizer.token_bytes])
-    total = weight = right = count = 0.0
-    size, mine = config.train.batch_size, sharding.local_rows(mesh, config.train.batch_size)
+    """Means over the held-out split, each target once.
+
+    Of text: loss (nats), perplexity, bits per byte. Of classes and preferences: loss, accuracy. Of
+    numbers: loss. eval_step: (params, batch, frozen) to sums of loss, weight, correct predictions.
+    """
+    labels, batch_size = config.model.labels, config.train.batch_size
+    byte_lengths = np.array([len(text) for text in tokenizer.token_bytes])
+    local_rows = sharding.local_rows(mesh, batch_size)
+    total = weight = correct = byte_count = 0.0
     for batch in loader.eval_batches(
-        split, batch_size=size, rows=range(size), limit=config.train.eval_batches
+        split,
+        batch_size=batch_size,
+        rows=range(batch_size),
+        limit=config.train.eval_batches,
     ):
-        if not config.model.labels:
-            count += float(
-                (byte_lengths[batch.targets] * batch.loss_weights).sum()
-            )  # of all rows, whoever computes them
-        local = jax.tree.map(lambda array: array[mine], batch)
+        if not labels:
+            # of all rows, whichever process computes them
+            byte_count += float((byte_lengths[batch.targets] * batch.loss_weights).sum())
+        local = jax.tree.map(lambda array: array[local_rows], batch)
         sums = eval_step(params, sharding.to_global(mesh, local), frozen)
-        total, weight, right = (
-            a + float(b) for a, b in zip((total, weight, right), sums, strict=True)
-        )
-    loss = total / weight
-    if len(config.model.labels) == 1:
-        return {"eval/loss": loss}
-    if config.model.labels or task_of(config.task).counts_correct:
-        return {"eval/loss": loss, "eval/accuracy": right / weight}
-    return {
-        "eval/loss": loss,
-        "eval/perplexity": math.exp(min(loss, 700.0)),
-        "eval/bits_per_byte": total / math.log(2) / max(count, 1.0),
-    }
+        batch_total, batch_weight, batch_correct = map(float, sums)
+        total += batch_total
+        weight += batch_weight
+        correct += batch_correct
+    scores = {"eval/loss": total / weight}
+    if len(labels) == 1:
+        return scores
+    if labels or task_of(config.task).counts_correct:
+        scores["eval/accuracy"] = correct / weight
+        return scores
+    scores["eval/perplexity"] = math.exp(min(scores["eval/loss"], _MAX_LOSS))
+    scores["eval/bits_per_byte"] = total / math.log(2) / max(byte_count, 1.0)
+    return scores
 
 
 def summary_line(values: dict[str, float]) -> str:
     """An evaluation in words: the loss first."""
-    names = {"eval/bits_per_byte": "bits per byte"}
-    parts = [
-        f"{value:.4f} {names.get(name, progress.display_name(name))}"
-        for name, value in values.items()
-        if name not in ("eval/loss", "eval/perplexity")
-    ]
-    return ", ".join(
-        ([f"eval loss {values['eval/loss']:.4f}"] if "eval/loss" in values else []) + parts
-    )
+    parts = []
+    if "eval/loss" in values:
+        parts.append(f"eval loss {values['eval/loss']:.4f}")
+    for name, value in values.items():
+        if name in ("eval/loss", "eval/perplexity"):
+            continue
+        is_bits = name == "eval/bits_per_byte"
+        words = "bits per byte" if is_bits else progress.display_name(name)
+        parts.append(f"{value:.4f} {words}")
+    return ", ".join(parts)
 
 
 def text_scores(lm: LanguageModel, documents: Iterator[str]) -> dict[str, Metric]:
-    """loss, perplexity and bits per byte of documents, each token once, given up to a whole context and (past the first window) at least half of one."""
-    tokenizer, lead = lm.text_tokenizer, [lm.text_tokenizer.eot] * lm.prompt_places
-    size = lm.config.context - len(lead)
-    half = max(size // 2, 1)
-    stats = []
+    """loss, perplexity and bits per byte of documents, each token once.
+
+    A document longer than the context is scored in windows: each token sees up to a complete
+    context before it and, past the first window, at least half of one.
+    """
+    tokenizer = lm.text_tokenizer
+    rows = []
     with cli.progress("documents scored") as advance:
         for document in documents:
             ids = [*(tokenizer.prefix or (tokenizer.eot,)), *tokenizer.encode(document)]
-            starts = (
-                [0, *range(half, max(len(ids) - 1 - half, half), half)]
-                if len(ids) > size + 1
-                else [0]
-            )
-            found = lm.token_logprobs([[*lead, *ids[s : s + size + 1]] for s in starts])
-            new = np.concatenate(
-                [
-                    lp[len(lead) + (size - half) * bool(s) :]
-                    for s, (lp, _) in zip(starts, found, strict=True)
-                ]
-            )
-            stats.append((-float(new.sum()), float(len(new)), float(len(document.encode()))))
+            logprobs = _document_logprobs(lm, ids)
+            rows.append((-float(logprobs.sum()), float(len(logprobs)), len(document.encode())))
             advance(1)
-    return loss_metrics.token_loss(*np.array(stats).T)
+    losses, tokens, byte_counts = np.array(rows, np.float64).T
+    return loss_metrics.token_loss(losses, tokens, byte_counts)
+
+
+def _document_logprobs(lm: LanguageModel, ids: list[int]) -> np.ndarray:
+    """float32 [n - 1]: log-probability of each of n ids but the first."""
+    lead = [lm.text_tokenizer.eot] * lm.prompt_places  # before each window
+    size = lm.config.context - len(lead)  # tokens that a window may see
+    stride = max(size // 2, 1)
+    starts = [0]
+    if len(ids) > size + 1:
+        starts += range(stride, max(len(ids) - 1 - stride, stride), stride)
+    windows = [lead + ids[start : start + size + 1] for start in starts]
+    new = []
+    for start, (logprobs, _) in zip(starts, lm.token_logprobs(windows), strict=True):
+        already_scored = size - stride if start else 0
+        new.append(logprobs[len(lead) + already_scored :])
+    return np.concatenate(new)

@@ -205,7 +205,7 @@ def test_a_run_is_asked_with_its_own_prompt_where_that_asks_for_the_same(
         monkeypatch.setattr(
             comparison, "run_config", lambda name, stored=stored: stored if name == "b" else config
         )
-        comparison.compare(config, ["a", "b"], own=True)
+        comparison.compare(config, ["a", "b"], own_prompts=True)
         assert asked[-2:] == ["two =", expected]
         assert ("b was tuned on other fields" in capsys.readouterr().err) == (expected == "two =")
     comparison.compare(config, ["b"])
