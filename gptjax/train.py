@@ -1,4 +1,12 @@
-"""TODO docstring."""
+"""Trains a GPT: pretraining and fine-tuning by the same loop.
+
+    python -m gptjax.train --config=configs/quickstart.py --workdir=runs/quickstart \\
+        [--config.train.steps=500 ...]
+
+--print_config shows every setting, resolved, and trains nothing; `python -m gptjax.plan` shows each
+derived number and why. The same command resumes a run that was stopped: SIGTERM and Ctrl-C save
+first, and after a kill it goes on from the newest intact checkpoint with the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -11,48 +19,30 @@ import jax
 from gptjax.config import build, schema
 from gptjax.config.errors import UserError
 from gptjax.core import cli, files
-from gptjax.data import shards
-from gptjax.data.sources import TRAIN
-from gptjax.planning.explain import explain
 from gptjax.runtime.compile_cache import Compiles, enable_compile_cache
 from gptjax.runtime.distributed import start_distributed
 from gptjax.runtime.interrupt import Stop
 from gptjax.runtime.memory import keep_freed_memory
 from gptjax.training.loop import train
-from gptjax.training.setup import (
-    load_data,
-    resolve_checkpoint,
-    resolve_config,
-    rows_of_epoch,
-    setup,
-)
+from gptjax.training.setup import setup
+
+FLAGS = {
+    "workdir": "folder of the run",
+    "print_config": "print every setting, resolved, and stop",
+    "profile_steps": "first:last steps to trace; short for --config.train.profile_steps",
+    "distributed": "start jax.distributed from the cluster's environment",
+}
 
 
 def main(argv: list[str]) -> None:
-    flags = {
-        "workdir": "folder of the run",
-        "print_config": "print every knob, resolved, and stop",
-        "explain": "print each derived number and why, and stop",
-        "profile_steps": "first:last steps to trace; short for --config.train.profile_steps",
-        "distributed": "start jax.distributed from the cluster's environment",
-    }
-    args = cli.parse(argv, __doc__, flags, required=("config",))
+    if any(arg.partition("=")[0] == "--explain" for arg in argv):
+        raise UserError("no flag '--explain'; python -m gptjax.plan --config=... prints that page")
+    args = cli.parse(argv, __doc__, FLAGS, required=("config",))
     if "profile_steps" in args:
         build.override(args.settings, {"train.profile_steps": args["profile_steps"]})
     config = args.config
     if "print_config" in args:
         print(schema.to_json(config))
-        return
-    if "explain" in args:
-        config, source = resolve_checkpoint(config)
-        data = load_data(config, source)
-        config = resolve_config(config, data)
-        tokens = (
-            data.tokens(TRAIN)
-            if isinstance(data, shards.Prepared)
-            else rows_of_epoch(config, data) * config.length
-        )
-        print(explain(config, tokens))
         return
     if not args["workdir"]:
         raise UserError("missing --workdir: the folder for checkpoints, metrics and the report")

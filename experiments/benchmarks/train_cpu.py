@@ -43,6 +43,7 @@ def gptjax_worker(shape: str, dtype: str):
     from gptjax.runtime import sharding
     from gptjax.runtime.mesh import make_mesh
     from gptjax.training import step as train_step
+    from gptjax.training.setup import make_plan
 
     layers, width, heads, batch, context, vocab = SHAPES[shape]
     c = build.build_config(
@@ -70,9 +71,10 @@ def gptjax_worker(shape: str, dtype: str):
         positions=np.broadcast_to(np.arange(context, dtype=np.int32), (batch, context)),
     )
     with jax.set_mesh(mesh):
-        state, _ = train_step.init_state(c, mesh)
+        plan = make_plan(c, mesh)
+        state, _ = train_step.init_state(plan)
         data = sharding.to_global(mesh, data)
-        compiled = train_step.make_train_step(c, mesh).lower(state, data, {}).compile()
+        compiled = train_step.lower(plan).compile()
 
     def step() -> None:
         nonlocal state

@@ -21,7 +21,7 @@ from gptjax.config import build, schema
 from gptjax.config.errors import UserError, unknown_name
 from gptjax.config.schema import Config
 
-VERBS = ("train", "generate", "evaluate", "convert", "data.prepare", "data.preview")
+VERBS = ("train", "generate", "evaluate", "convert", "plan", "data.prepare", "data.preview")
 
 
 _COMMON = {

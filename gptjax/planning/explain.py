@@ -1,97 +1,159 @@
-"""TODO docstring."""
+"""The numbers that follow from a config and its data, each with its reason.
+
+In: a `TrainPlan` and the tokens of the training split. Out: rows to print. To add a number, add a
+row to one of the three functions below.
+"""
 
 from __future__ import annotations
 
-from gptjax.config.schema import Config
+import dataclasses
+from collections.abc import Sequence
+
+from gptjax.config.schema import OptimConfig
 from gptjax.core import tree
 from gptjax.model import init as model_init
-from gptjax.tracking.throughput import flops_per_token
-from gptjax.training import step as train_step
+from gptjax.training.setup import TrainPlan
+
+MEBIBYTE = 2**20
 
 
-def explain(config: Config, tokens: int) -> str:
-    """Each number that follows from the config and the data, with the reason. tokens: in the training split."""
-    m, t, o = config.model, config.train, config.optim
-    params = model_init.count_params(m)
-    per_step = t.batch_size * config.length
-    flops = flops_per_token(config, params)
-    cache = 2 * m.layers * m.context * m.kv * m.head_width * (4 if m.dtype == "float32" else 2)
-    decay = {
-        "wsd": round(o.warmup_steps + (1 - o.decay_fraction) * (t.steps - 1 - o.warmup_steps)),
-        "constant": t.steps,
-    }.get(o.schedule, o.warmup_steps)
-    rows = [
-        ("vocabulary", f"{m.vocab_size:,}", "model.vocab_size, or the tokenizer's where that is 0"),
-        (
-            "embedding rows",
-            f"{m.padded_vocab:,}",
-            f"padded to a multiple of {m.vocab_multiple} (model.vocab_multiple); the padding never gets probability",
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """text: the value as people read it. reason: the settings or the formula it follows from."""
+
+    name: str
+    value: float
+    text: str
+    reason: str
+
+
+def derived_numbers(plan: TrainPlan, tokens: int) -> list[Number]:
+    """tokens: in the training split, filled up to complete rows where examples are packed."""
+    return [*_of_model(plan), *_of_run(plan, tokens), *_of_optimizer(plan), _of_generation(plan)]
+
+
+def format_numbers(numbers: Sequence[Number]) -> str:
+    """A line a number, in three columns."""
+    names = max(len(number.name) for number in numbers)
+    texts = max(len(number.text) for number in numbers)
+    return "\n".join(
+        f"{number.name:<{names}}  {number.text:>{texts}}  {number.reason}" for number in numbers
+    )
+
+
+def _integer(name: str, value: int, reason: str) -> Number:
+    return Number(name, value, f"{value:,}", reason)
+
+
+def _of_model(plan: TrainPlan) -> list[Number]:
+    model = plan.model
+    state_bytes = tree.nbytes(plan.state_shapes)
+    return [
+        _integer(
+            "vocabulary", model.vocab_size, "model.vocab_size, or the tokenizer's where that is 0"
         ),
-        ("head width C", f"{m.head_width}", "model.head_dim, or width / heads"),
-        ("key/value heads K", f"{m.kv}", "model.kv_heads, or heads"),
-        (
+        _integer(
+            "embedding rows",
+            model.padded_vocab,
+            f"padded to a multiple of {model.vocab_multiple} (model.vocab_multiple); the padding "
+            "never gets probability",
+        ),
+        _integer("head width C", model.head_width, "model.head_dim, or width / heads"),
+        _integer("key/value heads K", model.kv, "model.kv_heads, or heads"),
+        _integer(
             "MLP width F",
-            f"{m.mlp_width:,}",
+            model.mlp_width,
             "model.mlp_dim, or 4 x width (gelu), 8/3 x width in steps of 64 (swiglu)",
         ),
-        ("parameters", f"{params:,}", "without the padding of the vocabulary"),
-        (
-            "training state",
-            f"{tree.nbytes(train_step.state_shapes(config)[0]) / 2**20:,.1f} MiB",
-            f"float32 parameters and what {o.name} keeps, over all devices",
+        _integer(
+            "parameters", model_init.count_params(model), "without the padding of the vocabulary"
         ),
-        (
+        Number(
+            "training state",
+            state_bytes,
+            f"{state_bytes / MEBIBYTE:,.1f} MiB",
+            f"float32 parameters and what {plan.config.optim.name} keeps, over all devices",
+        ),
+    ]
+
+
+def _of_run(plan: TrainPlan, tokens: int) -> list[Number]:
+    config, train = plan.config, plan.config.train
+    per_step = train.batch_size * config.length
+    seen = train.steps * per_step
+    epochs = seen / max(tokens, 1)
+    per_parameter = seen / model_init.count_params(plan.model)
+    flops = plan.flops_per_token
+    return [
+        _integer(
             "tokens per step",
-            f"{per_step:,}",
+            per_step,
             "train.batch_size x data.length, or model.context where that is 0",
         ),
-        (
+        _integer(
             "training tokens",
-            f"{tokens:,}",
-            "in the training split, filled up to whole rows where examples are packed",
+            tokens,
+            "in the training split, filled up to complete rows where examples are packed",
         ),
-        (
-            "epochs",
-            f"{t.steps * per_step / max(tokens, 1):.2f}",
-            "train.steps x tokens per step / training tokens",
+        Number(
+            "epochs", epochs, f"{epochs:.2f}", "train.steps x tokens per step / training tokens"
         ),
-        (
+        Number(
             "tokens per parameter",
-            f"{t.steps * per_step / params:.1f}",
+            per_parameter,
+            f"{per_parameter:.1f}",
             "about 20 is compute-optimal (Hoffmann et al. 2022)",
         ),
-        (
+        Number(
             "FLOPs per token",
+            flops,
             f"{flops:.3g}",
             "6 x parameters that multiply + 12 x layers x heads x head width x context",
         ),
-        (
+        Number(
             "FLOPs of the run",
-            f"{flops * per_step * t.steps:.3g}",
+            flops * seen,
+            f"{flops * seen:.3g}",
             "FLOPs per token x tokens per step x train.steps",
         ),
-        (
+        _integer(
             "micro-batch",
-            f"{t.batch_size // t.grad_accum_steps}",
+            train.batch_size // plan.micro_batches,
             "train.batch_size / train.grad_accum_steps, sequences at once",
         ),
-        (
-            "decay begins at step",
-            f"{decay:,}",
-            f"optim.schedule = {o.schedule}",
+    ]
+
+
+def _of_optimizer(plan: TrainPlan) -> list[Number]:
+    optim, steps = plan.config.optim, plan.config.train.steps
+    last_rate = optim.lr * (1 if optim.schedule == "constant" else optim.min_lr_ratio)
+    return [
+        _integer(
+            "decay begins at step", _decay_start(optim, steps), f"optim.schedule = {optim.schedule}"
         ),
-        (
-            "final learning rate",
-            f"{o.lr * (1 if o.schedule == 'constant' else o.min_lr_ratio):.3g}",
-            "optim.lr x optim.min_lr_ratio",
-        ),
-        (
-            "cache per sequence",
-            f"{cache / 2**20:.2f} MiB",
-            "2 x layers x context x K x C in the compute dtype, when generating",
+        Number(
+            "final learning rate", last_rate, f"{last_rate:.3g}", "optim.lr x optim.min_lr_ratio"
         ),
     ]
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    return "\n".join(
-        f"{name:<{widths[0]}}  {value:>{widths[1]}}  {why}" for name, value, why in rows
+
+
+def _decay_start(optim: OptimConfig, steps: int) -> int:
+    """The first step whose learning rate falls; `steps` where none does."""
+    if optim.schedule == "constant":
+        return steps
+    if optim.schedule == "wsd":
+        after_warmup = steps - 1 - optim.warmup_steps
+        return round(optim.warmup_steps + (1 - optim.decay_fraction) * after_warmup)
+    return optim.warmup_steps
+
+
+def _of_generation(plan: TrainPlan) -> Number:
+    model = plan.model
+    bytes_per_value = 4 if model.dtype == "float32" else 2
+    cache = 2 * model.layers * model.context * model.kv * model.head_width * bytes_per_value
+    return Number(
+        "cache per sequence",
+        cache,
+        f"{cache / MEBIBYTE:.2f} MiB",
+        "2 x layers x context x K x C in the compute dtype, when generating",
     )

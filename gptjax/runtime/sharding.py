@@ -57,6 +57,24 @@ def shardings(mesh: Mesh, shapes: Any) -> Any:
     )
 
 
+def with_shardings(mesh: Mesh, shapes: Any) -> Any:
+    """Shapes (`jax.ShapeDtypeStruct`) of a TrainState or parameter tree, with their shardings."""
+    return jax.tree.map(
+        lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings(mesh, shapes)
+    )
+
+
+def shardings_of(shapes: Any) -> Any:
+    """The sharding of each leaf of `with_shardings`."""
+    return jax.tree.map(lambda shape: shape.sharding, shapes)
+
+
+def with_batch_sharding(mesh: Mesh, shapes: Batch) -> Batch:
+    """Shapes (`jax.ShapeDtypeStruct`) of a batch's arrays, with their sharding."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda shape: shape.update(sharding=sharding), shapes)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of the arrays [B, T] of a batch."""
     return NamedSharding(mesh, BATCH)

@@ -1,37 +1,103 @@
-"""TODO docstring."""
+"""When a run may go on, and how it saves: the policy over `checkpoints.store.Checkpoints`.
+
+A run is resumed only where its numbers would be those of the run never stopped. Parameters that
+are not finite are never saved; a save that fails is tried once more; the state with the lowest
+held-out loss is kept under best/.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from gptjax.checkpoints.store import Checkpoints
 from gptjax.checkpoints.workdir import fault, read_meta, steps_in
 from gptjax.config.build import changes, from_stored
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config
-
-
-def check_same_run(workdir: Path, config: Config, fingerprints: dict[str, str]) -> None:
-    """Refuses to continue a run whose numbers would change, and names each difference."""
-    for step in reversed(steps_in(workdir / "checkpoints")):
-        if fault(workdir / "checkpoints" / str(step), ("meta/",)):
-            continue  # `restore` will name it
-        meta = read_meta(workdir / "checkpoints" / str(step))
-        rows = changes(from_stored(meta["config"]), config)
-        rows += [
-            f"{name}: the {what} changed since the run began"
-            for name, what in _FINGERPRINTS.items()
-            if meta.get(name, "") != fingerprints[name]
-        ]
-        if not rows:
-            return
-        shown = "\n  ".join(rows if len(rows) <= 4 else [*rows[:3], f"and {len(rows) - 3} more"])
-        raise UserError(
-            f"{workdir} holds a run with other settings (old -> new):\n  {shown}\nUse the old ones, or another --workdir."
-        )
-
+from gptjax.core.types import Array, Params, TrainState
 
 _FINGERPRINTS = {
     "data": "text or its split",
     "tokenizer": "vocabulary",
     "base": "checkpoint under the adapters",
 }
+
+
+def check_same_run(workdir: Path, config: Config, fingerprints: dict[str, str]) -> None:
+    """Refuses to continue a run whose numbers would change. Raises UserError with each change."""
+    for step in reversed(steps_in(workdir / "checkpoints")):
+        folder = workdir / "checkpoints" / str(step)
+        if fault(folder, ("meta/",)):
+            continue  # `restore` will name it
+        meta = read_meta(folder)
+        differences = changes(from_stored(meta["config"]), config)
+        for name, what in _FINGERPRINTS.items():
+            if meta.get(name, "") != fingerprints[name]:
+                differences.append(f"{name}: the {what} changed since the run began")
+        if not differences:
+            return
+        if len(differences) > 4:
+            differences = [*differences[:3], f"and {len(differences) - 3} more"]
+        listed = "\n  ".join(differences)
+        raise UserError(
+            f"{workdir} holds a run with other settings (old -> new):\n  {listed}\n"
+            "Use the old ones, or another --workdir."
+        )
+
+
+@jax.jit
+def all_finite(params: Params) -> Array:
+    """bool scalar: no parameter is NaN or infinite."""
+    return jnp.all(jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]))
+
+
+class RunCheckpoints:
+    """The checkpoints of a run that trains: checkpoints/ and best/ in its workdir.
+
+    meta: stored with every checkpoint, and compared by `check_same_run`.
+    """
+
+    def __init__(self, workdir: Path, meta: dict[str, Any], *, max_to_keep: int) -> None:
+        self._workdir, self._meta = workdir, meta
+        self._checkpoints = Checkpoints(workdir / "checkpoints", keep=max_to_keep)
+
+    def restore(self, shapes: TrainState, shardings: TrainState) -> TrainState | None:
+        """The newest intact state, or None in a new run. Raises UserError where none is intact."""
+        restored = self._checkpoints.restore(shapes, shardings)
+        return restored[0] if restored else None
+
+    def save(self, state: TrainState, *, wait: bool) -> bool:
+        """Whether the state was written, or (without `wait`) its writing began.
+
+        Raises UserError for parameters that are not finite.
+        """
+        if not bool(all_finite(state.params)):
+            raise UserError(
+                f"step {int(state.step)}: a parameter is not finite; the run stops and keeps the "
+                "last checkpoint.\nLower optim.lr or raise optim.eps, in a new --workdir."
+            )
+        if self._checkpoints.save(state, self._meta, wait=wait) or not wait:
+            return True
+        # Once more, for a failure may pass; one process alone would wait for the others forever.
+        return jax.process_count() == 1 and self._checkpoints.save(state, self._meta, wait=True)
+
+    def save_best(self, state: TrainState, loss: float) -> None:
+        """Keeps the state under best/ where `loss` is the lowest so far, and only then."""
+        folder = self._workdir / "best"
+        losses = [
+            read_meta(folder / str(step))["eval_loss"]
+            for step in steps_in(folder)
+            if not fault(folder / str(step), ("meta/",))
+        ]
+        if loss < min(losses, default=math.inf):
+            best = Checkpoints(folder, keep=1)
+            best.save(state, {**self._meta, "eval_loss": loss}, wait=True)
+            best.close()
+
+    def close(self) -> None:
+        self._checkpoints.close()

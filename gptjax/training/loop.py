@@ -1,33 +1,28 @@
-"""Trains a GPT: pretraining and fine-tuning by the same loop.
+"""The loop of a run: pretraining and fine-tuning alike.
 
-    python -m gptjax.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.train.steps=500 ...]
-
---print_config shows every knob resolved, --explain each derived number and why; neither trains. The same command resumes a run that
-was stopped: SIGTERM and Ctrl-C save first, and after a kill it goes on from the newest whole checkpoint with the same numbers.
+`train` starts a new run or resumes one from its newest intact checkpoint, steps until the last
+step or a signal, and returns the summary that the command prints. What happens after a step, and
+in which order, is `Loop.run_until`.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
 import jax
 
-from gptjax.checkpoints.store import Checkpoints
-from gptjax.checkpoints.workdir import fault, read_meta, steps_in
 from gptjax.config import checks, schema
 from gptjax.config.errors import UserError
 from gptjax.core import cli, files, tree
+from gptjax.core.types import Params, TrainState
 from gptjax.data import loader, shards
 from gptjax.data.rows import subsample_evenly
 from gptjax.data.sources import EVAL
 from gptjax.evaluation import answers
 from gptjax.evaluation.held_out import held_out_scores, summary_line
 from gptjax.generation.language_model import LanguageModel
-from gptjax.model import init as model_init
 from gptjax.model import lora
-from gptjax.runtime import sharding
 from gptjax.runtime.devices import memory, peak_flops
 from gptjax.tasks import loading
 from gptjax.tasks.table import task_of
@@ -35,93 +30,29 @@ from gptjax.tracking import progress
 from gptjax.tracking.base import TrackedRun
 from gptjax.tracking.jsonl import read_jsonl
 from gptjax.tracking.progress import Progress
-from gptjax.tracking.throughput import StepMetrics, flops_per_token
+from gptjax.tracking.throughput import StepMetrics
 from gptjax.tracking.trackers import Trackers
 from gptjax.training import batches, report, rollouts
 from gptjax.training import step as train_step
+from gptjax.training.checkpointing import RunCheckpoints
 from gptjax.training.setup import Run
 
 
-def sample(run: Run, step: int, params: Any) -> str:
-    """One sample from the current parameters, also in samples/<step>.txt."""
-    c, t = run.config, run.config.train
-    lm = LanguageModel(c.model, params, run.tokenizer)
-    limit = min(t.sample_tokens, c.model.context + 1 - len(lm.encode(t.sample_prompt)))
-    text = (
-        t.sample_prompt
-        + lm.generate(
-            t.sample_prompt, max_new_tokens=max(limit, 1), temperature=0.7, top_p=0.9, seed=t.seed
-        ).text
-    )
-    files.write_text(run.workdir / "samples" / f"{step}.txt", text + "\n")
-    return text
-
-
-def evaluate_task(run: Run, step: int, params: Any) -> dict[str, float]:
-    """A task's own scores on task.eval_samples of the held-out examples; what was answered is in samples/<step>.txt."""
-    assert isinstance(run.data, loading.Examples)
-    c, examples = run.config, subsample_evenly(run.data.eval, run.config.task.eval_samples)
-    lm = LanguageModel(c.model, params, run.tokenizer)
-    found = answers.answer_examples(lm, c.task, run.data.labels, examples)
-    shown = "\n\n".join(
-        answers.format_answer(run.tokenizer, e, a)
-        for e, a in zip(examples[:20], found, strict=False)
-    )
-    files.write_text(run.workdir / "samples" / f"{step}.txt", shown + "\n")
-    scores = task_of(c.task).evaluate(c.task, run.data.labels, examples, found)
-    return {f"answers/{name}": metric.value for name, metric in scores.items()}
-
-
-def save_best(run: Run, state: Any, loss: float) -> None:
-    """Keeps the state under best/ where its held-out loss is the lowest so far, and only then."""
-    folder = run.workdir / "best"
-    kept = [
-        read_meta(folder / str(s))["eval_loss"]
-        for s in steps_in(folder)
-        if not fault(folder / str(s), ("meta/",))
-    ]
-    if loss < min(kept, default=math.inf):
-        best = Checkpoints(folder, keep=1)
-        best.save(state, {**run.meta, "eval_loss": loss}, wait=True)
-        best.close()
-
-
 def train(run: Run) -> dict[str, Any]:
-    """From a new state or the newest checkpoint to the last step. Returns the summary that the command prints."""
-    c, t = run.config, run.config.train
-    shapes, _, _ = train_step.state_shapes(c)
-    places = sharding.shardings(run.mesh, shapes)
-    checkpoints = Checkpoints(run.workdir / "checkpoints", keep=t.max_to_keep)
-    found = checkpoints.restore(shapes, places)
-    given = run.source.params if run.source else None
-    state, frozen = (
-        (found[0], train_step.place_frozen(c, run.mesh, given))
-        if found
-        else train_step.init_state(c, run.mesh, given)
-    )
-    del given
-    start, run.source = int(state.step), None
-    cli.say(
-        f"continue after step {start}"
-        if found
-        else f"new run in {run.workdir}" + f", parameters from {t.init_from}" * bool(t.init_from)
-    )
-    count = (
-        f"{tree.size(state.params):,} parameters"
-        + f" on {tree.size(frozen):,} frozen ones" * bool(frozen)
-    )
-    first_device = jax.local_devices()[0]
-    held = tree.bytes_on_device(state, first_device)
-    cli.say(
-        f"{count}; state {tree.nbytes(state) / 2**20:,.1f} MiB, {held / 2**20:,.1f} MiB of it on {first_device}"
-    )
-    last = min(t.steps, t.stop_at or t.steps)
+    """From a new state or the newest checkpoint to the last step. Returns the summary.
+
+    Raises UserError where the numbers stop being finite or the last checkpoint cannot be written.
+    """
+    settings = run.config.train
+    checkpoints = RunCheckpoints(run.workdir, run.meta, max_to_keep=settings.max_to_keep)
+    state, frozen = start_or_resume(run, checkpoints)
+    start, last = int(state.step), min(settings.steps, settings.stop_at or settings.steps)
     if start >= last:
         checkpoints.close()
-        return finish(run, start, status="finished" if start >= t.steps else "stopped")
+        return finish(run, start, status="finished" if start >= settings.steps else "stopped")
     loop = Loop(run, state, frozen, checkpoints)
     try:
-        status = loop.until(last)
+        status = loop.run_until(last)
     except UserError:
         if jax.process_index() == 0:
             report.mark(run.workdir, status="failed")
@@ -130,180 +61,246 @@ def train(run: Run) -> dict[str, Any]:
         loop.close()
     if status == "failed to save":
         raise UserError(
-            f"the checkpoint of step {loop.step} could not be written to {run.workdir} (see above): free some space and run the same command again"
+            f"the checkpoint of step {loop.step} could not be written to {run.workdir} (see "
+            "above): free some space and run the same command again"
         )
     return finish(run, loop.step, status=status)
 
 
-class Loop:
-    """The steps of a run: what they change (`state`, `step`), the compiled steps, and where batches come from and records go."""
+def start_or_resume(run: Run, checkpoints: RunCheckpoints) -> train_step.StateAndFrozen:
+    """The state of the newest checkpoint, or a new one; says which, and how large it is.
 
-    def __init__(self, run: Run, state: Any, frozen: Any, checkpoints: Checkpoints) -> None:
-        c, t = run.config, run.config.train
-        self.run, self.state, self.frozen, self.checkpoints, self.step = (
-            run,
-            state,
-            frozen,
-            checkpoints,
-            int(state.step),
-        )
-        self.task = task_of(c.task)
-        self.batches = rollouts.feed(run, self.step, state.params, frozen)
-        self.batch, self.extra = self.batches.next(
-            self.step, state.params
-        )  # extra: what is recorded beside the step's own metrics
+    Lets go of the checkpoint that the run started from, whose memory is needed no more.
+    """
+    plan = run.plan
+    restored = checkpoints.restore(plan.state_shapes, plan.state_shardings)
+    params = run.source.params if run.source else None
+    run.source = None
+    if restored:
+        started = train_step.StateAndFrozen(restored, train_step.place_frozen(plan, params))
+        cli.say(f"continue after step {int(restored.step)}")
+    else:
+        started = train_step.init_state(plan, params)
+        init_from = run.config.train.init_from
+        origin = f", parameters from {init_from}" if init_from else ""
+        cli.say(f"new run in {run.workdir}{origin}")
+    state, frozen = started
+    on_frozen = f" on {tree.size(frozen):,} frozen ones" if frozen else ""
+    device = jax.local_devices()[0]
+    mebibytes = tree.nbytes(state) / 2**20
+    on_device = tree.bytes_on_device(state, device) / 2**20
+    cli.say(
+        f"{tree.size(state.params):,} parameters{on_frozen}; state {mebibytes:,.1f} MiB, "
+        f"{on_device:,.1f} MiB of it on {device}"
+    )
+    return started
+
+
+class Profiler:
+    """Traces the steps `train.profile_steps` into profile/ of the workdir."""
+
+    def __init__(self, run: Run) -> None:
+        self._folder = run.workdir / "profile"
+        self._range = checks.profile_range(run.config)
+        self._tracing = False
+
+    def before_step(self, step: int) -> None:
+        if self._range and step == self._range[0]:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+
+    def after_step(self, step: int, state: TrainState, *, ends: bool) -> None:
+        """ends: no step follows in this process."""
+        if self._tracing and self._range and (ends or step == self._range[1]):
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+
+class Loop:
+    """The steps of a run: the state and the step's number, and where batches and records go."""
+
+    def __init__(
+        self, run: Run, state: TrainState, frozen: Params, checkpoints: RunCheckpoints
+    ) -> None:
+        train = run.config.train
+        self.run, self.state, self.frozen, self.checkpoints = run, state, frozen, checkpoints
+        self.step = int(state.step)  # steps done
+        self.batches = rollouts.make_batches(run, self.step, state.params, frozen)
+        self.fetch_batch()
         began = time.monotonic()
-        self.train_step = (
-            train_step.make_train_step(c, run.mesh).lower(state, self.batch, frozen).compile()
-        )  # ahead of time: no second compile can happen
-        self.eval_step = train_step.make_eval_step(c, run.mesh)
+        # Compiled ahead of time, from shapes: no second compilation can happen.
+        self.train_step = train_step.lower(run.plan).compile()
+        self.eval_step = train_step.make_eval_step(run.plan)
         self.compile_seconds = time.monotonic() - began
         cli.say(
-            f"compiled the step in {self.compile_seconds:.1f} s ({run.compiles.hits} programs from the cache, {run.compiles.misses} new)"
+            f"compiled the step in {self.compile_seconds:.1f} s ({run.compiles.hits} programs from "
+            f"the cache, {run.compiles.misses} new)"
         )
-        self.recent = StepMetrics(t.batch_size * c.length)
-        self.peak, self.flops = (
-            peak_flops(jax.devices()[0]),
-            flops_per_token(c, model_init.count_params(c.model)),
-        )
+        self.metrics = StepMetrics(train.batch_size * run.config.length)
+        self.peak_flops = peak_flops(run.mesh.devices.flat[0])
         self.tracker = None
         if jax.process_index() == 0:
-            tracked = TrackedRun(run.workdir, start=self.step, config=schema.to_dict(c))
-            self.tracker = Trackers(t.trackers, tracked)
-        self.progress = Progress(start=self.step, steps=t.steps)
+            config = schema.to_dict(run.config)
+            tracked = TrackedRun(run.workdir, start=self.step, config=config)
+            self.tracker = Trackers(train.trackers, tracked)
+        self.progress = Progress(start=self.step, steps=train.steps)
 
-    def until(self, last: int) -> str:
+    def run_until(self, last: int) -> str:
         """Steps until `last` or until stopped. Returns the run's status."""
-        run, t = self.run, self.run.config.train
-        profile, tracing, waited = checks.profile_range(run.config), False, 0.0
+        train, stop = self.run.config.train, self.run.stop
         held_out = batches.with_reference(
-            run, run.split(EVAL), EVAL, self.step, self.state.params, self.frozen
+            self.run, self.run.split(EVAL), EVAL, self.step, self.state.params, self.frozen
         )
-        due = lambda every: bool(every and self.step % every == 0) or self.step == last
-        run.stop.grace = True
+        profiler = Profiler(self.run)
+        stop.grace = True
         self.progress.begin()
-        self.recent.restart_clock()
+        self.metrics.restart_clock()
+        self.waited = 0.0  # the first batch was fetched before the clock started
         while self.step < last:
-            if profile and self.step + 1 == profile[0]:
-                jax.profiler.start_trace(str(run.workdir / "profile"))
-                tracing = True
-            self.state, step_metrics = self.train_step(self.state, self.batch, self.frozen)
-            self.step += 1
-            self.recent.add(step_metrics | self.extra, waited)
-            stopping = run.stop.now(self.step)
-            if tracing and profile and (stopping or self.step in (last, profile[1])):
-                jax.block_until_ready(self.state)
-                jax.profiler.stop_trace()
-                tracing = False
-            if any(map(due, (t.log_every, t.save_every, t.eval_every, t.sample_every))) or stopping:
+            profiler.before_step(self.step + 1)
+            self.train_one_step()
+            at_end = self.step == last
+            stopping = stop.now(self.step)
+            profiler.after_step(self.step, self.state, ends=stopping or at_end)
+            log = at_end or is_due(self.step, train.log_every)
+            save = at_end or is_due(self.step, train.save_every)
+            evaluate = at_end or is_due(self.step, train.eval_every)
+            sample = at_end or is_due(self.step, train.sample_every)
+            if log or save or evaluate or sample or stopping:
                 self.log()
-            # saved before anything that takes long or may fail
-            if (due(t.save_every) or stopping) and not self.save(
-                wait=stopping or self.step == last
-            ):
+            # Saved before anything that takes long or may fail.
+            saving = save or stopping
+            if saving and not self.checkpoints.save(self.state, wait=stopping or at_end):
                 return "failed to save"
             if stopping:
                 return "interrupted"
-            if due(t.eval_every) and held_out.count:
-                self.evaluate(held_out, answers=self.step == last or self.task.samples_rollouts)
-            if (
-                due(t.sample_every)
-                and t.sample_tokens
-                and jax.process_count() == 1
-                and not run.config.task.name
-            ):
-                self.progress.note(
-                    self.step,
-                    sample(
-                        run,
-                        self.step,
-                        lora.apply_adapter(run.config.lora, self.frozen, self.state.params),
-                    ),
-                )
-            if self.step < last:
-                asked = time.monotonic()
-                self.batch, self.extra = self.batches.next(self.step, self.state.params)
-                waited = time.monotonic() - asked
-            if due(t.eval_every) or due(t.sample_every):
-                self.recent.restart_clock()
-        return "finished" if self.step == t.steps else "stopped"
+            if evaluate and held_out.count:
+                self.evaluate(held_out, at_end=at_end)
+            if sample:
+                self.sample()
+            if not at_end:
+                self.fetch_batch()
+            if evaluate or sample:
+                self.metrics.restart_clock()
+        return "finished" if self.step == train.steps else "stopped"
+
+    def fetch_batch(self) -> None:
+        """The next batch, and what is recorded with its step: the seconds it took, a reward."""
+        began = time.monotonic()
+        self.batch, self.recorded = self.batches.next(self.step, self.state.params)
+        self.waited = time.monotonic() - began
+
+    def train_one_step(self) -> None:
+        self.state, step_metrics = self.train_step(self.state, self.batch, self.frozen)
+        self.step += 1
+        self.metrics.add(step_metrics | self.recorded, self.waited)
 
     def log(self) -> None:
         """Means since the last record, to the terminal and the trackers."""
-        c, values = self.run.config, self.recent.flush(self.step)
+        run, config = self.run, self.run.config
+        values = self.metrics.flush(self.step)
         if not values:
             return
-        values |= {"train/tokens": float(self.step) * c.train.batch_size * c.length, **memory()}
-        values |= {
-            "perf/compile_seconds": self.compile_seconds,
-            "perf/compiles": float(self.run.compiles.count),
-        }
-        if self.peak:
-            values["perf/mfu"] = (
-                values["perf/tokens_per_sec"] * self.flops / (self.peak * jax.device_count())
-            )
+        values["train/tokens"] = float(self.step) * config.train.batch_size * config.length
+        values |= memory()
+        values["perf/compile_seconds"] = self.compile_seconds
+        values["perf/compiles"] = float(run.compiles.count)
+        if self.peak_flops:
+            achieved = values["perf/tokens_per_sec"] * run.plan.flops_per_token
+            values["perf/mfu"] = achieved / (self.peak_flops * run.mesh.devices.size)
         self.progress.show(self.step, values)
         if self.tracker:
             self.tracker.log(self.step, values)
 
-    def save(self, *, wait: bool) -> bool:
-        """Whether the checkpoint was written, or (without `wait`) begun. Raises UserError for parameters that are not finite."""
-        if not bool(train_step.all_finite(self.state.params)):
-            raise UserError(
-                f"step {self.step}: a parameter is not finite; the run stops and keeps the last checkpoint.\n"
-                "Lower optim.lr or raise optim.eps, in a new --workdir."
-            )
-        if self.checkpoints.save(self.state, self.run.meta, wait=wait) or not wait:
-            return True
-        return jax.process_count() == 1 and self.checkpoints.save(
-            self.state, self.run.meta, wait=True
-        )  # once more: a failure may pass
-
-    def evaluate(self, held_out: loader.Split, *, answers: bool) -> None:
-        """Scores of the held-out split and, where a task judges them, of `answers`; keeps the best state."""
-        run, c, params = self.run, self.run.config, self.state.params
+    def evaluate(self, held_out: loader.Split, *, at_end: bool) -> None:
+        """Scores of the held-out split and of a task's answers; saves the best state."""
+        run, config, params = self.run, self.run.config, self.state.params
+        task = task_of(config.task)
         values = {}
-        if not self.task.samples_rollouts:  # whose objective needs answers
+        if not task.samples_rollouts:  # whose objective needs answers
             values = held_out_scores(
-                c, run.mesh, held_out, run.tokenizer, self.eval_step, params, self.frozen
+                config, run.mesh, held_out, run.tokenizer, self.eval_step, params, self.frozen
             )
-        if (
-            answers
-            and isinstance(run.data, loading.Examples)
-            and c.task.eval_samples
-            and jax.process_count() == 1
-        ):
-            values |= evaluate_task(run, self.step, lora.apply_adapter(c.lora, self.frozen, params))
+        answered = config.task.eval_samples and isinstance(run.data, loading.Examples)
+        if (at_end or task.samples_rollouts) and answered and jax.process_count() == 1:
+            values |= evaluate_task(run, self.step, self.all_params())
         self.progress.note(self.step, summary_line(values))
         if self.tracker:
             self.tracker.log(self.step, values)
-        if c.train.keep_best:
-            headline = values.get(f"answers/{self.task.headline}", 0.0)
-            save_best(run, self.state, values.get("eval/loss", -headline))
+        if config.train.keep_best:
+            headline = values.get(f"answers/{task.headline}", 0.0)
+            self.checkpoints.save_best(self.state, values.get("eval/loss", -headline))
+
+    def sample(self) -> None:
+        """Text of a language model; tasks show answers instead (`evaluate`)."""
+        config = self.run.config
+        if config.train.sample_tokens and not config.task.name and jax.process_count() == 1:
+            self.progress.note(self.step, sample_text(self.run, self.step, self.all_params()))
+
+    def all_params(self) -> Params:
+        """The parameters of the model: adapters are applied to the frozen ones."""
+        return lora.apply_adapter(self.run.config.lora, self.frozen, self.state.params)
 
     def close(self) -> None:
-        for part in (self.progress, self.batches, self.checkpoints, self.tracker):
-            if part:
-                part.close()
+        self.progress.close()
+        self.batches.close()
+        self.checkpoints.close()
+        if self.tracker:
+            self.tracker.close()
+
+
+def is_due(step: int, every: int) -> bool:
+    """every: 0 is never."""
+    return bool(every) and step % every == 0
+
+
+def sample_text(run: Run, step: int, params: Params) -> str:
+    """What the parameters write after train.sample_prompt, also in samples/<step>.txt."""
+    config, train = run.config, run.config.train
+    lm = LanguageModel(config.model, params, run.tokenizer)
+    fits = config.model.context + 1 - len(lm.encode(train.sample_prompt))
+    completion = lm.generate(
+        train.sample_prompt,
+        max_new_tokens=max(min(train.sample_tokens, fits), 1),
+        temperature=0.7,
+        top_p=0.9,
+        seed=train.seed,
+    )
+    text = train.sample_prompt + completion.text
+    files.write_text(run.workdir / "samples" / f"{step}.txt", text + "\n")
+    return text
+
+
+def evaluate_task(run: Run, step: int, params: Params) -> dict[str, float]:
+    """A task's own scores on task.eval_samples held-out examples; answers in samples/<step>.txt."""
+    assert isinstance(run.data, loading.Examples)
+    config, labels = run.config, run.data.labels
+    examples = subsample_evenly(run.data.eval, config.task.eval_samples)
+    lm = LanguageModel(config.model, params, run.tokenizer)
+    answered = answers.answer_examples(lm, config.task, labels, examples)
+    shown = "\n\n".join(
+        answers.format_answer(run.tokenizer, example, answer)
+        for example, answer in zip(examples[:20], answered, strict=False)
+    )
+    files.write_text(run.workdir / "samples" / f"{step}.txt", shown + "\n")
+    scores = task_of(config.task).evaluate(config.task, labels, examples, answered)
+    return {f"answers/{name}": metric.value for name, metric in scores.items()}
 
 
 def finish(run: Run, step: int, *, status: str) -> dict[str, Any]:
     """Marks the run, writes its report, returns the summary."""
     summary: dict[str, Any] = {"workdir": str(run.workdir), "step": step, "status": status}
-    if jax.process_index() == 0:
-        records = (
-            read_jsonl(run.workdir / "metrics.jsonl")
-            if (run.workdir / "metrics.jsonl").exists()
-            else []
-        )
-        latest = {name: value for record in records for name, value in record.items()}
-        summary |= {
-            name: value
-            for name, value in latest.items()
-            if name == "train/loss" or name.startswith(progress.SCORE_GROUPS)
-        }
-        report.mark(run.workdir, status=status, step=step)
-        if status != "interrupted":  # a scheduler's grace period is short
-            report.write(run.workdir, run.data if isinstance(run.data, shards.Prepared) else None)
-        summary["report"] = str(run.workdir / "report.html")
+    if jax.process_index() > 0:
+        return summary
+    path = run.workdir / "metrics.jsonl"
+    latest: dict[str, Any] = {}
+    for record in read_jsonl(path) if path.exists() else []:
+        latest |= record
+    scores = ("train/loss", *progress.SCORE_GROUPS)
+    summary |= {name: value for name, value in latest.items() if name.startswith(scores)}
+    report.mark(run.workdir, status=status, step=step)
+    if status != "interrupted":  # a scheduler's grace period is short
+        report.write(run.workdir, run.data if isinstance(run.data, shards.Prepared) else None)
+    summary["report"] = str(run.workdir / "report.html")
     return summary

@@ -14,8 +14,10 @@ from gptjax.config.errors import UserError
 from gptjax.config.schema import Config, OptimConfig
 from gptjax.core import tree
 
+Schedule = Callable[[Any], Any]  # step (0-based) -> learning rate
 
-def schedule(config: Config) -> Callable[[Any], Any]:
+
+def make_schedule(config: Config) -> Schedule:
     """Learning rate of step s (0-based): linear warmup to the peak at s = warmup_steps - 1, then the chosen shape."""
     o, steps = config.optim, config.train.steps
     shape = SCHEDULES[o.schedule]
@@ -92,7 +94,7 @@ def layer_decay(share: float, layers: int) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: tree.map_with_path(scale, updates))
 
 
-def optimizer(config: Config, params: Any) -> optax.GradientTransformation:
+def make_optimizer(config: Config, params: Any) -> optax.GradientTransformation:
     """Clip by the global norm, then the optimizer, then nothing for frozen parameters. Patterns that match no path are refused.
 
     `params` may be shapes (`jax.eval_shape`).
@@ -119,7 +121,7 @@ def optimizer(config: Config, params: Any) -> optax.GradientTransformation:
     ends = (
         [layer_decay(o.layerwise_lr_decay, config.model.layers)] if o.layerwise_lr_decay < 1 else []
     )
-    chain = optax.chain(*parts, OPTIMIZERS[o.name](o, schedule(config), decays), *ends)
+    chain = optax.chain(*parts, OPTIMIZERS[o.name](o, make_schedule(config), decays), *ends)
     if all(tree.flatten(trained).values()):
         return chain
     # frozen parameters get no moments, take no part in the clip norm and no decay

@@ -1,107 +1,127 @@
-"""What preference and policy-gradient tuning need beside data: the reference's log-probabilities, and batches of the model's own answers."""
+"""Batches of answers that the model in training writes itself, scored by a reward (GRPO)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 
 from gptjax.config.errors import UserError
-from gptjax.core.types import Batch
+from gptjax.core.types import Array, Batch, Params
 from gptjax.data import loader
 from gptjax.data.sources import TRAIN
 from gptjax.generation.language_model import LanguageModel
 from gptjax.model import lora
 from gptjax.runtime import sharding
 from gptjax.tasks import loading
+from gptjax.tasks.base import Example
 from gptjax.tasks.grpo import reward_of
 from gptjax.tasks.table import task_of
 from gptjax.training import preference_losses
-from gptjax.training.batches import Reads, token_logprobs, with_reference
+from gptjax.training.batches import SplitBatches, token_logprobs, with_reference
 from gptjax.training.setup import Run
 
 
 class Rollouts:
-    """Batches of answers that the current parameters write to prompts of the training split, with their rewards as advantages. A function of
-    (seed, step, parameters)."""
+    """Answers of the current parameters to prompts of the training split, with their advantages.
 
-    def __init__(self, run: Run, frozen: Any):
+    Each batch is a function of (seed, step, parameters).
+    """
+
+    def __init__(self, run: Run, frozen: Params) -> None:
+        """Raises UserError for several processes, or where prompts and answers exceed a row."""
         assert isinstance(run.data, loading.Examples)
-        self._run, self._frozen, self._config = run, frozen, run.config
         if jax.process_count() > 1:
             raise UserError(
                 f"task.name = {run.config.task.name!r} writes its answers in one process: start one"
             )
-        self._examples, self._reward = run.data.train, reward_of(run.config.task)
-        longest = max(e.prompt for e in self._examples)
-        if longest + run.config.task.max_new_tokens > run.config.length:
+        config = run.config
+        self._run, self._frozen, self._config = run, frozen, config
+        self._examples, self._reward = run.data.train, reward_of(config.task)
+        longest = max(example.prompt for example in self._examples)
+        if longest + config.task.max_new_tokens > config.length:
             raise UserError(
-                f"the longest prompt has {longest} tokens and task.max_new_tokens = {run.config.task.max_new_tokens}, but a row holds {run.config.length}:\n"
+                f"the longest prompt has {longest} tokens and task.max_new_tokens = "
+                f"{config.task.max_new_tokens}, but a row holds {config.length}:\n"
                 "raise data.length or model.context, or ask for shorter answers"
             )
-        self._logprobs = jax.jit(lambda frozen, batch: token_logprobs(run.config, frozen, batch))
+
+        def logprobs(params: Params, batch: Batch) -> Array:
+            loss_chunk = config.train.loss_chunk
+            return token_logprobs(run.plan.model, params, batch, loss_chunk=loss_chunk)
+
+        # Sharded as the step that is compiled from shapes alone expects it.
+        self._logprobs = jax.jit(logprobs, out_shardings=run.plan.batch_sharding)
 
     def _prompts(self, step: int) -> Iterator[int]:
         """Numbers of the step's prompts: each example once an epoch, in an order drawn anew."""
-        count, groups = (
-            len(self._examples),
-            self._config.train.batch_size // self._config.task.num_generations,
-        )
-        for at in range(step * groups, (step + 1) * groups):
-            random = np.random.Generator(
-                np.random.Philox(key=(self._config.train.seed, at // count))
-            )
-            yield int(random.permutation(count)[at % count])
+        config, count = self._config, len(self._examples)
+        groups = config.train.batch_size // config.task.num_generations
+        for position in range(step * groups, (step + 1) * groups):
+            epoch, at = divmod(position, count)
+            random = np.random.Generator(np.random.Philox(key=(config.train.seed, epoch)))
+            yield int(random.permutation(count)[at])
 
-    def next(self, step: int, params: Any) -> tuple[Batch, dict[str, float]]:
-        c, task = self._config, self._config.task
-        chosen = [self._examples[i] for i in self._prompts(step)]
+    def next(self, step: int, params: Params) -> tuple[Batch, dict[str, float]]:
+        """The batch of a step, and its mean reward and answer length, recorded with the step."""
+        config, task = self._config, self._config.task
+        chosen = [self._examples[number] for number in self._prompts(step)]
         lm = LanguageModel(
-            c.model, lora.apply_adapter(c.lora, self._frozen, params), self._run.tokenizer
+            config.model, lora.apply_adapter(config.lora, self._frozen, params), self._run.tokenizer
         )
-        seed = int(
-            np.random.Generator(np.random.Philox(key=(c.train.seed, step))).integers(1 << 31)
-        )
-        prompts = [e.ids[: e.prompt].tolist() for e in chosen]
-        found = lm.generate(
-            prompts,
+        random = np.random.Generator(np.random.Philox(key=(config.train.seed, step)))
+        completions = lm.generate(
+            [example.ids[: example.prompt].tolist() for example in chosen],
             max_new_tokens=task.max_new_tokens,
             n=task.num_generations,
             temperature=1.0,
-            seed=seed,
+            seed=int(random.integers(1 << 31)),
         )
-        asked = [e for e in chosen for _ in range(task.num_generations)]
+        prompts = [example for example in chosen for _ in range(task.num_generations)]
         rewards = np.array(
-            [self._reward(one.text, e.references) for e, one in zip(asked, found, strict=True)],
+            [
+                self._reward(completion.text, example.references)
+                for example, completion in zip(prompts, completions, strict=True)
+            ],
             np.float32,
         )
-        gains = np.asarray(
-            preference_losses.advantages(rewards.reshape(-1, task.num_generations))
-        ).reshape(-1)
+        groups = rewards.reshape(-1, task.num_generations)
+        advantages = np.asarray(preference_losses.advantages(groups)).reshape(-1)
         rows = []
-        for e, one, gain in zip(asked, found, gains, strict=True):
-            answer = one.tokens if one.end is None else [*one.tokens, one.end]
-            ids = np.array([*e.ids[: e.prompt].tolist(), *answer], np.int32)
-            row, n = loader.empty_row(c.length), len(ids) - 1
-            row.tokens[:n], row.targets[:n] = ids[:-1], ids[1:]
-            row.loss_weights[e.prompt - 1 : n] = 1
-            rows.append(dataclasses.replace(row, advantages=np.full(c.length, gain, np.float32)))
+        for example, completion, advantage in zip(prompts, completions, advantages, strict=True):
+            eos = [] if completion.end is None else [completion.end]
+            row = answer_row(config.length, example, [*completion.tokens, *eos])
+            column = np.full(config.length, advantage, np.float32)
+            rows.append(dataclasses.replace(row, advantages=column))
         batch = sharding.to_global(self._run.mesh, loader.stack(rows))
         if task.kl_coef:
-            reference = self._logprobs(lora.apply_adapter(c.lora, self._frozen, {}), batch)
-            batch = dataclasses.replace(batch, reference=reference)
-        lengths = float(np.mean([len(one.tokens) for one in found]))
-        return batch, {"reward": float(rewards.mean()), "answer_tokens": lengths}
+            base = lora.apply_adapter(config.lora, self._frozen, {})
+            batch = dataclasses.replace(batch, reference=self._logprobs(base, batch))
+        lengths = [len(completion.tokens) for completion in completions]
+        recorded = {"reward": float(rewards.mean()), "answer_tokens": float(np.mean(lengths))}
+        return batch, recorded
 
     def close(self) -> None:
         self._examples = []
 
 
-def feed(run: Run, start: int, params: Any, frozen: Any) -> Reads | Rollouts:
-    """Where the batches of the run come from. params: those that training starts from (a reference needs them)."""
+def answer_row(length: int, example: Example, answer: Sequence[int]) -> Batch:
+    """Arrays [length] of a prompt and an answer to it; only the tokens of the answer are learned."""
+    ids = np.array([*example.ids[: example.prompt].tolist(), *answer], np.int32)
+    row, count = loader.empty_row(length), len(ids) - 1
+    row.tokens[:count], row.targets[:count] = ids[:-1], ids[1:]
+    row.loss_weights[example.prompt - 1 : count] = 1
+    return row
+
+
+def make_batches(run: Run, start: int, params: Params, frozen: Params) -> SplitBatches | Rollouts:
+    """Where the batches of the run come from, from step `start`.
+
+    params: those that training starts from, which a reference is computed with.
+    """
     if task_of(run.config.task).samples_rollouts:
         return Rollouts(run, frozen)
-    return Reads(run, with_reference(run, run.split(TRAIN), TRAIN, start, params, frozen), start)
+    split = with_reference(run, run.split(TRAIN), TRAIN, start, params, frozen)
+    return SplitBatches(run, split, start)

@@ -1,8 +1,14 @@
-"""All that training needs, made once and checked before anything is written: config resolved, data opened, checkpoint to start from, mesh."""
+"""From a config to a run: `TrainPlan` (what follows from config and mesh) and `Run` (in a workdir).
+
+`make_plan` derives shapes, optimizer, schedule and shardings without an array or a file.
+`setup` resolves the config (checkpoint to start from, data, vocabulary), makes the plan, and
+describes the run in its workdir after everything has been checked.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -11,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 
 from gptjax.checkpoints import pretrained
@@ -18,9 +25,12 @@ from gptjax.config import checks, schema
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config, ModelConfig
 from gptjax.core import files
+from gptjax.core.types import Batch, Params, TrainState
 from gptjax.data import loader, shards
 from gptjax.data.packing import Packed
 from gptjax.data.sources import TRAIN
+from gptjax.model import init as model_init
+from gptjax.ops import cross_entropy
 from gptjax.runtime import sharding
 from gptjax.runtime.compile_cache import Compiles
 from gptjax.runtime.interrupt import Stop
@@ -28,25 +38,110 @@ from gptjax.runtime.mesh import make_mesh
 from gptjax.tasks import loading
 from gptjax.tasks.table import task_of
 from gptjax.tokenizer.base import Tokenizer
+from gptjax.tracking.throughput import flops_per_token
 from gptjax.tracking.trackers import check_installed
-from gptjax.training import report
+from gptjax.training import objectives, optim, report
+from gptjax.training import state as train_state
 from gptjax.training.checkpointing import check_same_run
 
 Data = shards.Prepared | loading.Examples
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainPlan:
+    """What a run needs, derived once from its config and a mesh.
+
+    The devices of the mesh may be described rather than present
+    (`jax.experimental.topologies.get_topology_desc`): nothing here holds an array. The step, the
+    loop and the planning tools take this object and derive none of it again.
+    """
+
+    config: Config  # as stored in config.json
+    model: ModelConfig  # config.model, resolved for the platform of the mesh's devices
+    mesh: jax.sharding.Mesh
+    platform: str  # of the mesh's devices: cpu, gpu, tpu
+    optimizer: optax.GradientTransformation
+    schedule: optim.Schedule  # step -> learning rate
+    # Shapes, dtypes and shardings (jax.ShapeDtypeStruct) of the three arguments of a step.
+    state_shapes: TrainState
+    frozen_shapes: Params
+    batch_shapes: Batch
+    micro_batches: int  # train.grad_accum_steps
+    loss_chunk: int  # positions whose logits exist at once in a micro-batch of training
+    eval_loss_chunk: int  # and in a batch of evaluation
+    flops_per_token: float  # of training
+
+    @property
+    def state_shardings(self) -> TrainState:
+        return sharding.shardings_of(self.state_shapes)
+
+    @property
+    def frozen_shardings(self) -> Params:
+        return sharding.shardings_of(self.frozen_shapes)
+
+    @property
+    def batch_sharding(self) -> jax.sharding.NamedSharding:
+        return sharding.batch_sharding(self.mesh)
+
+
+def make_plan(config: Config, mesh: jax.sharding.Mesh) -> TrainPlan:
+    """The plan of a config whose zeros are filled in (`resolve_config`).
+
+    Raises UserError where a path pattern of `optim` or `lora` matches no parameter.
+    """
+    train = config.train
+    base, trainable = train_state.split_base_and_trainable(
+        config, model_init.param_shapes(config.model)
+    )
+    frozen = jax.eval_shape(functools.partial(train_state.prepare_base, config), base)
+    init_trained = functools.partial(train_state.init_trained, config, jax.random.key(0))
+    params = jax.eval_shape(init_trained, frozen, trainable)
+    optimizer = optim.make_optimizer(config, params)
+    new_state = functools.partial(train_state.new_state, config, optimizer)
+    state = jax.eval_shape(new_state, frozen, trainable)
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]  # of devices that share the rows of a batch
+
+    def chunk(rows: int) -> int:
+        return cross_entropy.chunk_length(
+            config.model, max(rows // groups, 1), config.length, train.loss_chunk
+        )
+
+    return TrainPlan(
+        config=config,
+        model=config.model,
+        mesh=mesh,
+        platform=mesh.devices.flat[0].platform,
+        optimizer=optimizer,
+        schedule=optim.make_schedule(config),
+        state_shapes=sharding.with_shardings(mesh, state),
+        frozen_shapes=sharding.with_shardings(mesh, frozen),
+        batch_shapes=sharding.with_batch_sharding(mesh, objectives.batch_shapes(config)),
+        micro_batches=train.grad_accum_steps,
+        loss_chunk=chunk(train.batch_size // train.grad_accum_steps),
+        eval_loss_chunk=chunk(train.batch_size),
+        flops_per_token=flops_per_token(config, model_init.count_params(config.model)),
+    )
+
+
 @dataclasses.dataclass
 class Run:
-    config: Config
+    """A run in its workdir: the plan, and what only this process has."""
+
+    plan: TrainPlan
     workdir: Path
-    mesh: jax.sharding.Mesh
     data: Data
     compiles: Compiles
     stop: Stop
-    meta: dict[
-        str, Any
-    ]  # what each of its checkpoints carries: the config and what else must not change
-    source: pretrained.Pretrained | None = None  # what train.init_from names
+    meta: dict[str, Any]  # of every checkpoint: the config, and what a resumed run must not change
+    source: pretrained.Pretrained | None = None  # the checkpoint that train.init_from names
+
+    @property
+    def config(self) -> Config:
+        return self.plan.config
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.plan.mesh
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -54,6 +149,7 @@ class Run:
 
     @property
     def rows(self) -> list[int]:
+        """Rows of the global batch that this process holds."""
         return sharding.local_rows(self.mesh, self.config.train.batch_size)
 
     def split(self, name: str) -> loader.Split:
@@ -64,56 +160,61 @@ def split_rows(config: Config, data: Data, name: str) -> loader.Split:
     """The rows of a split: packed examples of a task, or windows of documents."""
     if isinstance(data, shards.Prepared):
         return loader.Windows.of(data, name, config.length, isolate=config.data.mask_documents)
-    units = [
-        loading.packed_example(config, e) for e in (data.train if name == TRAIN else data.eval)
-    ]
-    return Packed.of(units, config.length, pack=config.task.pack, seed=config.train.seed)
+    examples = data.train if name == TRAIN else data.eval
+    packed = [loading.packed_example(config, example) for example in examples]
+    return Packed.of(packed, config.length, pack=config.task.pack, seed=config.train.seed)
 
 
 def resolve_checkpoint(config: Config) -> tuple[Config, pretrained.Pretrained | None]:
-    """The config with the model of `train.init_from`, and that checkpoint; context (at most the checkpoint's), dropout, dtype and what does not
-    shape the numbers stay the config's."""
-    if not config.train.init_from:
+    """The config with the model of `train.init_from`, and that checkpoint.
+
+    The context (at most the checkpoint's), the dropout, the dtype and what does not shape the
+    numbers stay the config's.
+    """
+    init_from = config.train.init_from
+    if not init_from:
         return config, None
-    found = pretrained.read_checkpoint(config.train.init_from)
-    if found.tokenizer is None:
+    source = pretrained.read_checkpoint(init_from)
+    if source.tokenizer is None:
         raise UserError(
-            f"train.init_from = {config.train.init_from!r} has no tokenizer: put its tokenizer.json beside it"
+            f"train.init_from = {init_from!r} has no tokenizer: put its tokenizer.json next to it"
         )
-    kept = {f.name for f in dataclasses.fields(ModelConfig) if not f.metadata["shapes"]} | {
-        "dropout",
-        "dtype",
-        "context",
-    }
-    shape = {
-        name: value for name, value in dataclasses.asdict(found.config).items() if name not in kept
-    }
-    context = min(config.model.context, found.config.context)
-    place = Path(
-        config.train.init_from
-    ).expanduser()  # kept whole: a run's adapters are read again from another folder
+    context = min(config.model.context, source.config.context)
+    model = dataclasses.replace(config.model, **_shape_of(source.config) | {"context": context})
+    # An absolute path: a run's adapters are read again from another working directory.
+    path = Path(init_from).expanduser()
     train = dataclasses.replace(
-        config.train, init_from=str(place.resolve()) if place.exists() else config.train.init_from
+        config.train, init_from=str(path.resolve()) if path.exists() else init_from
     )
-    changed = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, **shape, context=context), train=train
-    )
-    if faults := checks.cross_checks(changed):
+    config = dataclasses.replace(config, model=model, train=train)
+    if faults := checks.cross_checks(config):
         raise UserError("; ".join(faults))
-    if (
-        places := len(found.params["embed"].get("prompt", ()))
-    ) and config.lora.prompt_tokens != places:
+    embed = source.params["embed"]
+    prompt_tokens = len(embed.get("prompt", ()))
+    if prompt_tokens and config.lora.prompt_tokens != prompt_tokens:
         raise UserError(
-            f"train.init_from = {config.train.init_from!r} has {places} learned prompt tokens: set lora.prompt_tokens = {places} to tune them on, "
-            "or start from the checkpoint below them"
+            f"train.init_from = {init_from!r} has {prompt_tokens} learned prompt "
+            f"tokens: set lora.prompt_tokens = {prompt_tokens} to tune them on, or start from the "
+            "checkpoint below them"
         )
-    if "positions" in found.params["embed"]:
-        found.params["embed"]["positions"] = found.params["embed"]["positions"][:context]
-    return changed, found
+    if "positions" in embed:
+        embed["positions"] = embed["positions"][:context]
+    return config, source
+
+
+def _shape_of(model: ModelConfig) -> dict[str, Any]:
+    """The settings of a checkpoint's model that training takes over."""
+    own = {"dropout", "dtype", "context"}
+    own |= {field.name for field in dataclasses.fields(model) if not field.metadata["shapes"]}
+    return {name: value for name, value in dataclasses.asdict(model).items() if name not in own}
 
 
 def load_data(config: Config, source: pretrained.Pretrained | None) -> Data:
-    """Examples, or shards: made by the first process where they do not exist yet; the others wait and then open (or make their own)."""
+    """Examples of a task, or shards of documents.
+
+    Shards that do not exist yet are made by the first process; the others wait and then open them
+    (or make their own).
+    """
     tokenizer = source.tokenizer if source else None
     if config.task.name:
         return loading.load_examples(config, tokenizer)
@@ -125,24 +226,26 @@ def load_data(config: Config, source: pretrained.Pretrained | None) -> Data:
 
 
 def resolve_config(config: Config, data: Data) -> Config:
-    """The config with what follows from the data: vocabulary, labels of a head, steps of so many epochs."""
-    m, vocab_size = config.model, data.tokenizer.vocab_size
-    if m.vocab_size and m.vocab_size < vocab_size:
+    """The config with what follows from the data: vocabulary, labels of a head, steps of epochs."""
+    model, vocab_size = config.model, data.tokenizer.vocab_size
+    if model.vocab_size and model.vocab_size < vocab_size:
         raise UserError(
-            f"model.vocab_size = {m.vocab_size} is smaller than the tokenizer's {vocab_size}: set 0 to take the tokenizer's"
+            f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's {vocab_size}: "
+            "set 0 to take the tokenizer's"
         )
     labels = data.labels if isinstance(data, loading.Examples) and loading.has_head(config) else ()
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(m, vocab_size=m.vocab_size or vocab_size, labels=labels)
-    )
-    if epochs := config.train.epochs:
-        steps = max(1, math.ceil(epochs * rows_of_epoch(config, data) / config.train.batch_size))
-        if config.optim.warmup_steps > steps:
-            raise UserError(
-                f"optim.warmup_steps = {config.optim.warmup_steps} exceeds the {steps} steps of train.epochs = {epochs:g}: warm up for fewer"
-            )
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
-    return config
+    model = dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size, labels=labels)
+    config = dataclasses.replace(config, model=model)
+    epochs = config.train.epochs
+    if not epochs:
+        return config
+    steps = max(1, math.ceil(epochs * rows_of_epoch(config, data) / config.train.batch_size))
+    if config.optim.warmup_steps > steps:
+        raise UserError(
+            f"optim.warmup_steps = {config.optim.warmup_steps} exceeds the {steps} steps of "
+            f"train.epochs = {epochs:g}: warm up for fewer"
+        )
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
 def rows_of_epoch(config: Config, data: Data) -> int:
@@ -153,13 +256,17 @@ def rows_of_epoch(config: Config, data: Data) -> int:
 
 
 def fit_head(config: Config, source: pretrained.Pretrained) -> None:
-    """Gives the checkpoint's parameters the head that the config asks for: classes (its own where the labels agree, else a new one) or tokens."""
+    """Gives the checkpoint's parameters, in place, the head that the config needs.
+
+    For classes its own head where the labels agree, else a new one; for tokens its own.
+    """
     labels, params = config.model.labels, source.params
     if not labels:
         params.pop("score", None)
         if not config.model.tie_embeddings and "head" not in params:
             raise UserError(
-                f"train.init_from = {config.train.init_from!r} tells classes apart and has no head for text: start from a language model"
+                f"train.init_from = {config.train.init_from!r} tells classes apart and has no head "
+                "for text: start from a language model"
             )
         return
     params.pop("head", None)
@@ -172,7 +279,7 @@ def fit_head(config: Config, source: pretrained.Pretrained) -> None:
 def fingerprints(
     config: Config, data: Data, source: pretrained.Pretrained | None
 ) -> dict[str, str]:
-    """What a resumed run must find unchanged: data, tokenizer and, where adapters stand on one, the checkpoint."""
+    """What a resumed run must find unchanged: data, tokenizer, the checkpoint under adapters."""
     text = data.source if isinstance(data, shards.Prepared) else data.fingerprint
     base = pretrained.params_digest(source.params) if source and config.lora.on else ""
     return {"data": text, "tokenizer": data.tokenizer.fingerprint, "base": base}
@@ -181,20 +288,24 @@ def fingerprints(
 def setup(
     config: Config, workdir: Path, overrides: dict[str, str], stop: Stop, compiles: Compiles
 ) -> Run:
-    """Checks everything, then describes the run in its workdir; nothing is written when a check fails."""
+    """Checks everything, then describes the run in its workdir.
+
+    Nothing is written when a check fails. Raises UserError.
+    """
     check_installed(config.train.trackers)
     config, source = resolve_checkpoint(config)
     data = load_data(config, source)
     config = resolve_config(config, data)
     if source:
         fit_head(config, source)
-    mesh = make_mesh(config)
+    plan = make_plan(config, make_mesh(config))
     if len(data.tokenizer.encode(config.train.sample_prompt)) > config.model.context:
         raise UserError(
-            f"train.sample_prompt is longer than model.context = {config.model.context} tokens: shorten it"
+            f"train.sample_prompt is longer than model.context = {config.model.context} tokens: "
+            "shorten it"
         )
-    prints = fingerprints(config, data, source)
-    check_same_run(workdir, config, prints)
+    digests = fingerprints(config, data, source)
+    check_same_run(workdir, config, digests)
     if jax.process_index() == 0:
         files.write_text(workdir / "config.json", schema.to_json(config))
         files.write_text(workdir / "overrides.json", json.dumps(overrides))
@@ -204,17 +315,9 @@ def setup(
             status="running",
             argv=sys.argv,
             seed=config.train.seed,
-            mesh=dict(mesh.shape),
+            mesh=dict(plan.mesh.shape),
             **report.environment(),
-            **prints,
+            **digests,
         )
-    return Run(
-        config,
-        workdir,
-        mesh,
-        data,
-        compiles,
-        stop,
-        {"config": schema.to_dict(config), **prints},
-        source,
-    )
+    meta = {"config": schema.to_dict(config), **digests}
+    return Run(plan, workdir, data, compiles, stop, meta, source)

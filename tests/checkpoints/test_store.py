@@ -16,9 +16,8 @@ from gptjax.checkpoints import store
 from gptjax.checkpoints.store import Checkpoints
 from gptjax.checkpoints.workdir import fault, load_params, newest_step, steps_in
 from gptjax.config.errors import UserError
-from gptjax.runtime import sharding
 from gptjax.runtime.mesh import make_mesh
-from gptjax.training import step as train_step
+from gptjax.training.setup import make_plan
 
 
 def trained(config, devices=None, n=2):
@@ -29,8 +28,8 @@ def trained(config, devices=None, n=2):
 
 
 def places(config, mesh):
-    shapes, _, _ = train_step.state_shapes(config)
-    return shapes, sharding.shardings(mesh, shapes)
+    plan = make_plan(config, mesh)
+    return plan.state_shapes, plan.state_shardings
 
 
 def assert_equal(a, b):

@@ -22,6 +22,7 @@ from gptjax.runtime import sharding
 from gptjax.runtime.mesh import make_mesh
 from gptjax.tokenizer import chat_template
 from gptjax.training import setup
+from gptjax.training import state as train_state
 from gptjax.training import step as train_step
 
 TOKENS = np.arange(20)[None] % 250
@@ -106,10 +107,11 @@ def test_training_changes_adapters_alone(kind, one_device):
     base = jax.tree.map(np.asarray, random_params(config.model))
     mesh = make_mesh(config, one_device)
     with jax.set_mesh(mesh):
-        state, frozen = train_step.init_state(config, mesh, base)
+        plan = setup.make_plan(config, mesh)
+        state, frozen = train_step.init_state(plan, base)
         start = jax.device_get(state.params)
         before = jax.device_get(frozen)
-        step = train_step.make_train_step(config, mesh)
+        step = train_step.make_train_step(plan)
         losses = []
         for _ in range(6):
             state, metrics = step(state, sharding.to_global(mesh, batch_for(config)), frozen)
@@ -138,8 +140,9 @@ def test_adapters_are_equal_on_every_mesh():
         base = jax.tree.map(np.asarray, random_params(config.model))
         grid = make_mesh(config, devices)
         with jax.set_mesh(grid):
-            state, frozen = train_step.init_state(config, grid, base)
-            step, found = train_step.make_train_step(config, grid), []
+            plan = setup.make_plan(config, grid)
+            state, frozen = train_step.init_state(plan, base)
+            step, found = train_step.make_train_step(plan), []
             for i in range(3):
                 state, metrics = step(state, sharding.to_global(grid, batch_for(config, i)), frozen)
                 found.append(float(metrics["loss"]))
@@ -156,7 +159,7 @@ def test_int8_base_stays_near_the_float_one():
     base = random_params(config.model)
     trained = adapters_for(config, base)
     rough = logits(
-        config, lora.apply_adapter(config.lora, train_step.prepare_base(config, base), trained)
+        config, lora.apply_adapter(config.lora, train_state.prepare_base(config, base), trained)
     )
     exact = logits(config, lora.apply_adapter(config.lora, base, trained))
     assert 0 < np.abs(rough - exact).max() < 0.1 * np.abs(exact).max()
@@ -332,7 +335,7 @@ def test_tuning_goes_on_from_a_tuned_checkpoint(tmp_path, one_device):
     params = jax.tree.map(np.asarray, random_params(config.model))
     mesh = make_mesh(config, one_device)
     with jax.set_mesh(mesh):
-        state, frozen = train_step.init_state(config, mesh, params)
+        state, frozen = train_step.init_state(setup.make_plan(config, mesh), params)
         assert (
             np.array_equal(state.params["score"]["kernel"], params["score"]["kernel"])
             and "score" not in frozen
@@ -340,7 +343,7 @@ def test_tuning_goes_on_from_a_tuned_checkpoint(tmp_path, one_device):
         config = make_config(lora=dict(prompt_tokens=3), train=dict(init_from="base"), **task)
         params = jax.tree.map(np.asarray, random_params(config.model))
         params["embed"]["prompt"] = np.full((3, config.model.width), 0.25, np.float32)
-        state, frozen = train_step.init_state(config, mesh, params)
+        state, frozen = train_step.init_state(setup.make_plan(config, mesh), params)
         assert (
             np.asarray(state.params["embed"]["prompt"]) == 0.25
         ).all() and "prompt" not in frozen["embed"]

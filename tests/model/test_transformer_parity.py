@@ -123,7 +123,7 @@ def test_adamw_follows_torch():
         train=dict(steps=5),
     )
     params = random_params(config.model)
-    tx = optim.optimizer(config, params)
+    tx = optim.make_optimizer(config, params)
     state = tx.init(params)
     leaf = lambda tree: tree["blocks"]["mlp"]["up"]["kernel"]
     decayed = torch.nn.Parameter(torch.tensor(np.asarray(leaf(params))))

@@ -24,7 +24,7 @@ from gptjax.tasks.grpo import reward_of
 from gptjax.tasks.preference import SEGMENTS
 from gptjax.tracking.jsonl import read_jsonl
 from gptjax.training import objectives, preference_losses, rollouts
-from gptjax.training.setup import resolve_config
+from gptjax.training.setup import make_plan, resolve_config
 
 
 def test_token_logprobs_and_their_gradient_are_those_of_all_logits():
@@ -126,7 +126,7 @@ def test_the_batch_objective_is_the_formula_on_sums(kind, place, tmp_path):
             positions=batch.positions,
             segment_ids=batch.segment_ids,
         )
-        return objectives.compute_loss(config, params, x, batch, chunk=48)
+        return objectives.compute_loss(config.model, config.task, params, x, batch, chunk=48)
 
     @jax.jit
     def alone(tokens):
@@ -264,11 +264,13 @@ def test_the_end_that_was_sampled_is_the_one_credited(place):
         model=dict(context=32, vocab_size=264),
         data=dict(source="jsonl", path=str(place / "asked.jsonl")),
     )
+    mesh = make_mesh(config, jax.devices()[:1])
     run = types.SimpleNamespace(
         config=config,
+        plan=make_plan(config, mesh),
         data=loading.load_examples(config, tokenizer),
         tokenizer=tokenizer,
-        mesh=make_mesh(config, jax.devices()[:1]),
+        mesh=mesh,
     )
     with jax.set_mesh(run.mesh):
         batch, _ = rollouts.Rollouts(run, {}).next(0, random_params(config.model))

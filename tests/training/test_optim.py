@@ -14,7 +14,7 @@ from gptjax.training import optim
 
 def rates(**options):
     config = make_config(optim=dict(lr=1.0, warmup_steps=10, **options), train=dict(steps=110))
-    return np.asarray(jax.jit(jax.vmap(optim.schedule(config)))(jnp.arange(110)))
+    return np.asarray(jax.jit(jax.vmap(optim.make_schedule(config)))(jnp.arange(110)))
 
 
 def test_schedules():
@@ -39,7 +39,7 @@ def test_decay_and_freeze_by_path():
         )
     )
     params = random_params(config.model)
-    tx = optim.optimizer(config, params)
+    tx = optim.make_optimizer(config, params)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     for path, update in tree.flatten(updates).items():
         param = tree.flatten(params)[path]
@@ -52,11 +52,11 @@ def test_decay_and_freeze_by_path():
 def test_frozen_parameters_have_no_moments_and_no_part_in_the_clip_norm():
     config = make_config(optim=dict(freeze=("embed/.*",), max_grad_norm=1.0))
     params = random_params(config.model)
-    state = optim.optimizer(config, params).init(params)
+    state = optim.make_optimizer(config, params).init(params)
     assert tree.size(state) < 2 * (tree.size(params) - tree.size(params["embed"])) + 10
     grads = jax.tree.map(jnp.ones_like, params)
     huge = {**grads, "embed": jax.tree.map(lambda g: g * 1e6, grads["embed"])}
-    tx = optim.optimizer(config, params)
+    tx = optim.make_optimizer(config, params)
     a, b = (tx.update(g, tx.init(params), params)[0] for g in (grads, huge))
     np.testing.assert_array_equal(
         a["blocks"]["mlp"]["up"]["kernel"], b["blocks"]["mlp"]["up"]["kernel"]
@@ -70,7 +70,7 @@ def test_rules_that_do_nothing_or_everything_are_refused(options):
     config = make_config(optim=options)
     params = jax.eval_shape(lambda: random_params(config.model))
     with pytest.raises(UserError, match="optim"):
-        optim.optimizer(config, params)
+        optim.make_optimizer(config, params)
 
 
 def test_muon_makes_orthogonal_steps_of_matrices_and_adam_steps_of_the_rest():
@@ -86,7 +86,7 @@ def test_muon_makes_orthogonal_steps_of_matrices_and_adam_steps_of_the_rest():
         )
     )
     params = random_params(config.model)
-    tx = optim.optimizer(config, params)
+    tx = optim.make_optimizer(config, params)
     updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     for name, shape in (("up", (32, 128)), ("down", (128, 32))):
         singular = np.linalg.svd(
@@ -115,7 +115,7 @@ def test_clip_limits_the_global_norm():
     original = optim.OPTIMIZERS["adamw"]
     optim.OPTIMIZERS["adamw"] = lambda o, rate, decays: spy
     try:
-        tx = optim.optimizer(config, params)
+        tx = optim.make_optimizer(config, params)
         tx.update(jax.tree.map(lambda p: 100 * jnp.ones_like(p), params), tx.init(params), params)
     finally:
         optim.OPTIMIZERS["adamw"] = original

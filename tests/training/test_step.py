@@ -15,6 +15,7 @@ from gptjax.core.types import Batch
 from gptjax.runtime import sharding
 from gptjax.runtime.mesh import make_mesh
 from gptjax.training import step as train_step
+from gptjax.training.setup import make_plan
 
 
 def batch_for(config, step=0):
@@ -35,8 +36,9 @@ def run(config, devices, n=3):
     """(losses, final state, step function, mesh) of n steps."""
     mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh):
-        state, frozen = train_step.init_state(config, mesh)
-        step = train_step.make_train_step(config, mesh)
+        plan = make_plan(config, mesh)
+        state, frozen = train_step.init_state(plan)
+        step = train_step.make_train_step(plan)
         losses = []
         for i in range(n):
             state, metrics = step(state, sharding.to_global(mesh, batch_for(config, i)), frozen)
@@ -143,8 +145,9 @@ def test_illegal_meshes_are_refused_by_name(wrong, part):
 
 def test_every_parameter_has_a_rule():
     for family in FAMILIES.values():
-        shapes, _, _ = train_step.state_shapes(make_config(model=family))
-        for path in tree.flatten(shapes.params):
+        config = make_config(model=family)
+        plan = make_plan(config, make_mesh(config))
+        for path in tree.flatten(plan.state_shapes.params):
             tree.first_match(sharding.RULES, path)
     with pytest.raises(ValueError, match="no rule matches"):
         tree.first_match(sharding.RULES, "blocks/new/kernel")
@@ -163,10 +166,9 @@ def test_one_batch_overfits(one_device):
         segment_ids=np.ones((8, 16), np.int32),
     )
     with jax.set_mesh(mesh):
-        (state, frozen), step = (
-            train_step.init_state(config, mesh),
-            train_step.make_train_step(config, mesh),
-        )
+        plan = make_plan(config, mesh)
+        state, frozen = train_step.init_state(plan)
+        step = train_step.make_train_step(plan)
         batch = sharding.to_global(mesh, batch)
         for _ in range(400):
             state, metrics = step(state, batch, frozen)
