@@ -108,7 +108,7 @@ class Rollouts:
 
 
 def answer_row(length: int, example: Example, answer: Sequence[int]) -> Batch:
-    """Arrays [length] of a prompt and an answer to it; only the tokens of the answer are learned."""
+    """Arrays [length] of a prompt and an answer to it; only the answer is learned."""
     ids = np.array([*example.ids[: example.prompt].tolist(), *answer], np.int32)
     row, count = loader.empty_row(length), len(ids) - 1
     row.tokens[:count], row.targets[:count] = ids[:-1], ids[1:]

@@ -62,7 +62,7 @@ def init_state(plan: TrainPlan, params: Params | None = None) -> StateAndFrozen:
 
 
 def place_frozen(plan: TrainPlan, params: Params | None) -> Params:
-    """The parameters under adapters, from host arrays over the mesh; empty where all are trained."""
+    """The parameters under adapters, from host arrays, over the mesh; or nothing."""
     config, shardings = plan.config, plan.frozen_shardings
     if not config.lora.on:
         return {}
@@ -142,8 +142,8 @@ def _make_gradient(plan: TrainPlan) -> Any:
     def loss_of(
         params: Params, frozen: Params, batch: Batch, key: Array
     ) -> tuple[Array, tuple[Array, Array]]:
-        total, *rest = compute_loss(plan, params, frozen, batch, key, chunk=plan.loss_chunk)
-        return total, tuple(rest)
+        sums = compute_loss(plan, params, frozen, batch, key, chunk=plan.loss_chunk)
+        return sums.loss, (sums.weight, sums.correct)
 
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
 
