@@ -1,5 +1,6 @@
 """Eight fake devices for every test, a cache folder of the session's own, and small runs to share."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -56,6 +57,11 @@ def make_config(**sections):
     for name, values in sections.items():
         base.setdefault(name, {}).update(values)
     return build.build_config(base)
+
+
+def on_cpu(config, implementation="cpu"):
+    """The model's config as a run or a generation on CPU devices resolves it."""
+    return dataclasses.replace(config, implementation=implementation)
 
 
 def random_params(config):

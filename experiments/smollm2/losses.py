@@ -15,7 +15,7 @@ import gptjax
 from gptjax.config.schema import Config
 from gptjax.core import cli
 from gptjax.data import sources
-from gptjax.model import transformer
+from gptjax.model import head, transformer
 from gptjax.model.kv_cache import init_cache
 from gptjax.runtime import executables
 
@@ -29,7 +29,7 @@ def loss(lm, ids: np.ndarray, *, chunk: int = 32) -> float:
         x, cache = transformer.apply(
             lm._inference_config, weights, piece, cache=cache, start_B=at[None]
         )
-        return jax.nn.log_softmax(transformer.unembed(lm._inference_config, weights, x[0])), cache
+        return jax.nn.log_softmax(head.unembed(lm._inference_config, weights, x[0])), cache
 
     total = 0.0
     for at in range(0, ids.shape[1], chunk):

@@ -26,7 +26,9 @@ from gptjax.checkpoints.pretrained import Pretrained, read_checkpoint
 from gptjax.config.errors import UserError, unknown_name
 from gptjax.config.schema import Config, ModelConfig
 from gptjax.core import cli, files, tree
-from gptjax.model import transformer
+from gptjax.model import head, transformer
+from gptjax.ops.implementations import resolve
+from gptjax.runtime.devices import default_platform
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.openai import OpenAITokenizer
 from gptjax.tokenizer.pretrained import FILES, PretrainedTokenizer, of_gpt2
@@ -238,15 +240,23 @@ def probe_logits(checkpoint: Pretrained) -> np.ndarray:
 
     They are the logits before a final soft-cap.
     """
+    implementation = resolve(
+        checkpoint.config.implementation, platform=default_platform(), devices=1
+    )
     config = dataclasses.replace(
-        checkpoint.config, scan_layers=True, attention="reference", dropout=0.0, dtype="float32"
+        checkpoint.config,
+        scan_layers=True,
+        attention="reference",
+        dropout=0.0,
+        dtype="float32",
+        implementation=implementation,
     )
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, min(16, config.context)))
     hidden = np.asarray(_hidden_states(config, checkpoint.params, tokens.astype(np.int32)))
     if config.labels:
-        return np.asarray(transformer.score(checkpoint.params, jnp.asarray(hidden)))
+        return np.asarray(head.score(checkpoint.params, jnp.asarray(hidden)))
     # in strips: a product with the complete table would hold a float32 copy of it
-    table, step = transformer.head(checkpoint.params), 4096
+    table, step = head.table(checkpoint.params), 4096
     strips = []
     for start in range(0, len(table), step):
         strips.append(hidden @ table[start : start + step].astype(np.float32).T)

@@ -18,7 +18,7 @@ from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array
 from gptjax.generation import sampling
 from gptjax.generation.loop import State, feed
-from gptjax.model import transformer
+from gptjax.model import head
 from gptjax.model.kv_cache import take_rows
 from gptjax.runtime import executables
 
@@ -74,7 +74,7 @@ def search(
 
     def body(state: State) -> State:
         x, cache = feed(config, params, state)
-        logp = jax.nn.log_softmax(transformer.unembed(config, params, x[:, 0]))
+        logp = jax.nn.log_softmax(head.unembed(config, params, x[:, 0]))
         logp = (
             sampling.process(logp, options, state, active).reshape(b, beams, -1)
             + state["scores"][:, :, None]

@@ -16,6 +16,7 @@ from gptjax.generation import speculative
 from gptjax.generation.requests import Request
 from gptjax.generation.sampling import active_of, arrays
 from gptjax.model.kv_cache import init_cache
+from gptjax.ops.implementations import IMPLEMENTATIONS
 from gptjax.runtime import executables
 
 
@@ -184,6 +185,7 @@ def _places(
     slots = decode_loop.bucket(
         max(limits) + (guess.count + 1 if guess else 0),
         config.context + (guess.count + 2 if guess else 1),
+        IMPLEMENTATIONS[config.implementation].prefill_chunk,
     )
     seeds = [
         s.seed

@@ -27,6 +27,8 @@ from gptjax.generation.requests import Completion, Request, SequenceState
 from gptjax.generation.sampling import Sampling, active_of, arrays
 from gptjax.model import init as model_init
 from gptjax.model import lora, quantize
+from gptjax.ops.implementations import IMPLEMENTATIONS, resolve
+from gptjax.runtime.devices import default_platform
 from gptjax.tokenizer.base import Tokenizer
 
 WEIGHTS = ("float32", "bfloat16", "int8")
@@ -78,10 +80,16 @@ class LanguageModel:
             cache_dtype,
             source,
         )
-        # on a CPU activations stay float32: its products convert each weight anyway
-        dtype = "float32" if weights == "float32" or jax.default_backend() == "cpu" else "bfloat16"
+        implementation = resolve(config.implementation, platform=default_platform(), devices=1)
+        dtype = IMPLEMENTATIONS[implementation].activation_dtype
         self._inference_config = dataclasses.replace(
-            config, dropout=0.0, remat="none", attention="reference", scan_layers=False, dtype=dtype
+            config,
+            dropout=0.0,
+            remat="none",
+            attention="reference",
+            scan_layers=False,
+            dtype="float32" if weights == "float32" else dtype,
+            implementation=implementation,
         )
         self._params = params
         self._weights = self._read() if wait else self._shapes()
@@ -532,7 +540,11 @@ class LanguageModel:
             request.prompts,
             limits=limits,
             seeds=[0] * len(limits),
-            slots=decode_loop.bucket(max(limits), self.config.context + 1),
+            slots=decode_loop.bucket(
+                max(limits),
+                self.config.context + 1,
+                IMPLEMENTATIONS[self._inference_config.implementation].prefill_chunk,
+            ),
             cache_dtype=self.cache_dtype,
             copies=beams,
         )

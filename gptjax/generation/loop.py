@@ -19,8 +19,9 @@ import numpy as np
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array
 from gptjax.generation import sampling
-from gptjax.model import transformer
+from gptjax.model import head, transformer
 from gptjax.model.kv_cache import init_cache, take_rows
+from gptjax.ops.implementations import IMPLEMENTATIONS
 from gptjax.runtime import executables
 
 State = dict[str, Any]
@@ -29,17 +30,12 @@ State = dict[str, Any]
 SMALLEST_BUCKET = 256
 
 
-def chunk_size() -> int:
-    """Tokens that prefill feeds at once: enough to be limited by arithmetic rather than by reading weights."""
-    return 32 if jax.default_backend() == "cpu" else 256
-
-
-def bucket(length: int, context: int) -> int:
+def bucket(length: int, context: int, chunk: int) -> int:
     """Slots for `length` tokens: a power of four times 256, or the context; a multiple of the chunk."""
     size = SMALLEST_BUCKET
     while size < length:
         size *= 4
-    return -(-min(size, max(context, length)) // chunk_size()) * chunk_size()
+    return -(-min(size, max(context, length)) // chunk) * chunk
 
 
 @functools.partial(executables.jit, static_argnames=("config", "cache_dtype", "copies"))
@@ -54,7 +50,7 @@ def prefill(
 ) -> Any:
     """The cache of all tokens but the last of each row, each row `copies` times. Its time grows with the longest row."""
     b, s = tokens_BS.shape
-    size = min(chunk_size(), s)
+    size = min(IMPLEMENTATIONS[config.implementation].prefill_chunk, s)
     cache = init_cache(config, b, s, dtype=cache_dtype)
 
     def body(carry: tuple[Array, Any]) -> tuple[Array, Any]:
@@ -168,7 +164,7 @@ def advance(
     def body(carry: tuple[Array, State]) -> tuple[Array, State]:
         i, state = carry
         x, cache = feed(config, params, state)
-        logits = transformer.unembed(config, params, x[:, 0])
+        logits = head.unembed(config, params, x[:, 0])
         token = sampling.choose(
             sampling.process(logits, options, state, active), options, row_keys(state), active
         )
@@ -185,7 +181,7 @@ def advance(
 def logits(config: ModelConfig, params: Any, tokens_BT: Array) -> Array:
     """float32 [B, T, V] of a full forward pass. Columns behind a row's end are garbage and change nothing before them."""
     x, _ = transformer.apply(config, params, tokens_BT)
-    return transformer.unembed(config, params, x)
+    return head.unembed(config, params, x)
 
 
 @functools.partial(executables.jit, static_argnames=("config",))
@@ -195,7 +191,7 @@ def token_logprobs(config: ModelConfig, params: Any, tokens_BT: Array) -> tuple[
 
     def row(piece: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = piece
-        found = transformer.unembed(config, params, hidden)
+        found = head.unembed(config, params, hidden)
         return sampling.logprob(found, targets), jnp.argmax(found, -1) == targets
 
     return jax.lax.map(row, (x, tokens_BT[:, 1:]))
@@ -205,4 +201,4 @@ def token_logprobs(config: ModelConfig, params: Any, tokens_BT: Array) -> tuple[
 def head_scores(config: ModelConfig, params: Any, tokens_BT: Array, length_B: Array) -> Array:
     """float32 [B, labels]: what the head says of each row's last token. Columns behind a row's end change nothing."""
     x, _ = transformer.apply(config, params, tokens_BT)
-    return transformer.score(params, jnp.take_along_axis(x, (length_B - 1)[:, None, None], 1)[:, 0])
+    return head.score(params, jnp.take_along_axis(x, (length_B - 1)[:, None, None], 1)[:, 0])

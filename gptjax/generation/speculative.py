@@ -17,7 +17,7 @@ from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array
 from gptjax.generation import sampling
 from gptjax.generation.loop import State, append, feed
-from gptjax.model import transformer
+from gptjax.model import head, transformer
 from gptjax.runtime import executables
 
 
@@ -49,9 +49,7 @@ def _draft(config: ModelConfig, params: Any, state: State, count: int) -> tuple[
     x = jnp.take_along_axis(x, (state["length"] - 1 - at)[:, None, None], 1)
     guesses = []
     for k in range(count):
-        guesses.append(
-            jnp.argmax(transformer.unembed(config, params, x[:, 0]), -1).astype(jnp.int32)
-        )
+        guesses.append(jnp.argmax(head.unembed(config, params, x[:, 0]), -1).astype(jnp.int32))
         if k + 1 < count:
             x, cache = transformer.apply(
                 config, params, guesses[-1][:, None], cache=cache, start_B=state["length"] + k
@@ -93,7 +91,7 @@ def advance(
         )
         x, cache = feed(config, params, {**state, "tokens": held}, count + 1)
         state = {**state, "cache": cache}
-        agreed, logits = ~state["done"], transformer.unembed(config, params, x)
+        agreed, logits = ~state["done"], head.unembed(config, params, x)
         for k in range(count + 1):
             found = logits[:, k]
             token = sampling.choose(

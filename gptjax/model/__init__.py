@@ -1,0 +1,1 @@
+"""Parameters and the forward pass of one decoder: GPT-2 and the Llama family by config."""

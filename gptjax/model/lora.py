@@ -91,7 +91,7 @@ def apply_adapter(
     lora: LoraConfig, frozen: Params, trained: Params, *, dropout: bool = False
 ) -> Params:
     """The whole model's parameters: `trained` laid over `frozen` (blocks stacked, or apart as `quantize.inference_params` has them). A layer finds
-    lora_a and lora_b (scaled), lora_gain where there is DoRA, and lora_keep where `dropout` is on."""
+    lora_a and lora_b (scaled), dora_scale where there is DoRA, and keep_prob where `dropout` is on."""
     if not frozen:
         return trained
     blocks = _scaled_adapters(lora, frozen["blocks"], trained.get("blocks", {}), dropout)
@@ -130,9 +130,9 @@ def _scaled_adapters(lora: LoraConfig, frozen: Any, trained: Params, dropout: bo
             length = jax.lax.stop_gradient(
                 _norm(frozen[name]["kernel"].astype(jnp.float32) + update(lora, part), inputs)
             )
-            found[name]["lora_gain"] = part["lora_m"] / length
+            found[name]["dora_scale"] = part["lora_m"] / length
         if dropout and lora.dropout:
-            found[name]["lora_keep"] = jnp.full((len(part["lora_a"]),), 1 - lora.dropout)
+            found[name]["keep_prob"] = jnp.full((len(part["lora_a"]),), 1 - lora.dropout)
     return found
 
 

@@ -1,34 +1,70 @@
-"""TODO docstring."""
+"""What stands between the two products of an MLP, and the soft cap of logits.
+
+An activation takes what the first product gives: [..., F], or gate and up [..., 2, F]. To add one,
+write a function and a row in `REFERENCES`, which is where the setting `model.mlp` looks; a faster
+form goes into the table of its platform, such as `CPU`.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from gptjax.core.types import Array
-from gptjax.ops.materialize import materialize
+from gptjax.ops.materialize import Barrier, materialize, unchanged
 
 
-@jax.custom_vjp
 def gelu(x: Array) -> Array:
-    """The tanh form of GELU, as in GPT-2 (Hendrycks & Gimpel 2016), in float32 inside: each bfloat16 operation would round, and cost two conversions. Its
-    gradient recomputes tanh instead of saving intermediates."""
-    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+    """The tanh form of GELU, as in GPT-2 (Hendrycks & Gimpel 2016); in float32 inside."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
-def _gelu_backward(saved: Array, g: Array):
-    c, x, g = math.sqrt(2 / math.pi), saved.astype(jnp.float32), materialize(g).astype(jnp.float32)
+def gelu_exact(x: Array) -> Array:
+    """GELU by the error function (Hendrycks & Gimpel 2016)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def swiglu(gate_up: Array) -> Array:
+    """silu(gate) * up (Shazeer 2020)."""
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+def softcap(logits: Array, cap: float) -> Array:
+    """cap * tanh(logits / cap) (Gemma 2); logits as they are where cap is 0."""
+    return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gelu_recomputed(x: Array, barrier: Barrier = unchanged) -> Array:
+    """`gelu`; its gradient recomputes tanh instead of saving intermediates."""
+    return gelu(x)
+
+
+def _gelu_forward(x: Array, barrier: Barrier) -> tuple[Array, Array]:
+    return barrier(gelu(barrier(x))), x
+
+
+def _gelu_backward(barrier: Barrier, saved: Array, g: Array) -> tuple[Array]:
+    c, x, g = math.sqrt(2 / math.pi), saved.astype(jnp.float32), barrier(g).astype(jnp.float32)
     t = jnp.tanh(c * (x + 0.044715 * x * x * x))
-    return (
-        materialize(
-            (g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x))).astype(
-                saved.dtype
-            )
-        ),
-    )
+    slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
+    return (barrier((g * slope).astype(saved.dtype)),)
 
 
-gelu.defvjp(lambda x: (materialize(gelu(materialize(x))), x), _gelu_backward)
+gelu_recomputed.defvjp(_gelu_forward, _gelu_backward)
+
+Activation = Callable[[Array], Array]
+
+REFERENCES: dict[str, Activation] = {"gelu": gelu, "gelu_exact": gelu_exact, "swiglu": swiglu}
+
+ACCELERATOR: dict[str, Activation] = {**REFERENCES, "gelu": gelu_recomputed}
+
+CPU: dict[str, Activation] = {
+    "gelu": lambda x: materialize(gelu_recomputed(x, materialize)),
+    "gelu_exact": lambda x: materialize(gelu_exact(materialize(x))),
+    "swiglu": lambda gate_up: materialize(swiglu(materialize(gate_up))),
+}

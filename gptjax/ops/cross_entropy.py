@@ -1,138 +1,198 @@
-"""Token cross-entropy as (sum, weight), float32, over chunks of positions: the logits of a whole batch never exist at once."""
+"""Cross-entropy of tokens, as a sum over positions, float32.
+
+`reference` is the definition. `chunked` never holds the logits of a whole batch: it goes over
+chunks of positions and makes both gradients in the forward pass, while a chunk's logits are there.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gptjax.config.schema import ModelConfig
-from gptjax.core.types import Array, Params
-from gptjax.model import transformer
+from gptjax.core.types import Array
 from gptjax.ops import products
-from gptjax.ops.materialize import materialize
+from gptjax.ops.activation import softcap as cap_logits
+from gptjax.ops.materialize import Barrier, unchanged
 
-_CHUNK_ELEMENTS = (
-    1 << 24
-)  # logits that one device holds at once where the config does not say: 64 MiB
+_CHUNK_ELEMENTS = 1 << 24  # logits that one device holds at once by default: 64 MiB
 
 
-def chunk_length(config: ModelConfig, batch: int, length: int, wanted: int) -> int:
-    """Positions per chunk: `wanted`, or the largest divisor of `length` that keeps `batch` rows of logits within the budget."""
-    if wanted:
-        return wanted
+def chunk_length(padded_vocab: int, batch: int, length: int) -> int:
+    """Positions per chunk: the largest divisor of `length` that keeps `batch` rows of logits within
+    the budget. Even where all logits would fit there are two chunks: the promise holds at every
+    size."""
     fits = [
         n
         for n in range(1, length + 1)
-        if length % n == 0 and batch * n * config.padded_vocab <= _CHUNK_ELEMENTS
+        if length % n == 0 and batch * n * padded_vocab <= _CHUNK_ELEMENTS
     ]
-    # even where all logits would fit, two chunks: the promise holds at every size
     return max([n for n in fits if n < length or length == 1], default=1)
 
 
-def head_loss(logits_BTC: Array, targets_BT: Array, weights_BT: Array) -> tuple[Array, Array]:
-    """(loss sum, sum of right answers) of a head on tokens: cross-entropy of int32 targets, or half the squared error of float32 ones (C = 1)."""
-    if jnp.issubdtype(targets_BT.dtype, jnp.floating):
-        error = logits_BTC[..., 0] - targets_BT
-        return (weights_BT * 0.5 * jnp.square(error)).sum(), jnp.zeros(())
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits_BTC), targets_BT[..., None], -1)[..., 0]
-    return -(weights_BT * chosen).sum(), (weights_BT * (logits_BTC.argmax(-1) == targets_BT)).sum()
-
-
-def token_cross_entropy(
-    config: ModelConfig,
-    params: Params,
+def reference(
     x_BTD: Array,
+    table_VD: Array,
     targets_BT: Array,
     weights_BT: Array,
     *,
+    vocab_size: int,
+    softcap: float = 0.0,
+    chunk: int = 0,
+) -> Array:
+    """Sum over positions of weight * -log softmax(x table^T)[target], float32 scalar.
+
+    Rows of the table past `vocab_size` are padding and take no part. chunk: for `chunked` alone.
+    """
+    logp = reference_logprobs(x_BTD, table_VD, targets_BT, vocab_size=vocab_size, softcap=softcap)
+    return -(weights_BT * logp).sum()
+
+
+def reference_logprobs(
+    x_BTD: Array,
+    table_VD: Array,
+    targets_BT: Array,
+    *,
+    vocab_size: int,
+    softcap: float = 0.0,
+    chunk: int = 0,
+) -> Array:
+    """log p of each target, float32 [B, T]."""
+    table = table_VD[:vocab_size]
+    logits = jnp.einsum("BTD,VD->BTV", x_BTD, table, preferred_element_type=jnp.float32)
+    logp = jax.nn.log_softmax(cap_logits(logits, softcap))
+    return jnp.take_along_axis(logp, targets_BT[..., None], -1)[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What does not change from step to step. barrier, transposed: the platform's."""
+
+    vocab_size: int
+    softcap: float
+    chunk: int
+    barrier: Barrier
+    transposed: Barrier
+
+
+def chunked(
+    x_BTD: Array,
+    table_VD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    *,
+    vocab_size: int,
+    softcap: float = 0.0,
     chunk: int,
+    barrier: Barrier = unchanged,
+    transposed: Barrier = products.transposed,
 ) -> Array:
-    """Sum over positions of weight * -log p(target), float32 scalar. x_BTD as `model.apply` returns it."""
-    return _cross_entropy(
-        config, chunk, x_BTD, transformer.head(params).astype(x_BTD.dtype), targets_BT, weights_BT
-    )
+    """As `reference`, `chunk` positions at a time (a divisor of T)."""
+    form = _Form(vocab_size, softcap, chunk, barrier, transposed)
+    return _cross_entropy(form, x_BTD, table_VD, targets_BT, weights_BT)
 
 
-def token_logprobs(
-    config: ModelConfig, params: Params, x_BTD: Array, targets_BT: Array, *, chunk: int
+def chunked_logprobs(
+    x_BTD: Array,
+    table_VD: Array,
+    targets_BT: Array,
+    *,
+    vocab_size: int,
+    softcap: float = 0.0,
+    chunk: int,
+    barrier: Barrier = unchanged,
 ) -> Array:
-    """log p(target) of each position, float32 [B, T]; chunk by chunk, and computed again in the backward pass."""
-    table = transformer.head(params).astype(x_BTD.dtype)
+    """As `reference_logprobs`, by chunks which the backward pass computes again."""
+    form = _Form(vocab_size, softcap, chunk, barrier, products.transposed)
 
     @jax.checkpoint
-    def one(piece: tuple[Array, Array]) -> Array:
+    def logprobs_of(piece: tuple[Array, Array]) -> Array:
         x, targets = piece
-        _, logits, log_total, hit = _chunk(config, table.T, x, targets, jnp.zeros(targets.shape))
-        return (jnp.where(hit, logits, 0.0).sum(-1) - log_total[:, 0]).reshape(targets.shape)
+        result = _chunk(form, table_VD.T, x, targets, jnp.zeros(targets.shape))
+        target_logits = jnp.where(result.is_target, result.logits, 0.0).sum(-1)
+        return (target_logits - result.log_total[:, 0]).reshape(targets.shape)
 
-    found = jax.lax.map(one, _chunks(chunk, x_BTD, targets_BT))
-    return jnp.moveaxis(found, 0, 1).reshape(targets_BT.shape)
+    logprobs = jax.lax.map(logprobs_of, _chunks(chunk, x_BTD, targets_BT))
+    return jnp.moveaxis(logprobs, 0, 1).reshape(targets_BT.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_entropy(
-    config: ModelConfig, chunk: int, x: Array, table: Array, targets: Array, weights: Array
-) -> Array:
-    def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
-        return total + _chunk(config, products.transposed_copy(table), *piece)[0], None
-
-    return jax.lax.scan(add, jnp.zeros(()), _chunks(chunk, x, targets, weights))[0]
+def label_loss(logits_BTC: Array, targets_BT: Array, weights_BT: Array) -> tuple[Array, Array]:
+    """(loss sum, sum of correct predictions) of a head on tokens: cross-entropy of int32 targets,
+    or half the squared error of float32 ones (C = 1)."""
+    if jnp.issubdtype(targets_BT.dtype, jnp.floating):
+        error = logits_BTC[..., 0] - targets_BT
+        return (weights_BT * 0.5 * jnp.square(error)).sum(), jnp.zeros(())
+    logp = jax.nn.log_softmax(logits_BTC)
+    target_logp = jnp.take_along_axis(logp, targets_BT[..., None], -1)[..., 0]
+    correct = logits_BTC.argmax(-1) == targets_BT
+    return -(weights_BT * target_logp).sum(), (weights_BT * correct).sum()
 
 
 def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
-    """[B, T, ...] -> [T / chunk, B, chunk, ...]: rows stay where they are when they are split over devices."""
+    """[B, T, ...] -> [T / chunk, B, chunk, ...]: rows stay on the device that holds them."""
     return tuple(jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0) for a in arrays)
 
 
-def _chunk(
-    config: ModelConfig, table_DV: Array, x: Array, targets: Array, weights: Array
-) -> tuple[Array, Array, Array, Array]:
-    """(loss sum, logits [N, V], their log of the sum of exponentials [N, 1], one-hot targets) of one chunk, N = B * chunk."""
-    logits = materialize(
-        jnp.matmul(x.reshape(-1, x.shape[-1]), table_DV, preferred_element_type=jnp.float32)
-    )
-    logits = transformer.softcap(config, logits)
-    ids = jnp.arange(config.padded_vocab)
-    if config.padded_vocab != config.vocab_size:
-        logits = jnp.where(ids < config.vocab_size, logits, -1e30)
-    peak = materialize(logits.max(-1, keepdims=True))
-    log_total = materialize(jnp.log(jnp.exp(logits - peak).sum(-1, keepdims=True)) + peak)
+class _Chunk(NamedTuple):
+    """One chunk of N = B * chunk positions."""
+
+    loss: Array  # scalar
+    logits: Array  # [N, V]
+    log_total: Array  # [N, 1]: log of the sum of exponentials
+    is_target: Array  # [N, V]
+
+
+def _chunk(form: _Form, table_DV: Array, x: Array, targets: Array, weights: Array) -> _Chunk:
+    x_ND = x.reshape(-1, x.shape[-1])
+    logits = form.barrier(jnp.matmul(x_ND, table_DV, preferred_element_type=jnp.float32))
+    logits = cap_logits(logits, form.softcap)
+    ids = jnp.arange(table_DV.shape[1])
+    if table_DV.shape[1] != form.vocab_size:
+        logits = jnp.where(ids < form.vocab_size, logits, -1e30)
+    peak = form.barrier(logits.max(-1, keepdims=True))
+    log_total = form.barrier(jnp.log(jnp.exp(logits - peak).sum(-1, keepdims=True)) + peak)
     # a sum over a mask, not a gather: it stays local where the vocabulary is split over devices
-    hit = ids == targets.reshape(-1, 1)
-    chosen = jnp.where(hit, logits, 0.0).sum(-1)
-    return (weights.reshape(-1) * (log_total[:, 0] - chosen)).sum(), logits, log_total, hit
+    is_target = ids == targets.reshape(-1, 1)
+    target_logits = jnp.where(is_target, logits, 0.0).sum(-1)
+    loss = (weights.reshape(-1) * (log_total[:, 0] - target_logits)).sum()
+    return _Chunk(loss, logits, log_total, is_target)
 
 
-def _forward(
-    config: ModelConfig, chunk: int, x: Array, table: Array, targets: Array, weights: Array
-):
-    """Both gradients in the same pass, while a chunk's logits are at hand: they are linear in the cotangent of the sum."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(form: _Form, x: Array, table: Array, targets: Array, weights: Array) -> Array:
+    def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
+        return total + _chunk(form, form.transposed(table), *piece).loss, None
+
+    return jax.lax.scan(add, jnp.zeros(()), _chunks(form.chunk, x, targets, weights))[0]
+
+
+def _forward(form: _Form, x: Array, table: Array, targets: Array, weights: Array):
+    """The sum and both gradients: they are linear in the cotangent of the sum."""
 
     def add(carry: tuple[Array, Array], piece: tuple[Array, ...]):
         total, d_table = carry
-        loss, logits, log_total, hit = _chunk(config, products.transposed_copy(table), *piece)
         x_c, _, weights_c = piece
-        d_logits = (jnp.exp(logits - log_total) - hit) * weights_c.reshape(-1, 1)
-        if cap := config.logit_softcap:
-            d_logits = d_logits * (1 - jnp.square(jnp.maximum(logits, -cap) / cap))
-        d_logits = materialize(d_logits.astype(x.dtype))
+        chunk = _chunk(form, form.transposed(table), *piece)
+        d_logits = jnp.exp(chunk.logits - chunk.log_total) - chunk.is_target
+        d_logits = d_logits * weights_c.reshape(-1, 1)
+        if cap := form.softcap:
+            d_logits = d_logits * (1 - jnp.square(jnp.maximum(chunk.logits, -cap) / cap))
+        d_logits = form.barrier(d_logits.astype(x.dtype))
         d_x = jnp.einsum("NV,VD->ND", d_logits, table).reshape(x_c.shape)
-        d_table += jnp.matmul(
-            products.transposed_copy(d_logits),
-            x_c.reshape(-1, x.shape[-1]),
-            preferred_element_type=jnp.float32,
-        )
-        return (total + loss, d_table), d_x
+        x_ND = x_c.reshape(-1, x.shape[-1])
+        d_table += jnp.matmul(form.transposed(d_logits), x_ND, preferred_element_type=jnp.float32)
+        return (total + chunk.loss, d_table), d_x
 
-    (total, d_table), d_x = jax.lax.scan(
-        add, (jnp.zeros(()), jnp.zeros(table.shape)), _chunks(chunk, x, targets, weights)
-    )
+    start = (jnp.zeros(()), jnp.zeros(table.shape))
+    chunks = _chunks(form.chunk, x, targets, weights)
+    (total, d_table), d_x = jax.lax.scan(add, start, chunks)
     return total, (jnp.moveaxis(d_x, 0, 1).reshape(x.shape), d_table.astype(table.dtype))
 
 
-def _backward(config: ModelConfig, chunk: int, saved: tuple[Array, Array], g: Array):
+def _backward(form: _Form, saved: tuple[Array, Array], g: Array):
     d_x, d_table = saved
     return (g * d_x).astype(d_x.dtype), (g * d_table).astype(d_table.dtype), None, None
 

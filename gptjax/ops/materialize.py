@@ -1,21 +1,32 @@
-"""TODO docstring."""
+"""A value that is computed once and written to memory, forward and backward."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 
 from gptjax.core.types import Array
 
+Barrier = Callable[[Array], Array]
+
 
 @jax.custom_vjp
-def _barrier(x: Array) -> Array:
+def materialize(x: Array) -> Array:
+    """x, behind a barrier that no fusion crosses, in both directions.
+
+    XLA:CPU fuses a value into each of its readers and computes it again in every one; this stops it
+    (measured in experiments/LOG.md). Accelerators want those fusions: their rows of the table have
+    `unchanged` in its place.
+    """
     return jax.lax.optimization_barrier(x)
 
 
-_barrier.defvjp(lambda x: (_barrier(x), None), lambda _, g: (jax.lax.optimization_barrier(g),))
+materialize.defvjp(
+    lambda x: (materialize(x), None), lambda _, g: (jax.lax.optimization_barrier(g),)
+)
 
 
-def materialize(x: Array) -> Array:
-    """x, computed once, forward and backward. XLA:CPU would otherwise fuse x into each of its readers and compute it again in
-    every one; measured in experiments/LOG.md. On accelerators fusion is what one wants, and this does nothing."""
-    return _barrier(x) if jax.default_backend() == "cpu" else x
+def unchanged(x: Array) -> Array:
+    """x: what the other platforms have in the place of `materialize`."""
+    return x

@@ -1,38 +1,76 @@
-"""TODO docstring."""
+"""LayerNorm (Ba et al. 2016) and RMSNorm (Zhang & Sennrich 2019) over the last axis, in float32."""
 
 from __future__ import annotations
 
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from gptjax.core.types import Array
-from gptjax.ops.materialize import materialize
+from gptjax.ops.materialize import Barrier, materialize, unchanged
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def normalise(x: Array, scale: Array, bias: Array | None, eps: float, centre: bool) -> Array:
-    """LayerNorm (`centre`) or RMSNorm over the last axis, float32 in and out."""
-    return _normalise_forward(x, scale, bias, eps, centre)[0]
+def reference(x: Array, scale: Array, bias: Array | None, *, eps: float, center: bool) -> Array:
+    """x [..., D] with unit variance (and, with `center`, zero mean) times scale plus bias [D].
+
+    Computed in float32, returned in the dtype of x.
+    """
+    y = x.astype(jnp.float32)
+    if center:
+        y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps) * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
 
 
-def _normalise_forward(x: Array, scale: Array, bias: Array | None, eps: float, centre: bool):
-    x = x - x.mean(-1, keepdims=True) if centre else x
+def saving_unit(
+    x: Array,
+    scale: Array,
+    bias: Array | None,
+    *,
+    eps: float,
+    center: bool,
+    barrier: Barrier = unchanged,
+) -> Array:
+    """The same; its backward pass needs of x only the normalized values, which are saved."""
+    return _normalize(x.astype(jnp.float32), scale, bias, eps, center, barrier).astype(x.dtype)
+
+
+def saving_unit_cpu(
+    x: Array, scale: Array, bias: Array | None, *, eps: float, center: bool
+) -> Array:
+    """The same, written to memory once for all that read it."""
+    y = saving_unit(x, scale, bias, eps=eps, center=center, barrier=materialize)
+    return materialize(y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _normalize(
+    x: Array, scale: Array, bias: Array | None, eps: float, center: bool, barrier: Barrier
+) -> Array:
+    return _forward(x, scale, bias, eps, center, barrier)[0]
+
+
+def _forward(
+    x: Array, scale: Array, bias: Array | None, eps: float, center: bool, barrier: Barrier
+):
+    x = x - x.mean(-1, keepdims=True) if center else x
     inverse = jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
-    unit = materialize(x * inverse)  # saved: the backward pass needs nothing else of x
+    unit = barrier(x * inverse)
     y = unit * scale
     return (y if bias is None else y + bias), (unit, inverse, scale, bias)
 
 
-def _normalise_backward(eps: float, centre: bool, saved: tuple, g: Array):
+def _backward(eps: float, center: bool, barrier: Barrier, saved: tuple, g: Array):
     unit, inverse, scale, bias = saved
-    g = materialize(g)
+    g = barrier(g)
     rows = tuple(range(g.ndim - 1))
-    gs = g * scale
-    dx = gs - unit * (gs * unit).mean(-1, keepdims=True)
-    if centre:
-        dx = dx - gs.mean(-1, keepdims=True)
-    return materialize(dx * inverse), (g * unit).sum(rows), None if bias is None else g.sum(rows)
+    d_unit = g * scale
+    dx = d_unit - unit * (d_unit * unit).mean(-1, keepdims=True)
+    if center:
+        dx = dx - d_unit.mean(-1, keepdims=True)
+    d_bias = None if bias is None else g.sum(rows)
+    return barrier(dx * inverse), (g * unit).sum(rows), d_bias
 
 
-normalise.defvjp(_normalise_forward, _normalise_backward)
+_normalize.defvjp(_forward, _backward)

@@ -1,4 +1,9 @@
-"""Products in the forms that XLA:CPU is fast with (measured in experiments/LOG.md). Other backends get the plain ones."""
+"""Products of activations with kernels, and what is added to them.
+
+The references are `x @ w` and `y + b`. What stands below them is for XLA:CPU (measured in
+experiments/LOG.md): operands by rows for bfloat16, and a product with few rows at the speed of
+reading the weights.
+"""
 
 from __future__ import annotations
 
@@ -8,67 +13,75 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from gptjax.core.types import Array
+from gptjax.ops.materialize import materialize
 
 
 def matmul(x: Array, w: Array) -> Array:
     """x [N, D] @ w [D, F]."""
-    return _matmul(x, w) if _by_rows(x, w) else x @ w
+    return x @ w
 
 
 def bias_add(y: Array, bias: Array) -> Array:
     """y [N, F] + bias [F]."""
-    return _plus(y, bias) if _by_rows(y, bias) else y + bias
+    return y + bias
+
+
+def residual_add(x: Array, update: Array) -> Array:
+    """The residual stream x after a branch wrote its update."""
+    return x + update
+
+
+def residual_add_materialized(x: Array, update: Array) -> Array:
+    """The same, written to memory once for all that read it."""
+    return materialize(x + update)
+
+
+def low_rank(x: Array, a: Array, b: Array) -> Array:
+    """(x [N, D] @ a [D, r]) @ b [r, F]: never the product of a and b."""
+    return (x @ a) @ b
+
+
+def low_rank_materialized(x: Array, a: Array, b: Array) -> Array:
+    """The same, its inner product written to memory."""
+    return materialize(x @ a) @ b
+
+
+def split_qkv(qkv: Array, groups: int) -> tuple[Array, Array, Array]:
+    """[B, T, K, G + 2, C] -> q [B, T, K, G, C], k and v [B, T, K, C]."""
+    return qkv[..., :groups, :], qkv[..., groups, :], qkv[..., groups + 1, :]
+
+
+def split_qkv_materialized(qkv: Array, groups: int) -> tuple[Array, Array, Array]:
+    """The same, its input written to memory once for the three."""
+    return split_qkv(materialize(qkv), groups)
+
+
+def transposed(a: Array) -> Array:
+    """a.T, an operand of a product."""
+    return a.T
 
 
 def transposed_copy(a: Array) -> Array:
-    """a.T, to be an operand of a product: written out by rows where that is what the product is fast with."""
-    if not _by_rows(a):
+    """a.T, written out by rows where it is bfloat16 (see `by_rows_matmul`)."""
+    if a.dtype != jnp.bfloat16:
         return a.T
-    return jax.lax.optimization_barrier(
-        with_layout_constraint(a.T, Layout((0, 1)))
-    )  # or the transpose becomes part of the product again
+    # without the barrier the transpose would become part of the product again
+    return jax.lax.optimization_barrier(with_layout_constraint(a.T, Layout((0, 1))))
 
 
-FEW = 8  # rows of x: with more, the sums do not fit the registers, and packing the weights for a dot pays
+def by_rows_matmul(x: Array, w: Array) -> Array:
+    """`matmul` for one CPU device: its gradients multiply bfloat16 operands by rows.
+
+    From jax 0.12, XLA:CPU multiplies bfloat16 by rows on the matrix units of processors that have
+    some (AMX), and a transposed operand three to four times slower without them. Not for arrays
+    that are split over devices: a layout would undo that.
+    """
+    return _matmul(x, w) if x.dtype == w.dtype == jnp.bfloat16 else x @ w
 
 
-def small_batch_matmul(x: Array, rows: Array) -> Array:
-    """x [B, N, D] times rows [B, F, D] in any types, N at most `FEW` -> float32 [B, N, F], inside a `programs.jit`.
-
-    One pass over the rows as they lie in memory, on a CPU at the speed of reading them, where a dot packs them anew in every call. For that the sums of
-    up to four parts of the rows with each row of x are one reduction of several operands: XLA:CPU fuses the products into it, leaves its
-    loop whole for LLVM to make vectors of, and reads several places of memory at a time."""
-    (_, n, d), f = x.shape, rows.shape[1]
-    if (
-        jax.__version_info__ < (0, 12)
-    ):  # forgets barriers before it fuses, and would compute x in the reduction, but not a concatenation
-        x = jax.lax.optimization_barrier(jnp.concatenate([x, x], 2))[:, :, :d]
-    size = -(-f // max(1, min(4, 10 // n)))
-    starts = [min(at, f - size) for at in range(0, f, size)]
-    terms = [
-        rows[:, at : at + size].astype(jnp.float32) * x[:, i, None].astype(jnp.float32)
-        for at in starts
-        for i in range(n)
-    ]
-    add = lambda a, b: tuple(map(jnp.add, a, b))
-    sums = jax.lax.optimization_barrier(
-        jax.lax.reduce(tuple(terms), (jnp.float32(0),) * len(terms), add, (2,))
-    )
-    ends = [
-        jnp.concatenate([*sums[i:-n:n], sums[i - n][:, len(starts) * size - f :]], 1)
-        for i in range(n)
-    ]
-    return jnp.stack(ends, 1)
-
-
-def _by_rows(*operands: Array) -> bool:
-    """From jax 0.12, XLA:CPU multiplies bfloat16 by rows on the matrix units of processors that have some (AMX), and a transposed operand three to
-    four times slower without them (measured in experiments/LOG.md). Not where arrays are split over devices: a layout would undo that."""
-    return (
-        all(a.dtype == jnp.bfloat16 for a in operands)
-        and jax.default_backend() == "cpu"
-        and jax.device_count() == 1
-    )
+def by_rows_bias_add(y: Array, bias: Array) -> Array:
+    """`bias_add` for one CPU device: the gradient of a bfloat16 bias is a product."""
+    return _bias_add(y, bias) if y.dtype == bias.dtype == jnp.bfloat16 else y + bias
 
 
 @jax.custom_vjp
@@ -85,20 +98,62 @@ def _backward(saved: tuple[Array | None, Array | None], g: Array | SymbolicZero)
     x, w = saved
     if isinstance(g, SymbolicZero):
         return None, None
-    return None if w is None else g @ transposed_copy(w), None if x is None else transposed_copy(
-        x
-    ) @ g
+    dx = None if w is None else g @ transposed_copy(w)
+    return dx, None if x is None else transposed_copy(x) @ g
 
 
 _matmul.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 @jax.custom_vjp
-def _plus(y: Array, bias: Array) -> Array:
+def _bias_add(y: Array, bias: Array) -> Array:
     return y + bias
 
 
-# the sum over rows as a product: XLA:CPU reduces bfloat16 as slowly as it multiplies a hundred columns
-_plus.defvjp(
-    lambda y, bias: (y + bias, None), lambda _, g: (g, (jnp.ones((1, len(g)), g.dtype) @ g)[0])
+# the sum over rows as a product: XLA:CPU reduces bfloat16 as slowly as it multiplies 100 columns
+_bias_add.defvjp(
+    lambda y, bias: (y + bias, None),
+    lambda _, g: (g, (jnp.ones((1, len(g)), g.dtype) @ g)[0]),
 )
+
+FEW = 8  # rows: with more, the sums do not fit the registers, and packing the weights pays
+
+
+def small_batch_matmul(x: Array, rows: Array) -> Array:
+    """x [B, N, D] times rows [B, F, D] in any dtypes, N at most `FEW` -> float32 [B, N, F].
+
+    For XLA:CPU, inside an `executables.jit`: one pass over the rows as they lie in memory, at the
+    speed of reading them, where a dot packs them anew in every call. The F rows are cut into up to
+    four parts that are read at the same time, and the products of every part with every row of x
+    are summed by *one* reduction of several operands: XLA fuses the products into it and leaves
+    its loop to LLVM, which makes vectors of it.
+
+    For N = 3 rows of x and F = 7 rows there are three parts of three rows; they start at 0, 3 and
+    4 (the last one overlaps, so that all have one size). The operands are, part by part:
+
+        rows[0:3] * x[0], rows[0:3] * x[1], rows[0:3] * x[2], rows[3:6] * x[0], ..., rows[4:7] * x[2]
+
+    The results for x[0] are sum 0 (rows 0 to 2), sum 3 (rows 3 to 5) and the end of sum 6 (row 6).
+    """
+    (_, n, d), f = x.shape, rows.shape[1]
+    if jax.__version_info__ < (0, 12):
+        # this XLA forgets barriers before it fuses, and would compute x inside the reduction, but
+        # a concatenation it keeps
+        x = jax.lax.optimization_barrier(jnp.concatenate([x, x], 2))[:, :, :d]
+    parts = max(1, min(4, 10 // n))
+    size = -(-f // parts)
+    starts = [min(at, f - size) for at in range(0, f, size)]
+    operands = []
+    for at in starts:
+        part = rows[:, at : at + size].astype(jnp.float32)
+        for i in range(n):
+            operands.append(part * x[:, i, None].astype(jnp.float32))
+    add = lambda a, b: tuple(map(jnp.add, a, b))
+    zeros = (jnp.float32(0),) * len(operands)
+    sums = jax.lax.optimization_barrier(jax.lax.reduce(tuple(operands), zeros, add, (2,)))
+    new_rows_of_last = len(starts) * size - f  # where the last part leaves the one before it
+    results = []
+    for i in range(n):
+        of_row = sums[i::n]
+        results.append(jnp.concatenate([*of_row[:-1], of_row[-1][:, new_rows_of_last:]], 1))
+    return jnp.stack(results, 1)

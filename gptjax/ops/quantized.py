@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Matrices as decoding reads them: rows [out, in] in float32, bfloat16 or int8, and products with them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.core.types import Array
-from gptjax.ops import products
-from gptjax.ops.materialize import materialize
+from gptjax.ops.materialize import Barrier, materialize, unchanged
+from gptjax.ops.products import FEW, small_batch_matmul
 
 _PASSES = 8  # over small weights, before converting them pays
 
 
 def quantize_rows(matrix: Array, dtype: str) -> dict[str, Array]:
-    """{"rows": [F, D] in `dtype`}; int8: each row is round(row / scale) with "row_scale" [F] = max |row| / 127, so its error is at most half a scale."""
+    """{"rows": [F, D] in `dtype`} of a matrix [F, D].
+
+    int8: each row is round(row / scale) with "row_scale" [F] = max |row| / 127, so its error is at
+    most half a scale.
+    """
     if dtype != "int8":
         return {"rows": matrix.astype(dtype)}
     matrix = matrix.astype(jnp.float32)
@@ -25,56 +29,76 @@ def quantize_rows(matrix: Array, dtype: str) -> dict[str, Array]:
 
 def dequantize(weight: Any) -> Array:
     """float32 [F, D] that `rows` stand for."""
-    found = weight["rows"].astype(jnp.float32)
-    return found * weight["row_scale"][:, None] if "row_scale" in weight else found
+    matrix = weight["rows"].astype(jnp.float32)
+    return matrix * weight["row_scale"][:, None] if "row_scale" in weight else matrix
+
+
+def lookup(weight: Any, ids: Array, *, barrier: Barrier = unchanged) -> Array:
+    """float32 [..., D]: the rows of these ids."""
+    x = barrier(weight["rows"][ids]).astype(jnp.float32)
+    return x * weight["row_scale"][ids][..., None] if "row_scale" in weight else x
+
+
+def matmul(x: Array, weight: Any) -> Array:
+    """x [N, D] times the `rows` [F, D] of a matrix: float32 [N, F]. The definition."""
+    return x.astype(jnp.float32) @ dequantize(weight).T
 
 
 @jax.custom_vjp
-def quantized_matmul(x: Array, weight: Any) -> Array:
-    """x [N, D] times the `rows` [F, D] of a matrix: float32 [N, F].
+def matmul_accelerator(x: Array, weight: Any) -> Array:
+    """The same with small weights as they are; x is rounded to bfloat16 with them."""
+    x, rows = _tied(x, weight)
+    if rows.dtype != x.dtype:
+        x, rows = x.astype(jnp.bfloat16), rows.astype(jnp.bfloat16)
+    return _scaled(_rows_product(x, rows), weight)
 
-    Only the weights are rounded (accelerators round x to bfloat16 too). On a CPU, passes over small weights for a few rows of x each beat converting
-    the weights (up to `_PASSES`; measured in experiments/LOG.md). The weights are frozen: only x has a gradient."""
-    x, rows = jax.lax.optimization_barrier(
-        (x, weight["rows"])
-    )  # tied to x, or a loop of decoding would keep converted weights
-    product = lambda a, b: jax.lax.dot_general(
-        a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    if jax.default_backend() != "cpu":
-        y = product(
-            *(
-                [x, rows]
-                if rows.dtype == x.dtype
-                else [x.astype(jnp.bfloat16), rows.astype(jnp.bfloat16)]
-            )
-        )
-    elif len(x) <= products.FEW * (1 if rows.dtype == x.dtype else _PASSES):
-        y = jnp.concatenate(
-            [
-                products.small_batch_matmul(x[None, i : i + products.FEW], rows[None])[0]
-                for i in range(0, len(x), products.FEW)
-            ]
-        )
+
+@jax.custom_vjp
+def matmul_cpu(x: Array, weight: Any) -> Array:
+    """The same on a CPU, where only the weights are rounded.
+
+    For a few rows of x, passes over small weights beat converting the weights (up to `_PASSES`;
+    measured in experiments/LOG.md).
+    """
+    x, rows = _tied(x, weight)
+    if len(x) <= FEW * (1 if rows.dtype == x.dtype else _PASSES):
+        parts = [x[None, i : i + FEW] for i in range(0, len(x), FEW)]
+        y = jnp.concatenate([small_batch_matmul(part, rows[None])[0] for part in parts])
     else:
-        kind = jnp.promote_types(x.dtype, rows.dtype)
-        x, rows = x.astype(kind), materialize(rows.astype(kind))
-        y = (
-            materialize(product(rows, x)).T if len(x) < 64 else materialize(product(x, rows))
-        )  # the right one is packed anew in every call
+        dtype = jnp.promote_types(x.dtype, rows.dtype)
+        x, rows = x.astype(dtype), materialize(rows.astype(dtype))
+        # the right operand is packed anew in every call: let it be the smaller one
+        if len(x) < 64:
+            y = materialize(_rows_product(rows, x)).T
+        else:
+            y = materialize(_rows_product(x, rows))
+    return _scaled(y, weight)
+
+
+def _tied(x: Array, weight: Any) -> tuple[Array, Array]:
+    """x and the rows, computed together: a loop of decoding would keep converted weights."""
+    return jax.lax.optimization_barrier((x, weight["rows"]))
+
+
+def _rows_product(a: Array, b: Array) -> Array:
+    """a [N, D], b [F, D] -> float32 [N, F]."""
+    dims = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _scaled(y: Array, weight: Any) -> Array:
     return y * weight["row_scale"] if "row_scale" in weight else y
 
 
-def _forward(x: Array, weight: Any) -> tuple[Array, tuple[Array, Any]]:
-    return quantized_matmul(x, weight), (x, weight)
-
-
 def _backward(saved: tuple[Array, Any], g: Array) -> tuple[Array, Any]:
+    """The weights are frozen: only x has a gradient."""
     x, weight = saved
-    nothing = jax.tree.map(
-        lambda w: jnp.zeros(w.shape, jax.dtypes.float0 if w.dtype == jnp.int8 else w.dtype), weight
-    )
-    return (g @ dequantize(weight)).astype(x.dtype), nothing
+
+    def no_gradient(w: Array) -> Array:
+        return jnp.zeros(w.shape, jax.dtypes.float0 if w.dtype == jnp.int8 else w.dtype)
+
+    return (g @ dequantize(weight)).astype(x.dtype), jax.tree.map(no_gradient, weight)
 
 
-quantized_matmul.defvjp(_forward, _backward)
+matmul_accelerator.defvjp(lambda x, w: (matmul_accelerator(x, w), (x, w)), _backward)
+matmul_cpu.defvjp(lambda x, w: (matmul_cpu(x, w), (x, w)), _backward)

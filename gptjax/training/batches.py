@@ -18,7 +18,7 @@ from gptjax.core import files
 from gptjax.core.types import Array, Batch, Params
 from gptjax.data import loader
 from gptjax.data.packing import Packed
-from gptjax.model import lora, transformer
+from gptjax.model import head, lora, transformer
 from gptjax.ops import cross_entropy
 from gptjax.runtime import sharding
 from gptjax.tasks.table import task_of
@@ -57,8 +57,8 @@ def token_logprobs(model: ModelConfig, params: Params, batch: Batch, *, loss_chu
         segment_ids=batch.segment_ids,
     )
     rows, length = batch.tokens.shape
-    chunk = cross_entropy.chunk_length(model, rows, length, loss_chunk)
-    return cross_entropy.token_logprobs(model, params, x_BTD, batch.targets, chunk=chunk)
+    chunk = loss_chunk or cross_entropy.chunk_length(model.padded_vocab, rows, length)
+    return head.token_logprobs(model, params, x_BTD, batch.targets, chunk=chunk)
 
 
 def with_reference(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from gptjax.config.schema import Config, ModelConfig, TaskConfig
 from gptjax.core.types import Array, Batch, Params
-from gptjax.model import transformer
+from gptjax.model import head as model_head
 from gptjax.ops import cross_entropy
 from gptjax.tasks.preference import SEGMENTS, WITH_REFERENCE
 from gptjax.tasks.table import task_of
@@ -73,9 +73,7 @@ def next_token(
 ) -> LossSums:
     """Cross-entropy of the next token, weighted."""
     weights = batch.loss_weights
-    loss = cross_entropy.token_cross_entropy(
-        model, params, x_BTD, batch.targets, weights, chunk=chunk
-    )
+    loss = model_head.token_cross_entropy(model, params, x_BTD, batch.targets, weights, chunk=chunk)
     return LossSums(loss, weights.sum(), jnp.zeros(()))
 
 
@@ -84,8 +82,8 @@ def head(
 ) -> LossSums:
     """Cross-entropy of a label, or half the squared error of a number."""
     weights = batch.loss_weights
-    logits = transformer.score(params, x_BTD)
-    loss, correct = cross_entropy.head_loss(logits, batch.targets, weights)
+    logits = model_head.score(params, x_BTD)
+    loss, correct = cross_entropy.label_loss(logits, batch.targets, weights)
     return LossSums(loss, weights.sum(), correct)
 
 
@@ -93,7 +91,7 @@ def preference(
     model: ModelConfig, task: TaskConfig, params: Params, x_BTD: Array, batch: Batch, chunk: int
 ) -> LossSums:
     """The loss `task.loss` on pairs of answers; correct: pairs whose chosen answer is likelier."""
-    logp_BT = cross_entropy.token_logprobs(model, params, x_BTD, batch.targets, chunk=chunk)
+    logp_BT = model_head.token_logprobs(model, params, x_BTD, batch.targets, chunk=chunk)
     weights, segments = batch.loss_weights, batch.segment_ids
     group = SEGMENTS[task.loss]
     count = logp_BT.shape[1] // group  # of examples that a row can hold
@@ -117,7 +115,7 @@ def grpo(
     model: ModelConfig, task: TaskConfig, params: Params, x_BTD: Array, batch: Batch, chunk: int
 ) -> LossSums:
     """Policy gradient on the model's own answers, by their advantages."""
-    logp_BT = cross_entropy.token_logprobs(model, params, x_BTD, batch.targets, chunk=chunk)
+    logp_BT = model_head.token_logprobs(model, params, x_BTD, batch.targets, chunk=chunk)
     # One update follows each set of answers, so the policy that wrote them is the one that is
     # updated: the ratio is 1, its gradient is not 0.
     loss, weight = preference_losses.grpo(

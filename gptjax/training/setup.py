@@ -31,6 +31,7 @@ from gptjax.data.packing import Packed
 from gptjax.data.sources import TRAIN
 from gptjax.model import init as model_init
 from gptjax.ops import cross_entropy
+from gptjax.ops.implementations import resolve
 from gptjax.runtime import sharding
 from gptjax.runtime.compile_cache import Compiles
 from gptjax.runtime.interrupt import Stop
@@ -89,7 +90,8 @@ def make_plan(config: Config, mesh: jax.sharding.Mesh) -> TrainPlan:
 
     Raises UserError where a path pattern of `optim` or `lora` matches no parameter.
     """
-    train = config.train
+    train, platform = config.train, mesh.devices.flat[0].platform
+    implementation = resolve(config.model.implementation, platform=platform, devices=mesh.size)
     base, trainable = train_state.split_base_and_trainable(
         config, model_init.param_shapes(config.model)
     )
@@ -102,15 +104,16 @@ def make_plan(config: Config, mesh: jax.sharding.Mesh) -> TrainPlan:
     groups = mesh.shape["data"] * mesh.shape["fsdp"]  # of devices that share the rows of a batch
 
     def chunk(rows: int) -> int:
-        return cross_entropy.chunk_length(
-            config.model, max(rows // groups, 1), config.length, train.loss_chunk
+        rows_of_group = max(rows // groups, 1)
+        return train.loss_chunk or cross_entropy.chunk_length(
+            config.model.padded_vocab, rows_of_group, config.length
         )
 
     return TrainPlan(
         config=config,
-        model=config.model,
+        model=dataclasses.replace(config.model, implementation=implementation),
         mesh=mesh,
-        platform=mesh.devices.flat[0].platform,
+        platform=platform,
         optimizer=optimizer,
         schedule=optim.make_schedule(config),
         state_shapes=sharding.with_shardings(mesh, state),

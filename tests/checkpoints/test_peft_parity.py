@@ -10,7 +10,7 @@ from test_lora import adapters_for, config_for
 
 import gptjax
 from gptjax.checkpoints import formats, peft
-from gptjax.model import lora, transformer
+from gptjax.model import head, lora, transformer
 
 pytestmark = [
     pytest.mark.parity,
@@ -32,7 +32,7 @@ def logits_of(net, tokens=TOKENS):
 
 def our_logits(c, params, tokens=TOKENS):
     return np.asarray(
-        transformer.unembed(c, params, transformer.apply(c, params, jax.numpy.asarray(tokens))[0])
+        head.unembed(c, params, transformer.apply(c, params, jax.numpy.asarray(tokens))[0])
     )
 
 

@@ -13,7 +13,6 @@ from gptjax.config.build import build_config
 from gptjax.config.errors import UserError
 from gptjax.model import init as model_init
 
-
 # a value that is not the default for each setting that had another name
 RENAMED_SETTINGS = {
     "model": dict(

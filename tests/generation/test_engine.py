@@ -19,7 +19,7 @@ from gptjax.generation.language_model import LanguageModel
 from gptjax.generation.requests import SequenceState
 from gptjax.generation.sampling import Sampling
 from gptjax.ops import quantized
-from gptjax.ops.attention.cache import cached_attention
+from gptjax.ops.attention.cache import cached_attention_cpu
 from gptjax.ops.attention.mask import Mask
 from gptjax.runtime import executables
 from gptjax.tokenizer.trained import ByteTokenizer
@@ -110,7 +110,7 @@ def test_speculation_needs_fewer_passes():
         [[5, 9, 30]],
         limits=[23],
         seeds=[0],
-        slots=decode_loop.bucket(40, 64),
+        slots=decode_loop.bucket(40, 64, 32),
     )
     cache = decode_loop.prefill(lm._inference_config, lm._weights, state["tokens"], state["length"])
     options = sampling.arrays([Sampling()], 264, [])
@@ -432,9 +432,9 @@ def test_a_product_rounds_weights_and_not_activations(weights, count, width, fea
     )
     exact = x.astype(np.float64) @ np.asarray(quantized.dequantize(kept), np.float64).T
     for product in (
-        quantized.quantized_matmul,
-        jax.jit(quantized.quantized_matmul),
-        executables.jit(quantized.quantized_matmul),
+        quantized.matmul_cpu,
+        jax.jit(quantized.matmul_cpu),
+        executables.jit(quantized.matmul_cpu),
     ):
         np.testing.assert_allclose(
             product(jnp.asarray(x), kept), exact, rtol=1e-5, atol=1e-6 * np.abs(exact).max()
@@ -449,7 +449,7 @@ def test_one_row_is_multiplied_as_it_is_among_others(weights):
     kept = quantized.quantize_rows(
         jnp.asarray(rng.standard_normal((24, 768)), jnp.float32), weights
     )
-    product = executables.jit(quantized.quantized_matmul)
+    product = executables.jit(quantized.matmul_cpu)
     for count in (2, 5, 8):
         np.testing.assert_allclose(
             product(x[:1], kept)[0], product(x[:count], kept)[0], rtol=0, atol=5e-5
@@ -485,14 +485,16 @@ def test_one_query_reads_a_cache_as_the_definition_does(dtype, groups):
     scores = np.where(np.arange(slots) <= last[:, :, None, None], scores, -np.inf)
     probs = np.exp(scores - scores.max(-1, keepdims=True))
     exact = np.einsum("BKGS,BKCS->BKGC", probs / probs.sum(-1, keepdims=True), v)[:, None]
-    np.testing.assert_allclose(jax.jit(cached_attention)(q, cache, Mask(last)), exact, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(cached_attention_cpu)(q, cache, Mask(last)), exact, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
 def test_smaller_caches_stay_close(cache_dtype, lm):
     small = build(cache_dtype=cache_dtype)
     prompt = PROMPTS[3]
-    tokens = np.zeros((1, decode_loop.bucket(36, 64)), np.int32)
+    tokens = np.zeros((1, decode_loop.bucket(36, 64, 32)), np.int32)
     tokens[0, :35] = prompt
     found = {}
     for one in (lm, small):
@@ -605,10 +607,10 @@ def test_a_fault_ends_the_reading(stored, monkeypatch):
 
 def test_buckets_hold_what_they_must():
     for context in (17, 64, 1024, 8192):
-        sizes = {decode_loop.bucket(n, context) for n in range(1, context + 1)}
+        sizes = {decode_loop.bucket(n, context, 32) for n in range(1, context + 1)}
         assert len(sizes) <= 4
-        assert all(decode_loop.bucket(n, context) >= n for n in range(1, context + 1))
-        assert all(size % decode_loop.chunk_size() == 0 for size in sizes)
+        assert all(decode_loop.bucket(n, context, 32) >= n for n in range(1, context + 1))
+        assert all(size % 32 == 0 for size in sizes)
 
 
 def test_every_row_stops_by_itself(lm):

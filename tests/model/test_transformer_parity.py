@@ -7,8 +7,7 @@ import optax
 import pytest
 from conftest import make_config, random_params
 
-from gptjax.model import transformer
-from gptjax.ops import cross_entropy
+from gptjax.model import head, transformer
 from gptjax.training import optim
 
 pytestmark = pytest.mark.parity
@@ -78,7 +77,7 @@ def test_gpt2_logits_loss_and_gradients():
     theirs = net(input_ids=torch.tensor(tokens), labels=torch.tensor(tokens))
     theirs.loss.backward()
     ours, _ = jax.jit(lambda p: transformer.apply(config, p, jnp.asarray(tokens)))(params)
-    logits = transformer.unembed(config, params, ours)
+    logits = head.unembed(config, params, ours)
     np.testing.assert_allclose(
         logits, theirs.logits.detach().numpy(), atol=1e-4 * float(jnp.abs(logits).max())
     )
@@ -87,7 +86,7 @@ def test_gpt2_logits_loss_and_gradients():
         x, _ = transformer.apply(config, params, jnp.asarray(tokens))
         weights = jnp.ones((2, 24)).at[:, -1].set(0.0)
         return (
-            cross_entropy.token_cross_entropy(
+            head.token_cross_entropy(
                 config, params, x, jnp.roll(jnp.asarray(tokens), -1, 1), weights, chunk=8
             )
             / 46

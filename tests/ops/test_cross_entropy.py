@@ -4,28 +4,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_config, random_params
+from conftest import make_config, on_cpu, random_params
 
-from gptjax.model import transformer
+from gptjax.model import head, transformer
 from gptjax.ops import cross_entropy, products
+from gptjax.ops.implementations import IMPLEMENTATIONS
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 def test_chunks_equal_the_formula(chunk, softcap):
-    config = make_config(model=dict(vocab_size=65, logit_softcap=softcap)).model
+    config = on_cpu(make_config(model=dict(vocab_size=65, logit_softcap=softcap)).model)
     params = random_params(config)
     x = jax.random.normal(jax.random.key(1), (3, 16, 32))
     targets = jax.random.randint(jax.random.key(2), (3, 16), 0, 65)
     weights = jax.random.uniform(jax.random.key(3), (3, 16)).at[0, :5].set(0.0)
 
     def formula(params, x):
-        log_probs = jax.nn.log_softmax(transformer.unembed(config, params, x), axis=-1)
+        log_probs = jax.nn.log_softmax(head.unembed(config, params, x), axis=-1)
         return -(
             weights * jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
         ).sum()
 
-    ours = lambda params, x: cross_entropy.token_cross_entropy(
+    ours = lambda params, x: head.token_cross_entropy(
         config, params, x, targets, weights, chunk=chunk
     )
     expected, expected_grads = jax.jit(jax.value_and_grad(formula, argnums=(0, 1)))(params, x)
@@ -36,14 +37,12 @@ def test_chunks_equal_the_formula(chunk, softcap):
 
 
 def test_loss_of_a_scaled_sum_scales_its_gradient():
-    config = make_config().model
+    config = on_cpu(make_config().model)
     params = random_params(config)
     x, ones = jax.random.normal(jax.random.key(1), (2, 16, 32)), jnp.ones((2, 16))
     loss = lambda x, factor: (
         factor
-        * cross_entropy.token_cross_entropy(
-            config, params, x, jnp.zeros((2, 16), jnp.int32), ones, chunk=8
-        )
+        * head.token_cross_entropy(config, params, x, jnp.zeros((2, 16), jnp.int32), ones, chunk=8)
     )
     np.testing.assert_allclose(
         jax.jit(jax.grad(loss))(x, 0.25) * 4, jax.jit(jax.grad(loss))(x, 1.0), rtol=1e-6
@@ -52,12 +51,12 @@ def test_loss_of_a_scaled_sum_scales_its_gradient():
 
 def test_whole_logits_never_exist():
     """The largest array of the compiled gradient is smaller than the batch's logits."""
-    config = make_config(model=dict(vocab_size=2048, context=64)).model
+    config = on_cpu(make_config(model=dict(vocab_size=2048, context=64)).model)
     params = random_params(config)
-    chunk = cross_entropy.chunk_length(config, 8, 64, 0)
+    chunk = cross_entropy.chunk_length(config.padded_vocab, 8, 64)
     assert 64 % chunk == 0
     assert chunk < 64
-    loss = lambda p, x: cross_entropy.token_cross_entropy(
+    loss = lambda p, x: head.token_cross_entropy(
         config, p, x, jnp.zeros((8, 64), jnp.int32), jnp.ones((8, 64)), chunk=8
     )
     compiled = jax.jit(jax.grad(loss)).lower(params, jnp.zeros((8, 64, 32))).compile()
@@ -65,7 +64,7 @@ def test_whole_logits_never_exist():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_by_rows_have_the_gradients_of_any_product(dtype, monkeypatch):
+def test_products_by_rows_have_the_gradients_of_any_product(dtype):
     """What one CPU device does with bfloat16, against what every other device does; a frozen factor costs nothing to save."""
     keys = jax.random.split(jax.random.key(0), 4)
     x, w, b, g = (
@@ -73,9 +72,9 @@ def test_products_by_rows_have_the_gradients_of_any_product(dtype, monkeypatch):
         for k, shape in zip(keys, ((6, 4), (4, 5), (5,), (6, 5)), strict=True)
     )
 
-    def seen(*which):
+    def seen(ops, *which):
         def loss(x, w, b):
-            return (products.bias_add(products.matmul(x, w), b) * g).sum(dtype=jnp.float32)
+            return (ops.bias_add(ops.matmul(x, w), b) * g).sum(dtype=jnp.float32)
 
         step = jax.jit(jax.value_and_grad(loss, which)).lower(x, w, b)
         return [
@@ -83,10 +82,9 @@ def test_products_by_rows_have_the_gradients_of_any_product(dtype, monkeypatch):
         ], step.compile()(x, w, b)
 
     kinds = ((0, 1, 2), (0,), (1, 2))
-    expected = [seen(*which) for which in kinds]  # eight devices: plain products
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    expected = [seen(IMPLEMENTATIONS["cpu_sharded"], *which) for which in kinds]  # plain products
     for (plain, (value, grads)), which in zip(expected, kinds, strict=True):
-        counts, (found, found_grads) = seen(*which)
+        counts, (found, found_grads) = seen(IMPLEMENTATIONS["cpu"], *which)
         factors = len({0, 1} & set(which))
         assert plain == [0, 1 + factors]
         assert counts == (
@@ -104,31 +102,31 @@ def test_products_by_rows_have_the_gradients_of_any_product(dtype, monkeypatch):
     assert np.array_equal(products.transposed_copy(x), x.T)
     if dtype == "bfloat16":
         saved = [
-            leaf.shape for leaf in jax.tree.leaves(jax.vjp(lambda x: products.matmul(x, w), x)[1])
+            leaf.shape
+            for leaf in jax.tree.leaves(jax.vjp(lambda x: products.by_rows_matmul(x, w), x)[1])
         ]
         assert (4, 5) in saved and (6, 4) not in saved
 
 
 @pytest.mark.parametrize(
-    "knobs", [{}, {"scan_layers": True, "remat": "full"}], ids=["plain", "scan_layers"]
+    "settings", [{}, {"scan_layers": True, "remat": "full"}], ids=["plain", "scan_layers"]
 )
-def test_a_model_by_rows_has_the_gradients_of_any_device(knobs, monkeypatch):
-    config = make_config(model=dict(vocab_size=65, dtype="bfloat16", **knobs)).model
+def test_a_model_by_rows_has_the_gradients_of_any_device(settings):
+    config = make_config(model=dict(vocab_size=65, dtype="bfloat16", **settings)).model
     params, tokens = random_params(config), jax.random.randint(jax.random.key(0), (2, 16), 0, 65)
 
-    def gradient():
+    def gradient(config):
         def loss(params):
             x, _ = transformer.apply(config, params, tokens)
-            return cross_entropy.token_cross_entropy(
+            return head.token_cross_entropy(
                 config, params, x, tokens, jnp.ones(tokens.shape), chunk=4
             )
 
         step = jax.jit(jax.grad(loss)).lower(params)
         return step.as_text().count("LayoutConstraint"), step.compile()(params)
 
-    plain, expected = gradient()
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    constraints, found = gradient()
+    plain, expected = gradient(on_cpu(config, "cpu_sharded"))
+    constraints, found = gradient(on_cpu(config))
     assert plain == 0 and constraints >= 10
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(ours - theirs) <= 0.02 * np.linalg.norm(theirs) + 1e-6

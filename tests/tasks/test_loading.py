@@ -16,7 +16,7 @@ from gptjax.config.errors import UserError
 from gptjax.data import loader, rows
 from gptjax.data.packing import first_fit
 from gptjax.data.sources import TRAIN
-from gptjax.model import transformer
+from gptjax.model import head, transformer
 from gptjax.tasks import loading, preview
 from gptjax.tasks.base import Example
 from gptjax.tasks.qa import extract
@@ -448,7 +448,7 @@ def test_packed_examples_cannot_see_one_another(backend):
     def loss(table, ids, which):
         changed = {**params, "embed": {**params["embed"], "tokens": table}}
         x, _ = transformer.apply(config, changed, ids, positions=positions, segment_ids=segments)
-        logits = transformer.unembed(config, changed, x)
+        logits = head.unembed(config, changed, x)
         return (jax.nn.logsumexp(logits, -1) * (segments == which)).sum(), logits
 
     grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=2)

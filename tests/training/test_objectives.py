@@ -16,8 +16,7 @@ from gptjax.data import loader
 from gptjax.data.packing import Packed
 from gptjax.evaluation import compare as comparison
 from gptjax.generation import language_model
-from gptjax.model import transformer
-from gptjax.ops import cross_entropy
+from gptjax.model import head, transformer
 from gptjax.runtime.mesh import make_mesh
 from gptjax.tasks import loading
 from gptjax.tasks.grpo import reward_of
@@ -34,12 +33,12 @@ def test_token_logprobs_and_their_gradient_are_those_of_all_logits():
 
     def chunked(params):
         x, _ = transformer.apply(config, params, tokens)
-        return cross_entropy.token_logprobs(config, params, x, targets, chunk=4)
+        return head.token_logprobs(config, params, x, targets, chunk=4)
 
     def plain(params):
         x, _ = transformer.apply(config, params, tokens)
         return jax.numpy.take_along_axis(
-            jax.nn.log_softmax(transformer.unembed(config, params, x)), targets[..., None], -1
+            jax.nn.log_softmax(head.unembed(config, params, x)), targets[..., None], -1
         )[..., 0]
 
     both = [
@@ -131,9 +130,7 @@ def test_the_batch_objective_is_the_formula_on_sums(kind, place, tmp_path):
     @jax.jit
     def alone(tokens):
         return jax.nn.log_softmax(
-            transformer.unembed(
-                config.model, params, transformer.apply(config.model, params, tokens)[0]
-            )
+            head.unembed(config.model, params, transformer.apply(config.model, params, tokens)[0])
         )[0]
 
     total, weight, right = objective(batch)

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Attention over blocks of keys: memory linear in their number, forward and backward."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ def blockwise(
     mask: Mask,
     *,
     block: int = 256,
-    keep: Array | None = None,
+    dropout_BKGTS: Array | None = None,
 ) -> Array:
-    """Online softmax over blocks of keys (Rabe & Staats 2021; Dao et al. 2022), recomputed block by block in the backward pass."""
-    if keep is not None:
+    """As `reference`: an online softmax (Rabe & Staats 2021; Dao et al. 2022), recomputed block by
+    block in the backward pass. Raises ValueError for dropout, which it has not."""
+    if dropout_BKGTS is not None:
         raise ValueError(
-            "blockwise attention has no dropout on its weights: use model.attention = 'xla' or model.dropout = 0"
+            "blockwise attention has no dropout on its weights: "
+            "use model.attention = 'xla' or model.dropout = 0"
         )
     size = min(block, k_BSKC.shape[1])
     pad = -k_BSKC.shape[1] % size
@@ -59,15 +61,15 @@ def _blockwise_forward(block: int, q: Array, k: Array, v: Array, mask: Mask):
         peak, total, out = carry
         scores = _block_scores(block, i, q, k, mask)
         new_peak = jnp.maximum(peak, scores.max(-1))
-        keep = jnp.exp(peak - new_peak)
+        rescale = jnp.exp(peak - new_peak)
         probs = jnp.exp(scores - new_peak[..., None])
         v_i = jax.lax.dynamic_slice_in_dim(v, i * block, block, axis=1)
         partial = jnp.einsum(
             "BKGTS,BSKC->BKGTC", probs.astype(v.dtype), v_i, preferred_element_type=jnp.float32
         )
-        return (new_peak, total * keep + probs.sum(-1), out * keep[..., None] + partial), None
+        return (new_peak, total * rescale + probs.sum(-1), out * rescale[..., None] + partial), None
 
-    # _MASKED / 2: above every masked score, so that a block in which a query sees nothing adds exact zeros
+    # above every masked score, so that a block in which a query sees nothing adds exact zeros
     start = (
         jnp.full((b, heads, groups, t), MASKED / 2),
         jnp.zeros((b, heads, groups, t)),

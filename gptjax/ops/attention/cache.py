@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""One layer of the key/value cache (`model.kv_cache.init_cache`): written, and attended over."""
 
 from __future__ import annotations
 
@@ -8,71 +8,83 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.core.types import Array
-from gptjax.ops import products
 from gptjax.ops.attention.mask import MASKED, Mask
-from gptjax.ops.materialize import materialize
+from gptjax.ops.materialize import Barrier, materialize, unchanged
+from gptjax.ops.products import FEW, small_batch_matmul
 
 
 def write_cache(
-    cache: dict[str, Array], k_BTKC: Array, v_BTKC: Array, start_B: Array
+    cache: dict[str, Array],
+    k_BTKC: Array,
+    v_BTKC: Array,
+    start_B: Array,
+    *,
+    barrier: Barrier = unchanged,
 ) -> dict[str, Array]:
-    """One layer of `model.init_cache` with the slots [start, start + T) of each row replaced. The caller makes sure that they exist: XLA would move
-    them back."""
-    b, _, heads, _ = k_BTKC.shape
+    """The layer with the slots [start, start + T) of each row replaced.
 
-    def put(old: Array, new: Array, axis: int) -> Array:
-        """old [B * K, ...]; new [B, K, ...], whose slots are on that axis of `old`."""
-        new = materialize(
-            new.astype(old.dtype)
-        )  # a layout of its own, or the whole cache would take that of the new rows
-        if b > 32:
-            one = lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=axis)
-            return jax.vmap(one)(old.reshape(b, heads, *old.shape[1:]), new, start_B).reshape(
-                old.shape
-            )
-        for i in range(b):  # in place; the batched form is a scatter, slow on a CPU
-            index: list[Any] = [i * heads, *[0] * (old.ndim - 1)]
-            index[axis] = start_B[i]
-            old = jax.lax.dynamic_update_slice(old, new[i], index)
-        return old
-
+    The caller makes sure that these slots exist: XLA would move them back.
+    """
     result = {}
     for name, new in (("k", k_BTKC.swapaxes(1, 2)), ("v", v_BTKC.swapaxes(1, 2))):
-        if f"{name}_scale" in cache:  # one scale per slot and head
+        if f"{name}_scale" in cache:  # int8: one scale per slot and head
             scale = jnp.maximum(jnp.abs(new).max(-1).astype(jnp.float32) / 127, 1e-30)
             new = jnp.round(new / scale[..., None])
-            result[f"{name}_scale"] = put(cache[f"{name}_scale"], scale, 1)
-        result[name] = (
-            put(cache[name], new, 1) if name == "k" else put(cache[name], new.swapaxes(2, 3), 2)
-        )
+            old = cache[f"{name}_scale"]
+            result[f"{name}_scale"] = _put(old, scale, start_B, axis=1, barrier=barrier)
+        if name == "v":
+            new = new.swapaxes(2, 3)
+        axis = 1 if name == "k" else 2
+        result[name] = _put(cache[name], new, start_B, axis=axis, barrier=barrier)
     return result
 
 
+def _put(old: Array, new: Array, start_B: Array, *, axis: int, barrier: Barrier) -> Array:
+    """old [B * K, ...] with new [B, K, ...] at the slots from start on, on that axis of `old`."""
+    b, heads = new.shape[:2]
+    # a layout of its own, or the whole cache would take that of the new rows
+    new = barrier(new.astype(old.dtype))
+    if b > 32:
+        rows = old.reshape(b, heads, *old.shape[1:])
+        put = lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=axis)
+        return jax.vmap(put)(rows, new, start_B).reshape(old.shape)
+    for i in range(b):  # in place; the batched form is a scatter, slow on a CPU
+        index: list[Any] = [i * heads, *[0] * (old.ndim - 1)]
+        index[axis] = start_B[i]
+        old = jax.lax.dynamic_update_slice(old, new[i], index)
+    return old
+
+
 def cached_attention(q_BTKGC: Array, cache: dict[str, Array], mask: Mask) -> Array:
-    """Attention over one layer of `model.init_cache`, as `reference` defines it; N = B * K, Q = T * G. int8 is scaled after the products."""
-    b, t, heads, groups, width = q_BTKGC.shape
-    slots = cache["k"].shape[1]
+    """Attention over one layer of the cache, as `reference` defines it, [B, T, K, G, C]."""
 
     def product(x_NQD: Array, rows_NFD: Array) -> Array:
-        if t * groups <= products.FEW and jax.default_backend() == "cpu":
-            return products.small_batch_matmul(x_NQD, materialize(rows_NFD))
-        return jnp.einsum(
-            "NQD,NFD->NQF",
-            x_NQD.astype(q_BTKGC.dtype),
-            rows_NFD.astype(q_BTKGC.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        x, rows = x_NQD.astype(q_BTKGC.dtype), rows_NFD.astype(q_BTKGC.dtype)
+        return jnp.einsum("NQD,NFD->NQF", x, rows, preferred_element_type=jnp.float32)
 
+    return _attend(product, q_BTKGC, cache, mask)
+
+
+def cached_attention_cpu(q_BTKGC: Array, cache: dict[str, Array], mask: Mask) -> Array:
+    """The same; few queries a head at the speed of reading the cache."""
+    if q_BTKGC.shape[1] * q_BTKGC.shape[3] > FEW:
+        return cached_attention(q_BTKGC, cache, mask)
+    product = lambda x_NQD, rows_NFD: small_batch_matmul(x_NQD, materialize(rows_NFD))
+    return _attend(product, q_BTKGC, cache, mask)
+
+
+def _attend(product: Any, q_BTKGC: Array, cache: dict[str, Array], mask: Mask) -> Array:
+    """N = B * K, Q = T * G. int8 keys and values are scaled after the products."""
+    b, t, heads, groups, width = q_BTKGC.shape
+    slots = cache["k"].shape[1]
     q_NQC = q_BTKGC.transpose(0, 2, 1, 3, 4).reshape(b * heads, t * groups, width)
     scores_NQS = product(q_NQC, cache["k"]) * width**-0.5
     if "k_scale" in cache:
         scores_NQS = scores_NQS * cache["k_scale"][:, None]
-    scores_BKTGS = jnp.where(
-        mask.allowed(0, slots)[:, None, :, None],
-        scores_NQS.reshape(b, heads, t, groups, slots),
-        MASKED,
-    )
-    probs_NQS = jax.nn.softmax(scores_BKTGS, axis=-1).reshape(b * heads, t * groups, slots)
+    scores_BKTGS = scores_NQS.reshape(b, heads, t, groups, slots)
+    visible = mask.allowed(0, slots)[:, None, :, None]
+    probs_BKTGS = jax.nn.softmax(jnp.where(visible, scores_BKTGS, MASKED), axis=-1)
+    probs_NQS = probs_BKTGS.reshape(b * heads, t * groups, slots)
     if "v_scale" in cache:
         probs_NQS = probs_NQS * cache["v_scale"][:, None]
     y_NQC = product(probs_NQS, cache["v"]).astype(q_BTKGC.dtype)

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Which keys a query may see: causality, packed documents, a sliding window, slots of a cache."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import jax.numpy as jnp
 
 from gptjax.core.types import Array
 
-MASKED = (
-    -1e30
-)  # finite: exp underflows to an exact 0, and no NaN arises from a block without a visible key
+# finite: exp underflows to an exact 0, and no NaN arises from a block without a visible key
+MASKED = -1e30
 
 
 @functools.partial(
@@ -23,9 +22,11 @@ MASKED = (
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """A query sees key s when s <= its own index, in its own segment, and less than `window` back (0: any distance).
+    """A query sees key s when s <= its own index, in its own segment, and less than `window` back
+    (0: any distance).
 
-    q_index [B or 1, T]: the slot of each query among the keys; slots of a cache past it are not filled yet.
+    q_index [B or 1, T]: the slot of each query among the keys; slots of a cache past it are not
+    filled yet.
     q_segments [B, T], k_segments [B, S]: document numbers, both or neither.
     """
 

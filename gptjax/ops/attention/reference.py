@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Attention as it is defined (Vaswani et al. 2017), with grouped heads (Ainslie et al. 2023)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ def reference(
     mask: Mask,
     *,
     block: int = 0,
-    keep: Array | None = None,
+    dropout_BKGTS: Array | None = None,
 ) -> Array:
-    """The definition, differentiated by JAX. keep [B, K, G, T, S]: dropout's multiplier of the weights, in every backend."""
-    scores_BKGTS = (
-        jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32)
-        * q_BTKGC.shape[-1] ** -0.5
+    """softmax(q k / sqrt(C)) v over the visible keys, [B, T, K, G, C]; the softmax in float32.
+
+    dropout_BKGTS: what multiplies the weights (0, or 1 / (1 - rate)), in every backend. block: keys
+    at a time, for the backends that work by blocks.
+    """
+    scores_BKGTS = jnp.einsum(
+        "BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32
     )
-    allowed_BTS = mask.allowed(0, k_BSKC.shape[1])
-    probs_BKGTS = jax.nn.softmax(
-        jnp.where(allowed_BTS[:, None, None], scores_BKGTS, MASKED), axis=-1
-    )
-    probs_BKGTS = probs_BKGTS if keep is None else probs_BKGTS * keep
+    scores_BKGTS = scores_BKGTS * q_BTKGC.shape[-1] ** -0.5
+    visible_BTS = mask.allowed(0, k_BSKC.shape[1])
+    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, MASKED)
+    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+    if dropout_BKGTS is not None:
+        probs_BKGTS = probs_BKGTS * dropout_BKGTS
     return jnp.einsum("BKGTS,BSKC->BTKGC", probs_BKGTS.astype(v_BSKC.dtype), v_BSKC)

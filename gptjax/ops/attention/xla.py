@@ -1,18 +1,21 @@
-"""Attention: one mask specification, and the backends that honour it.
+"""Attention by plain XLA with a hand-written gradient, several times faster to train on a CPU.
 
-q [B, T, K, G, C] (K key/value heads, G query heads on each), k and v [B, S, K, C] -> [B, T, K, G, C].
-`reference` is the definition. `xla` is the same, several times faster to train on a CPU; both hold all B*H*T*S weights. `blockwise` holds one block of keys at a time, forward and backward,
-so its memory is linear in S. To add a backend, write a function of the same form and add it to `BACKENDS`.
+Heads come first; queries are cut into up to four strips, each of which skips the keys after it; and
+the division by the softmax's sum moves from the [T, S] weights to the [T, C] outputs. Like
+`reference`, it holds the weights of all heads.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gptjax.core.types import Array
 from gptjax.ops.attention.mask import MASKED, Mask
-from gptjax.ops.materialize import materialize
+from gptjax.ops.materialize import Barrier, unchanged
 
 
 def xla(
@@ -22,106 +25,104 @@ def xla(
     mask: Mask,
     *,
     block: int = 0,
-    keep: Array | None = None,
+    dropout_BKGTS: Array | None = None,
+    barrier: Barrier = unchanged,
 ) -> Array:
-    """The same with a hand-written gradient: heads first, queries in up to four strips that skip the keys after them, and the
-    division by the softmax's sum moved from the [T, S] weights to the [T, C] outputs. float32 softmax."""
-    allowed = mask.allowed(0, k_BSKC.shape[1])[:, None, None]
-    return _xla(q_BTKGC, k_BSKC, v_BSKC, allowed, keep)
+    """As `reference`; barrier: what keeps XLA from computing a value once per reader."""
+    visible = mask.allowed(0, k_BSKC.shape[1])[:, None, None]
+    return _xla(barrier, q_BTKGC, k_BSKC, v_BSKC, visible, dropout_BKGTS)
 
 
-def _strips(t: int, s: int) -> list[tuple[int, int, int]]:
-    """(first query, end of queries, keys they can see). Queries that continue a cache may see all of it."""
+class _Strip(NamedTuple):
+    """Queries [start, end) and the keys [0, keys) that they can see."""
+
+    start: int
+    end: int
+    keys: int
+
+
+def _strips(t: int, s: int) -> list[_Strip]:
+    """Up to four strips of at least 128 of T queries; those that continue a cache may see all S keys."""
     n = min(4, t // 128) if t == s else 1
-    return (
-        [(i * t // n, (i + 1) * t // n, (i + 1) * t // n) for i in range(n)]
-        if n > 1
-        else [(0, t, s)]
-    )
+    if n <= 1:
+        return [_Strip(0, t, s)]
+    return [_Strip(i * t // n, (i + 1) * t // n, (i + 1) * t // n) for i in range(n)]
 
 
-@jax.custom_vjp
-def _xla(q: Array, k: Array, v: Array, allowed: Array, keep: Array | None) -> Array:
-    return _xla_forward(q, k, v, allowed, keep)[0]
+class _Saved(NamedTuple):
+    """What the backward pass needs: q (scaled), k, v with heads first; weights before division."""
+
+    q: Array
+    k: Array
+    v: Array
+    dropout: Array | None
+    out: Array
+    weights: list[Array]
+    inverse_sum: Array
 
 
-def _xla_forward(q: Array, k: Array, v: Array, allowed: Array, keep: Array | None):
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _dropout_of(dropout: Array | None, strip: _Strip) -> Array | None:
+    return None if dropout is None else dropout[:, :, :, strip.start : strip.end, : strip.keys]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _xla(
+    barrier: Barrier, q: Array, k: Array, v: Array, visible: Array, dropout: Array | None
+) -> Array:
+    return _forward(barrier, q, k, v, visible, dropout)[0]
+
+
+def _forward(
+    barrier: Barrier, q: Array, k: Array, v: Array, visible: Array, dropout: Array | None
+) -> tuple[Array, _Saved]:
     scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    q, k, v = (
-        materialize(x)
-        for x in (
-            q.transpose(0, 2, 3, 1, 4) * scale,
-            k.transpose(0, 2, 1, 3),
-            v.transpose(0, 2, 1, 3),
-        )
-    )
+    q = barrier(q.transpose(0, 2, 3, 1, 4) * scale)
+    k, v = barrier(k.transpose(0, 2, 1, 3)), barrier(v.transpose(0, 2, 1, 3))
     outs, weights, inverses = [], [], []
-    for a, b, s in _strips(q.shape[3], k.shape[2]):
-        scores = materialize(
-            jnp.einsum(
-                "BKGTC,BKSC->BKGTS",
-                q[:, :, :, a:b],
-                k[:, :, :s],
-                preferred_element_type=jnp.float32,
-            )
-        )
-        scores = jnp.where(allowed[:, :, :, a:b, :s], scores, MASKED)
-        weight = materialize(jnp.exp(scores - scores.max(-1, keepdims=True)))
+    for strip in _strips(q.shape[3], k.shape[2]):
+        start, end, keys = strip
+        q_strip = q[:, :, :, start:end]
+        scores = barrier(_product("BKGTC,BKSC->BKGTS", q_strip, k[:, :, :keys]))
+        scores = jnp.where(visible[:, :, :, start:end, :keys], scores, MASKED)
+        weight = barrier(jnp.exp(scores - scores.max(-1, keepdims=True)))
         inverse = 1 / weight.sum(-1, keepdims=True)
-        kept = weight if keep is None else weight * keep[:, :, :, a:b, :s]
-        out = jnp.einsum(
-            "BKGTS,BKSC->BKGTC",
-            kept.astype(v.dtype),
-            v[:, :, :s],
-            preferred_element_type=jnp.float32,
-        )
+        multiplier = _dropout_of(dropout, strip)
+        dropped = weight if multiplier is None else weight * multiplier
+        out = _product("BKGTS,BKSC->BKGTC", dropped.astype(v.dtype), v[:, :, :keys])
         outs.append(out * inverse)
         weights.append(weight)
         inverses.append(inverse)
-    out = materialize(jnp.concatenate(outs, 3).transpose(0, 3, 1, 2, 4).astype(v.dtype))
-    return out, (q, k, v, keep, out, weights, jnp.concatenate(inverses, 3))
+    result = barrier(jnp.concatenate(outs, 3).transpose(0, 3, 1, 2, 4).astype(v.dtype))
+    return result, _Saved(q, k, v, dropout, result, weights, jnp.concatenate(inverses, 3))
 
 
-def _xla_backward(saved: tuple, g: Array):
-    q, k, v, keep, out, weights, inverse = saved
+def _backward(barrier: Barrier, saved: _Saved, g: Array):
+    q, k, v, dropout, out, weights, inverse = saved
     g = g.astype(jnp.float32)
     delta = (g * out.astype(jnp.float32)).sum(-1).transpose(0, 2, 3, 1)[..., None]
-    g, delta = (
-        materialize(g.transpose(0, 2, 3, 1, 4) * inverse),
-        materialize(delta * inverse),
-    )  # gradients over the softmax's sum
-    low, dk, dv = v.dtype, jnp.zeros(k.shape), jnp.zeros(v.shape)
+    # both over the softmax's sum, since the weights are before their division by it
+    g, delta = barrier(g.transpose(0, 2, 3, 1, 4) * inverse), barrier(delta * inverse)
+    dtype, dk, dv = v.dtype, jnp.zeros(k.shape), jnp.zeros(v.shape)
     dq = []
-    for (a, b, s), weight in zip(_strips(q.shape[3], k.shape[2]), weights, strict=True):
-        keep_ab = None if keep is None else keep[:, :, :, a:b, :s]
-        q_ab, g_ab = q[:, :, :, a:b], g[:, :, :, a:b].astype(low)
-        d_weight = materialize(
-            jnp.einsum("BKGTC,BKSC->BKGTS", g_ab, v[:, :, :s], preferred_element_type=jnp.float32)
-        )
-        d_weight = d_weight if keep_ab is None else d_weight * keep_ab
-        d_scores = materialize(weight * (d_weight - delta[:, :, :, a:b])).astype(low)
-        kept = (weight if keep_ab is None else weight * keep_ab).astype(low)
-        dq.append(
-            jnp.einsum(
-                "BKGTS,BKSC->BKGTC", d_scores, k[:, :, :s], preferred_element_type=jnp.float32
-            )
-        )
-        rest = ((0, 0), (0, 0), (0, k.shape[2] - s), (0, 0))
-        dk += jnp.pad(
-            jnp.einsum("BKGTS,BKGTC->BKSC", d_scores, q_ab, preferred_element_type=jnp.float32),
-            rest,
-        )
-        dv += jnp.pad(
-            jnp.einsum("BKGTS,BKGTC->BKSC", kept, g_ab, preferred_element_type=jnp.float32), rest
-        )
-    dq = jnp.concatenate(dq, 3).transpose(0, 3, 1, 2, 4) * q.shape[-1] ** -0.5
-    return (
-        dq.astype(low),
-        dk.transpose(0, 2, 1, 3).astype(low),
-        dv.transpose(0, 2, 1, 3).astype(low),
-        None,
-        None,
-    )
+    for strip, weight in zip(_strips(q.shape[3], k.shape[2]), weights, strict=True):
+        start, end, keys = strip
+        multiplier = _dropout_of(dropout, strip)
+        q_strip, g_strip = q[:, :, :, start:end], g[:, :, :, start:end].astype(dtype)
+        d_weight = barrier(_product("BKGTC,BKSC->BKGTS", g_strip, v[:, :, :keys]))
+        d_weight = d_weight if multiplier is None else d_weight * multiplier
+        d_scores = barrier(weight * (d_weight - delta[:, :, :, start:end])).astype(dtype)
+        dropped = (weight if multiplier is None else weight * multiplier).astype(dtype)
+        dq.append(_product("BKGTS,BKSC->BKGTC", d_scores, k[:, :, :keys]))
+        later_keys = ((0, 0), (0, 0), (0, k.shape[2] - keys), (0, 0))
+        dk += jnp.pad(_product("BKGTS,BKGTC->BKSC", d_scores, q_strip), later_keys)
+        dv += jnp.pad(_product("BKGTS,BKGTC->BKSC", dropped, g_strip), later_keys)
+    d_query = jnp.concatenate(dq, 3).transpose(0, 3, 1, 2, 4) * q.shape[-1] ** -0.5
+    d_key, d_value = dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
+    return d_query.astype(dtype), d_key.astype(dtype), d_value.astype(dtype), None, None
 
 
-_xla.defvjp(_xla_forward, _xla_backward)
+_xla.defvjp(_forward, _backward)

@@ -1,0 +1,76 @@
+"""What is read off hidden states: logits, scores of labels, log-probabilities, the loss.
+
+x are hidden states as `transformer.apply` returns them.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from gptjax.config.schema import ModelConfig
+from gptjax.core.types import Array, Params
+from gptjax.ops import quantized
+from gptjax.ops.activation import softcap
+from gptjax.ops.implementations import IMPLEMENTATIONS
+
+
+def table(params: Params) -> Array:
+    """The output table [padded V, D]; float32 where it is kept as rows."""
+    weight = params["head"] if "head" in params else params["embed"]
+    if "rows" in weight:
+        return quantized.dequantize(weight)
+    return weight["kernel"] if "head" in params else weight["tokens"]
+
+
+def unembed(config: ModelConfig, params: Params, x: Array) -> Array:
+    """Logits [..., V] in float32 of x [..., D], without the padding of the vocabulary."""
+    weight = params["head"] if "head" in params else params["embed"]
+    if "rows" in weight:
+        quantized_matmul = IMPLEMENTATIONS[config.implementation].quantized_matmul
+        logits = quantized_matmul(x.reshape(-1, x.shape[-1]), weight)
+        logits = logits.reshape(*x.shape[:-1], -1)
+    else:
+        table_VD = table(params).astype(x.dtype)
+        logits = jnp.einsum("...D,VD->...V", x, table_VD, preferred_element_type=jnp.float32)
+    return softcap(logits[..., : config.vocab_size], config.logit_softcap)
+
+
+def score(params: Params, x: Array) -> Array:
+    """Scores of the labels, float32 [..., labels], of x [..., D]."""
+    kernel = params["score"]["kernel"].astype(jnp.float32)
+    return jnp.einsum("...D,CD->...C", x.astype(jnp.float32), kernel)
+
+
+def token_cross_entropy(
+    config: ModelConfig,
+    params: Params,
+    x_BTD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    *,
+    chunk: int,
+) -> Array:
+    """Sum over positions of weight * -log p(target), float32 scalar, `chunk` positions at a time."""
+    return IMPLEMENTATIONS[config.implementation].cross_entropy(
+        x_BTD,
+        table(params).astype(x_BTD.dtype),
+        targets_BT,
+        weights_BT,
+        vocab_size=config.vocab_size,
+        softcap=config.logit_softcap,
+        chunk=chunk,
+    )
+
+
+def token_logprobs(
+    config: ModelConfig, params: Params, x_BTD: Array, targets_BT: Array, *, chunk: int
+) -> Array:
+    """log p(target) of each position, float32 [B, T], `chunk` positions at a time."""
+    return IMPLEMENTATIONS[config.implementation].logprobs(
+        x_BTD,
+        table(params).astype(x_BTD.dtype),
+        targets_BT,
+        vocab_size=config.vocab_size,
+        softcap=config.logit_softcap,
+        chunk=chunk,
+    )

@@ -1,0 +1,113 @@
+"""The table of implementations: for each platform, which function computes each op.
+
+`resolve` names the row for the devices of a mesh; `ModelConfig.implementation` carries the name
+into the model, so that no op ever asks where it runs. Every row computes what the reference
+defines (`tests/ops/test_implementations.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from gptjax.core.types import Array
+from gptjax.ops import activation as activations
+from gptjax.ops import cross_entropy as losses
+from gptjax.ops import norm as norms
+from gptjax.ops import products, quantized
+from gptjax.ops.attention import cache
+from gptjax.ops.attention.backends import backends_for
+from gptjax.ops.attention.reference import reference as reference_attention
+from gptjax.ops.materialize import materialize
+
+Op = Callable[..., Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ops:
+    """One function for each op; its reference says what it takes and gives."""
+
+    norm: Op = norms.reference
+    head_norm: Op = norms.reference  # of the queries and keys of each head
+    activation: dict[str, Op] = dataclasses.field(default_factory=lambda: activations.REFERENCES)
+    matmul: Op = products.matmul
+    bias_add: Op = products.bias_add
+    low_rank: Op = products.low_rank
+    residual_add: Op = products.residual_add
+    split_qkv: Callable[..., tuple[Array, Array, Array]] = products.split_qkv
+    attention: dict[str, Op] = dataclasses.field(default_factory=lambda: backends_for(""))
+    cached_attention: Op = cache.cached_attention
+    write_cache: Callable[..., dict[str, Array]] = cache.write_cache
+    quantized_matmul: Op = quantized.matmul
+    quantized_lookup: Op = quantized.lookup
+    cross_entropy: Op = losses.reference
+    logprobs: Op = losses.reference_logprobs
+    # What generation asks: tokens that prefill feeds at once, enough to be limited by arithmetic
+    # rather than by reading weights; the dtype of activations next to bfloat16 and int8 weights.
+    prefill_chunk: int = 256
+    activation_dtype: str = "bfloat16"
+
+
+# Plain JAX, whatever backend of attention is asked for: differentiable forward and backward.
+REFERENCE = Ops(attention=dict.fromkeys(backends_for(""), reference_attention))
+
+# XLA fuses well there, so that only what saves memory differs from the reference.
+ACCELERATOR = Ops(
+    norm=norms.saving_unit,
+    head_norm=norms.saving_unit,
+    activation=activations.ACCELERATOR,
+    quantized_matmul=quantized.matmul_accelerator,
+    cross_entropy=losses.chunked,
+    logprobs=losses.chunked_logprobs,
+)
+
+# Values with several readers are written to memory once: XLA:CPU would compute them once per reader.
+CPU_SHARDED = Ops(
+    norm=norms.saving_unit_cpu,
+    head_norm=functools.partial(norms.saving_unit, barrier=materialize),
+    activation=activations.CPU,
+    low_rank=products.low_rank_materialized,
+    residual_add=products.residual_add_materialized,
+    split_qkv=products.split_qkv_materialized,
+    attention=backends_for("cpu"),
+    cached_attention=cache.cached_attention_cpu,
+    write_cache=functools.partial(cache.write_cache, barrier=materialize),
+    quantized_matmul=quantized.matmul_cpu,
+    quantized_lookup=functools.partial(quantized.lookup, barrier=materialize),
+    cross_entropy=functools.partial(losses.chunked, barrier=materialize),
+    logprobs=functools.partial(losses.chunked_logprobs, barrier=materialize),
+    prefill_chunk=32,
+    activation_dtype="float32",  # its products convert each weight anyway
+)
+
+# Layouts may be chosen where no array is split over devices.
+CPU = dataclasses.replace(
+    CPU_SHARDED,
+    matmul=products.by_rows_matmul,
+    bias_add=products.by_rows_bias_add,
+    cross_entropy=functools.partial(
+        losses.chunked, barrier=materialize, transposed=products.transposed_copy
+    ),
+)
+
+IMPLEMENTATIONS: dict[str, Ops] = {
+    "reference": REFERENCE,
+    "auto": Ops(),  # not resolved yet: the reference, with the backend of attention asked for
+    "cpu": CPU,
+    "cpu_sharded": CPU_SHARDED,
+    "gpu": ACCELERATOR,
+    "tpu": ACCELERATOR,
+}
+
+
+def resolve(setting: str, *, platform: str, devices: int) -> str:
+    """The row for a mesh of so many devices of a platform ("cpu", "gpu", "tpu").
+
+    setting: `model.implementation`; whatever is not "auto" stays as it is.
+    """
+    if setting != "auto":
+        return setting
+    if platform == "cpu":
+        return "cpu" if devices == 1 else "cpu_sharded"
+    return platform if platform in IMPLEMENTATIONS else "gpu"
