@@ -88,7 +88,7 @@ def unstack(blocks: Any) -> tuple[Any, ...]:
     leaves, structure = jax.tree.flatten(blocks)
     sizes = (1,) * leaves[0].shape[0]
     layers = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
-    return tuple(structure.unflatten([p[0] for p in layer]) for layer in layers)
+    return tuple(jax.tree.unflatten(structure, [p[0] for p in layer]) for layer in layers)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
