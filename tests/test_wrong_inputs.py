@@ -136,7 +136,7 @@ CASES = {
     "cut gzip": (
         "train",
         ["--config.data.source=jsonl", "--config.data.path={dir}/cut.jsonl.gz"],
-        "no whole gzip file",
+        "not a complete gzip file",
     ),
     "sample prompt too long": (
         "train",

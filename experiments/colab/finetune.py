@@ -166,7 +166,7 @@ print(CONFIG.read_text())
 import html
 
 from gptjax.config import build
-from gptjax.data.rows import subsample_evenly
+from gptjax.data.records import subsample_evenly
 from gptjax.evaluation import answers as answers_lib
 from gptjax.metrics import classification as classification_metrics
 from gptjax.tasks import loading, preview

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from gptjax.config.schema import ROW_SOURCES, TASK_TABLE, Config
+from gptjax.config.schema import SOURCE_TABLE, TASK_TABLE, Config
 from gptjax.config.setting import load_table
 
 
@@ -22,6 +22,7 @@ def cross_checks(c: Config) -> list[str]:
         *_mesh_checks(c),
         *_data_checks(c),
         *_task_checks(c),
+        *_lora_checks(c),
     ]
 
 
@@ -120,67 +121,63 @@ def _mesh_checks(c: Config) -> list[str]:
 
 
 def _data_checks(c: Config) -> list[str]:
-    d, faults = c.data, []
-    of_files = d.source in ("text", "shards", *ROW_SOURCES)
-    if of_files and d.source not in ("tfds", "datasets") and not d.path:
-        faults.append(
-            f"data.path is empty and data.source = {d.source!r} needs it: "
-            "--config.data.path=FILE_OR_FOLDER"
-        )
-    if d.source == "tfds" and not d.name:
-        faults.append(
-            "data.name is empty and data.source = 'tfds' needs it: --config.data.name=c4/en:3.1.0"
-        )
-    if d.source == "datasets" and not (d.name or d.path):
-        faults.append(
-            "data.source = 'datasets' needs data.name (a name on the hub) or data.path "
-            "(what save_to_disk wrote)"
-        )
-    return faults
+    fault = load_table(SOURCE_TABLE)[c.data.source].check(c.data)
+    return [fault] if fault else []
 
 
 def _task_checks(c: Config) -> list[str]:
-    """Faults of tasks and adapters."""
     task, faults = c.task, []
-    if task.name and c.data.source not in (*ROW_SOURCES, "sotu"):
+    sources = load_table(SOURCE_TABLE)
+    if task.name and sources[c.data.source].read_records is None:
+        with_records = [name for name, source in sources.items() if source.read_records]
         faults.append(
-            f"task.name = {task.name!r} reads rows of fields and data.source = {c.data.source!r} has none: one of sotu, {', '.join(ROW_SOURCES)}"
+            f"task.name = {task.name!r} needs records with named fields and "
+            f"data.source = {c.data.source!r} has none: one of {', '.join(with_records)}"
         )
-    if not task.name:
-        for name, given in (
-            ("data.mixture", c.data.mixture),
-            ("train.epochs", c.train.epochs),
-            ("data.train_limit", c.data.train_limit),
-        ):
-            if given:
-                faults.append(f"{name} = {given!r} is for tasks: set task.name, or leave it out")
+    for_tasks = {
+        "data.mixture": c.data.mixture,
+        "train.epochs": c.train.epochs,
+        "data.train_limit": c.data.train_limit,
+    }
+    for name, value in for_tasks.items():
+        if value and not task.name:
+            faults.append(f"{name} = {value!r} is for tasks: set task.name, or leave it out")
     if task.words and len(task.words) != len(task.labels):
         faults.append(
-            f"task.words = {list(task.words)} must give one text for each of task.labels = {list(task.labels)}"
+            f"task.words = {list(task.words)} must give one text for each of "
+            f"task.labels = {list(task.labels)}"
         )
     if len(set(task.labels)) < len(task.labels):
         faults.append(f"task.labels = {list(task.labels)} names one twice")
-    if c.lora.rank and not c.lora.targets:
-        faults.append(
-            "lora.targets is empty, so no kernel gets an adapter: name patterns such as '.*/attn/.*', or set lora.rank = 0"
-        )
     if task.stop and task.num_beams > 1:
         faults.append(
-            f"task.stop = {list(task.stop)} does not go with task.num_beams = {task.num_beams}: leave one out"
+            f"task.stop = {list(task.stop)} does not go with "
+            f"task.num_beams = {task.num_beams}: leave one out"
         )
     if task.name:  # what the task itself asks of the config
         faults += load_table(TASK_TABLE)[task.name].check(c)
-    if c.lora.on and not c.train.init_from:
-        faults.append("lora adapts a checkpoint: name one in train.init_from")
-    if c.lora.on and c.optim.freeze:
+    return faults
+
+
+def _lora_checks(c: Config) -> list[str]:
+    lora, faults = c.lora, []
+    if lora.rank and not lora.targets:
         faults.append(
-            "optim.freeze does nothing beside lora, which freezes all that it does not add: leave it out"
+            "lora.targets is empty, so no kernel gets an adapter: "
+            "name patterns such as '.*/attn/.*', or set lora.rank = 0"
         )
-    if c.lora.dora and (not c.lora.rank or c.lora.base != "float32"):
+    if lora.on and not c.train.init_from:
+        faults.append("lora adapts a checkpoint: name one in train.init_from")
+    if lora.on and c.optim.freeze:
+        faults.append(
+            "optim.freeze does nothing together with lora, which freezes all that it does not "
+            "add: leave it out"
+        )
+    if lora.dora and (not lora.rank or lora.base != "float32"):
         faults.append("lora.dora needs lora.rank above 0 and lora.base = 'float32'")
-    if c.lora.prompt_tokens and not task.name:
-        faults.append("lora.prompt_tokens stand before the examples of a task: set task.name")
-    if c.lora.on and (c.mesh.tensor not in (1, -1)) and c.lora.base == "int8":
+    if lora.prompt_tokens and not c.task.name:
+        faults.append("lora.prompt_tokens come before the examples of a task: set task.name")
+    if lora.on and c.mesh.tensor not in (1, -1) and lora.base == "int8":
         faults.append("lora.base = 'int8' is not split over mesh.tensor: set it to 1")
     return faults
 

@@ -17,12 +17,8 @@ from typing import Any, get_type_hints
 from gptjax.config.model_config import ModelConfig
 from gptjax.config.setting import setting
 
-ROW_SOURCES = ("jsonl", "csv", "lines", "squad", "parquet", "tfds", "datasets")
-
-
-SOURCES = ("sotu", "text", *ROW_SOURCES, "shards")
-
-
+# tables of other folders whose rows are the choices of a setting (see `setting.load_table`)
+SOURCE_TABLE = "gptjax.data.sources:SOURCES"
 TASK_TABLE = "gptjax.tasks.table:TASKS"
 
 
@@ -38,7 +34,7 @@ class DataConfig:
         "Kind of data: sotu (a corpus that is installed with the package), text files, records "
         "with named fields (jsonl, csv, lines, squad, parquet, tfds, datasets), or shards that "
         "gptjax.data.prepare wrote.",
-        choices=SOURCES,
+        table=SOURCE_TABLE,
     )
     path: str = setting(
         "",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gptjax.config.errors import UserError
 from gptjax.core import cli, files
-from gptjax.data.rows import subsample_evenly
+from gptjax.data.records import subsample_evenly
 from gptjax.tasks import loading
 from gptjax.tasks.preview import to_html, to_terminal
 from gptjax.training.setup import load_data, resolve_checkpoint

@@ -1,10 +1,11 @@
-"""Documents to token shards on disk.
+"""Token shards on disk: writing them from documents, and opening them.
 
-    python -m gptjax.data.prepare --config=configs/gpt2_124m.py --out=data/openwebtext [--config.data.path=...]
-
-Writes per split `train-00000.tokens.npy` (uint16 or uint32, each document begins with `eot`), `train-00000.offsets.npy`
-(int64, where documents begin, and the end), a small json per finished shard, the tokenizer, and last `meta.json`. Every
-file appears whole or not at all; an interrupted command goes on after its last finished shard and ends in the same bytes.
+In: documents and a tokenizer. Out: a folder, opened as `Prepared`. For each split it holds
+`train-00000.tokens.npy` (uint16 or uint32; each document begins with `eot`),
+`train-00000.offsets.npy` (int64: where documents begin, and the end) and a small JSON file for
+each finished shard; then the tokenizer, and written last, `meta.json`. Every file appears complete
+or not at all, and an interrupted preparation goes on after its last finished shard and ends in
+the same bytes.
 """
 
 from __future__ import annotations
@@ -26,14 +27,8 @@ from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.kinds import create_tokenizer, load_tokenizer
 
 SHARD_TOKENS = 1 << 26
-
-
 _BATCH_CHARACTERS = 1 << 22  # text encoded at once: enough to keep every core busy
-
-
 _FORMAT = 2
-
-
 _SUFFIXES = (".tokens.npy", ".offsets.npy")
 
 
@@ -58,12 +53,16 @@ class Prepared:
 
 
 def open_prepared(folder: Path) -> Prepared:
-    """Raises UserError where the folder is no finished preparation or a shard differs from its checksum."""
+    """Opens a folder of shards.
+
+    Raises UserError where it is no finished preparation, or a shard differs from its checksum.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{folder} holds no prepared data (no meta.json); make it with python -m gptjax.data.prepare --out={folder}"
+            f"{folder} holds no prepared data (no meta.json); "
+            f"make it with python -m gptjax.data.prepare --out={folder}"
         ) from None
     except json.JSONDecodeError as error:
         raise UserError(
@@ -71,57 +70,64 @@ def open_prepared(folder: Path) -> Prepared:
         ) from None
     if meta["format"] != _FORMAT:
         raise UserError(
-            f"{folder} is of format {meta['format']}, this version reads {_FORMAT}; prepare the data again"
+            f"{folder} is of format {meta['format']}, this version reads {_FORMAT}; "
+            "prepare the data again"
         )
-    result = Prepared(
-        folder,
-        meta["fingerprint"],
-        meta["source"],
-        meta["splits"],
-        load_tokenizer(folder / "tokenizer"),
-    )
-    if result.tokenizer.fingerprint != meta["tokenizer"]:
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if tokenizer.fingerprint != meta["tokenizer"]:
         raise UserError(f"{folder}: the tokenizer is not the one that the data was prepared with")
-    for shard in (shard for split in result.splits.values() for shard in split):
-        for suffix, checksum in shard["sha256"].items():
-            path = folder / f"{shard['name']}{suffix}"
-            if not path.is_file() or not files.sha256_once(path, checksum):
-                raise UserError(
-                    f"{path} is damaged or was changed after it was written; prepare the data again, in another folder"
-                )
-    return result
+    for shards in meta["splits"].values():
+        for shard in shards:
+            _check_shard(folder, shard)
+    return Prepared(folder, meta["fingerprint"], meta["source"], meta["splits"], tokenizer)
+
+
+def _check_shard(folder: Path, shard: dict[str, Any]) -> None:
+    for suffix, checksum in shard["sha256"].items():
+        path = folder / f"{shard['name']}{suffix}"
+        if not path.is_file() or not files.sha256_once(path, checksum):
+            raise UserError(
+                f"{path} is damaged or was changed after it was written; "
+                "prepare the data again, in another folder"
+            )
 
 
 def prepare(config: Config, folder: Path, *, shard_tokens: int = SHARD_TOKENS) -> Prepared:
-    """Prepares the documents that `config.data` names into `folder`, or opens what is finished there already."""
+    """Prepares the documents that `config.data` names into `folder`.
+
+    What is finished there already is opened. Raises UserError for wrong input, and where the
+    folder holds other data.
+    """
     if config.data.source == "shards":
         raise UserError(
-            "data.source = 'shards' is prepared already: name the documents, such as --config.data.source=jsonl --config.data.path=corpus/"
+            "data.source = 'shards' is prepared already: name the documents, such as "
+            "--config.data.source=jsonl --config.data.path=corpus/"
         )
     source = sources.open_source(config.data)
     return _prepare(config, source, _make_tokenizer(config, source), folder, shard_tokens)
 
 
 def ensure(config: Config, text_tokenizer: Tokenizer | None = None) -> Prepared:
-    """The shards of `config.data`: an existing folder (`data.source = 'shards'`), else made once in the user's cache. A `text_tokenizer` stands
-    in for the one that the config names."""
+    """The shards of `config.data`: an existing folder (`data.source = 'shards'`), or the cache's.
+
+    In the cache they are made once. `text_tokenizer` takes the place of the one that the config
+    names. Raises UserError for wrong input.
+    """
     if config.data.source == "shards":
         prepared = open_prepared(Path(config.data.path).expanduser())
         if text_tokenizer and prepared.tokenizer.fingerprint != text_tokenizer.fingerprint:
             raise UserError(
-                f"{config.data.path} was prepared with another tokenizer than the checkpoint's: prepare the documents again"
+                f"{config.data.path} was prepared with another tokenizer than the checkpoint's: "
+                "prepare the documents again"
             )
         return dataclasses.replace(prepared, tokenizer=text_tokenizer or prepared.tokenizer)
     source = sources.open_source(config.data)
     text_tokenizer = text_tokenizer or _make_tokenizer(config, source)
-    folder = (
-        files.cache_dir("data")
-        / files.digest(str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint)[:32]
-    )
+    key = files.digest(str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint)
+    folder = files.cache_dir("data") / key[:32]
     prepared = _prepare(config, source, text_tokenizer, folder, SHARD_TOKENS)
-    return dataclasses.replace(
-        prepared, tokenizer=text_tokenizer
-    )  # the same vocabulary; a chat template is this checkpoint's own
+    # the vocabulary is the same, but a chat template is this checkpoint's own
+    return dataclasses.replace(prepared, tokenizer=text_tokenizer)
 
 
 def _make_tokenizer(config: Config, source: sources.Source) -> Tokenizer:
@@ -143,18 +149,20 @@ def _prepare(
         str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint, str(shard_tokens)
     )
     if (folder / "meta.json").exists():
-        done = open_prepared(folder)
-        if done.fingerprint != key:
+        prepared = open_prepared(folder)
+        if prepared.fingerprint != key:
             raise UserError(
-                f"{folder} holds other data or another tokenizer (fingerprint {done.fingerprint[:12]}, wanted {key[:12]}); pick another folder"
+                f"{folder} holds other data or another tokenizer (fingerprint "
+                f"{prepared.fingerprint[:12]} instead of {key[:12]}); pick another folder"
             )
-        return done
+        return prepared
     with files.lock(folder, wait=True):  # another run may be preparing the same data
         if (folder / "meta.json").exists():
             return _prepare(config, source, text_tokenizer, folder, shard_tokens)
         if (folder / "key").exists() and (folder / "key").read_text() != key:
             raise UserError(
-                f"{folder} holds an unfinished preparation of other data; remove it or pick another folder"
+                f"{folder} holds an unfinished preparation of other data; "
+                "remove it or pick another folder"
             )
         files.write_text(folder / "key", key)
         text_tokenizer.save(folder / "tokenizer")
@@ -165,7 +173,8 @@ def _prepare(
             )
         if not sum(shard["tokens"] for shard in splits[TRAIN]):
             raise UserError(
-                f"data.path = {config.data.path!r}: the training split is empty; lower data.eval_fraction = {config.data.eval_fraction}"
+                f"data.path = {config.data.path!r}: the training split is empty; "
+                f"lower data.eval_fraction = {config.data.eval_fraction}"
             )
         meta = {
             "format": _FORMAT,
@@ -180,6 +189,7 @@ def _prepare(
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of documents with about _BATCH_CHARACTERS in each."""
     batch: list[str] = []
     size = 0
     for text in documents:
@@ -195,10 +205,13 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 def _write_split(
     documents: Iterator[str], text_tokenizer: Tokenizer, folder: Path, split: str, shard_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """Yields each shard's record; finished shards of an earlier try are kept and their documents passed over."""
+    """Yields what is said of each shard: {"name", "tokens", "documents", "sha256"}.
+
+    Finished shards of an interrupted preparation stay, and their documents are passed over.
+    """
     number = 0
-    while (record := folder / f"{split}-{number:05d}.json").exists():
-        shard = json.loads(record.read_text(encoding="utf-8"))
+    while (finished := folder / f"{split}-{number:05d}.json").exists():
+        shard = json.loads(finished.read_text(encoding="utf-8"))
         for _ in range(shard["documents"]):
             next(documents)
         number += 1

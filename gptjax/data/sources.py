@@ -1,25 +1,31 @@
-"""Documents of a run: text files, a field of rows, the embedded corpus; each split into training and held-out documents.
+"""Documents of a run: text files, one field of records, or the embedded corpus.
 
-In: a `DataConfig`. Out: a `Source` with a fingerprint of the content and an iterator of documents per split.
-To add a source, write an opener that returns `_Documents` and add it to `OPENERS`; a format of rows belongs in `gptjax.data.rows`.
+In: a `DataConfig`. Out: a `Source` with a fingerprint of the content and the documents of each
+split.
+
+To add a source, add a row to SOURCES: a function that reads records, in a new file in `readers/`,
+or one that opens documents. The choices of the setting `data.source` are read from this table.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from gptjax.config.errors import UserError
-from gptjax.config.schema import ROW_SOURCES, DataConfig
+from gptjax.config.schema import DataConfig
 from gptjax.core import files
 from gptjax.core.files import decode
-from gptjax.data import rows
+from gptjax.data.readers import csv, datasets, jsonl, lines, parquet, sotu, squad, tfds
+from gptjax.data.readers.files import find_files
+from gptjax.data.records import SplitRecords, is_held_out
 
 TRAIN, EVAL = "train", "eval"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Documents:
+class Documents:
     """`count` documents in a fixed order, and a hash of their content."""
 
     count: int
@@ -35,18 +41,65 @@ class Source:
     documents: Callable[[str], Iterator[str]]
 
 
+def _check_path(config: DataConfig) -> str:
+    """What the config lacks, or ""."""
+    if config.path:
+        return ""
+    return (
+        f"data.path is empty and data.source = {config.source!r} needs it: "
+        "--config.data.path=FILE_OR_FOLDER"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceKind:
+    """One value of `data.source`; functions take (config, path, split).
+
+    read_records: records with named fields; None where there are none.
+    open_documents: documents; None = the field `data.field` of each record.
+    check: what the config lacks, in a sentence, or "".
+    has_eval_split: whether a data set with named splits has a held-out one; None = it has no names.
+    """
+
+    read_records: Callable[[DataConfig, str, str], SplitRecords] | None = None
+    open_documents: Callable[[DataConfig, str, str], Documents] | None = None
+    check: Callable[[DataConfig], str] = _check_path
+    has_eval_split: Callable[[DataConfig], bool] | None = None
+
+    @property
+    def has_named_splits(self) -> bool:
+        """Whether splits are names within a data set, and not files."""
+        return self.has_eval_split is not None
+
+
+def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
+    """The records of one split of the config's source, at `path`. Raises UserError."""
+    read = SOURCES[config.source].read_records
+    assert read is not None, config.source  # the checks of a config see to it
+    return read(config, path, split)
+
+
+def has_eval_split(config: DataConfig) -> bool:
+    """Whether the data set has named splits, and a held-out one among them."""
+    has_split = SOURCES[config.source].has_eval_split
+    return has_split is not None and has_split(config)
+
+
 def open_source(config: DataConfig) -> Source:
-    """Raises UserError for a missing path, an empty set, text that is not UTF-8 or a field that is not there."""
-    main = OPENERS[config.source](config, config.path, config.train_split)
+    """The documents of both splits.
+
+    Raises UserError for a missing path, an empty set, text that is not UTF-8 or a field that is
+    not there.
+    """
+    open_documents = SOURCES[config.source].open_documents or _open_field
+    main = open_documents(config, config.path, config.train_split)
     if not main.count:
         raise UserError(
             f"data.path = {config.path!r}: no documents in it; check the path and data.field"
         )
     held_out = None
-    if config.eval_path or rows.has_eval_split(config):
-        held_out = OPENERS[config.source](
-            config, config.eval_path or config.path, config.eval_split
-        )
+    if config.eval_path or has_eval_split(config):
+        held_out = open_documents(config, config.eval_path or config.path, config.eval_split)
 
     def documents(split: str) -> Iterator[str]:
         if held_out is None:
@@ -58,55 +111,60 @@ def open_source(config: DataConfig) -> Source:
     return Source(files.digest(main.fingerprint, rule), documents)
 
 
-def _split(documents: _Documents, split: str, config: DataConfig) -> Iterator[str]:
-    """Whole documents spread evenly over the set are held out; of a single document, the end."""
+def _split(documents: Documents, split: str, config: DataConfig) -> Iterator[str]:
+    """Documents spread evenly over the set are held out; of a single document, its end."""
     n, fraction = documents.count, config.eval_fraction
     if n == 1 and fraction:
         text = next(documents.read())
         cut = int(len(text) * (1 - fraction))
         yield text[:cut] if split == TRAIN else text[cut:]
         return
-    out = rows.held_out(n, fraction)
     for i, text in enumerate(documents.read()):
-        if out(i) == (split == EVAL):
+        if is_held_out(i, count=n, fraction=fraction) == (split == EVAL):
             yield text
 
 
-def _text(config: DataConfig, path: str, split: str) -> _Documents:
-    texts = [p for p in rows.paths_of(path, (".txt", ".md", ".text")) if p.stat().st_size]
-
-    def read() -> Iterator[str]:
-        for p in texts:
-            yield decode(p.read_bytes(), str(p))
-
-    return _Documents(len(texts), files.digest(*(files.sha256(p) for p in texts)), read)
-
-
-def _field(config: DataConfig, path: str, split: str) -> _Documents:
-    """One field of each row."""
-    found = rows.READERS[config.source](config, path, split)
-
-    def read() -> Iterator[str]:
-        for row in found.read():
-            yield row.text(config.field)
-
-    next(read(), "")  # a wrong field is said before a tokenizer is trained
-    return _Documents(found.count, files.digest(config.field, found.fingerprint), read)
-
-
-def _sotu(config: DataConfig, path: str, split: str) -> _Documents:
-    """Whole messages, in order of date."""
-    paths = [p for p, _ in rows.sotu_messages()]
-
+def _open_files(paths: list[Path]) -> Documents:
     def read() -> Iterator[str]:
         for p in paths:
             yield decode(p.read_bytes(), str(p))
 
-    return _Documents(len(paths), files.digest(*(files.sha256(p) for p in paths)), read)
+    return Documents(len(paths), files.digest(*(files.sha256(p) for p in paths)), read)
 
 
-OPENERS: dict[str, Callable[[DataConfig, str, str], _Documents]] = {
-    "text": _text,
-    "sotu": _sotu,
-    **dict.fromkeys(ROW_SOURCES, _field),
+def _open_text(config: DataConfig, path: str, split: str) -> Documents:
+    """Each file is a document; empty ones are left out."""
+    return _open_files([p for p in find_files(path, (".txt", ".md", ".text")) if p.stat().st_size])
+
+
+def _open_sotu(config: DataConfig, path: str, split: str) -> Documents:
+    """Each message is a document, in order of date."""
+    return _open_files([p for p, _ in sotu.list_messages()])
+
+
+def _open_field(config: DataConfig, path: str, split: str) -> Documents:
+    """One field of each record is a document."""
+    records = read_records(config, path, split)
+
+    def read() -> Iterator[str]:
+        for record in records.read():
+            yield record.text(config.field)
+
+    next(read(), "")  # a wrong field is reported before a tokenizer is trained
+    return Documents(records.count, files.digest(config.field, records.fingerprint), read)
+
+
+SOURCES: dict[str, SourceKind] = {
+    "sotu": SourceKind(sotu.read_records, _open_sotu, check=lambda config: ""),
+    "text": SourceKind(open_documents=_open_text),
+    "jsonl": SourceKind(jsonl.read_records),
+    "csv": SourceKind(csv.read_records),
+    "lines": SourceKind(lines.read_records),
+    "squad": SourceKind(squad.read_records),
+    "parquet": SourceKind(parquet.read_records),
+    "tfds": SourceKind(tfds.read_records, check=tfds.check, has_eval_split=tfds.has_eval_split),
+    "datasets": SourceKind(
+        datasets.read_records, check=datasets.check, has_eval_split=datasets.has_eval_split
+    ),
+    "shards": SourceKind(),  # prepared before: `shards.py` opens them
 }

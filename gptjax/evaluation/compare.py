@@ -17,8 +17,7 @@ from gptjax.config import build
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config
 from gptjax.core import cli, files
-from gptjax.data import rows
-from gptjax.data.rows import Record
+from gptjax.data.records import Record, subsample_evenly
 from gptjax.evaluation.answers import answer_examples, label_ids, prediction_row
 from gptjax.generation import language_model
 from gptjax.generation.language_model import LanguageModel
@@ -70,7 +69,7 @@ def compare(
     labels = task.labels(config.task, train_rows)
     if path:
         eval_rows = records.read_other_records(config, path)
-    test_rows = _check_not_empty(rows.subsample_evenly(eval_rows, limit), path)
+    test_rows = _check_not_empty(subsample_evenly(eval_rows, limit), path)
     answered: list[AnsweredExamples] = []
     baseline_answers: list[AnsweredExamples] = []
     for number, name in enumerate(checkpoints, start=1):

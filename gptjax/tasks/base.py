@@ -16,7 +16,7 @@ import numpy as np
 
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config, TaskConfig
-from gptjax.data.rows import Record
+from gptjax.data.records import Record
 from gptjax.metrics.bootstrap import Metric
 from gptjax.tokenizer.base import Tokenizer
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from gptjax.config.errors import UserError
 from gptjax.config.schema import TaskConfig
-from gptjax.data.rows import Record
+from gptjax.data.records import Record
 from gptjax.metrics import text as text_metrics
 from gptjax.metrics.bootstrap import Metric, corpus_metric
 from gptjax.tasks import summarization, translation

@@ -13,7 +13,7 @@ import numpy as np
 
 from gptjax.config.errors import UserError, unknown_name
 from gptjax.config.schema import TaskConfig
-from gptjax.data.rows import Record
+from gptjax.data.records import Record
 from gptjax.metrics import classification as classification_metrics
 from gptjax.metrics.bootstrap import Metric
 from gptjax.tasks.base import Answer, AnsweredBy, Baselines, Example, Rendering, Task

@@ -15,7 +15,7 @@ import numpy as np
 
 from gptjax.config.errors import UserError, unknown_name
 from gptjax.config.schema import Config, TaskConfig
-from gptjax.data.rows import Record
+from gptjax.data.records import Record
 from gptjax.metrics import text as text_metrics
 from gptjax.metrics.bootstrap import Metric, mean_metric
 from gptjax.tasks.base import Answer, Example, Rendering, Task, needs_checkpoint

@@ -15,7 +15,7 @@ from gptjax.config.errors import UserError
 from gptjax.config.schema import Config
 from gptjax.core import cli
 from gptjax.data.packing import PackedExample
-from gptjax.data.rows import Record
+from gptjax.data.records import Record
 from gptjax.tasks.base import Example, Rendering, TokenBudget
 from gptjax.tasks.records import read_records
 from gptjax.tasks.table import task_of

@@ -12,7 +12,7 @@ import numpy as np
 
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config, TaskConfig
-from gptjax.data.rows import Record
+from gptjax.data.records import Record
 from gptjax.metrics.bootstrap import Metric, mean_metric
 from gptjax.tasks.base import (
     Answer,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from gptjax.config.schema import TaskConfig
-from gptjax.data.rows import Record
+from gptjax.data.records import Record
 from gptjax.metrics import text as text_metrics
 from gptjax.metrics.bootstrap import Metric
 from gptjax.tasks.base import Answer, Example, Rendering, Task, most_frequent

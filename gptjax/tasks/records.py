@@ -9,8 +9,8 @@ from typing import NamedTuple
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config, DataConfig
 from gptjax.core import files
-from gptjax.data import rows
-from gptjax.data.rows import Record
+from gptjax.data import sources
+from gptjax.data.records import Record, SplitRecords, is_held_out, subsample_evenly
 
 _MAX_WEIGHT = 1e4  # of a file of data.mixture
 
@@ -26,24 +26,23 @@ class Records(NamedTuple):
 def read_records(config: Config) -> Records:
     """The rows that the config names. Raises UserError where there is nothing to train on."""
     d = config.data
-    read = rows.READERS[d.source]
-    main = read(d, d.path, d.train_split)
+    main = sources.read_records(d, d.path, d.train_split)
     fingerprints = [main.fingerprint, str(d.eval_fraction)]
-    if d.eval_path or rows.has_eval_split(d):
-        held_out = read(d, d.eval_path or d.path, d.eval_split)
+    if d.eval_path or sources.has_eval_split(d):
+        held_out = sources.read_records(d, d.eval_path or d.path, d.eval_split)
         fingerprints.append(held_out.fingerprint)
         train_rows = list(_with_unique_ids(main.read()))
         eval_rows = list(_with_unique_ids(held_out.read()))
     else:
-        is_held_out = rows.held_out(main.count, d.eval_fraction)
         train_rows, eval_rows = [], []
         for i, row in enumerate(_with_unique_ids(main.read())):
-            (eval_rows if is_held_out(i) else train_rows).append(row)
-    train_rows = rows.subsample_evenly(train_rows, d.train_limit)
-    eval_rows = rows.subsample_evenly(eval_rows, d.eval_limit)
+            held_out_row = is_held_out(i, count=main.count, fraction=d.eval_fraction)
+            (eval_rows if held_out_row else train_rows).append(row)
+    train_rows = subsample_evenly(train_rows, d.train_limit)
+    eval_rows = subsample_evenly(eval_rows, d.eval_limit)
     for entry in d.mixture:
         path, weight = _mixture_entry(entry)
-        extra = read(d, path, d.train_split)
+        extra = sources.read_records(d, path, d.train_split)
         fingerprints += [extra.fingerprint, entry.rpartition("=")[2]]
         train_rows += _repeat(list(_with_unique_ids(extra.read())), weight)
     if not train_rows:
@@ -68,11 +67,10 @@ def read_other_records(config: Config, path: str) -> list[Record]:
     return list(_with_unique_ids(_open_other(d, path).read()))
 
 
-def _open_other(d: DataConfig, path: str) -> rows.SplitRecords:
-    is_split = d.source in ("tfds", "datasets") and not Path(path).exists()
-    if is_split:
-        return rows.READERS[d.source](d, d.path, path)
-    return rows.READERS[d.source](d, path, d.eval_split)
+def _open_other(d: DataConfig, path: str) -> SplitRecords:
+    if sources.SOURCES[d.source].has_named_splits and not Path(path).exists():
+        return sources.read_records(d, d.path, path)
+    return sources.read_records(d, path, d.eval_split)
 
 
 def _mixture_entry(entry: str) -> tuple[str, float]:
@@ -95,7 +93,7 @@ def _repeat(extra: list[Record], weight: float) -> list[Record]:
     repeated = extra * int(weight)
     rest = round((weight - int(weight)) * len(extra))
     # for subsample_evenly, a limit of 0 means all
-    return repeated + rows.subsample_evenly(extra, rest) if rest else repeated
+    return repeated + subsample_evenly(extra, rest) if rest else repeated
 
 
 def _with_unique_ids(records: Iterable[Record]) -> Iterator[Record]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from gptjax.config.schema import TaskConfig
-from gptjax.data.rows import Record
+from gptjax.data.records import Record
 from gptjax.metrics import text as text_metrics
 from gptjax.metrics.bootstrap import Metric
 from gptjax.tasks.base import Answer, Baselines, Example, Rendering, Task
@@ -24,7 +24,7 @@ def make_example(rendering: Rendering, row: Record) -> Example | None:
         row = Record(row.where, {**row.fields, names[0]: summaries[0]})
         references = summaries
     else:
-        references = [row.text(name, knob="task.completion") for name in names]
+        references = [row.text(name, setting="task.completion") for name in names]
     return completion_example(rendering, row, references=references)
 
 

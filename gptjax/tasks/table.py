@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from gptjax.config.errors import UserError
 from gptjax.config.schema import TaskConfig
-from gptjax.data.rows import Record
+from gptjax.data.records import Record
 from gptjax.metrics.bootstrap import Metric
 from gptjax.tasks.base import Answer, Example, Rendering, Task
 from gptjax.tasks.chat import CHAT

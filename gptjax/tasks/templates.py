@@ -12,7 +12,7 @@ import numpy as np
 
 from gptjax.config.errors import UserError
 from gptjax.config.schema import TaskConfig
-from gptjax.data.rows import Record
+from gptjax.data.records import Record
 from gptjax.tasks.base import Example, Rendering
 from gptjax.tokenizer import chat_template
 from gptjax.tokenizer.base import Tokenizer
@@ -52,7 +52,7 @@ def fill_template(
         elif name in replacements:
             values[name] = replacements[name]
         else:
-            values[name] = row.text(name, knob=setting)
+            values[name] = row.text(name, setting=setting)
     return template.format_map(values)
 
 

@@ -5,7 +5,7 @@ The prompt steers; the completion is learned, with its end.
 
 from __future__ import annotations
 
-from gptjax.data.rows import Record
+from gptjax.data.records import Record
 from gptjax.tasks import chat
 from gptjax.tasks.base import Example, Rendering, Task
 from gptjax.tasks.templates import completion_example, fill_template

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gptjax.config.schema import TaskConfig
-from gptjax.data.rows import Record
+from gptjax.data.records import Record
 from gptjax.metrics import text as text_metrics
 from gptjax.metrics.bootstrap import Metric
 from gptjax.tasks.base import Answer, Example, Rendering, Task, copy_source
@@ -15,7 +15,7 @@ from gptjax.tasks.templates import completion_example, names_in
 def make_example(rendering: Rendering, row: Record) -> Example | None:
     """The source, then its translation. The completion's first field is the reference."""
     names = names_in(rendering.config.completion, "task.completion")
-    references = [row.text(name, knob="task.completion") for name in names[:1]]
+    references = [row.text(name, setting="task.completion") for name in names[:1]]
     return completion_example(rendering, row, references=references)
 
 

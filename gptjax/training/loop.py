@@ -17,7 +17,7 @@ from gptjax.config.errors import UserError
 from gptjax.core import cli, files, tree
 from gptjax.core.types import Params, TrainState
 from gptjax.data import loader, shards
-from gptjax.data.rows import subsample_evenly
+from gptjax.data.records import subsample_evenly
 from gptjax.data.sources import EVAL
 from gptjax.evaluation import answers
 from gptjax.evaluation.held_out import held_out_scores, summary_line

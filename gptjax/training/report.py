@@ -81,12 +81,12 @@ def bigram_bits(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> flo
 
 def baselines(prepared: Prepared, limit: int) -> dict[str, float]:
     """Bits per byte of the first `limit` held-out tokens under `xz -9` (it sees that text alone) and a bigram model of the training split."""
-    held_out = Windows.of(prepared, EVAL, 1, isolate=False)
+    held_out = Windows.of(prepared, EVAL, 1, mask_documents=False)
     if held_out.total < 2:
         return {}
     tokens = held_out.read(0, min(held_out.total, limit))
     text = prepared.tokenizer.decode_bytes(tokens.tolist())
-    train = Windows.of(prepared, TRAIN, 1, isolate=False)
+    train = Windows.of(prepared, TRAIN, 1, mask_documents=False)
     bits = bigram_bits(
         train.read(0, min(train.total, _BASELINE_TOKENS)), tokens, prepared.tokenizer.vocab_size
     )

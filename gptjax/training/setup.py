@@ -162,7 +162,9 @@ class Run:
 def split_rows(config: Config, data: Data, name: str) -> loader.Split:
     """The rows of a split: packed examples of a task, or windows of documents."""
     if isinstance(data, shards.Prepared):
-        return loader.Windows.of(data, name, config.length, isolate=config.data.mask_documents)
+        return loader.Windows.of(
+            data, name, config.length, mask_documents=config.data.mask_documents
+        )
     examples = data.train if name == TRAIN else data.eval
     packed = [loading.packed_example(config, example) for example in examples]
     return Packed.of(packed, config.length, pack=config.task.pack, seed=config.train.seed)

@@ -152,7 +152,7 @@ def windows(tmp_path):
     prepared = shards.prepare(
         config_for(tmp_path / "*.txt", eval_fraction=0.25), tmp_path / "out", shard_tokens=90
     )
-    return loader.Windows.of(prepared, TRAIN, 32, isolate=True), prepared
+    return loader.Windows.of(prepared, TRAIN, 32, mask_documents=True), prepared
 
 
 def take(windows, n, *, start=0, rows=range(8), seed=3):
@@ -200,7 +200,7 @@ def test_windows_follow_the_stream_and_documents_become_segments(windows):
 
 def test_evaluation_sees_every_token_once(windows):
     _, prepared = windows
-    w = loader.Windows.of(prepared, EVAL, 32, isolate=True)
+    w = loader.Windows.of(prepared, EVAL, 32, mask_documents=True)
     batches = list(loader.eval_batches(w, batch_size=8, rows=range(8)))
     seen = np.concatenate([b.targets[b.loss_weights > 0] for b in batches])
     np.testing.assert_array_equal(seen, w.read(1, w.total))
@@ -226,7 +226,7 @@ def test_context_longer_than_the_text_is_refused(tmp_path):
     prepared = shards.prepare(config_for(tmp_path / "a.txt", eval_fraction=0.0), tmp_path / "out")
     with pytest.raises(UserError, match="needs 33"):
         loader.train_batches(
-            loader.Windows.of(prepared, TRAIN, 32, isolate=True),
+            loader.Windows.of(prepared, TRAIN, 32, mask_documents=True),
             seed=0,
             batch_size=2,
             rows=range(2),

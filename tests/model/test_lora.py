@@ -448,7 +448,10 @@ def test_settings_that_contradict_are_refused():
             "lora.dora needs",
         ),
         (dict(lora=dict(prompt_tokens=2), train=dict(init_from="x")), "set task.name"),
-        (dict(task=dict(name="qa"), data=dict(source="text", path="x")), "reads rows of fields"),
+        (
+            dict(task=dict(name="qa"), data=dict(source="text", path="x")),
+            "needs records with named fields",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             make_config(**adapters)

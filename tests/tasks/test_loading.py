@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from gptjax.config import build
 from gptjax.config.errors import UserError
-from gptjax.data import loader, rows
+from gptjax.data import loader, sources
 from gptjax.data.packing import first_fit
+from gptjax.data.readers import datasets
 from gptjax.data.sources import TRAIN
 from gptjax.model import head, transformer
 from gptjax.tasks import loading, preview
@@ -49,7 +50,7 @@ def config_for(path, *, data=None, model=None, **sections):
 
 def read(source, path, **data):
     config = build.build_config({"data": {"source": source, "path": str(path), **data}}).data
-    return list(rows.READERS[source](config, str(path), "train").read())
+    return list(sources.read_records(config, str(path), "train").read())
 
 
 def test_every_format_gives_the_same_rows(tmp_path):
@@ -248,7 +249,7 @@ def test_named_splits_of_a_data_set_are_read(monkeypatch):
         name: Table({"text": f"{name}{i}", "label": "ab"[i % 2]} for i in range(4))
         for name in ("train", "validation", "test")
     }
-    monkeypatch.setattr(rows, "_open_dataset", lambda config, path: splits)
+    monkeypatch.setattr(datasets, "_open_dataset", lambda config, path: splits)
     config = build.build_config(
         {"data": {"source": "datasets", "name": "x"}, "task": {"name": "classification"}}
     )
@@ -634,5 +635,5 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"s.json is not in SQuAD's form"):
         read("squad", tmp_path / "s.json")
     (tmp_path / "p.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(UserError, match=r"p.parquet is no whole parquet file"):
+    with pytest.raises(UserError, match=r"p.parquet is not a complete parquet file"):
         read("parquet", tmp_path / "p.parquet")

@@ -1,0 +1,66 @@
+"""Hugging Face datasets: by name from the hub, or a folder that save_to_disk wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gptjax.config.errors import UserError
+from gptjax.config.schema import DataConfig
+from gptjax.core import files
+from gptjax.data.records import Record, SplitRecords
+
+
+def check(config: DataConfig) -> str:
+    """What the config lacks, or ""."""
+    if config.name or config.path:
+        return ""
+    return (
+        "data.source = 'datasets' needs data.name (a name on the hub) or data.path "
+        "(what save_to_disk wrote)"
+    )
+
+
+def has_eval_split(config: DataConfig) -> bool:
+    """Whether the data set has the split data.eval_split."""
+    splits = _open_dataset(config, config.path)
+    return isinstance(splits, dict) and config.eval_split in splits
+
+
+def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
+    """Raises UserError where there is no such split."""
+    rows = _open_dataset(config, path)
+    name = config.name or path
+    if isinstance(rows, dict):
+        if split not in rows:
+            raise UserError(
+                f"{name} has no split {split!r}: it has {', '.join(rows)}; "
+                "see data.train_split and data.eval_split"
+            )
+        rows = rows[split]
+
+    def read() -> Iterator[Record]:
+        for i, fields in enumerate(rows):
+            yield Record(f"{name} {split} row {i}", dict(fields))
+
+    return SplitRecords(len(rows), files.digest(rows._fingerprint), read)
+
+
+def _open_dataset(config: DataConfig, path: str) -> Any:
+    """A Dataset, or a dict of them by split."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            "data.source = 'datasets' needs Hugging Face's datasets: pip install 'gptjax[datasets]'"
+        ) from None
+    try:
+        if path:
+            return datasets.load_from_disk(str(Path(path).expanduser()))
+        return datasets.load_dataset(*config.name.split(":"))
+    except Exception as error:  # network, name, folder: whatever the package raises
+        reason = (str(error) or repr(error)).splitlines()[0][:200]
+        raise UserError(
+            f"data.source = 'datasets', name {config.name!r}, path {path!r}: {reason}"
+        ) from None

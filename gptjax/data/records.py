@@ -1,0 +1,74 @@
+"""Records with named fields, whatever file they come from.
+
+A reader in `gptjax/data/readers/` opens one split of a data set as `SplitRecords`; tasks make
+examples of its records, and `gptjax.data.sources` makes documents of one of their fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from gptjax.config.errors import UserError
+from gptjax.core.files import decode
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+Item = TypeVar("Item")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One record. where: its place for error messages: file and line, or data set and row."""
+
+    where: str
+    fields: dict[str, Any]
+
+    def text(self, name: str, *, setting: str = "data.field") -> str:
+        """A field as text; a list of texts is joined with spaces.
+
+        setting: the setting that names the field, for error messages. Raises UserError where the
+        field is missing or is no text.
+        """
+        value = self.fields.get(name)
+        if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+            value = " ".join(value)
+        if isinstance(value, bytes):
+            value = decode(value, self.where)
+        if not isinstance(value, str):
+            raise UserError(
+                f"{self.where} has no text under {setting} = {name!r}; "
+                f"fields are {', '.join(map(str, self.fields))}"
+            )
+        if _SURROGATE.search(value):
+            raise UserError(
+                f"{self.where}: {setting} = {name!r} holds half of a UTF-16 pair, which is no "
+                "character; correct or drop the row"
+            )
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRecords:
+    """The records of one split. `read()` gives the same records in the same order each time."""
+
+    count: int
+    fingerprint: str  # a hash of the content
+    read: Callable[[], Iterator[Record]]
+
+
+def subsample_evenly(items: list[Item], limit: int) -> list[Item]:
+    """`limit` of the items, evenly spread over the list; all of them where limit is 0."""
+    if not limit or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def is_held_out(i: int, *, count: int, fraction: float) -> bool:
+    """Whether record `i` of `count` is held out: every n-th is, with n = 1 / fraction."""
+    if not (count and fraction):
+        return False
+    every = min(round(1 / fraction), count)
+    return i % every == every - 1
