@@ -37,10 +37,11 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
 def _read_file(path: Path, columns: list[str]) -> Iterator[Record]:
     tabs = path.name.removesuffix(".gz").endswith((".tsv", ".tab", ".txt"))
     text = (decode(line, f"{path}:{number}") for number, line in read_lines(path))
-    if tabs:  # tabs end a field, whatever quotes stand around them
-        reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(text)
+    reader = csv.reader(
+        text,
+        delimiter="\t" if tabs else ",",
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+    )
     names = columns
     try:
         for values in reader:
