@@ -9,7 +9,7 @@ own rows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import grain
@@ -84,12 +84,14 @@ class Windows:
             )
         return (self.total - 1) // self.length
 
-    def row(self, i: int, shift: int = 0) -> Batch:
-        """A shifted window ends with the split at the latest; an unshifted last one is padded."""
+    def start(self, i: int, shift: int) -> int:
+        """Where row i begins in the split. A shifted row ends with the split at the latest."""
         start = i * self.length
-        if shift:
-            start = min(start + shift, self.total - 1 - self.length)
-        return self.window(start)
+        return min(start + shift, self.total - 1 - self.length) if shift else start
+
+    def row(self, i: int, shift: int = 0) -> Batch:
+        """Row i; an unshifted last one is padded."""
+        return self.window(self.start(i, shift))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int32, across the borders of shards."""
@@ -141,14 +143,24 @@ class _Steps:
     def __len__(self) -> int:
         return 1 << 40
 
+    def draw(self, example: int) -> tuple[int, int]:
+        """(row of the split, shift) of an example, counted from the start of training."""
+        random = np.random.Generator(np.random.Philox(key=(self._seed, example)))
+        return int(self._order[example]), int(random.integers(self._split.length))
+
     def __getitem__(self, step: int) -> Batch:
-        rows = []
-        for row in self._rows:
-            number = step * self._batch_size + row  # counted from the start of training
-            random = np.random.Generator(np.random.Philox(key=(self._seed, number)))
-            shift = int(random.integers(self._split.length))
-            rows.append(self._split.row(int(self._order[number]), shift))
-        return stack(rows)
+        numbers = [step * self._batch_size + row for row in self._rows]
+        return stack([self._split.row(*self.draw(number)) for number in numbers])
+
+
+def window_starts(split: Windows, *, seed: int, examples: Iterable[int]) -> np.ndarray:
+    """Where the windows of these training examples begin in the split, int64.
+
+    examples: step x batch_size + row for a row of a step's global batch, see `train_batches`.
+    """
+    steps = _Steps(split, seed, 1, [0])
+    starts = [split.start(*steps.draw(example)) for example in examples]
+    return np.array(starts, np.int64)
 
 
 def train_batches(

@@ -11,6 +11,8 @@ from conftest import ROOT, TINY, command
 
 from gptjax.tracking.jsonl import read_jsonl
 
+ALL_TEXT = "bigram model of all training text"
+TOKENS_READ = "bigram model of the tokens that the GPT has read"
 QUICK = (
     "--config.train.steps=6",
     "--config.train.eval_every=3",
@@ -87,13 +89,14 @@ def test_a_run_leaves_what_the_contract_says(finished):
     assert "ETA" in stderr
     run = json.loads((workdir / "run.json").read_text())
     assert run["status"] == "finished"
-    assert set(run["baselines"]) == {"xz -9", "token bigram model"}
+    assert set(run["baselines"]) == {"xz -9", ALL_TEXT, TOKENS_READ}
 
 
 def test_the_report_is_one_file_with_curves_and_baselines(finished):
     page = (finished[0] / "report.html").read_text()
     assert page.count("<svg") >= 3
-    for part in ("xz -9", "token bigram model", "this model", "Sample at step 6", "model.layers"):
+    names = ("xz -9", ALL_TEXT, TOKENS_READ, "this model")
+    for part in (*names, "Sample at step 6", "model.layers"):
         assert part in page
     assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
 
