@@ -27,7 +27,6 @@ completions. Without groups nothing cancels: there logs are per UTF-8 byte.
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -37,6 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.config.errors import UserError, unknown_name
+from gptjax.core import pages
 
 PROBES = Path(__file__).with_name("probes.json")
 
@@ -418,16 +418,7 @@ def to_text(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_STYLE = """:root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}
-table{border-collapse:collapse}td,th{padding:.25em .8em;text-align:left;border-bottom:1px solid #8888;font-variant-numeric:tabular-nums}"""
-
-
 def to_html(report: Report) -> str:
-    """A page of its own: nothing is fetched, and every text is escaped."""
-    line = lambda cells, tag: (
-        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-    )
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Probes</title><style>{_STYLE}</style><h1>Bias and safety probes</h1>'
-    for title, (heads, *rows) in _tables(report):
-        page += f"<h2>{html.escape(title)}</h2><table>{line(heads, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
-    return page + "</html>\n"
+    """The tables as a page of its own: nothing is fetched, and every text is escaped."""
+    tables = _tables(report)
+    return pages.render(Path(__file__).with_name("templates"), "probes.html", tables=tables)

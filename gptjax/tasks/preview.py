@@ -7,17 +7,13 @@ In the terminal learned tokens stand on green, a token that carries a label on y
 
 from __future__ import annotations
 
-import html
+from pathlib import Path
 
+from gptjax.core import pages
 from gptjax.tasks.base import Example
 from gptjax.tokenizer.base import Tokenizer
 
 _COLOURS = {"seen": "\033[2m", "learned": "\033[30;42m", "label": "\033[30;43m"}
-
-
-_STYLE = """body{font:15px/1.9 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
-span{white-space:pre-wrap;border-right:1px solid #8884;padding:.1em 0}.learned{background:#2da44e;color:#fff}.label{background:#bf8700;color:#fff}.seen{opacity:.75}
-p.about{font-size:.85em;opacity:.7;margin-bottom:.2em}"""
 
 
 def pieces(tokenizer: Tokenizer, example: Example) -> list[tuple[str, str]]:
@@ -65,15 +61,6 @@ def to_terminal(tokenizer: Tokenizer, example: Example, *, colour: bool) -> str:
 
 
 def to_html(tokenizer: Tokenizer, examples: list[Example]) -> str:
-    parts = []
-    for example in examples:
-        spans = "".join(
-            f'<span class="{kind}">{html.escape(text)}</span>'
-            for text, kind in pieces(tokenizer, example)
-        )
-        parts.append(f'<p class="about">{html.escape(about(example))}</p><div>{spans}</div>')
-    body = (
-        '<p><span class="learned">learned</span> <span class="label">carries the label</span> <span class="seen">seen</span></p>'
-        + "".join(parts)
-    )
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>examples</title><style>{_STYLE}</style>{body}</html>'
+    """The examples as a page of its own: nothing is fetched, and every text is escaped."""
+    titled = [(about(example), pieces(tokenizer, example)) for example in examples]
+    return pages.render(Path(__file__).with_name("templates"), "preview.html", examples=titled)
