@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 from gptjax.config.model_config import ModelConfig
+from gptjax.config.optim_config import OptimConfig
 from gptjax.config.setting import setting
 
 # tables of other folders whose rows are the choices of a setting (see `setting.load_table`)
@@ -215,50 +216,6 @@ class LoraConfig:
     def on(self) -> bool:
         """Whether anything is frozen and something else is trained in its place."""
         return bool(self.rank or self.prompt_tokens)
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """The optimizer and its schedule."""
-
-    name: str = setting(
-        "adamw",
-        "Optimizer; muon uses Muon for the matrices of the blocks and Adam for the rest.",
-        choices=("adamw", "muon"),
-    )
-    lr: float = setting(1e-3, "Peak learning rate.", low=1e-12)
-    muon_lr: float = setting(0.02, "muon: peak learning rate of the matrices.", low=0.0)
-    schedule: str = setting(
-        "cosine",
-        "Shape of the learning rate after the warmup; wsd is constant, then falls to the end.",
-        choices=("cosine", "linear", "wsd", "constant"),
-    )
-    warmup_steps: int = setting(100, "Steps of linear warmup.", low=0)
-    min_lr_ratio: float = setting(0.1, "Last learning rate divided by the peak.", low=0.0, high=1.0)
-    decay_fraction: float = setting(
-        0.2, "wsd: fraction of the steps after the warmup that decay.", low=0.0, high=1.0
-    )
-    weight_decay: float = setting(0.1, "Decoupled weight decay.", low=0.0)
-    b1: float = setting(0.9, "Decay rate of the first moment.", low=0.0, high=0.9999)
-    b2: float = setting(0.95, "Decay rate of the second moment.", low=0.0, high=0.999999)
-    eps: float = setting(1e-8, "Epsilon of Adam.", low=1e-20)
-    max_grad_norm: float = setting(
-        1.0, "Gradients are scaled down to this global norm; 0 = off.", low=0.0
-    )
-    no_decay: tuple[str, ...] = setting(
-        (".*/bias", ".*/scale"),
-        "Patterns (regular expressions) of the paths of parameters without weight decay.",
-    )
-    freeze: tuple[str, ...] = setting(
-        (), "Patterns (regular expressions) of the paths of parameters that are not trained."
-    )
-    layerwise_lr_decay: float = setting(
-        1.0,
-        "Learning rate of each layer divided by that of the layer above it; the head has the full "
-        "rate.",
-        low=0.01,
-        high=1.0,
-    )
 
 
 @dataclasses.dataclass(frozen=True)

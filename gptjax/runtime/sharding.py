@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.core import tree
-from gptjax.core.types import Batch
+from gptjax.core.types import Batch, TrainState
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = P(("data", "fsdp"), "context")  # of arrays [B, T]
@@ -40,21 +40,53 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def spec_of(path: str) -> P:
-    """Mesh axes of a parameter, or of a moment of it in the optimizer's state (its path ends in the
-    parameter's). Raises ValueError for a parameter that no row of `RULES` matches.
+def param_path(path: str) -> str:
+    """The parameter that a path of a TrainState is about: its own, or the end of a moment's path.
+
+    "" for counters and keys.
     """
     for start in ("embed/", "head/", "blocks/", "final_norm/", "score/"):
         if (at := f"/{path}".rfind(f"/{start}")) >= 0:
-            return tree.first_match(RULES, path[at:])
-    return P()  # counters, keys
+            return path[at:]
+    return ""
+
+
+def reduced_spec(
+    spec: P, param: tuple[int, ...], moment: tuple[int, ...], *, first: bool = False
+) -> P:
+    """Mesh axes of a moment with one axis less than its parameter, such as Adafactor's.
+
+    param, moment: shapes; spec: of the parameter. Of several axes that may be the missing one,
+    the last is taken, or the `first`. A moment of any other shape, a placeholder, is replicated.
+    """
+    axes = [i for i in range(len(param)) if param[:i] + param[i + 1 :] == moment]
+    if not axes:
+        return P()
+    missing = axes[0] if first else axes[-1]
+    full = [*spec, *[None] * (len(param) - len(spec))]
+    return P(*full[:missing], *full[missing + 1 :])
 
 
 def shardings(mesh: Mesh, shapes: Any) -> Any:
-    """NamedSharding for each leaf of a TrainState or parameter tree."""
-    return tree.map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec_of(path) if leaf.ndim else P()), shapes
-    )
+    """NamedSharding for each leaf of a TrainState or parameter tree.
+
+    A moment in the optimizer's state is split as its parameter is. Raises ValueError for a
+    parameter that no row of `RULES` matches.
+    """
+    params = tree.flatten(shapes.params) if isinstance(shapes, TrainState) else {}
+
+    def sharding_of(path: str, leaf: Any) -> NamedSharding:
+        name = param_path(path)
+        if not leaf.ndim or not name:
+            return NamedSharding(mesh, P())
+        spec, param = tree.first_match(RULES, name), params.get(name)
+        if param is not None and leaf.shape != param.shape:
+            # Optax takes means over the longest axis for rows and over the second longest for
+            # columns; of axes of equal length, the last counts as the longest.
+            spec = reduced_spec(spec, param.shape, leaf.shape, first="/v_col/" in path)
+        return NamedSharding(mesh, spec)
+
+    return tree.map_with_path(sharding_of, shapes)
 
 
 def with_shardings(mesh: Mesh, shapes: Any) -> Any:

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from gptjax.checkpoints import pretrained
 from gptjax.config import checks, schema
 from gptjax.config.errors import UserError
+from gptjax.config.optim_config import Rate
 from gptjax.config.schema import Config, ModelConfig
 from gptjax.core import files
 from gptjax.core.types import Batch, Params, TrainState
@@ -62,7 +63,7 @@ class TrainPlan:
     mesh: jax.sharding.Mesh
     platform: str  # of the mesh's devices: cpu, gpu, tpu
     optimizer: optax.GradientTransformation
-    schedule: optim.Schedule  # step -> learning rate
+    schedule: Rate  # step -> learning rate
     # Shapes, dtypes and shardings (jax.ShapeDtypeStruct) of the three arguments of a step.
     state_shapes: TrainState
     frozen_shapes: Params
