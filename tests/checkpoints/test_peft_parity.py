@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import FAMILIES, byte_level_tokenizer, make_config, random_params, tiny_checkpoint
-from test_lora import adapters_for, config_for
+from helpers import adapter_config, adapters_for
 
 import gptjax
 from gptjax.checkpoints import formats, peft
@@ -72,7 +72,7 @@ def test_a_classifier_has_equal_logits_there(tmp_path, family):
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
 def test_our_adapters_load_in_peft(tmp_path, family, dora):
-    config = config_for(family, rank=3, alpha=5.0, dora=dora)
+    config = adapter_config(family, rank=3, alpha=5.0, dora=dora)
     base = tiny_checkpoint(family, vocab=264)
     trained = adapters_for(config, base.params)
     formats.write_checkpoint(tmp_path / "base", base)

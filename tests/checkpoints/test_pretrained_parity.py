@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SHARED, byte_level_tokenizer, tiny_checkpoint
-from test_pretrained import TEMPLATE
+from helpers import CHATML_BY_EXPRESSIONS
 from tokenizers import pre_tokenizers
 
 import gptjax
@@ -345,7 +345,7 @@ def test_smollm2_tokenizer_equals_its_reference():
     "content", ["hello", "  spaces \n\n", "in the 中文 é", "{{ not a template }}"]
 )
 def test_chat_templates_equal_theirs(content):
-    tokenizer = byte_level_tokenizer(TEMPLATE)
+    tokenizer = byte_level_tokenizer(CHATML_BY_EXPRESSIONS)
     theirs = T.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer._control, eos_token="<|im_end|>", bos_token="<|endoftext|>"
     )
@@ -356,7 +356,10 @@ def test_chat_templates_equal_theirs(content):
     ]
     for flag in (True, False):
         expected = theirs.apply_chat_template(
-            messages, chat_template=TEMPLATE, add_generation_prompt=flag, return_dict=False
+            messages,
+            chat_template=CHATML_BY_EXPRESSIONS,
+            add_generation_prompt=flag,
+            return_dict=False,
         )
         assert chat_template.encode(tokenizer, messages, add_generation_prompt=flag) == list(
             expected
@@ -365,13 +368,13 @@ def test_chat_templates_equal_theirs(content):
 
 def test_an_export_opens_with_its_tokenizer(tmp_path):
     checkpoint = tiny_checkpoint(
-        "llama", tokenizer=byte_level_tokenizer(TEMPLATE), keep={"eos_token_id": 263}
+        "llama", tokenizer=byte_level_tokenizer(CHATML_BY_EXPRESSIONS), keep={"eos_token_id": 263}
     )
     formats.write_checkpoint(tmp_path / "out", checkpoint)
     tokenizer = T.AutoTokenizer.from_pretrained(tmp_path / "out")
     net = T.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert tokenizer("the cat in").input_ids == checkpoint.tokenizer.encode("the cat in")
-    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer.chat_template == CHATML_BY_EXPRESSIONS
     assert net.generation_config.eos_token_id == 263
     assert isinstance(checkpoint.tokenizer, PretrainedTokenizer)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, make_config
+from helpers import run_steps
 
 from gptjax.checkpoints import store
 from gptjax.checkpoints.store import Checkpoints
@@ -21,9 +22,7 @@ from gptjax.training.setup import make_plan
 
 
 def trained(config, devices=None, n=2):
-    from test_step import run
-
-    _, state, _, mesh = run(config, devices, n)
+    _, state, _, mesh = run_steps(config, devices, n)
     return state, mesh
 
 

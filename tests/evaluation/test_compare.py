@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from conftest import byte_level_tokenizer, random_params, tiny_checkpoint
-from test_loading import TEMPLATE, config_for, write_jsonl
+from helpers import CHATML, task_config, write_jsonl
 
 from gptjax import evaluate
 from gptjax.config.errors import UserError
@@ -49,7 +49,7 @@ def classify(tmp_path, **task):
         for label in ("bad", "good")
         for text in ("the", "in", "a", "b")
     ]
-    return config_for(
+    return task_config(
         write_jsonl(tmp_path / "rows.jsonl", rows),
         task=dict(name="classification", **task),
         data=dict(eval_fraction=0.5),
@@ -92,7 +92,7 @@ def test_a_head_and_a_language_model_answer_side_by_side(tmp_path, known):
     comparison.compare(
         config, ["head", "text"], path=str(write_jsonl(tmp_path / "long.jsonl", long))
     )
-    numbers = config_for(
+    numbers = task_config(
         write_jsonl(tmp_path / "n.jsonl", [{"text": "x", "label": i} for i in range(4)]),
         task=dict(name="regression"),
         data=dict(eval_fraction=0.5),
@@ -103,7 +103,7 @@ def test_a_head_and_a_language_model_answer_side_by_side(tmp_path, known):
 
 def translate(tmp_path, sources, **task):
     rows = [{"source": text, "target": "the"} for text in sources]
-    return config_for(
+    return task_config(
         write_jsonl(tmp_path / "rows.jsonl", rows),
         task=dict(name="translation", max_new_tokens=8, **task),
         data=dict(eval_fraction=0.5),
@@ -174,7 +174,7 @@ def test_what_training_accepts_is_accepted_and_baselines_see_all_of_it(tmp_path,
         {"text": "x" * 90 if label == "good" else "y", "label": label}
         for label in ("good",) * 12 + ("bad",) * 4
     ]
-    config = config_for(
+    config = task_config(
         write_jsonl(tmp_path / "long.jsonl", rows),
         task=dict(name="classification", truncation="cut_end"),
         data=dict(eval_fraction=0.25),
@@ -232,7 +232,7 @@ def test_an_answer_does_not_depend_on_what_is_answered_beside_it(tmp_path, capsy
 
 def test_a_prompt_is_cut_alike_whatever_the_right_answer(tmp_path):
     rows = [{"document": "0123456789" * 10, "summary": "s" * n} for n in (1, 20)]
-    config = config_for(
+    config = task_config(
         write_jsonl(tmp_path / "rows.jsonl", rows),
         task=dict(name="summarization", truncation="cut_end"),
     )
@@ -271,11 +271,11 @@ def test_answers_end_at_stop_texts_and_are_taken_from_the_text(tmp_path, monkeyp
 
 
 def test_open_text_has_distinct_and_repetition_without_intervals(tmp_path, known):
-    known["a"] = handle(tokenizer=byte_level_tokenizer(TEMPLATE))
+    known["a"] = handle(tokenizer=byte_level_tokenizer(CHATML))
     rows = [
         {"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "in"}]}
     ] * 4
-    config = config_for(
+    config = task_config(
         write_jsonl(tmp_path / "rows.jsonl", rows),
         task=dict(name="chat", max_new_tokens=4),
         data=dict(eval_fraction=0.5),
@@ -291,7 +291,7 @@ def test_open_text_has_distinct_and_repetition_without_intervals(tmp_path, known
 
 
 def test_what_cannot_be_compared_is_said_before_any_work(tmp_path, known, monkeypatch):
-    config = config_for(
+    config = task_config(
         "", data=dict(source="sotu", path=""), task=dict(name="classification", label="era")
     )
     with pytest.raises(UserError, match="'sotu' is one corpus without files"):

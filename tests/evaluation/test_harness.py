@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT, byte_level_tokenizer, tiny_checkpoint
-from test_pretrained import TEMPLATE
+from helpers import CHATML_BY_EXPRESSIONS
 
 from gptjax.config.errors import UserError
 from gptjax.generation.language_model import LanguageModel
@@ -31,7 +31,7 @@ def harness():
     return harness
 
 
-def handle(template=TEMPLATE):
+def handle(template=CHATML_BY_EXPRESSIONS):
     source = tiny_checkpoint(tokenizer=byte_level_tokenizer(template))
     return LanguageModel(source.config, source.params, source.tokenizer, source=source)
 
@@ -111,7 +111,7 @@ def test_a_task_runs_without_torch_and_transformers(harness, tmp_path):
         "print(found['results']['local']['bits_per_byte,none'], found['n-samples']['local']['effective'], 'torch' in sys.modules)\n"
     )
     settings = {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/evaluation'}:{ROOT / 'tests/checkpoints'}",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/evaluation'}",
         "HF_HOME": str(tmp_path / "hf"),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 from conftest import byte_level_tokenizer
-from test_pretrained import TEMPLATE
+from helpers import CHATML_BY_EXPRESSIONS
 
 import gptjax
 from gptjax.evaluation.harness import GptjaxLM, evaluate_tasks
@@ -67,7 +67,7 @@ def spaced_tokenizer():
         "eos_token": "</s>",
         "bos_token": "<s>",
         "unk_token": "<unk>",
-        "chat_template": TEMPLATE,
+        "chat_template": CHATML_BY_EXPRESSIONS,
     }
     return PretrainedTokenizer(
         {**content, "tokenizer_config.json": json.dumps(settings).encode()}, [2]
@@ -76,7 +76,9 @@ def spaced_tokenizer():
 
 def checkpoint(name, folder):
     """A random model that often writes its end token (and, as a Llama, words behind a space), with a tokenizer that both sides read."""
-    tokenizer = byte_level_tokenizer(TEMPLATE) if name == "gpt2" else spaced_tokenizer()
+    tokenizer = (
+        byte_level_tokenizer(CHATML_BY_EXPRESSIONS) if name == "gpt2" else spaced_tokenizer()
+    )
     size = dict(vocab_size=tokenizer.vocab_size, bos_token_id=None, eos_token_id=tokenizer.eot)
     torch.manual_seed(0)
     if name == "gpt2":
@@ -244,7 +246,7 @@ def test_generate_until(both):
 
 def test_chat_templates(both):
     ours, theirs = both
-    assert ours.chat_template(True) == theirs.chat_template(True) == TEMPLATE
+    assert ours.chat_template(True) == theirs.chat_template(True) == CHATML_BY_EXPRESSIONS
     for last in ("the cat", "the cat  ", " <|im_end|>"):
         talk = [
             {"role": "system", "content": "be brief"},
@@ -257,7 +259,7 @@ def test_chat_templates(both):
         "m['content'] | trim",
         "raise_exception('no') if m['role'] == 'system' else m['content']",
     ):
-        template = TEMPLATE.replace("m['content']", f"({body})")
+        template = CHATML_BY_EXPRESSIONS.replace("m['content']", f"({body})")
         before = ours.tokenizer.chat_template, theirs.tokenizer.chat_template
         try:
             ours.tokenizer.chat_template = theirs.tokenizer.chat_template = template

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FAMILIES, byte_level_tokenizer, make_config, random_params, tiny_checkpoint
-from test_step import batch_for
+from helpers import adapter_config, adapters_for, batch_for
 
 from gptjax.checkpoints import formats, peft, pretrained, safetensors, store
 from gptjax.config.errors import UserError
@@ -28,31 +28,14 @@ from gptjax.training import step as train_step
 TOKENS = np.arange(20)[None] % 250
 
 
-def config_for(family="llama", **adapters):
-    return make_config(
-        model=dict(vocab_size=264, context=64, **FAMILIES[family]),
-        lora=dict(adapters),
-        train=dict(init_from="base"),
-    )
-
-
 def logits(config, params):
     x, _ = transformer.apply(config.model, params, jnp.asarray(TOKENS))
     return np.asarray(head.unembed(config.model, params, x))
 
 
-def adapters_for(config, base, *, scale=0.05):
-    """Adapters with every leaf away from its start."""
-    new = lora.init(config.model, config.lora, jax.random.key(1), base)
-    random = np.random.default_rng(2)
-    return jax.tree.map(
-        lambda p: p + scale * random.standard_normal(p.shape).astype(np.float32), new
-    )
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_new_adapters_are_the_base_exactly(family):
-    config = config_for(family, rank=3)
+    config = adapter_config(family, rank=3)
     base = random_params(config.model)
     whole = lora.apply_adapter(
         config.lora, base, lora.init(config.model, config.lora, jax.random.key(0), base)
@@ -63,7 +46,7 @@ def test_new_adapters_are_the_base_exactly(family):
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 def test_merged_equals_unmerged(family, dora):
-    config = config_for(family, rank=3, alpha=5.0, dora=dora)
+    config = adapter_config(family, rank=3, alpha=5.0, dora=dora)
     base = random_params(config.model)
     trained = adapters_for(config, base)
     beside, merged = (
@@ -75,7 +58,7 @@ def test_merged_equals_unmerged(family, dora):
 
 
 def test_targets_choose_layers_and_wrong_ones_are_named():
-    config = config_for("gpt2", rank=2, targets=[".*/attn/qkv"])
+    config = adapter_config("gpt2", rank=2, targets=[".*/attn/qkv"])
     base = random_params(config.model)
     assert set(tree.flatten(lora.init(config.model, config.lora, jax.random.key(0), base))) == {
         f"blocks/attn/qkv/lora_{x}" for x in "ab"
@@ -155,7 +138,7 @@ def test_adapters_are_equal_on_every_mesh():
 
 
 def test_int8_base_stays_near_the_float_one():
-    config = config_for("llama", rank=2, base="int8")
+    config = adapter_config("llama", rank=2, base="int8")
     base = random_params(config.model)
     trained = adapters_for(config, base)
     rough = logits(
@@ -177,7 +160,7 @@ def test_int8_base_stays_near_the_float_one():
 
 def test_prompts_stand_before_each_segment_and_in_generation():
     """A prompt of embeddings of real tokens is those tokens."""
-    config = dataclasses.replace(config_for("llama"), lora=LoraConfig(prompt_tokens=3))
+    config = dataclasses.replace(adapter_config("llama"), lora=LoraConfig(prompt_tokens=3))
     base = random_params(config.model)
     ids = np.array([5, 9, 200])
     prompted = lora.apply_adapter(
@@ -198,7 +181,7 @@ def test_prompts_stand_before_each_segment_and_in_generation():
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_peft_files_come_back(tmp_path, family, dora):
-    config = config_for(family, rank=3, alpha=5.0, dora=dora)
+    config = adapter_config(family, rank=3, alpha=5.0, dora=dora)
     base = random_params(config.model)
     trained = adapters_for(config, base)
     peft.write_adapter(tmp_path / "a", config.model, config.lora, trained, "somewhere")
@@ -216,7 +199,7 @@ def test_peft_files_come_back(tmp_path, family, dora):
 def test_a_handle_takes_several_adapters(tmp_path):
     base = tiny_checkpoint("llama", vocab=264, tokenizer=byte_level_tokenizer())
     lm = LanguageModel(base.config, base.params, base.tokenizer)
-    config = config_for("llama", rank=2)
+    config = adapter_config("llama", rank=2)
     for k, name in enumerate(("one", "two")):
         peft.write_adapter(
             tmp_path / name,
@@ -241,7 +224,7 @@ def test_a_handle_takes_several_adapters(tmp_path):
 def test_adapters_need_no_second_reading_of_a_stored_base(tmp_path, monkeypatch):
     base, config = (
         tiny_checkpoint("llama", tokenizer=byte_level_tokenizer()),
-        config_for("llama", rank=2),
+        adapter_config("llama", rank=2),
     )
     formats.write_checkpoint(tmp_path / "base", base)
     peft.write_adapter(
@@ -266,7 +249,7 @@ def test_adapters_need_no_second_reading_of_a_stored_base(tmp_path, monkeypatch)
 
 
 def test_wrong_adapters_are_refused(tmp_path):
-    config = config_for("llama", rank=2)
+    config = adapter_config("llama", rank=2)
     base = random_params(config.model)
     peft.write_adapter(tmp_path / "a", config.model, config.lora, adapters_for(config, base), "x")
     other = make_config(
@@ -275,7 +258,7 @@ def test_wrong_adapters_are_refused(tmp_path):
     with pytest.raises(UserError, match="do not fit a layer of"):
         peft.read_adapter(tmp_path / "a", other)
     with pytest.raises(UserError, match="fit no layer of this gpt2 model"):
-        peft.read_adapter(tmp_path / "a", config_for("gpt2", rank=2).model)
+        peft.read_adapter(tmp_path / "a", adapter_config("gpt2", rank=2).model)
     raw = json.loads((tmp_path / "a" / peft.CONFIG).read_text())
     (tmp_path / "a" / peft.CONFIG).write_text(json.dumps({**raw, "peft_type": "IA3"}))
     with pytest.raises(UserError, match="'IA3'"):
@@ -289,7 +272,7 @@ def test_peft_files_of_other_makers(tmp_path):
     """alpha by patterns, DoRA on some parts of a layer, a head beside prompt vectors."""
     from safetensors.numpy import load_file, save_file
 
-    config = config_for("llama", rank=2, alpha=8.0)
+    config = adapter_config("llama", rank=2, alpha=8.0)
     base = random_params(config.model)
     peft.write_adapter(tmp_path / "a", config.model, config.lora, adapters_for(config, base), "x")
     _, plain = peft.read_adapter(tmp_path / "a", config.model)

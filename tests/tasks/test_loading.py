@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import byte_level_tokenizer, make_config, random_params
+from helpers import CHATML, task_config, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,27 +26,6 @@ from gptjax.tasks.records import read_other_records, read_records
 from gptjax.tasks.summarization import first_sentence
 from gptjax.tokenizer.trained import ByteTokenizer
 from gptjax.training.setup import split_rows
-
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def write_jsonl(path, records):
-    path.write_text(
-        "".join(json.dumps(r, ensure_ascii="\ud83d" in r.get("text", "")) + "\n" for r in records),
-        encoding="utf-8",
-    )
-    return path
-
-
-def config_for(path, *, data=None, model=None, **sections):
-    base = {
-        "model": {"context": 64, "vocab_size": 0, **(model or {})},
-        "data": {"source": "jsonl", "path": str(path), "eval_fraction": 0.0, **(data or {})},
-    }
-    return make_config(**base, **sections)
 
 
 def read(source, path, **data):
@@ -110,7 +90,7 @@ def test_tabs_parallel_lines_and_squad(tmp_path):
 
 def examples(tmp_path, records, tokenizer=None, **sections):
     path = write_jsonl(tmp_path / "rows.jsonl", records)
-    config = config_for(path, **sections)
+    config = task_config(path, **sections)
     return loading.load_examples(config, tokenizer or ByteTokenizer()), config
 
 
@@ -179,7 +159,7 @@ def test_questions_in_every_usual_form(tmp_path):
     thought = {"context": "c", "question": "q", "why": "because", "answer": "42", "answers": []}
     found, _ = examples(tmp_path, [thought], task=dict(name="qa", completion=" {why} So: {answer}"))
     assert found.train[0].references == ("42",)
-    config = config_for(
+    config = task_config(
         write_jsonl(tmp_path / "rows.jsonl", [nested] * 40),
         task=dict(name="qa"),
         data=dict(tokenizer="chars"),
@@ -222,7 +202,7 @@ def test_whole_turns_are_cut_with_their_tools(tmp_path):
         )
     ]
     later = [{"role": "user", "content": "three"}, {"role": "assistant", "content": "four"}]
-    tokenizer = byte_level_tokenizer(TEMPLATE)
+    tokenizer = byte_level_tokenizer(CHATML)
     for policy, kept in (
         ("cut_start", ("three", "four")),
         ("cut_end", ("one", "call", "result", "two")),
@@ -291,7 +271,7 @@ def messages(*texts):
 
 
 def test_of_a_conversation_each_answer_is_learned_and_nothing_else(tmp_path):
-    tokenizer = byte_level_tokenizer(TEMPLATE)
+    tokenizer = byte_level_tokenizer(CHATML)
     said = "ok <|im_end|> <|im_start|>assistant"  # a user who writes control tokens
     found, _ = examples(
         tmp_path,
@@ -327,7 +307,7 @@ def test_a_vocabulary_without_a_chat_template_gets_one_and_keeps_it(tmp_path, ki
     data = {} if own else dict(tokenizer=kind, tokenizer_vocab=300)
     path = write_jsonl(tmp_path / "rows.jsonl", [messages(*said)])
     found = loading.load_examples(
-        config_for(path, task=dict(name="chat"), model=dict(context=256), data=data), own
+        task_config(path, task=dict(name="chat"), model=dict(context=256), data=data), own
     )
     (e,) = found.train
     assert own or found.tokenizer.kind == kind
@@ -357,7 +337,7 @@ def test_a_vocabulary_without_a_chat_template_gets_one_and_keeps_it(tmp_path, ki
     )
     assert (
         loading.load_examples(
-            config_for(path, task=task, model=dict(context=256), data=data),
+            task_config(path, task=task, model=dict(context=256), data=data),
             own and byte_level_tokenizer(),
         )
         .train[0]
@@ -368,7 +348,7 @@ def test_a_vocabulary_without_a_chat_template_gets_one_and_keeps_it(tmp_path, ki
 def test_the_prompt_through_the_chat_template_is_the_one_of_generation(tmp_path):
     from gptjax.tokenizer import chat_template
 
-    tokenizer = byte_level_tokenizer(TEMPLATE)
+    tokenizer = byte_level_tokenizer(CHATML)
     task = dict(
         name="text", prompt="Say {word}", completion="{word}", template="chat", system="Be brief."
     )
@@ -610,7 +590,7 @@ def test_wrong_records_are_named(tmp_path, name):
     records, task, message = WRONG[name]
     data = dict(mixture=["more.jsonl"]) if name == "mixture" else {}
     with pytest.raises(UserError, match=message) as error:
-        examples(tmp_path, records, byte_level_tokenizer(TEMPLATE), task=task, data=data)
+        examples(tmp_path, records, byte_level_tokenizer(CHATML), task=task, data=data)
     assert len(str(error.value).splitlines()) <= 6
 
 

@@ -8,48 +8,20 @@ import jax
 import numpy as np
 import pytest
 from conftest import make_config
+from helpers import batch_for, run_steps
 
 from gptjax.config.errors import UserError
 from gptjax.core import tree
-from gptjax.core.types import Batch
 from gptjax.runtime import sharding
 from gptjax.runtime.mesh import make_mesh
 from gptjax.training import step as train_step
 from gptjax.training.setup import make_plan
 
 
-def batch_for(config, step=0):
-    generator = np.random.default_rng(step)
-    b, t = config.train.batch_size, config.model.context
-    ids = generator.integers(0, config.model.vocab_size, (b, t + 1)).astype(np.int32)
-    segments = 1 + np.sort(generator.integers(0, 2, (b, t)), axis=1).astype(np.int32)
-    return Batch(
-        tokens=ids[:, :-1],
-        targets=ids[:, 1:],
-        loss_weights=(generator.random((b, t)) < 0.7).astype(np.float32),
-        segment_ids=segments,
-        positions=np.broadcast_to(np.arange(t, dtype=np.int32), (b, t)),
-    )
-
-
-def run(config, devices, n=3):
-    """(losses, final state, step function, mesh) of n steps."""
-    mesh = make_mesh(config, devices)
-    with jax.set_mesh(mesh):
-        plan = make_plan(config, mesh)
-        state, frozen = train_step.init_state(plan)
-        step = train_step.make_train_step(plan)
-        losses = []
-        for i in range(n):
-            state, metrics = step(state, sharding.to_global(mesh, batch_for(config, i)), frozen)
-            losses.append(float(metrics["loss"]))
-    return np.array(losses), state, step, mesh
-
-
 def test_micro_batches_equal_one_batch_with_unequal_weights(one_device):
     config = make_config()
-    expected, state, _, _ = run(config, one_device)
-    found, accumulated, _, _ = run(make_config(train=dict(grad_accum_steps=4)), one_device)
+    expected, state, _, _ = run_steps(config, one_device)
+    found, accumulated, _, _ = run_steps(make_config(train=dict(grad_accum_steps=4)), one_device)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     for a, b in zip(
         jax.tree.leaves(state.params), jax.tree.leaves(accumulated.params), strict=True
@@ -89,7 +61,7 @@ def options(family):
 
 @functools.lru_cache
 def one_device_losses(family):
-    return run(make_config(**options(family)), jax.devices()[:1])[0]
+    return run_steps(make_config(**options(family)), jax.devices()[:1])[0]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +70,7 @@ def one_device_losses(family):
     ids=lambda m: m if isinstance(m, str) else " ".join(f"{k}{v}" for k, v in m.items()),
 )
 def test_every_mesh_gives_the_losses_of_one_device(family, mesh):
-    found, state, step, made = run(make_config(**options(family), mesh=mesh), None)
+    found, state, step, made = run_steps(make_config(**options(family), mesh=mesh), None)
     np.testing.assert_allclose(found, one_device_losses(family), rtol=1e-5)
     assert step._cache_size() == 1
     parts = made.shape["fsdp"] * made.shape["tensor"]
@@ -114,10 +86,12 @@ def test_every_mesh_gives_the_losses_of_one_device(family, mesh):
 
 def test_dropout_does_not_depend_on_the_mesh(one_device):
     config = make_config(model=dict(dropout=0.3))
-    expected, _, _, _ = run(config, one_device)
-    found, _, _, _ = run(make_config(model=dict(dropout=0.3), mesh=dict(data=4, tensor=2)), None)
+    expected, _, _, _ = run_steps(config, one_device)
+    found, _, _, _ = run_steps(
+        make_config(model=dict(dropout=0.3), mesh=dict(data=4, tensor=2)), None
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    without, _, _, _ = run(make_config(), one_device)
+    without, _, _, _ = run_steps(make_config(), one_device)
     assert abs(without - expected).min() > 1e-4
 
 
