@@ -1,4 +1,11 @@
-"""TODO docstring."""
+"""Shows which tokens of the examples are seen and which are learned, before any training.
+
+    python -m gptjax.data.preview --config=configs/finetune_eras.py
+        [--count=5] [--split=train] [--html=FILE]
+
+In the terminal learned tokens are on green, a token that carries a label on yellow; --html writes
+the same as a page.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +29,8 @@ def main(argv: list[str]) -> None:
     args = cli.parse(argv, __doc__, flags, required=("config",))
     if not args.config.task.name:
         raise UserError(
-            "the config has no task.name, so it has no examples: its documents are learned whole"
+            "the config has no task.name, so it has no examples: "
+            "every token of its documents is learned"
         )
     if args["split"] not in ("", "train", "eval"):
         raise UserError(f"--split={args['split']}: must be train or eval")

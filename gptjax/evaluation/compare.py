@@ -24,8 +24,8 @@ from gptjax.generation.language_model import LanguageModel
 from gptjax.metrics.bootstrap import Metric
 from gptjax.tasks import loading, records
 from gptjax.tasks.base import Answer, Example
+from gptjax.tasks.rendering import names_in
 from gptjax.tasks.table import task_of
-from gptjax.tasks.templates import names_in
 
 _NO_LIMIT = 1 << 30  # tokens: longer than any example
 

@@ -1,4 +1,4 @@
-"""What a task is made of: examples, answers, and the `Task` in which all that is special stands.
+"""What a task consists of: examples, answers, and a `Task` that says all that is special.
 
 To add a task, write a file with a `Task` at its end and add a row to TASKS in `tasks/table.py`.
 Nothing else names it: training, evaluation and the checks of the config ask the `Task`.

@@ -53,9 +53,9 @@ def messages_of(config: TaskConfig, row: Record) -> list[Message]:
     previous = ""
     for i, message in enumerate(messages):
         if not _is_message(message):
-            shown = str(dict(message) if isinstance(message, Mapping) else message)
+            text = str(dict(message) if isinstance(message, Mapping) else message)
             raise UserError(
-                f"{row.where}: message {i} is {shown[:60]!r}: "
+                f"{row.where}: message {i} is {text[:60]!r}: "
                 "each is {'role': ..., 'content': text}"
             )
         role = message["role"]
@@ -97,11 +97,9 @@ def make_example(rendering: Rendering, row: Record) -> Example | None:
             break
         if budget.policy == "drop":
             return None
-        shorter = _without_a_turn(
-            messages,
-            # in evaluation the last answer is what the model is asked for
-            from_end=budget.policy == "cut_end" and not budget.answer,
-        )
+        # in evaluation the last answer must stay: the model writes it
+        from_end = budget.policy == "cut_end" and not budget.answer
+        shorter = _without_a_turn(messages, from_end=from_end)
         if budget.policy == "refuse" or not shorter:
             raise UserError(
                 f"{row.where} needs {needed} tokens and a row holds {budget.length}:\n"

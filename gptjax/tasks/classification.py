@@ -17,7 +17,7 @@ from gptjax.data.records import Record
 from gptjax.metrics import classification as classification_metrics
 from gptjax.metrics.bootstrap import Metric
 from gptjax.tasks.base import Answer, AnsweredBy, Baselines, Example, Rendering, Task
-from gptjax.tasks.templates import completion_example, fill_template, head_example
+from gptjax.tasks.rendering import completion_example, fill_template, head_example
 
 
 def label_of(config: TaskConfig, row: Record) -> str:

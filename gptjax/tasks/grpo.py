@@ -19,7 +19,7 @@ from gptjax.data.records import Record
 from gptjax.metrics import text as text_metrics
 from gptjax.metrics.bootstrap import Metric, mean_metric
 from gptjax.tasks.base import Answer, Example, Rendering, Task, needs_checkpoint
-from gptjax.tasks.templates import completion_example, fill_template
+from gptjax.tasks.rendering import completion_example, fill_template
 
 Reward = Callable[[str, Sequence[str]], float]
 

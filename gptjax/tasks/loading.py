@@ -18,8 +18,8 @@ from gptjax.data.packing import PackedExample
 from gptjax.data.records import Record
 from gptjax.tasks.base import Example, Rendering, TokenBudget
 from gptjax.tasks.records import read_records
+from gptjax.tasks.rendering import template_texts
 from gptjax.tasks.table import task_of
-from gptjax.tasks.templates import template_texts
 from gptjax.tokenizer import chat_template
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.kinds import create_tokenizer

@@ -24,7 +24,7 @@ from gptjax.tasks.base import (
     TokenBudget,
     needs_checkpoint,
 )
-from gptjax.tasks.templates import completion_example, fill_template
+from gptjax.tasks.rendering import completion_example, fill_template
 
 REJECTED = "{rejected}"
 # Segments of an example by task.loss: chosen, rejected, and for KTO an answer to another prompt.

@@ -1,8 +1,6 @@
-"""Shows which tokens of the examples are seen and which are learned, before any training.
+"""Examples to look at: which tokens are seen and which are learned.
 
-    python -m gptjax.data.preview --config=configs/finetune_eras.py [--count=5] [--split=train] [--html=FILE]
-
-In the terminal learned tokens stand on green, a token that carries a label on yellow; --html writes the same as a page.
+In: a tokenizer and examples. Out: text for a terminal, or a page.
 """
 
 from __future__ import annotations
@@ -13,51 +11,59 @@ from gptjax.core import pages
 from gptjax.tasks.base import Example
 from gptjax.tokenizer.base import Tokenizer
 
+# dim; black on green; black on yellow
 _COLOURS = {"seen": "\033[2m", "learned": "\033[30;42m", "label": "\033[30;43m"}
 
 
 def pieces(tokenizer: Tokenizer, example: Example) -> list[tuple[str, str]]:
-    """(text, "seen", "learned" or "label") of each token, or of the tokens that make one character together.
+    """(text, "seen", "learned" or "label") of each token.
 
-    Control tokens are named; bytes that become no character are shown as such.
+    Tokens that make one character together are one piece. Control tokens are named; bytes that
+    become no character are shown as such.
     """
     names = {tokenizer.eot: "<end>"} | {i: name for name, i in tokenizer.control.items()}
-    kinds = ["learned" if mark else "seen" for mark in example.learned]
+    kinds = ["learned" if is_learned else "seen" for is_learned in example.learned]
     if example.label is not None and not example.learned.any():
         kinds[-1] = "label"
-    ids, found, begun = example.ids.tolist(), [], b""
-    for at, (i, kind) in enumerate(zip(ids, kinds, strict=True)):
+    ids = example.ids.tolist()
+    parts = []
+    unfinished = b""  # bytes of a character whose other tokens follow
+    for k, (i, kind) in enumerate(zip(ids, kinds, strict=True)):
         if i in names:
-            found.append((names[i], kind))
+            parts.append((names[i], kind))
             continue
-        begun += tokenizer.token_bytes[i]
-        last = at + 1 == len(ids) or ids[at + 1] in names or kinds[at + 1] != kind
+        unfinished += tokenizer.token_bytes[i]
+        is_last = k + 1 == len(ids) or ids[k + 1] in names or kinds[k + 1] != kind
         try:
-            text = begun.decode()
+            text = unfinished.decode()
         except UnicodeDecodeError as error:
-            if error.reason == "unexpected end of data" and not last:
+            if error.reason == "unexpected end of data" and not is_last:
                 continue
-            text = "".join(f"<{byte:02X}>" for byte in begun)
-        found.append((text, kind))
-        begun = b""
-    return found
+            text = "".join(f"<{byte:02X}>" for byte in unfinished)
+        parts.append((text, kind))
+        unfinished = b""
+    return parts
 
 
 def about(example: Example) -> str:
+    """A line on the example: where it comes from, its tokens, and whether it was cut."""
     count = int(example.learned.sum())
-    answer = f"label {example.references[0]!r}" if not count else f"{count} learned"
-    return f"{example.where}: {len(example.ids)} tokens, {answer}" + ", cut" * example.cut
+    answer = f"{count} learned" if count else f"label {example.references[0]!r}"
+    cut = ", cut" if example.cut else ""
+    return f"{example.where}: {len(example.ids)} tokens, {answer}{cut}"
 
 
 def to_terminal(tokenizer: Tokenizer, example: Example, *, colour: bool) -> str:
-    if not colour:  # brackets round what is learned
-        text = "".join(
-            f"[{t}]" if kind != "seen" else t for t, kind in pieces(tokenizer, example)
-        ).replace("][", "")
-        return f"{about(example)}\n{text}"
-    return f"{about(example)}\n" + "".join(
-        f"{_COLOURS[kind]}{text}\033[0m" for text, kind in pieces(tokenizer, example)
-    )
+    """The example in colours, or with brackets round what is learned."""
+    text = ""
+    for piece, kind in pieces(tokenizer, example):
+        if colour:
+            text += f"{_COLOURS[kind]}{piece}\033[0m"
+        else:
+            text += piece if kind == "seen" else f"[{piece}]"
+    if not colour:
+        text = text.replace("][", "")
+    return f"{about(example)}\n{text}"
 
 
 def to_html(tokenizer: Tokenizer, examples: list[Example]) -> str:

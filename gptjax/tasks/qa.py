@@ -15,7 +15,7 @@ from gptjax.data.records import Record
 from gptjax.metrics import text as text_metrics
 from gptjax.metrics.bootstrap import Metric
 from gptjax.tasks.base import Answer, Example, Rendering, Task, most_frequent
-from gptjax.tasks.templates import completion_example, fill_template, names_in, template_texts
+from gptjax.tasks.rendering import completion_example, fill_template, names_in, template_texts
 
 _WORDS = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")  # Chinese characters one by one
 _EXTRA_WORDS = 2  # by which an extracted span may be longer than the answer

@@ -13,7 +13,7 @@ from gptjax.data.records import Record
 from gptjax.metrics import classification as classification_metrics
 from gptjax.metrics.bootstrap import Metric
 from gptjax.tasks.base import Answer, AnsweredBy, Baselines, Example, Rendering, Task
-from gptjax.tasks.templates import head_example
+from gptjax.tasks.rendering import head_example
 
 
 def check(config: Config) -> list[str]:

@@ -10,7 +10,7 @@ from gptjax.data.records import Record
 from gptjax.metrics import text as text_metrics
 from gptjax.metrics.bootstrap import Metric
 from gptjax.tasks.base import Answer, Baselines, Example, Rendering, Task
-from gptjax.tasks.templates import completion_example, names_in
+from gptjax.tasks.rendering import completion_example, names_in
 
 # Up to the first mark that ends a sentence, in English or Chinese.
 _FIRST_SENTENCE = re.compile(r".+?(?:[.!?](?=\s)|[。！？]|$)", re.DOTALL)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from gptjax.data.records import Record
 from gptjax.tasks import chat
 from gptjax.tasks.base import Example, Rendering, Task
-from gptjax.tasks.templates import completion_example, fill_template
+from gptjax.tasks.rendering import completion_example, fill_template
 
 
 def make_example(rendering: Rendering, row: Record) -> Example | None:

@@ -9,7 +9,7 @@ from gptjax.data.records import Record
 from gptjax.metrics import text as text_metrics
 from gptjax.metrics.bootstrap import Metric
 from gptjax.tasks.base import Answer, Example, Rendering, Task, copy_source
-from gptjax.tasks.templates import completion_example, names_in
+from gptjax.tasks.rendering import completion_example, names_in
 
 
 def make_example(rendering: Rendering, row: Record) -> Example | None:

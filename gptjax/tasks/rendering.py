@@ -146,7 +146,7 @@ def _source_text(config: TaskConfig, row: Record) -> str:
 
 
 def _fit_prompt(rendering: Rendering, row: Record, answer_tokens: int) -> tuple[list[int], bool]:
-    """(ids of the prompt, whether it was cut) so that `answer_tokens` have room in a row.
+    """(ids of the prompt, whether it was cut), so that `answer_tokens` more fit in a row.
 
     The longest field is what is cut. No ids where the example is to be dropped.
     """
