@@ -81,8 +81,8 @@ def parse(
 ) -> Args:
     """The flags of a command: `--name=value`, `--name value`, or `--name` alone.
 
-    doc: the text that --help begins with. known: {flag: its meaning}. required: flags that must have
-    a value. config: allows --config and its overrides, as "config" in `required` does. Raises
+    doc: the text that --help begins with. known: {flag: its meaning}. required: flags that must
+    have a value. config: allows --config and its overrides, as "config" in `required` does. Raises
     UserError for anything else; --help prints and exits.
     """
     if config or "config" in required:

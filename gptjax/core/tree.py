@@ -1,6 +1,6 @@
 """Nested dicts of arrays seen as paths `a/b/c`: regex rule tables, counts, bytes, differences.
 
-The same matcher serves weight decay, freezing, sharding and (later) adapters and foreign names.
+The same matcher serves weight decay, freezing, sharding and adapters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 def path_of(keys: tuple[Any, ...]) -> str:
     """`blocks/attn/qkv/kernel` from a JAX key path."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def map_with_path(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def first_match(rules: Sequence[tuple[str, T]], path: str) -> T:
-    """Value of the first rule whose pattern matches the whole path. Raises ValueError where none does."""
+    """Value of the first rule whose pattern matches the full path. Raises ValueError if none."""
     for pattern, value in rules:
         if re.fullmatch(pattern, path):
             return value
@@ -41,7 +41,7 @@ def first_match(rules: Sequence[tuple[str, T]], path: str) -> T:
 
 
 def matches(patterns: Sequence[str], path: str) -> bool:
-    """Whether any pattern matches the whole path."""
+    """Whether any pattern matches the full path."""
     return any(re.fullmatch(p, path) for p in patterns)
 
 
@@ -64,19 +64,23 @@ def nbytes(tree: Any) -> int:
 
 
 def bytes_on_device(tree: Any, device: jax.Device) -> int:
-    """Bytes that one device really holds."""
-    shards = (s for leaf in jax.tree.leaves(tree) for s in leaf.addressable_shards)
-    return sum(s.data.nbytes for s in shards if s.device == device)
+    """Bytes of the shards that are on one device of this process."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total += sum(s.data.nbytes for s in leaf.addressable_shards if s.device == device)
+    return total
 
 
-def difference(expected: Any, found: Any) -> list[str]:
+def difference(expected: Any, actual: Any) -> list[str]:
     """One line per path that is missing, extra, or of another shape or dtype."""
-    a, b = flatten(expected), flatten(found)
-    rows = [f"missing {p}" for p in a if p not in b] + [f"extra {p}" for p in b if p not in a]
-    for p in a.keys() & b.keys():
-        want, got = (tuple(a[p].shape), str(a[p].dtype)), (tuple(b[p].shape), str(b[p].dtype))
-        if want != got:
-            rows.append(f"{p}: {got} instead of {want}")
+    a, b = flatten(expected), flatten(actual)
+    rows = [f"missing {path}" for path in a if path not in b]
+    rows += [f"extra {path}" for path in b if path not in a]
+    for path in a.keys() & b.keys():
+        expected_form = tuple(a[path].shape), str(a[path].dtype)
+        actual_form = tuple(b[path].shape), str(b[path].dtype)
+        if expected_form != actual_form:
+            rows.append(f"{path}: {actual_form} instead of {expected_form}")
     return sorted(rows)
 
 

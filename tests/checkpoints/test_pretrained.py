@@ -371,8 +371,8 @@ HOSTILE = {
         lambda d: (with_index(d, "x"), (d / "model.safetensors.index.json").write_text("{}")),
         "no weight_map",
     ),
-    "weights are a pipe": (lambda d: fifo(d / "model.safetensors"), "no plain file"),
-    "config is a pipe": (lambda d: fifo(d / "config.json"), "no plain file"),
+    "weights are a pipe": (lambda d: fifo(d / "model.safetensors"), "not a regular file"),
+    "config is a pipe": (lambda d: fifo(d / "config.json"), "not a regular file"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "no weights"),
 }
 
