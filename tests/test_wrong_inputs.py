@@ -123,7 +123,7 @@ CASES = {
             "--config.data.tokenizer=sentencepiece",
             "--config.data.tokenizer_path={dir}/file",
         ],
-        "no sentencepiece model",
+        "not a sentencepiece model",
     ),
     "bad pattern": ("train", ["--config.optim.freeze=*bias"], "not a valid regular expression"),
     "seed out of range": ("train", ["--config.train.seed=9223372036854775808"], "at most"),

@@ -31,7 +31,7 @@ from gptjax.ops.implementations import resolve
 from gptjax.runtime.devices import default_platform
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.openai import OpenAITokenizer
-from gptjax.tokenizer.pretrained import FILES, PretrainedTokenizer, of_gpt2
+from gptjax.tokenizer.pretrained import FILES, PretrainedTokenizer, from_gpt2
 
 FORMATS = ("hf", "gguf", "gptjax")
 
@@ -129,7 +129,7 @@ def _hf_tokenizer(tokenizer: Tokenizer | None) -> PretrainedTokenizer | None:
     if isinstance(tokenizer, PretrainedTokenizer) or tokenizer is None:
         return tokenizer
     if isinstance(tokenizer, OpenAITokenizer) and tokenizer.name == "gpt2":
-        rewritten = of_gpt2(tokenizer)
+        rewritten = from_gpt2(tokenizer)
         rewritten.chat_template = tokenizer.chat_template
         return rewritten
     cli.say(

@@ -127,11 +127,11 @@ def write_vocabulary(writer: Any, tokenizer: PretrainedTokenizer, size: int) -> 
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     # GGUF has three fields for tokens that end a text
     add_id = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
-    for add, eos_id in zip(add_id, tokenizer.stops, strict=False):
+    for add, eos_id in zip(add_id, tokenizer.eos_ids, strict=False):
         add(eos_id)
-    if tokenizer.prefix:
-        writer.add_bos_token_id(tokenizer.prefix[0])
-    writer.add_add_bos_token(bool(tokenizer.prefix))
+    if tokenizer.bos_ids:
+        writer.add_bos_token_id(tokenizer.bos_ids[0])
+    writer.add_add_bos_token(bool(tokenizer.bos_ids))
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 

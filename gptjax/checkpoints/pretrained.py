@@ -197,9 +197,9 @@ def _special_ids(raw: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[st
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {name: raw[name] for name in names if raw.get(name) is not None}
     if "eos_token_id" not in ids and tokenizer:
-        eos_ids = list(tokenizer.ends)
+        eos_ids = list(tokenizer.eos_ids)
         ids["eos_token_id"] = eos_ids if len(eos_ids) > 1 else eos_ids[0]
-        ids["bos_token_id"] = (tokenizer.prefix or (tokenizer.eot,))[0]
+        ids["bos_token_id"] = (tokenizer.bos_ids or (tokenizer.eot,))[0]
     return ids
 
 

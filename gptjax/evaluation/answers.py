@@ -111,7 +111,7 @@ def label_ids(lm: LanguageModel, config: TaskConfig, labels: Sequence[str]) -> l
     tokenizer = lm.text_tokenizer
     space = " " if config.template == "plain" else ""
     return [
-        [*tokenizer.encode(space + word), tokenizer.ends[0]]
+        [*tokenizer.encode(space + word), tokenizer.eos_ids[0]]
         for word in classification.label_words(config, labels)
     ]
 

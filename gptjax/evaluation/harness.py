@@ -113,7 +113,7 @@ class GptjaxLM(TemplateLM):
         if self._prefix is not None:
             return self._prefix
         found = self._special("bos_token")
-        return (self.tokenizer.prefix or (self.eot_token_id,))[0] if found is None else found
+        return (self.tokenizer.bos_ids or (self.eot_token_id,))[0] if found is None else found
 
     @property
     def tokenizer_name(self) -> str:
@@ -130,7 +130,7 @@ class GptjaxLM(TemplateLM):
             opening = self._names.get(self.prefix_token_id)
             add_special_tokens = not (opening and string.startswith(opening))
         return [
-            *(self.tokenizer.prefix if add_special_tokens else ()),
+            *(self.tokenizer.bos_ids if add_special_tokens else ()),
             *self.tokenizer.encode_template(string),
         ]
 

@@ -92,7 +92,7 @@ def text_scores(lm: LanguageModel, documents: Iterator[str]) -> dict[str, Metric
     rows = []
     with cli.progress("documents scored") as advance:
         for document in documents:
-            ids = [*(tokenizer.prefix or (tokenizer.eot,)), *tokenizer.encode(document)]
+            ids = [*(tokenizer.bos_ids or (tokenizer.eot,)), *tokenizer.encode(document)]
             logprobs = _document_logprobs(lm, ids)
             rows.append((-float(logprobs.sum()), float(len(logprobs)), len(document.encode())))
             advance(1)

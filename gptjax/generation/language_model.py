@@ -131,7 +131,7 @@ class LanguageModel:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        return self.tokenizer.ends if self.tokenizer else ()
+        return self.tokenizer.eos_ids if self.tokenizer else ()
 
     @property
     def text_tokenizer(self) -> Tokenizer:
@@ -151,7 +151,7 @@ class LanguageModel:
         """Token ids of a prompt: text behind the vocabulary's prefix, ids as they are; an empty one is a new document."""
         ids = self._ids(prompt)
         if isinstance(prompt, str) and self.tokenizer:
-            ids = [*[self.tokenizer.eot] * self.prompt_places, *self.tokenizer.prefix, *ids]
+            ids = [*[self.tokenizer.eot] * self.prompt_places, *self.tokenizer.bos_ids, *ids]
         if not ids and self.tokenizer is None:
             raise UserError(
                 "an empty prompt needs a tokenizer, whose end-of-text token begins a new document"

@@ -90,7 +90,7 @@ def make_example(rendering: Rendering, row: Record) -> Example | None:
     budget = rendering.budget
     all_messages = messages = messages_of(rendering.config, row)
     while True:
-        turns = _join_turns(chat_template.turns(rendering.tokenizer, messages))
+        turns = _join_turns(chat_template.split_turns(rendering.tokenizer, messages))
         tokens = turns.last_answer + budget.answer if budget.answer else len(turns.ids)
         needed = budget.lead + tokens - 1  # the last one is only a target
         if needed <= budget.length:

@@ -62,7 +62,7 @@ def _texts(config: Config, rows: Iterable[Record]) -> Iterator[str]:
     task = task_of(config.task)
     task_config = task.with_templates(config.task)
     if _uses_chat_template(config):
-        # the names that `chat_template.plain` writes
+        # the names that `chat_template.plain_template` writes
         yield f"System:\nUser:\nTool:\nAssistant:\n{config.task.system}"
     for row in rows:
         if task.texts:
@@ -93,7 +93,7 @@ def render(
     task = task_of(config.task)
     if _uses_chat_template(config) and not tokenizer.chat_template:
         # the run keeps it with the vocabulary
-        tokenizer.chat_template = chat_template.plain(tokenizer)
+        tokenizer.chat_template = chat_template.plain_template(tokenizer)
         cli.say(
             "the vocabulary has no chat template: "
             "turns are written as 'User:' or 'Assistant:', the text, and its end token"

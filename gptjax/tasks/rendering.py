@@ -71,7 +71,7 @@ def prompt_ids(config: TaskConfig, tokenizer: Tokenizer, text: str) -> list[int]
             messages.insert(0, {"role": "system", "content": config.system})
         return chat_template.encode(tokenizer, messages)
     # an empty prompt is the start of a document
-    return [*tokenizer.prefix, *tokenizer.encode(text)] or [tokenizer.eot]
+    return [*tokenizer.bos_ids, *tokenizer.encode(text)] or [tokenizer.eot]
 
 
 def completion_example(
@@ -100,7 +100,7 @@ def completion_example(
         text = ""
     if config.template == "chat":
         text = text.strip()
-    completion = [*tokenizer.encode(text), tokenizer.ends[0]]
+    completion = [*tokenizer.encode(text), tokenizer.eos_ids[0]]
     answer_tokens = budget.answer or max(len(completion), longest_answer)
     prompt, cut = _fit_prompt(rendering, row, answer_tokens - 1)  # the last one is only a target
     if not prompt:

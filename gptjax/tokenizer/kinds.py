@@ -1,4 +1,7 @@
-"""Text to token ids and back, losslessly. To add a kind, write a class with `_encode`, `files` and `from_files`, and add it to `KINDS`."""
+"""Opening and making tokenizers of every kind.
+
+To add a kind, write a class with `_encode`, `files` and `from_files`, and add it to KINDS.
+"""
 
 from __future__ import annotations
 
@@ -14,44 +17,47 @@ from gptjax.tokenizer.pretrained import PretrainedTokenizer
 from gptjax.tokenizer.trained import ByteTokenizer, CharTokenizer, SentencePieceTokenizer
 
 KINDS: dict[str, type[Tokenizer]] = {
-    cls.kind: cls
-    for cls in (
-        ByteTokenizer,
-        CharTokenizer,
-        SentencePieceTokenizer,
-        OpenAITokenizer,
-        PretrainedTokenizer,
-    )
+    "bytes": ByteTokenizer,
+    "chars": CharTokenizer,
+    "sentencepiece": SentencePieceTokenizer,
+    "openai": OpenAITokenizer,
+    "pretrained": PretrainedTokenizer,
 }
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote. Raises UserError when a file is missing or differs from its fingerprint."""
+    """The tokenizer that `save` wrote.
+
+    Raises UserError where a file is missing or differs from its fingerprint.
+    """
     try:
         info = json.loads((folder / FORMAT).read_text(encoding="utf-8"))
         if info["kind"] not in KINDS:
             raise UserError(f"{folder}: {unknown_name('tokenizer', info['kind'], list(KINDS))}")
-        result = KINDS[info["kind"]].from_files(
-            {name: (folder / name).read_bytes() for name in info["files"]}
-        )
+        content = {name: (folder / name).read_bytes() for name in info["files"]}
+        tokenizer = KINDS[info["kind"]].from_files(content)
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} holds no complete tokenizer: {error.filename} is missing"
         ) from None
     except (json.JSONDecodeError, KeyError, RuntimeError) as error:
         raise UserError(f"{folder} holds a damaged tokenizer: {error}") from None
-    if result.fingerprint != info["fingerprint"]:
+    if tokenizer.fingerprint != info["fingerprint"]:
         raise UserError(
-            f"{folder}: the tokenizer's files do not match its fingerprint; it was changed after it was saved"
+            f"{folder}: the tokenizer's files do not match its fingerprint; "
+            "it was changed after it was saved"
         )
-    result.chat_template = info.get("chat_template", result.chat_template)
-    return result
+    tokenizer.chat_template = info.get("chat_template", tokenizer.chat_template)
+    return tokenizer
 
 
 def create_tokenizer(
     config: DataConfig, training_texts: Iterable[str], all_texts: Iterable[str]
 ) -> Tokenizer:
-    """The tokenizer that a run asks for. BPE is trained on the training split alone; the list of characters is of all the text."""
+    """The tokenizer that a run asks for. Raises UserError where its files are missing or wrong.
+
+    BPE is trained on the training split alone; the list of characters is of all the text.
+    """
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     if config.tokenizer == "chars":
@@ -64,5 +70,5 @@ def create_tokenizer(
         return SentencePieceTokenizer(Path(config.tokenizer_path).read_bytes())
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"data.tokenizer_path = {config.tokenizer_path!r} is no sentencepiece model: {error}"
+            f"data.tokenizer_path = {config.tokenizer_path!r} is not a sentencepiece model: {error}"
         ) from None

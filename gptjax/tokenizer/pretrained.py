@@ -1,7 +1,9 @@
-"""Tokenizers that come with a checkpoint: a Hugging Face `tokenizer.json` (or the files before it), or the vocabulary inside a GGUF file.
+"""Tokenizers that come with a checkpoint.
 
-All are run by the `tokenizers` library; a GGUF vocabulary is rewritten as a `tokenizer.json` first. Byte-level BPE (GPT-2, NeoX, Llama 3,
-Qwen, SmolLM2) and sentencepiece-like BPE with byte fallback (Llama 2, Mistral) become the same table of bytes.
+In: Hugging Face's `tokenizer.json` (or the older files), or the vocabulary in a GGUF file, which
+is rewritten as a `tokenizer.json` first. All are run by the library `tokenizers`. Byte-level BPE
+(GPT-2, NeoX, Llama 3, Qwen, SmolLM2) and sentencepiece-like BPE with byte fallback (Llama 2,
+Mistral) become the same table of bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,175 +29,132 @@ FILES = (
     "tokenizer.model",
 )
 _SPACE = "\u2581"
-_ROLES = "roles.json"  # ours, beside Hugging Face's files: which ids end a text
+_ROLES = "roles.json"  # next to Hugging Face's files: {"stops": the ids that end a text}
+_LARGEST_ID = 1 << 24
 
 
 class PretrainedTokenizer(Tokenizer):
-    """`content`: Hugging Face's files by name; `stops`: ids that end a text, the most usual first."""
+    """Made of Hugging Face's files by name, and of the ids that end a text, the most usual first.
+
+    Without such ids, the files name one. Raises UserError where the files are damaged or name none.
+    """
 
     kind = "pretrained"
 
-    def __init__(self, content: dict[str, bytes], stops: Sequence[int]):
+    def __init__(self, content: dict[str, bytes], eos_ids: Sequence[int]):
         import tokenizers
 
         self._content = {name: content[name] for name in FILES if name in content}
         try:
             self._plain = tokenizers.Tokenizer.from_buffer(content["tokenizer.json"])
-            self._read(json.loads(content.get("tokenizer_config.json", b"{}")), content, stops)
+            settings = json.loads(content.get("tokenizer_config.json", b"{}"))
+            self._read_tokens(settings)
+            self._set_eos(settings, eos_ids)
+            self.chat_template = _chat_template(content, settings)
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exception, and damage can be anywhere
             raise UserError(
-                f"tokenizer.json is damaged or of an unknown kind: {type(error).__name__}: {str(error)[:200]}"
+                "tokenizer.json is damaged or of an unknown kind: "
+                f"{type(error).__name__}: {str(error)[:200]}"
             ) from None
 
-    def _read(
-        self, settings: dict[str, Any], content: dict[str, bytes], stops: Sequence[int]
-    ) -> None:
+    def _read_tokens(self, settings: dict[str, Any]) -> None:
         self._plain.no_truncation()
         self._plain.no_padding()
-        self._plain.encode_special_tokens = (
-            True  # the names of control tokens in ordinary text stay text
-        )
-        self.special = {
-            name: _text_of(token)
-            for name, token in settings.items()
-            if name.endswith("_token") and isinstance(token, str | Mapping)
-        }
+        self._plain.encode_special_tokens = True  # names of control tokens in a text stay text
+        self.special = {}
+        for name, token in settings.items():
+            if name.endswith("_token") and isinstance(token, str | Mapping):
+                self.special[name] = _text_of(token)
         added = self._plain.get_added_tokens_decoder()
-        self.control = {t.content: i for i, t in added.items() if t.special}
+        self.control = {token.content: i for i, token in added.items() if token.special}
         self._fill_table(added)
-        probe = [self._plain.encode("a", add_special_tokens=flag).ids for flag in (True, False)]
-        self.prefix = (
-            tuple(probe[0][: len(probe[0]) - len(probe[1])])
-            if probe[0][-1:] == probe[1][-1:]
-            else ()
-        )
-        if not stops:
+        plain = self._plain.encode("a", add_special_tokens=False).ids
+        with_bos = self._plain.encode("a", add_special_tokens=True).ids
+        self.bos_ids = ()
+        if with_bos[-1:] == plain[-1:]:  # else the tokenizer adds something at the end
+            self.bos_ids = tuple(with_bos[: len(with_bos) - len(plain)])
+
+    def _set_eos(self, settings: dict[str, Any], eos_ids: Sequence[int]) -> None:
+        if not eos_ids:
             name = _text_of(settings.get("eos_token"))
-            stops = (
-                [self.control[name]]
-                if name in self.control
-                else [i for n, i in self.control.items() if n in ("<|endoftext|>", "</s>")]
-            )
-        if bad := [i for i in stops if not 0 <= i < self.vocab_size]:
+            usual = ("<|endoftext|>", "</s>")
+            if name in self.control:
+                eos_ids = [self.control[name]]
+            else:
+                eos_ids = [i for name, i in self.control.items() if name in usual]
+        if outside := [i for i in eos_ids if not 0 <= i < self.vocab_size]:
             raise UserError(
-                f"the end-of-text ids {bad} are outside the tokenizer's {self.vocab_size:,} tokens"
+                f"the end-of-text ids {outside} are outside the tokenizer's "
+                f"{self.vocab_size:,} tokens"
             )
-        if not stops:
+        if not eos_ids:
             raise UserError(
                 "the tokenizer names no end-of-text token: set eos_token_id in config.json"
             )
-        self.stops, self.eot = tuple(stops), stops[0]
-        for i in self.stops:
+        self.eos_ids, self.eot = tuple(eos_ids), eos_ids[0]
+        for i in self.eos_ids:
             self.token_bytes[i] = b""
-        template = (
-            content.get("chat_template.jinja", b"").decode() or settings.get("chat_template") or ""
-        )
-        if isinstance(template, list):  # several named templates
-            template = next((t["template"] for t in template if t["name"] == "default"), "")
-        if not isinstance(template, str):
-            raise UserError(f"the chat template is a {type(template).__name__} instead of a text")
-        self.chat_template = template
 
     @functools.cached_property
-    def _control(self) -> Any:
-        """A second reader of the same file, to which the names of control tokens in a text are those tokens; only chat templates need it."""
+    def _with_control(self) -> Any:
+        """A second reader of the same file, which makes control tokens of their names in a text.
+
+        Only chat templates need it.
+        """
         import tokenizers
 
-        one = tokenizers.Tokenizer.from_buffer(self._content["tokenizer.json"])
-        one.no_truncation()
-        one.no_padding()
-        return one
+        reader = tokenizers.Tokenizer.from_buffer(self._content["tokenizer.json"])
+        reader.no_truncation()
+        reader.no_padding()
+        return reader
 
     def _fill_table(self, added: dict[int, Any]) -> None:
+        """Sets `token_bytes` and `leading_space`. added: the tokens that are not in the model."""
         vocabulary = self._plain.get_vocab(with_added_tokens=True)
-        if max(vocabulary.values(), default=0) > 1 << 24:
-            raise UserError(
-                f"tokenizer.json gives a token the id {max(vocabulary.values()):,}: it is damaged"
-            )
-        self.token_bytes = [b""] * (max(vocabulary.values(), default=-1) + 1)
-        letters = str.maketrans(
-            {chr(b): "\uffff" for b in range(256)}
-            | {letter: chr(b) for letter, b in byte_letters().items()}
-        )
+        largest = max(vocabulary.values(), default=-1)
+        if largest > _LARGEST_ID:
+            raise UserError(f"tokenizer.json gives a token the id {largest:,}: it is damaged")
+        self.token_bytes = [b""] * (largest + 1)
         byte_level = "ByteLevel(" in f"{self._plain.decoder} {self._plain.pre_tokenizer}"
+        bytes_of = _bytes_of_letters() if byte_level else _bytes_of_piece
         for token, i in vocabulary.items():
             if i in added:
                 self.token_bytes[i] = b"" if added[i].special else added[i].content.encode()
-            elif byte_level:
-                try:
-                    self.token_bytes[i] = token.translate(letters).encode("latin-1")
-                except UnicodeEncodeError:  # not written in that alphabet
-                    self.token_bytes[i] = token.encode()
-            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                self.token_bytes[i] = bytes([int(token[3:5], 16)])
             else:
-                self.token_bytes[i] = token.replace(_SPACE, " ").encode()
-        self.leading_space = (
-            not byte_level
-            and self.decode_bytes(self._plain.encode("a", add_special_tokens=False).ids) == b" a"
-        )
+                self.token_bytes[i] = bytes_of(token)
+        plain = self._plain.encode("a", add_special_tokens=False).ids
+        self.leading_space = not byte_level and self.decode_bytes(plain) == b" a"
 
     def files(self) -> dict[str, bytes]:
-        return {**self._content, _ROLES: json.dumps({"stops": list(self.stops)}).encode()}
+        return {**self._content, _ROLES: json.dumps({"stops": list(self.eos_ids)}).encode()}
 
     @classmethod
     def from_files(cls, content: dict[str, bytes]) -> PretrainedTokenizer:
         return cls(content, json.loads(content[_ROLES])["stops"])
 
     @classmethod
-    def from_folder(cls, folder: Path, stops: Sequence[int]) -> PretrainedTokenizer | None:
-        """The tokenizer beside a Hugging Face checkpoint; None where the folder has none."""
-        content = {
-            name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()
-        }
-        try:
-            content |= cls._rewritten(content)
-        except UserError:
-            raise
-        except Exception as error:  # JSON, UTF-8, and whatever the libraries raise
-            raise UserError(
-                f"{folder}: the tokenizer's files are damaged: {type(error).__name__}: {str(error)[:150]}"
-            ) from None
-        return cls(content, stops) if "tokenizer.json" in content else None
+    def from_folder(cls, folder: Path, eos_ids: Sequence[int]) -> PretrainedTokenizer | None:
+        """The tokenizer in the folder of a Hugging Face checkpoint; None where it has none.
 
-    @staticmethod
-    def _rewritten(content: dict[str, bytes]) -> dict[str, bytes]:
-        """A `tokenizer.json` made of the older files, where there is none."""
+        Raises UserError where its files are damaged.
+        """
+        content = {}
+        for name in FILES:
+            if (folder / name).is_file():
+                content[name] = (folder / name).read_bytes()
         if "tokenizer.json" not in content:
-            if "vocab.json" in content and "merges.txt" in content:
-                merges = [
-                    line
-                    for line in content["merges.txt"].decode().splitlines()
-                    if line and not line.startswith("#version")
-                ]
-                return {
-                    "tokenizer.json": byte_level_json(
-                        json.loads(content["vocab.json"]),
-                        merges,
-                        control=["<|endoftext|>"],
-                        digits=False,
-                    )
-                }
-            if "tokenizer.model" in content:
-                import sentencepiece
-
-                sp = sentencepiece.SentencePieceProcessor(model_proto=content["tokenizer.model"])
-                ids = range(sp.vocab_size())
-                kinds = [
-                    3 if sp.is_control(i) else 2 if sp.is_unknown(i) else 6 if sp.is_byte(i) else 1
-                    for i in ids
-                ]
-                return {
-                    "tokenizer.json": pieces_json(
-                        [sp.id_to_piece(i) for i in ids],
-                        [sp.get_score(i) for i in ids],
-                        kinds,
-                        bos=sp.bos_id(),
-                    )
-                }
-        return {}
+            try:
+                content |= _rewrite_older_files(content)
+            except UserError:
+                raise
+            except Exception as error:  # JSON, UTF-8, and whatever the libraries raise
+                raise UserError(
+                    f"{folder}: the tokenizer's files are damaged: "
+                    f"{type(error).__name__}: {str(error)[:150]}"
+                ) from None
+        return cls(content, eos_ids) if "tokenizer.json" in content else None
 
     def _encode(self, texts: Sequence[str]) -> Iterator[Sequence[int]]:
         for encoded in self._plain.encode_batch_fast(list(texts), add_special_tokens=False):
@@ -204,11 +163,81 @@ class PretrainedTokenizer(Tokenizer):
     def encode_template(self, text: str, guard: str = "") -> list[int]:
         if guard and guard in text:
             return super().encode_template(text, guard)
-        return self._control.encode(text, add_special_tokens=False).ids
+        return self._with_control.encode(text, add_special_tokens=False).ids
 
 
 def _text_of(token: Any) -> str:
+    """A token of tokenizer_config.json: a text, a mapping with its content, or nothing."""
     return token.get("content", "") if isinstance(token, Mapping) else token or ""
+
+
+def _chat_template(content: dict[str, bytes], settings: dict[str, Any]) -> str:
+    """The template of the files, or "". Raises UserError where it is no text."""
+    template: Any = content.get("chat_template.jinja", b"").decode()
+    template = template or settings.get("chat_template") or ""
+    if isinstance(template, list):  # several named templates
+        template = next((t["template"] for t in template if t["name"] == "default"), "")
+    if not isinstance(template, str):
+        raise UserError(f"the chat template is a {type(template).__name__} instead of a text")
+    return template
+
+
+def _bytes_of_letters() -> Callable[[str], bytes]:
+    """A function from a token, as byte-level BPE files write it, to its bytes."""
+    table = {chr(b): "\uffff" for b in range(256)}  # not of the alphabet: fails to encode
+    for letter, byte in byte_letters().items():
+        table[letter] = chr(byte)
+    letters = str.maketrans(table)
+
+    def bytes_of(token: str) -> bytes:
+        try:
+            return token.translate(letters).encode("latin-1")
+        except UnicodeEncodeError:  # not written in that alphabet
+            return token.encode()
+
+    return bytes_of
+
+
+def _bytes_of_piece(token: str) -> bytes:
+    """The bytes of a piece of sentencepiece, which writes byte 65 as <0x41>."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace(_SPACE, " ").encode()
+
+
+def _rewrite_older_files(content: dict[str, bytes]) -> dict[str, bytes]:
+    """A `tokenizer.json` made of the older files; nothing where there are none."""
+    if "vocab.json" in content and "merges.txt" in content:
+        lines = content["merges.txt"].decode().splitlines()
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        vocabulary = json.loads(content["vocab.json"])
+        rewritten = byte_level_json(vocabulary, merges, control=["<|endoftext|>"], digits=False)
+        return {"tokenizer.json": rewritten}
+    if "tokenizer.model" in content:
+        import sentencepiece
+
+        sp = sentencepiece.SentencePieceProcessor(model_proto=content["tokenizer.model"])
+        ids = range(sp.vocab_size())
+        rewritten = pieces_json(
+            [sp.id_to_piece(i) for i in ids],
+            [sp.get_score(i) for i in ids],
+            [_piece_type(sp, i) for i in ids],
+            bos=sp.bos_id(),
+        )
+        return {"tokenizer.json": rewritten}
+    return {}
+
+
+# types of sentencepiece's pieces, as its model files and GGUF number them
+TEXT, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+
+
+def _piece_type(sp: Any, i: int) -> int:
+    if sp.is_control(i):
+        return CONTROL
+    if sp.is_unknown(i):
+        return UNKNOWN
+    return BYTE if sp.is_byte(i) else TEXT
 
 
 def byte_level_json(
@@ -221,49 +250,55 @@ def byte_level_json(
     bos: int = -1,
     whole: Sequence[str] = (),
 ) -> bytes:
-    """A `tokenizer.json` of byte-level BPE. control: tokens that text never becomes; whole: tokens that are never cut. `digits`: each digit apart; `pattern`: the rule that cuts text, where it is not GPT-2's."""
+    """A `tokenizer.json` of byte-level BPE.
+
+    control: tokens that text never becomes. digits: whether each digit is a token. pattern: the
+    rule that cuts text, where it is not GPT-2's. bos: id before every text; -1 = none. whole:
+    tokens that are never cut.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    result = Tokenizer(
-        models.BPE(
-            vocab=vocabulary, merges=[(m.partition(" ")[0], m.partition(" ")[2]) for m in merges]
-        )
-    )
+    pairs = []
+    for merge in merges:
+        first, _, second = merge.partition(" ")
+        pairs.append((first, second))
+    result = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
     cuts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     if pattern:
         cuts.append(pre_tokenizers.Split(Regex(pattern), "isolated", invert=False))
     cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern))
     result.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     result.decoder = decoders.ByteLevel()
-    result.add_special_tokens(
-        [AddedToken(name, special=True, normalized=False) for name in control if name in vocabulary]
-    )
-    result.add_tokens(
-        [AddedToken(name, special=False, normalized=False) for name in whole if name in vocabulary]
-    )
-    return _with_prefix(result, next((name for name, i in vocabulary.items() if i == bos), ""), bos)
+
+    def added(names: Sequence[str], *, special: bool) -> list[AddedToken]:
+        return [
+            AddedToken(name, special=special, normalized=False)
+            for name in names
+            if name in vocabulary
+        ]
+
+    result.add_special_tokens(added(control, special=True))
+    result.add_tokens(added(whole, special=False))
+    name = next((name for name, i in vocabulary.items() if i == bos), "")
+    return _with_bos(result, name, bos)
 
 
 def pieces_json(
-    pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int], *, bos: int
+    pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], *, bos: int
 ) -> bytes:
-    """A `tokenizer.json` of sentencepiece-like BPE with byte fallback. kinds: 1 text, 2 unknown, 3 control, 4 user-defined, 6 byte.
+    """A `tokenizer.json` of sentencepiece-like BPE with byte fallback.
 
-    Sentencepiece merges the pair whose union has the best score: each way to cut a piece into two known ones is such a merge.
+    types: TEXT, UNKNOWN, ... of each piece. Sentencepiece merges the pair whose union has the best
+    score: each way to cut a piece into two known ones is such a merge.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     ids = {piece: i for i, piece in enumerate(pieces)}
-    merges = []
-    for i in sorted((i for i, kind in enumerate(kinds) if kind == 1), key=lambda i: -scores[i]):
-        piece = pieces[i]
-        cuts = [
-            (piece[:k], piece[k:])
-            for k in range(1, len(piece))
-            if piece[:k] in ids and piece[k:] in ids
-        ]
-        merges += sorted(cuts, key=lambda cut: (ids[cut[0]], ids[cut[1]]))
-    unknown = next((p for p, kind in zip(pieces, kinds, strict=True) if kind == 2), None)
+    texts = [i for i, kind in enumerate(types) if kind == TEXT]
+    merges: list[tuple[str, str]] = []
+    for i in sorted(texts, key=lambda i: -scores[i]):
+        merges += _cuts(pieces[i], ids)
+    unknown = next((p for p, kind in zip(pieces, types, strict=True) if kind == UNKNOWN), None)
     result = Tokenizer(
         models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
@@ -278,17 +313,23 @@ def pieces_json(
             decoders.Strip(content=" ", left=1, right=0),
         ]
     )
+    control = [
+        piece for piece, kind in zip(pieces, types, strict=True) if kind in (UNKNOWN, CONTROL)
+    ]
     result.add_special_tokens(
-        [
-            AddedToken(pieces[i], special=True, normalized=False)
-            for i, kind in enumerate(kinds)
-            if kind in (2, 3)
-        ]
+        [AddedToken(piece, special=True, normalized=False) for piece in control]
     )
-    return _with_prefix(result, pieces[bos] if bos >= 0 else "", bos)
+    return _with_bos(result, pieces[bos] if bos >= 0 else "", bos)
 
 
-def _with_prefix(result: Any, name: str, bos: int) -> bytes:
+def _cuts(piece: str, ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The ways to cut a piece into two known ones, in the order of their ids."""
+    cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+    known = [(first, second) for first, second in cuts if first in ids and second in ids]
+    return sorted(known, key=lambda cut: (ids[cut[0]], ids[cut[1]]))
+
+
+def _with_bos(result: Any, name: str, bos: int) -> bytes:
     """The tokenizer's JSON, with the token `name` before every text where there is one."""
     if name:
         from tokenizers import processors
@@ -299,12 +340,12 @@ def _with_prefix(result: Any, name: str, bos: int) -> bytes:
     return result.to_str().encode()
 
 
-def of_gpt2(tokenizer: OpenAITokenizer) -> PretrainedTokenizer:
+def from_gpt2(tokenizer: OpenAITokenizer) -> PretrainedTokenizer:
     """GPT-2's tokenizer in Hugging Face's form."""
     letters = {b: letter for letter, b in byte_letters().items()}
-    shown = ["".join(letters[b] for b in token) for token in tokenizer.token_bytes[:-1]]
-    ids = {token: i for i, token in enumerate(shown)} | {"<|endoftext|>": tokenizer.eot}
-    merges = [_last_merge(token, ids) for token in shown if len(token) > 1]
+    tokens = ["".join(letters[b] for b in token) for token in tokenizer.token_bytes[:-1]]
+    ids = {token: i for i, token in enumerate(tokens)} | {"<|endoftext|>": tokenizer.eot}
+    merges = [_last_merge(token, ids) for token in tokens if len(token) > 1]
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
         "eos_token": "<|endoftext|>",
@@ -312,12 +353,10 @@ def of_gpt2(tokenizer: OpenAITokenizer) -> PretrainedTokenizer:
         "unk_token": "<|endoftext|>",
     }
     content = {
-        "tokenizer.json": byte_level_json(ids, merges, control=["<|endoftext|>"], digits=False)
+        "tokenizer.json": byte_level_json(ids, merges, control=["<|endoftext|>"], digits=False),
+        "tokenizer_config.json": json.dumps(settings, indent=1).encode(),
     }
-    return PretrainedTokenizer(
-        {**content, "tokenizer_config.json": json.dumps(settings, indent=1).encode()},
-        [tokenizer.eot],
-    )
+    return PretrainedTokenizer(content, [tokenizer.eot])
 
 
 def _last_merge(token: str, ids: Mapping[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Vocabularies without a list of merges: bytes, characters, and the sentencepiece BPE that a run trains on its own text."""
+"""Tokenizers without files from elsewhere: bytes, characters, and a BPE trained on a run's text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from gptjax.config.errors import UserError
 from gptjax.core import files
 from gptjax.tokenizer.base import END, Tokenizer
 
-_SP_SPACE = "\u2581"  # sentencepiece writes a space as this character, so the character itself needs its three bytes
-_PROBE = " a  b\n\nc\r\n\t\ufb01 \u00e9e\u0301 \uff21"  # what normalisation and white-space rules would change
+# Sentencepiece writes a space as this character, so the character itself needs its three bytes.
+_SP_SPACE = "\u2581"
+# what normalisation and rules for white space would change
+_PROBE = " a  b\n\nc\r\n\t\ufb01 \u00e9e\u0301 \uff21"
+_TRAINING_CHARACTERS = 8 << 20  # a BPE is trained on about the first so many
+_LONGEST_LINE = 4096  # characters; the trainer drops very long lines
 
 
 class ByteTokenizer(Tokenizer):
@@ -26,6 +30,7 @@ class ByteTokenizer(Tokenizer):
     def __init__(self) -> None:
         self.token_bytes = [bytes([i]) for i in range(256)] + [b""]
         self.eot = 256
+        self.eos_ids = (self.eot,)
         self.control = {END: self.eot}
 
     def files(self) -> dict[str, bytes]:
@@ -49,6 +54,7 @@ class CharTokenizer(Tokenizer):
         self.characters = characters
         self.token_bytes = [c.encode() for c in characters] + [b""]
         self.eot = len(characters)
+        self.eos_ids = (self.eot,)
         self.control = {END: self.eot}
         self._codes = np.array([ord(c) for c in characters], np.uint32)
 
@@ -61,10 +67,11 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str]) -> CharTokenizer:
-        found: set[str] = set()
+        """The tokenizer of the characters in these texts."""
+        characters: set[str] = set()
         for text in texts:
-            found.update(text)
-        return cls("".join(sorted(found)))
+            characters.update(text)
+        return cls("".join(sorted(characters)))
 
     def _encode(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         for text in texts:
@@ -75,13 +82,18 @@ class CharTokenizer(Tokenizer):
             if not known.all():
                 at = int(np.argmin(known))
                 raise UserError(
-                    f"character {text[at]!r} at position {at} is not in the vocabulary of {self.eot} characters; use data.tokenizer = 'bytes' for any text"
+                    f"character {text[at]!r} at position {at} is not in the vocabulary of "
+                    f"{self.eot} characters; use data.tokenizer = 'bytes' for any text"
                 )
             yield ids
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Byte-fallback BPE; encoded line by line, because the library slows down on long strings and no piece spans a line end."""
+    """BPE with byte fallback, by the library sentencepiece.
+
+    Long texts are encoded line by line: the library slows down on long strings, and no piece
+    spans the end of a line.
+    """
 
     kind = "sentencepiece"
 
@@ -90,31 +102,31 @@ class SentencePieceTokenizer(Tokenizer):
 
         self._model = model
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        sp, size = self._sp, self._sp.vocab_size()
-        pieces = [sp.id_to_piece(i) for i in range(size)]
-        if (
-            not all(sp.piece_to_id(f"<0x{b:02X}>") != sp.unk_id() for b in range(256))
-            or sp.eos_id() < 0
-        ):
+        sp = self._sp
+        byte_ids = [sp.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
+        if sp.unk_id() in byte_ids or sp.eos_id() < 0:
             raise UserError(
-                "this sentencepiece model has no byte fallback or no end symbol: it cannot hold every text; train one with data.tokenizer = 'sentencepiece'"
+                "this sentencepiece model has no byte fallback or no end symbol: it cannot hold "
+                "every text; train one with data.tokenizer = 'sentencepiece'"
             )
         self.eot = sp.eos_id()
+        self.eos_ids = (self.eot,)
         self.control = {END: self.eot}
-        self._three = [sp.piece_to_id(f"<0x{b:02X}>") for b in _SP_SPACE.encode()]
-        self.token_bytes = [
-            bytes([int(p[3:5], 16)])
-            if sp.is_byte(i)
-            else b""
-            if sp.is_control(i) or sp.is_unknown(i)
-            else p.replace(_SP_SPACE, " ").encode()
-            for i, p in enumerate(pieces)
-        ]
-
+        self._sp_space_ids = [byte_ids[b] for b in _SP_SPACE.encode()]
+        self.token_bytes = [self._bytes_of(i) for i in range(sp.vocab_size())]
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise UserError(
-                "this sentencepiece model changes white space or characters, so texts would not survive it; train one here, or convert with identity normalisation"
+                "this sentencepiece model changes white space or characters, so texts would not "
+                "survive it; train one here, or convert with identity normalisation"
             )
+
+    def _bytes_of(self, i: int) -> bytes:
+        piece = self._sp.id_to_piece(i)
+        if self._sp.is_byte(i):
+            return bytes([int(piece[3:5], 16)])  # written as <0x41>
+        if self._sp.is_control(i) or self._sp.is_unknown(i):
+            return b""
+        return piece.replace(_SP_SPACE, " ").encode()
 
     def files(self) -> dict[str, bytes]:
         return {"sentencepiece.model": self._model}
@@ -125,20 +137,13 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-        """BPE of `vocab_size` pieces from about the first 8 MB of the lines that `texts` yields; cached by content."""
+        """BPE of `vocab_size` pieces, trained on the beginning of the texts; cached by content.
+
+        Raises UserError where there is no text, or too little for so many pieces.
+        """
         import sentencepiece
 
-        lines: list[str] = []
-        budget = 8 << 20
-        for text in texts:
-            text.encode()
-            for line in text[:budget].replace(_SP_SPACE, "").splitlines():
-                lines += [
-                    line[i : i + 4096] for i in range(0, len(line), 4096)
-                ]  # the trainer drops very long lines
-            budget -= len(text)
-            if budget <= 0:
-                break
+        lines = _training_lines(texts)
         if not lines:
             raise UserError(
                 "the training split has no text to train a tokenizer on; check data.path"
@@ -175,23 +180,42 @@ class SentencePieceTokenizer(Tokenizer):
                 )
             except RuntimeError as error:
                 raise UserError(
-                    f"data.tokenizer_vocab = {vocab_size}: sentencepiece cannot train it on this text ({str(error)[:120]}); try a smaller vocabulary"
+                    f"data.tokenizer_vocab = {vocab_size}: sentencepiece cannot train it on this "
+                    f"text ({str(error)[:120]}); try a smaller vocabulary"
                 ) from None
             files.write_bytes(cached, writer.getvalue())
         return cls(cached.read_bytes())
 
     def _encode(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         lines: list[str] = []
-        plan: list[list[int]] = []  # per text: indices into `lines`, -1 for a literal U+2581
+        plan: list[list[int]] = []  # for each text: indices into `lines`, -1 for a literal U+2581
         for text in texts:
-            plan.append([])
+            parts: list[int] = []
             for k, part in enumerate(text.split(_SP_SPACE)):
                 if k:
-                    plan[-1].append(-1)
+                    parts.append(-1)
                 for line in part.splitlines(keepends=True) if len(part) > 1000 else [part]:
-                    plan[-1].append(len(lines))
+                    parts.append(len(lines))
                     lines.append(line)
+            plan.append(parts)
         encoded = self._sp.encode(lines, num_threads=os.cpu_count() or 1)
         for parts in plan:
-            pieces = [np.asarray(encoded[i] if i >= 0 else self._three, np.int32) for i in parts]
-            yield np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+            ids = [
+                np.asarray(encoded[i] if i >= 0 else self._sp_space_ids, np.int32) for i in parts
+            ]
+            yield np.concatenate(ids) if ids else np.zeros(0, np.int32)
+
+
+def _training_lines(texts: Iterable[str]) -> list[str]:
+    """Lines of the first _TRAINING_CHARACTERS, without U+2581; longer lines are cut."""
+    lines: list[str] = []
+    left = _TRAINING_CHARACTERS
+    for text in texts:
+        text.encode()  # refuses half of a UTF-16 pair
+        for line in text[:left].replace(_SP_SPACE, "").splitlines():
+            for start in range(0, len(line), _LONGEST_LINE):
+                lines.append(line[start : start + _LONGEST_LINE])
+        left -= len(text)
+        if left <= 0:
+            break
+    return lines

@@ -62,7 +62,7 @@ def test_gguf_round_trip(family, tmp_path):
     assert again.tokenizer.encode("the cat in <|im_end|>\n é") == checkpoint.tokenizer.encode(
         "the cat in <|im_end|>\n é"
     )
-    assert again.tokenizer.stops == checkpoint.tokenizer.stops
+    assert again.tokenizer.eos_ids == checkpoint.tokenizer.eos_ids
     assert again.tokenizer.chat_template == "{{ messages[0].content }}"
     small = formats.convert(tmp_path / "m.gguf", tmp_path / "q.gguf", form="gguf", dtype="q8_0")
     assert 0 < small["largest logit difference"] < 0.1 * small["largest logit"]
@@ -92,7 +92,7 @@ def test_every_format_becomes_every_other(tmp_path):
 
 def test_what_an_export_must_not_lose(tmp_path):
     tokenizer = byte_level_tokenizer()
-    tokenizer.stops = (263, 261)
+    tokenizer.eos_ids = (263, 261)
     checkpoint = tiny_checkpoint("llama", tokenizer=tokenizer)
     checkpoint.config = dataclasses.replace(checkpoint.config, dtype="bfloat16")
     formats.write_checkpoint(tmp_path / "run", checkpoint, form="gptjax", dtype="float32")
@@ -101,7 +101,7 @@ def test_what_an_export_must_not_lose(tmp_path):
     half = dataclasses.replace(checkpoint, dtype="bfloat16")
     for name, form in (("half.gguf", "gguf"), ("half", "gptjax")):
         formats.write_checkpoint(tmp_path / name, half, form=form)
-        assert pretrained.read_checkpoint(tmp_path / name).tokenizer.stops == (263, 261)
+        assert pretrained.read_checkpoint(tmp_path / name).tokenizer.eos_ids == (263, 261)
     checkpoint.params["embed"]["tokens"] = np.full_like(checkpoint.params["embed"]["tokens"], 1e5)
     with pytest.raises(UserError, match="float16 cannot"):
         formats.write_checkpoint(tmp_path / "big", checkpoint, dtype="float16")
@@ -498,15 +498,15 @@ def test_sentencepiece_like_vocabulary_round_trips():
     tokenizer = PretrainedTokenizer(
         {"tokenizer.json": pieces_json(pieces, scores, kinds, bos=1)}, [2]
     )
-    assert tokenizer.prefix == (1,)
+    assert tokenizer.bos_ids == (1,)
     for text in ("ab ab", " ab", "a  b", "héllo\n", "</s> ab", ""):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     conversation = [
         {"role": role, "content": "ab a"} for role in ("user", "assistant", "user", "assistant")
     ]
     tokenizer.control = {"<s>": 1, "</s>": 2}
-    tokenizer.chat_template = chat_template.plain(tokenizer)
-    joined = [i for span, _ in chat_template.turns(tokenizer, conversation) for i in span]
+    tokenizer.chat_template = chat_template.plain_template(tokenizer)
+    joined = [i for span, _ in chat_template.split_turns(tokenizer, conversation) for i in span]
     assert (
         joined == chat_template.encode(tokenizer, conversation, add_generation_prompt=False)
         and joined[0] == 1

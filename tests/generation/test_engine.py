@@ -394,7 +394,7 @@ def test_a_model_may_know_more_tokens_than_its_tokenizer():
 def test_a_prefix_is_written_once():
     """Completions have no start token of their own."""
     tokenizer = byte_level_tokenizer()
-    tokenizer.prefix = (261,)
+    tokenizer.bos_ids = (261,)
     lm = build(tokenizer=tokenizer)
     ids = tokenizer.encode("the cat")
     assert lm.score([""], ["the cat"]) == lm.score([[261]], [ids])

@@ -376,7 +376,7 @@ def test_adapters_bring_the_chat_template_they_were_tuned_with(tmp_path):
     )
     config, _ = setup.resolve_checkpoint(config)
     tokenizer = byte_level_tokenizer()
-    tokenizer.chat_template = chat_template.plain(tokenizer)
+    tokenizer.chat_template = chat_template.plain_template(tokenizer)
     store.write_run(tmp_path / "run", config, adapters_for(config, made.params), tokenizer)
     formats.export_adapters(tmp_path / "run", tmp_path / "peft")
     formats.convert(tmp_path / "run", tmp_path / "hf", form="hf")

@@ -313,10 +313,10 @@ def test_a_vocabulary_without_a_chat_template_gets_one_and_keeps_it(tmp_path, ki
     assert own or found.tokenizer.kind == kind
     learned = [
         found.tokenizer.decode(np.asarray(span))
-        for span, mark in chat_template.turns(found.tokenizer, messages(*said)["messages"])
+        for span, mark in chat_template.split_turns(found.tokenizer, messages(*said)["messages"])
         if mark
     ]
-    ends = found.tokenizer.ends[0]
+    ends = found.tokenizer.eos_ids[0]
     assert (
         learned == [said[1], said[3]]
         and list(e.ids).count(ends) == 4
@@ -330,7 +330,7 @@ def test_a_vocabulary_without_a_chat_template_gets_one_and_keeps_it(tmp_path, ki
         == e.ids.tolist()
     )
     with pytest.raises(UserError, match="message 1 of the assistant is empty"):
-        chat_template.turns(kept, messages("hi", "  ")["messages"])
+        chat_template.split_turns(kept, messages("hi", "  ")["messages"])
     write_jsonl(path, [{"word": "in"}])
     task = dict(
         name="text", prompt="Say {word}", completion="{word}", template="chat", system="Be brief."

@@ -182,7 +182,7 @@ def test_create_reports_what_is_missing(tmp_path):
     with pytest.raises(UserError, match=r"gptjax\[gpt2\]|vocab.bpe"):
         create_tokenizer(DataConfig(tokenizer="gpt2", tokenizer_path=str(tmp_path)), [], [])
     (tmp_path / "x.model").write_bytes(b"no model")
-    with pytest.raises(UserError, match="no sentencepiece model"):
+    with pytest.raises(UserError, match="not a sentencepiece model"):
         create_tokenizer(DataConfig(tokenizer_path=str(tmp_path / "x.model")), [], [])
 
 
