@@ -204,6 +204,18 @@ FAMILIES = {
         head_dim=16,
         qk_norm=True,
     ),
+    "phi3": dict(
+        positions="rope",
+        rotary_fraction=0.5,
+        norm="rmsnorm",
+        mlp="swiglu",
+        bias="none",
+        kv_heads=2,
+        mlp_dim=64,
+        sliding_window=7,
+        tie_embeddings=False,
+        family="phi3",
+    ),
 }
 
 

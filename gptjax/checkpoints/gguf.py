@@ -222,6 +222,11 @@ def _hf_config(
     raw["head_dim"] = get("attention.key_length", raw["hidden_size"] // heads)
     # Qwen2's biases on q, k and v go without saying
     raw["attention_bias"] = family.model_type == "llama" and "blk.0.attn_q.bias" in stored
+    rotated = get("rope.dimension_count", raw["head_dim"])
+    if rotated != raw["head_dim"]:
+        raw["partial_rotary_factor"] = rotated / raw["head_dim"]
+    if family.gguf is not None and family.gguf.sliding_window:
+        raw["sliding_window"] = get("attention.sliding_window", 0)
     scaling, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0)
     if scaling in ("linear", "yarn") and factor != 1.0:
         context = raw["max_position_embeddings"]
@@ -287,22 +292,25 @@ def _settings_to_write(config: ModelConfig) -> Iterator[tuple[str, Any]]:
     yield "rope.freq_base", config.rope_theta
     yield "attention.key_length", config.head_width
     yield "attention.value_length", config.head_width
-    yield "rope.dimension_count", config.head_width
+    yield "rope.dimension_count", config.rotary_width
     yield "vocab_size", config.vocab_size
+    if config.sliding_window:
+        yield "attention.sliding_window", config.sliding_window
     if config.rope_scaling in ("linear", "yarn"):
         yield "rope.scaling.type", config.rope_scaling
         yield "rope.scaling.factor", config.rope_factor
         yield "rope.scaling.original_context_length", config.rope_original_context
 
 
-def _refuse_what_is_lost(config: ModelConfig) -> None:
+def _refuse_what_is_lost(config: ModelConfig, family: Family) -> None:
     """Raises UserError for what a GGUF file has no setting for."""
+    has_window = family.gguf is not None and family.gguf.sliding_window
     usual_yarn = (32.0, 1.0, 0.0)
     yarn = (config.rope_beta_fast, config.rope_beta_slow, config.rope_attention_factor)
     lost = []
     if config.labels:
         lost.append("a classification head")
-    if config.sliding_window:
+    if config.sliding_window and not has_window:
         lost.append("a sliding window")
     if config.positions == "learned" and config.mlp != "gelu":
         lost.append("exact GELU")
@@ -340,7 +348,7 @@ def write_gguf(
         "float16": gguf.GGMLQuantizationType.F16,
         "q8_0": gguf.GGMLQuantizationType.Q8_0,
     }
-    _refuse_what_is_lost(config)
+    _refuse_what_is_lost(config, family)
     if family.gguf is None:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"GGUF export knows {known}, not {family.model_type}: use --format=hf")

@@ -14,6 +14,7 @@ from gptjax.checkpoints.families.common import Family
 from gptjax.checkpoints.families.gpt2 import GPT2
 from gptjax.checkpoints.families.gpt_neox import GPT_NEOX
 from gptjax.checkpoints.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from gptjax.checkpoints.families.phi3 import PHI3
 from gptjax.checkpoints.tensor_map import RawConfig
 from gptjax.config import build
 from gptjax.config.errors import UserError, unknown_name
@@ -21,7 +22,7 @@ from gptjax.config.schema import ModelConfig
 
 # By `model_type`. Where several hold a model, the first one writes it.
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (GPT2, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3)
+    family.model_type: family for family in (GPT2, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3)
 }
 
 # Tensors of old files that hold no parameters: masks of GPT-2 and NeoX, RoPE's frequencies.
@@ -29,8 +30,12 @@ BUFFERS = re.compile(r"(.*\.)?(attn|attention)\.(bias|masked_bias)|.*rotary_emb\
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family that holds a model of this config. Raises UserError where none does."""
-    for family in FAMILIES.values():
+    """The family that holds a model of this config: `config.family`, or the first one that does.
+
+    Raises UserError where none does.
+    """
+    families = [FAMILIES[config.family]] if config.family else FAMILIES.values()
+    for family in families:
         if family.matches(config):
             return family
     raise UserError(

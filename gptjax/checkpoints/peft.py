@@ -390,6 +390,8 @@ _MAY_DIFFER: dict[str, Any] = dict(
     scan_layers=False,
     remat="none",
     init_std=0.0,
+    implementation="auto",
+    family="",
 )
 
 

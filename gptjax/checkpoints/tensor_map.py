@@ -28,8 +28,8 @@ class TensorMap:
     param_path: path of the parameter; below `blocks/` it stands for that of every layer.
     hf_names: names of the tensors; `{}` is the layer's number.
     from_hf: (config, shape of the parameter in one layer, *tensors) -> the parameter.
-    to_hf: (config, the parameter of one layer) -> the tensors. It also runs on shapes alone
-        (`jax.eval_shape`), so it only reshapes, transposes and slices.
+    to_hf: (config, the parameter of one layer) -> the tensors. It runs on shapes alone too
+        (`jax.eval_shape`), and uses what NumPy and JAX have in common.
     """
 
     param_path: str
@@ -103,6 +103,25 @@ def _split_qkv(config: ModelConfig, param: Any) -> tuple[Any, ...]:
     groups, inputs = config.heads // config.kv, heads.shape[3:]
     q, k, v = heads[:, :groups], heads[:, groups : groups + 1], heads[:, groups + 1 :]
     return q.reshape(-1, *inputs), k.reshape(-1, *inputs), v.reshape(-1, *inputs)
+
+
+def stacked_qkv(param_path: str, hf_name: str) -> TensorMap:
+    """q, k, v of `split_qkv` below one another in one tensor [(H + 2 K) C, D]."""
+
+    def from_hf(config: ModelConfig, shape: tuple[int, ...], tensor: np.ndarray) -> np.ndarray:
+        q_rows, kv_rows = config.heads * config.head_width, config.kv * config.head_width
+        q, k, v = np.split(tensor, [q_rows, q_rows + kv_rows])
+        return _join_qkv(config, shape, q, k, v)
+
+    def to_hf(config: ModelConfig, param: Any) -> tuple[Any, ...]:
+        parts = _split_qkv(config, param)
+        if isinstance(param, np.ndarray):
+            return (np.concatenate(parts),)
+        import jax.numpy as jnp  # only shapes are asked for
+
+        return (jnp.concatenate(parts),)
+
+    return TensorMap(param_path, (hf_name,), from_hf, to_hf)
 
 
 def gpt2_qkv(param_path: str, hf_name: str) -> TensorMap:

@@ -110,6 +110,12 @@ class ModelConfig:
         "Empty = a language model.",
     )
     init_std: float = setting(0.02, "Standard deviation of the initial weights.", low=0.0)
+    family: str = setting(
+        "",
+        "Hugging Face family that an export is written as, where several can hold the model, such "
+        "as llama and phi3; empty = the first one.",
+        table="gptjax.checkpoints.huggingface:FAMILIES",
+    )
     dtype: str = setting(
         "float32",
         "Dtype of the computation; parameters stay float32.",

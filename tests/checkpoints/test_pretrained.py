@@ -46,7 +46,7 @@ def test_hugging_face_round_trip_is_exact(family, tmp_path):
     assert again.tokenizer.fingerprint == checkpoint.tokenizer.fingerprint
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "llama3", "yarn", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "llama3", "yarn", "qwen2", "qwen3", "phi3"])
 def test_gguf_round_trip(family, tmp_path):
     pytest.importorskip("gguf")
     checkpoint = tiny_checkpoint(
@@ -188,6 +188,23 @@ def test_both_spellings_of_rope():
         {**common, **five}
     )
     assert huggingface.read_config({**common, **four}).rope_factor == 2.0
+
+
+def test_the_family_of_a_checkpoint_is_kept_and_longrope_is_refused():
+    """Llama can hold some Phi-3 models too, so a config remembers where its tensors came from."""
+    raw = huggingface.write_config(tiny_checkpoint("phi3").config, "float32", {})
+    plain = {**raw, "partial_rotary_factor": 1.0, "sliding_window": None}
+    config = huggingface.read_config(plain)
+    assert huggingface.family_of(config).model_type == "phi3"
+    without_family = dataclasses.replace(config, family="")
+    assert huggingface.family_of(without_family).model_type == "llama"
+    wrong_family = dataclasses.replace(config, family="gpt2")
+    with pytest.raises(UserError, match="no Hugging Face architecture"):
+        huggingface.family_of(wrong_family)
+    for name in ("longrope", "su", "yarn"):
+        scaling = {"type": name, "short_factor": [1.0], "long_factor": [2.0]}
+        with pytest.raises(UserError, match=f"{name}.*longrope"):
+            huggingface.read_config({**raw, "rope_scaling": scaling})
 
 
 def test_a_model_that_no_architecture_holds_is_refused(tmp_path):

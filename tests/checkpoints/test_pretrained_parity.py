@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from helpers import CHATML_BY_EXPRESSIONS
 from tokenizers import pre_tokenizers
 
 import gptjax
-from gptjax.checkpoints import formats, gguf
+from gptjax.checkpoints import formats, gguf, mapping, pretrained
 from gptjax.config.errors import UserError
 from gptjax.generation import sampling
 from gptjax.generation.sampling import Sampling
+from gptjax.model import transformer
 from gptjax.tokenizer import chat_template
 from gptjax.tokenizer.openai import OpenAITokenizer
 from gptjax.tokenizer.pretrained import PretrainedTokenizer
@@ -69,6 +71,10 @@ MODELS = {
     "mistral": lambda: T.MistralForCausalLM(T.MistralConfig(**GROUPED, sliding_window=5)),
     "qwen2": lambda: T.Qwen2ForCausalLM(T.Qwen2Config(**GROUPED)),
     "qwen3": lambda: T.Qwen3ForCausalLM(T.Qwen3Config(**GROUPED, head_dim=16)),
+    "phi3": lambda: T.Phi3ForCausalLM(T.Phi3Config(**GROUPED, sliding_window=5, pad_token_id=0)),
+    "phi3 in part": lambda: T.Phi3ForCausalLM(
+        T.Phi3Config(**SIZE, partial_rotary_factor=0.5, pad_token_id=0)
+    ),
 }
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 40))
 
@@ -103,6 +109,28 @@ def test_logits_both_ways_and_exact_tensors(name, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
     np.testing.assert_array_equal(logits_of(again), expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "phi3"])
+def test_gradients_are_theirs(name, tmp_path):
+    """The maps of a family are linear, so gradients of parameters map as the parameters do."""
+    net = theirs(name)
+    net.save_pretrained(tmp_path)
+    net(torch.tensor(TOKENS), labels=torch.tensor(TOKENS)).loss.backward()
+    checkpoint = pretrained.read_checkpoint(tmp_path)
+    config = checkpoint.config
+
+    def loss(params):
+        x, _ = transformer.apply(config, params, jnp.asarray(TOKENS))
+        logits = transformer.unembed(config, params, x)[:, :-1]
+        targets = jnp.asarray(TOKENS)[:, 1:, None]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets, -1).mean()
+
+    grads = jax.grad(loss)(jax.tree.map(jnp.asarray, checkpoint.params))
+    for tensor in mapping.from_params(config, grads):
+        expected = net.get_parameter(tensor.name).grad.numpy()
+        atol = 1e-4 * np.abs(expected).max()
+        np.testing.assert_allclose(tensor.make(), expected, atol=atol, err_msg=tensor.name)
 
 
 def test_stored_halves_come_back_bit_for_bit(tmp_path):
@@ -151,7 +179,7 @@ GENERATE = {
 }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "mistral", "phi3"])
 def test_generation_token_for_token(name, tmp_path):
     """Ours as one ragged batch, theirs row by row."""
     net = theirs(name)

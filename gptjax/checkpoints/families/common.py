@@ -27,11 +27,13 @@ class GgufNames:
     architecture: `general.architecture` of the file.
     modules: {module's name in Hugging Face, without its layer: name in GGUF}.
     neighbours_rotate: rows of q and k are reordered, because RoPE turns neighbouring dims there.
+    sliding_window: whether files of this architecture have a setting for it.
     """
 
     architecture: str
     modules: Mapping[str, str]
     neighbours_rotate: bool = False
+    sliding_window: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,12 +183,11 @@ def has_gpt2_shape(config: ModelConfig) -> bool:
 
 
 def has_llama_shape(config: ModelConfig) -> bool:
-    """Whether the model is a Llama by all but its biases, its window and the norms of q and k."""
+    """Whether Llama or Phi-3 could hold the model, but for biases, window, norms of q and k."""
     return (
         config.positions == "rope"
         and config.norm == "rmsnorm"
         and config.mlp == "swiglu"
-        and config.rotary_fraction == 1.0
         and not config.parallel
         and not config.logit_softcap
     )

@@ -134,23 +134,27 @@ def _write_qwen(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _is_relative(config: ModelConfig) -> bool:
+    return has_llama_shape(config) and config.rotary_fraction == 1.0
+
+
 def _is_llama(config: ModelConfig) -> bool:
     biases = config.bias in ("none", "attention")
-    return has_llama_shape(config) and biases and not config.qk_norm and not config.sliding_window
+    return _is_relative(config) and biases and not config.qk_norm and not config.sliding_window
 
 
 def _is_mistral(config: ModelConfig) -> bool:
     window = config.sliding_window > 0
-    return has_llama_shape(config) and config.bias == "none" and not config.qk_norm and window
+    return _is_relative(config) and config.bias == "none" and not config.qk_norm and window
 
 
 def _is_qwen2(config: ModelConfig) -> bool:
     square = config.head_width * config.heads == config.width
-    return has_llama_shape(config) and config.bias == "qkv" and not config.qk_norm and square
+    return _is_relative(config) and config.bias == "qkv" and not config.qk_norm and square
 
 
 def _is_qwen3(config: ModelConfig) -> bool:
-    return has_llama_shape(config) and config.bias in ("none", "attention") and config.qk_norm
+    return _is_relative(config) and config.bias in ("none", "attention") and config.qk_norm
 
 
 _GGUF_MODULES = {
