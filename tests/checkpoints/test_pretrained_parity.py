@@ -35,6 +35,8 @@ SIZE = dict(
     max_position_embeddings=64,
 )
 GROUPED = dict(**SIZE, num_key_value_heads=2)
+# the defaults are outside so small a vocabulary, and padding has no gradient in PyTorch
+NO_IDS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
 ROPE = {
     "llama3": dict(
         rope_type="llama3",
@@ -71,9 +73,9 @@ MODELS = {
     "mistral": lambda: T.MistralForCausalLM(T.MistralConfig(**GROUPED, sliding_window=5)),
     "qwen2": lambda: T.Qwen2ForCausalLM(T.Qwen2Config(**GROUPED)),
     "qwen3": lambda: T.Qwen3ForCausalLM(T.Qwen3Config(**GROUPED, head_dim=16)),
-    "phi3": lambda: T.Phi3ForCausalLM(T.Phi3Config(**GROUPED, sliding_window=5, pad_token_id=0)),
+    "phi3": lambda: T.Phi3ForCausalLM(T.Phi3Config(**GROUPED, sliding_window=5, **NO_IDS)),
     "phi3 in part": lambda: T.Phi3ForCausalLM(
-        T.Phi3Config(**SIZE, partial_rotary_factor=0.5, pad_token_id=0)
+        T.Phi3Config(**SIZE, partial_rotary_factor=0.5, **NO_IDS)
     ),
 }
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 40))
