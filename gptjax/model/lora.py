@@ -1,8 +1,13 @@
-"""Adapters: small parameters beside frozen ones, as pure functions on the parameter dict.
+"""Adapters: small trained parameters next to frozen ones, as pure functions on nested dicts.
 
-`init` makes them, `attach` puts them where the model's layers find them, `merge` adds them into the kernels. A target's adapter lies beside its
-kernel: lora_a [L, *in, r], lora_b [L, r, *out], with DoRA lora_m [L, *out]; prompt tuning adds embed/prompt [P, D]. The update of a kernel W is
-(alpha / r) A B (Hu et al. 2021); DoRA turns that into m (W + update) / |W + update|, the norm taken over inputs (Liu et al. 2024).
+`init` makes them, `apply_adapter` puts them where the model's layers look for them, `merge` adds
+them into the kernels. The adapter of a layer lies next to its kernel [L, *in, *out]:
+
+    lora_a [L, *in, r], lora_b [L, r, *out]; with DoRA also lora_m [L, *out]
+
+The update of a kernel W is (alpha / r) A B (Hu et al. 2021, section 4.1). DoRA turns the kernel
+into m (W + update) / |W + update|, the norm taken over inputs (Liu et al. 2024, equation 5).
+Prompt tuning adds embed/prompt [P, D].
 """
 
 from __future__ import annotations
@@ -20,153 +25,149 @@ from gptjax.core.types import Array, Params
 from gptjax.model import init as model_init
 from gptjax.model import quantize, transformer
 
+Shape = tuple[int, ...]
 
-def targets(
-    lora: LoraConfig, shapes: dict[str, tuple[int, ...]]
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """{path of a layer below blocks/: (input axes, output axes)}. shapes: as `transfer.our_shapes`. Raises UserError for a pattern without a match."""
-    kernels = {
-        path.removesuffix("/kernel"): shape
-        for path, shape in shapes.items()
-        if path.startswith("blocks/") and path.endswith("/kernel")
-    }
-    if missing := [
-        p
-        for p in lora.targets
-        if p not in LoraConfig().targets and not any(tree.matches([p], path) for path in kernels)
-    ]:
-        raise UserError(
-            f"lora.targets: {missing[0]!r} matches no layer; there are {', '.join(kernels)}"
-        )
-    return {
-        path: (s[: quantize.input_axes(path)], s[quantize.input_axes(path) :])
-        for path, s in kernels.items()
-        if tree.matches(lora.targets, path)
-    }
+
+def targets(lora: LoraConfig, shapes: dict[str, Shape]) -> dict[str, tuple[Shape, Shape]]:
+    """{path of a layer that gets an adapter: (input axes, output axes) of its kernel}.
+
+    shapes: as `init.kernel_shapes` gives them. Raises UserError for a pattern without a match.
+    """
+    kernels = {}
+    for path, shape in shapes.items():
+        if path.startswith("blocks/") and path.endswith("/kernel"):
+            kernels[path.removesuffix("/kernel")] = shape
+    for pattern in lora.targets:
+        is_default = pattern in LoraConfig().targets
+        if not is_default and not any(tree.matches([pattern], path) for path in kernels):
+            raise UserError(
+                f"lora.targets: {pattern!r} matches no layer; there are {', '.join(kernels)}"
+            )
+    result = {}
+    for path, shape in kernels.items():
+        if tree.matches(lora.targets, path):
+            inputs = quantize.input_axes(path)
+            result[path] = (shape[:inputs], shape[inputs:])
+    return result
 
 
 def init(config: ModelConfig, lora: LoraConfig, key: Array, base: Params) -> Params:
-    """New adapters: A uniform within 1 / sqrt(inputs), B zero, so that the model starts as its base. Prompts start as embeddings of random tokens.
-    base: its params (only DoRA's magnitudes and prompts read them)."""
+    """New adapters with which the model computes what its base does; float32.
+
+    A is uniform within 1 / sqrt(inputs), B is zero; prompts start as embeddings of random tokens.
+    base: the model's params (only DoRA's magnitudes and prompts need them).
+    """
     flat: dict[str, Array] = {}
     if lora.rank:
-        for i, (path, (ins, outs)) in enumerate(
-            targets(lora, model_init.kernel_shapes(config)).items()
-        ):
-            bound = 1 / math.sqrt(math.prod(ins))
+        layers = targets(lora, model_init.kernel_shapes(config))
+        for i, (path, (in_shape, out_shape)) in enumerate(layers.items()):
+            bound = 1 / math.sqrt(math.prod(in_shape))
             flat[f"{path}/lora_a"] = jax.random.uniform(
                 jax.random.fold_in(key, i),
-                (config.layers, *ins, lora.rank),
+                (config.layers, *in_shape, lora.rank),
                 minval=-bound,
                 maxval=bound,
             )
-            flat[f"{path}/lora_b"] = jnp.zeros((config.layers, lora.rank, *outs))
+            flat[f"{path}/lora_b"] = jnp.zeros((config.layers, lora.rank, *out_shape))
             if lora.dora:
-                flat[f"{path}/lora_m"] = _norm(
-                    tree.flatten(base)[f"{path}/kernel"].astype(jnp.float32), len(ins)
-                )
+                kernel = tree.flatten(base)[f"{path}/kernel"].astype(jnp.float32)
+                flat[f"{path}/lora_m"] = _input_norm(kernel, len(in_shape))
     if lora.prompt_tokens:
-        ids = jax.random.randint(
-            jax.random.fold_in(key, 1 << 20), (lora.prompt_tokens,), 0, config.vocab_size
-        )
+        prompt_key = jax.random.fold_in(key, 1 << 20)
+        ids = jax.random.randint(prompt_key, (lora.prompt_tokens,), 0, config.vocab_size)
         flat["embed/prompt"] = transformer.embed(config, base, ids).astype(jnp.float32)
     return tree.nested(flat)
 
 
-def _norm(kernel: Array, inputs: int) -> Array:
+def _input_norm(kernel: Array, inputs: int) -> Array:
     """Length of each output's weights: [L, *in, *out] -> [L, *out]."""
     return jnp.sqrt(jnp.square(kernel).sum(tuple(range(1, 1 + inputs))))
 
 
-def update(lora: LoraConfig, part: Params) -> Array:
-    """(alpha / r) A B of one layer's adapter, in the kernel's shape."""
-    a, b = part["lora_a"], part["lora_b"]
-    flat = jnp.einsum(
-        "Lir,Lro->Lio", a.reshape(len(a), -1, a.shape[-1]), b.reshape(len(b), b.shape[1], -1)
-    )
-    return (lora.alpha / lora.rank) * flat.reshape(*a.shape[:-1], *b.shape[2:])
+def update(lora: LoraConfig, adapter: Params) -> Array:
+    """(alpha / r) A B of one layer's adapter, in the kernel's shape [L, *in, *out]."""
+    a, b = adapter["lora_a"], adapter["lora_b"]
+    a_LIR = a.reshape(len(a), -1, a.shape[-1])
+    b_LRO = b.reshape(len(b), b.shape[1], -1)
+    product = jnp.einsum("Lir,Lro->Lio", a_LIR, b_LRO)
+    return (lora.alpha / lora.rank) * product.reshape(*a.shape[:-1], *b.shape[2:])
 
 
 def apply_adapter(
     lora: LoraConfig, frozen: Params, trained: Params, *, dropout: bool = False
 ) -> Params:
-    """The whole model's parameters: `trained` laid over `frozen` (blocks stacked, or apart as `quantize.inference_params` has them). A layer finds
-    lora_a and lora_b (scaled), dora_scale where there is DoRA, and keep_prob where `dropout` is on."""
+    """The complete model's parameters: `frozen`, with `trained` where both have a leaf.
+
+    frozen: blocks stacked, or apart as `quantize.inference_params` has them; {} if all is trained.
+    A layer gets lora_a and lora_b (scaled), with DoRA dora_scale [L, *out], and keep_prob [L], the
+    probability that an input is kept, where `dropout` is on.
+    """
     if not frozen:
         return trained
-    blocks = _scaled_adapters(lora, frozen["blocks"], trained.get("blocks", {}), dropout)
-    rest = {name: part for name, part in trained.items() if name != "blocks"}
+    adapters = _scaled_adapters(lora, frozen["blocks"], trained.get("blocks", {}), dropout)
     if isinstance(frozen["blocks"], tuple):
-        added = tree.unstack(blocks) if blocks else ({},) * len(frozen["blocks"])
-        joined: Any = tuple(
-            merge_trees(block, more) for block, more in zip(frozen["blocks"], added, strict=True)
-        )
+        count = len(frozen["blocks"])
+        by_layer = tree.unstack(adapters) if adapters else ({},) * count
+        blocks: Any = tuple(map(merge_trees, frozen["blocks"], by_layer))
     else:
-        joined = merge_trees(frozen["blocks"], blocks)
-    return {
-        **merge_trees({k: v for k, v in frozen.items() if k != "blocks"}, rest),
-        "blocks": joined,
-    }
+        blocks = merge_trees(frozen["blocks"], adapters)
+    frozen_rest = {name: part for name, part in frozen.items() if name != "blocks"}
+    trained_rest = {name: part for name, part in trained.items() if name != "blocks"}
+    return {**merge_trees(frozen_rest, trained_rest), "blocks": blocks}
 
 
 def _scaled_adapters(lora: LoraConfig, frozen: Any, trained: Params, dropout: bool) -> Params:
-    found: Params = {}
+    """`trained` (below blocks/) in the form that the model's layers look for."""
+    result: Params = {}
     for name, part in trained.items():
-        if "lora_a" not in part:
-            found[name] = (
-                _scaled_adapters(
-                    lora, frozen[name] if isinstance(frozen, dict) else {}, part, dropout
-                )
-                if isinstance(part, dict)
-                else part
-            )
+        if not isinstance(part, dict):
+            result[name] = part
             continue
-        found[name] = {
-            "lora_a": part["lora_a"],
-            "lora_b": part["lora_b"] * (lora.alpha / lora.rank),
-        }
+        if "lora_a" not in part:  # further down
+            inner = frozen[name] if isinstance(frozen, dict) else {}
+            result[name] = _scaled_adapters(lora, inner, part, dropout)
+            continue
+        adapter = {"lora_a": part["lora_a"], "lora_b": part["lora_b"] * (lora.alpha / lora.rank)}
         if "lora_m" in part:
-            inputs = quantize.input_axes(name)
-            length = jax.lax.stop_gradient(
-                _norm(frozen[name]["kernel"].astype(jnp.float32) + update(lora, part), inputs)
-            )
-            found[name]["dora_scale"] = part["lora_m"] / length
+            kernel = frozen[name]["kernel"].astype(jnp.float32) + update(lora, part)
+            # a constant for the gradient (Liu et al. 2024, section 4.3)
+            length = jax.lax.stop_gradient(_input_norm(kernel, quantize.input_axes(name)))
+            adapter["dora_scale"] = part["lora_m"] / length
         if dropout and lora.dropout:
-            found[name]["keep_prob"] = jnp.full((len(part["lora_a"]),), 1 - lora.dropout)
-    return found
+            adapter["keep_prob"] = jnp.full((len(part["lora_a"]),), 1 - lora.dropout)
+        result[name] = adapter
+    return result
 
 
 def merge_trees(below: Any, above: Any) -> Any:
-    """Nested dicts joined; `above` wins."""
+    """Nested dicts joined; where both have a leaf, `above` wins."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
-    return {
-        **below,
-        **{
-            name: merge_trees(below[name], part) if name in below else part
-            for name, part in above.items()
-        },
-    }
+    result = dict(below)
+    for name, part in above.items():
+        result[name] = merge_trees(below[name], part) if name in below else part
+    return result
 
 
 def merge(lora: LoraConfig, base: Params, trained: Params) -> Params:
-    """The base with the updates added into its kernels, and whatever else was trained; prompts stay beside it. Blocks stacked."""
-    flat, added = tree.flatten(base), tree.flatten(trained)
-    result = dict(flat)
-    for path in added:
-        layer, _, leaf = path.rpartition("/")
-        if leaf == "lora_a":
-            part = {
-                n: added[f"{layer}/{n}"]
-                for n in ("lora_a", "lora_b", "lora_m")
-                if f"{layer}/{n}" in added
-            }
-            kernel, inputs = f"{layer}/kernel", quantize.input_axes(layer)
-            whole = flat[kernel].astype(jnp.float32) + update(lora, part)
-            if "lora_m" in part:
-                gain = part["lora_m"] / _norm(whole, inputs)
-                whole = whole * gain.reshape(len(gain), *[1] * inputs, *gain.shape[1:])
-            result[kernel] = whole.astype(flat[kernel].dtype)
-        elif not leaf.startswith("lora_"):
-            result[path] = added[path]
+    """The base with the updates added into its kernels and whatever else was trained.
+
+    Blocks are stacked. Prompts stay a parameter of their own: no kernel can hold them.
+    """
+    kernels, adapters = tree.flatten(base), tree.flatten(trained)
+    result = dict(kernels)
+    for path, leaf in adapters.items():
+        layer, _, name = path.rpartition("/")
+        if name == "lora_a":
+            adapter = {"lora_a": leaf, "lora_b": adapters[f"{layer}/lora_b"]}
+            old = kernels[f"{layer}/kernel"]
+            kernel = old.astype(jnp.float32) + update(lora, adapter)
+            magnitude = adapters.get(f"{layer}/lora_m")
+            if magnitude is not None:
+                inputs = quantize.input_axes(layer)
+                gain = magnitude / _input_norm(kernel, inputs)
+                kernel = kernel * gain.reshape(len(gain), *[1] * inputs, *gain.shape[1:])
+            result[f"{layer}/kernel"] = kernel.astype(old.dtype)
+        elif not name.startswith("lora_"):
+            result[path] = leaf
     return tree.nested(result)

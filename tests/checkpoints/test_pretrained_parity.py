@@ -15,7 +15,7 @@ from gptjax.checkpoints import formats, gguf, mapping, pretrained
 from gptjax.config.errors import UserError
 from gptjax.generation import sampling
 from gptjax.generation.sampling import Sampling
-from gptjax.model import transformer
+from gptjax.model import head, transformer
 from gptjax.tokenizer import chat_template
 from gptjax.tokenizer.openai import OpenAITokenizer
 from gptjax.tokenizer.pretrained import PretrainedTokenizer
@@ -124,7 +124,7 @@ def test_gradients_are_theirs(name, tmp_path):
 
     def loss(params):
         x, _ = transformer.apply(config, params, jnp.asarray(TOKENS))
-        logits = transformer.unembed(config, params, x)[:, :-1]
+        logits = head.unembed(config, params, x)[:, :-1]
         targets = jnp.asarray(TOKENS)[:, 1:, None]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets, -1).mean()
 
