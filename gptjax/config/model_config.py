@@ -84,7 +84,7 @@ class ModelConfig:
         "gelu",
         "Activation of the MLP: gelu is the tanh form (GPT-2), gelu_exact the erf form, and "
         "swiglu is gated.",
-        choices=("gelu", "gelu_exact", "swiglu"),
+        table="gptjax.ops.activation:REFERENCES",
     )
     bias: str = setting(
         "all",
@@ -131,7 +131,7 @@ class ModelConfig:
     attention: str = setting(
         "xla",
         "Attention backend.",
-        choices=("xla", "blockwise", "reference"),
+        table="gptjax.ops.attention.backends:BACKENDS",
         shapes=False,
     )
     attention_block: int = setting(
