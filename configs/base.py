@@ -1,7 +1,7 @@
-"""Defaults of every knob; each other config starts from here.
+"""Defaults of every setting; each other config starts from here.
 
-A misspelt name is not an error at the line that writes it: all faults of a config are reported together
-when the run starts, each with the nearest name.
+A misspelt name is not an error at the line that writes it: all faults of a config are reported
+together when the run starts, each with the nearest name.
 """
 
 from gptjax.config import build, schema

@@ -1,4 +1,4 @@
-"""A run of seconds that passes through every room: for trying a change.
+"""A run of seconds that uses every part of training: for trying a change.
 
     python -m gptjax.train --config=configs/debug.py --workdir=runs/debug
 

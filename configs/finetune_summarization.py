@@ -1,10 +1,12 @@
-"""Abstracts of papers to one sentence (SciTLDR): LoRA on SmolLM2-135M through its chat template.
+r"""Abstracts of papers to one sentence (SciTLDR): LoRA on SmolLM2-135M through its chat template.
 
-data/scitldr_a holds train.jsonl, dev.jsonl and test.jsonl as the set's authors publish them (SciTLDR-A).
+    python experiments/smollm2/fetch.py
+    python -m gptjax.train --config=configs/finetune_summarization.py --workdir=runs/summarization
+    python -m gptjax.evaluate --checkpoint=runs/summarization,runs/smollm2.gguf \
+        --path=data/scitldr_a/test.jsonl --limit=200
 
-python experiments/smollm2/fetch.py
-python -m gptjax.train --config=configs/finetune_summarization.py --workdir=runs/summarization
-python -m gptjax.evaluate --checkpoint=runs/summarization,runs/smollm2.gguf --path=data/scitldr_a/test.jsonl --limit=200
+data/scitldr_a holds train.jsonl, dev.jsonl and test.jsonl as the authors publish them (SciTLDR-A).
+2 CPU cores: 17 minutes; test ROUGE-L 0.325 (zero-shot 0.230, the first sentence 0.236).
 """
 
 from configs import base

@@ -1,8 +1,10 @@
-"""Topics of news (Reuters-21578, R8): a tokenizer and a small GPT, both trained here from nothing on the training split.
+"""Topics of news (Reuters-21578, R8): a small GPT and its tokenizer, trained on these texts alone.
 
-python experiments/finetune/data.py --from=DATA --only=reuters8
-python -m gptjax.train --config=configs/finetune_topics.py --workdir=runs/topics
-python -m gptjax.evaluate --checkpoint=runs/topics --path=data/reuters8/test.jsonl
+    python experiments/finetune/data.py --from=DATA --only=reuters8
+    python -m gptjax.train --config=configs/finetune_topics.py --workdir=runs/topics
+    python -m gptjax.evaluate --checkpoint=runs/topics --path=data/reuters8/test.jsonl
+
+2 CPU cores: 5 minutes; test accuracy 0.956 (majority 0.495).
 """
 
 from configs import base

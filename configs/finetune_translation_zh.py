@@ -1,8 +1,11 @@
-"""English to Chinese (Tatoeba's sentences): a byte-exact tokenizer and a small GPT, both trained here from nothing.
+r"""English to Chinese (Tatoeba): a small GPT and its tokenizer, trained on these sentences alone.
 
-python experiments/finetune/data.py --from=DATA --only=tatoeba_en_zh
-python -m gptjax.train --config=configs/finetune_translation_zh.py --workdir=runs/translation_zh
-python -m gptjax.evaluate --checkpoint=runs/translation_zh,runs/smollm2.gguf --path=data/tatoeba_en_zh/test.jsonl
+    python experiments/finetune/data.py --from=DATA --only=tatoeba_en_zh
+    python -m gptjax.train --config=configs/finetune_translation_zh.py --workdir=runs/translation_zh
+    python -m gptjax.evaluate --checkpoint=runs/translation_zh,runs/smollm2.gguf \
+        --path=data/tatoeba_en_zh/test.jsonl
+
+2 CPU cores: 18 minutes; test chrF 9.6, BLEU 8.3 (SmolLM2 zero-shot 0.2 and 0.1).
 """
 
 from configs import base

@@ -1,9 +1,12 @@
-"""GPT-2 124M on a corpus of your own, prepared first (nanoGPT's recipe: 0.49 M tokens a step).
+r"""GPT-2 124M on a corpus of your own, prepared first (nanoGPT's recipe: 0.49 M tokens a step).
 
-    python -m gptjax.data.prepare --config=configs/gpt2_124m.py --config.data.source=jsonl --config.data.path=corpus/ --out=prepared
-    python -m gptjax.train --config=configs/gpt2_124m.py --config.data.path=prepared --workdir=runs/gpt2
+    python -m gptjax.data.prepare --config=configs/gpt2_124m.py --out=prepared \
+        --config.data.source=jsonl --config.data.path=corpus/
+    python -m gptjax.train --config=configs/gpt2_124m.py --workdir=runs/gpt2 \
+        --config.data.path=prepared
 
-Meant for 8 GPUs of 40 GiB or a TPU v4-8. On OpenWebText the recipe is published with a validation loss of 2.85 after 600,000 steps.
+Meant for 8 GPUs of 40 GiB or a TPU v4-8; not yet run at that size. On OpenWebText the recipe is
+published with a validation loss of 2.85 after 600,000 steps.
 """
 
 from configs import base, sizes

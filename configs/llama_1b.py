@@ -1,9 +1,12 @@
-"""A Llama of 1.2 B parameters on prepared shards, weights and optimizer state split over all devices.
+r"""A Llama of 1.2 B parameters on prepared shards, split over all devices (fsdp).
 
-    python -m gptjax.data.prepare --config=configs/llama_1b.py --config.data.source=jsonl --config.data.path=corpus/ --out=prepared
-    python -m gptjax.train --config=configs/llama_1b.py --config.data.path=prepared --workdir=runs/llama_1b
+    python -m gptjax.data.prepare --config=configs/llama_1b.py --out=prepared \
+        --config.data.source=jsonl --config.data.path=corpus/
+    python -m gptjax.train --config=configs/llama_1b.py --workdir=runs/llama_1b \
+        --config.data.path=prepared
 
-Meant for 8 or more accelerators of 32 GiB (the state takes 15 GiB in all); not yet run at that size by us.
+Meant for 8 or more accelerators of 32 GiB (parameters and optimizer state take 15 GiB in all); not
+yet run at that size, so no loss is known.
 """
 
 from configs import base, sizes

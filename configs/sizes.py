@@ -1,7 +1,10 @@
 """Published model shapes, as arguments of `c.model.update(**sizes.GPT2)`.
 
-GPT-1: Radford et al. 2018 (the shape; the blocks here normalise before, as GPT-2 does). GPT-2: Radford et al. 2019.
-GPT-3: Brown et al. 2020, table 2.1, with its head widths as printed (some do not equal width / heads). SmolLM2-135M: its config.json.
+GPT-1: Radford et al. 2018 (its shape; the blocks here normalise before, as GPT-2 does).
+GPT-2: Radford et al. 2019.
+GPT-3: Brown et al. 2020, table 2.1, with its head widths as printed (some do not equal
+width / heads).
+SmolLM2-135M: its config.json.
 """
 
 GPT1 = dict(layers=12, width=768, heads=12, context=512, vocab_size=40478)

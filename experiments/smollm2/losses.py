@@ -1,6 +1,8 @@
-"""What smaller weights and caches cost: SmolLM2's loss on the newest message of the embedded corpus, which it has not been tuned on.
+"""What smaller weights and caches cost in loss.
 
-python experiments/smollm2/losses.py [--checkpoint=runs/smollm2.gguf] [--tokens=1024]
+    python experiments/smollm2/losses.py [--checkpoint=runs/smollm2.gguf] [--tokens=1024]
+
+SmolLM2 reads the newest message of the embedded corpus, which it has not been tuned on.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ from gptjax.runtime import executables
 
 
 def loss(lm, ids: np.ndarray, *, chunk: int = 32) -> float:
-    """Mean loss of ids [1, T] read in chunks through the cache, as a prompt is, so that the cache's own error counts."""
+    """Mean loss of ids [1, T].
+
+    They are read in chunks through the cache, as a prompt is, so that the cache's own error counts.
+    """
     cache = init_cache(lm._inference_config, 1, ids.shape[1], dtype=lm.cache_dtype)
 
     @executables.jit
@@ -48,10 +53,10 @@ def main(argv: list[str]) -> None:
     for weights, cache in itertools.product(("float32", "bfloat16", "int8"), repeat=2):
         lm = gptjax.load(path, weights=weights, cache_dtype=cache)
         ids = np.asarray([lm.encode(newest)[:count]], np.int32)
-        found = loss(lm, ids)
-        exact = found if exact is None else exact
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(lm._weights)) / 2**20
-        print(f"{weights:<10}{cache:<10}{held:>6.0f}{found:>9.4f}{found - exact:>+9.4f}")
+        value = loss(lm, ids)
+        exact = value if exact is None else exact
+        mib = sum(leaf.nbytes for leaf in jax.tree.leaves(lm._weights)) / 2**20
+        print(f"{weights:<10}{cache:<10}{mib:>6.0f}{value:>9.4f}{value - exact:>+9.4f}")
 
 
 if __name__ == "__main__":
