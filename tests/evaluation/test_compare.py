@@ -1,4 +1,4 @@
-"""Checkpoints compared on the same examples: each asked as it must be asked, judged by names, and no answer cut by its neighbours."""
+"""Checkpoints compared on the same examples: by heads or likelihood, cut alike."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def classify(tmp_path, **task):
     )
 
 
-def test_heads_are_judged_by_name(tmp_path, known):
+def test_classes_of_heads_are_compared_by_name(tmp_path, known):
     known["as sorted"] = handle(labels=("bad", "good"))
     kernel = known["as sorted"].params["score"]["kernel"]
     swapped = handle(labels=("good", "bad"))
@@ -127,21 +127,24 @@ def test_checkpoints_are_compared_on_what_fits_all(tmp_path, known, capsys):
     assert len(others["chrf"]["first_minus_this"]) == len(others["bleu"]["first_minus_this"]) == 3
 
 
-def test_learned_prompt_places_stand_only_before_texts_of_their_own_checkpoint(
+def test_learned_prompt_tokens_are_only_before_texts_of_their_own_checkpoint(
     tmp_path, known, monkeypatch
 ):
-    asked = {}
+    examples_of = {}
     known["plain"], known["tuned"] = handle(), handle(prompt=5)
     answer = answers.answer_examples
     monkeypatch.setattr(
         comparison,
         "answer_examples",
-        lambda lm, *rest: asked.setdefault(id(lm), rest[-1]) and answer(lm, *rest),
+        lambda lm, *rest: examples_of.setdefault(id(lm), rest[-1]) and answer(lm, *rest),
     )
     for names in (["plain", "tuned"], ["tuned", "plain"]):
-        asked.clear()
+        examples_of.clear()
         comparison.compare(translate(tmp_path, ["a", "in"]), names)
-        (plain,), (tuned,) = asked[id(known["plain"])], asked[id(known["tuned"])]
+        (plain,), (tuned,) = (
+            examples_of[id(known["plain"])],
+            examples_of[id(known["tuned"])],
+        )
         assert tuned.prompt == plain.prompt + 5 and tuned.ids[5:].tolist() == plain.ids.tolist()
     short, long = "the in", "the in a " * 40  # a window and several
     for text in (short, long):
@@ -182,37 +185,37 @@ def test_what_training_accepts_is_accepted_and_baselines_see_all_of_it(tmp_path,
     assert comparison.compare(config, ["head"])[1].scores["accuracy"].value == 0.75
 
 
-def test_a_run_is_asked_with_its_own_prompt_where_that_asks_for_the_same(
+def test_a_run_gets_its_own_prompt_where_that_asks_for_the_same(
     tmp_path, known, monkeypatch, capsys
 ):
     known["a"], known["b"] = handle(), handle()
     config = translate(tmp_path, ["one", "two"])
-    asked = []
+    prompts = []
     monkeypatch.setattr(
         comparison,
         "answer_examples",
         lambda lm, task, labels, held: (
-            asked.append(lm.tokenizer.decode(held[0].ids[: held[0].prompt].tolist()))
+            prompts.append(lm.tokenizer.decode(held[0].ids[: held[0].prompt].tolist()))
             or [Answer("")] * len(held)
         ),
     )
-    for theirs, expected in (
+    for changes, expected in (
         (dict(prompt="In: {source}\nOut:"), "In: two\nOut:"),
         (dict(prompt="{target} =", completion=" {source}"), "two ="),
         (dict(prompt="{english} ="), "two ="),
     ):
-        stored = dataclasses.replace(config, task=dataclasses.replace(config.task, **theirs))
+        stored = dataclasses.replace(config, task=dataclasses.replace(config.task, **changes))
         monkeypatch.setattr(
             comparison, "run_config", lambda name, stored=stored: stored if name == "b" else config
         )
         comparison.compare(config, ["a", "b"], own_prompts=True)
-        assert asked[-2:] == ["two =", expected]
+        assert prompts[-2:] == ["two =", expected]
         assert ("b was tuned on other fields" in capsys.readouterr().err) == (expected == "two =")
     comparison.compare(config, ["b"])
-    assert asked[-1] == "two ="
+    assert prompts[-1] == "two ="
 
 
-def test_an_answer_does_not_depend_on_what_is_answered_beside_it(tmp_path, capsys):
+def test_an_answer_does_not_depend_on_the_others_of_its_batch(tmp_path, capsys):
     lm = handle()
     config = translate(tmp_path, ["a"]).task
     config = dataclasses.replace(config, max_new_tokens=40)
@@ -230,7 +233,7 @@ def test_an_answer_does_not_depend_on_what_is_answered_beside_it(tmp_path, capsy
     assert [answers.answer_examples(lm, config, (), [e])[0] for e in made] == together
 
 
-def test_a_prompt_is_cut_alike_whatever_the_right_answer(tmp_path):
+def test_a_prompt_is_cut_alike_whatever_the_reference(tmp_path):
     rows = [{"document": "0123456789" * 10, "summary": "s" * n} for n in (1, 20)]
     config = task_config(
         write_jsonl(tmp_path / "rows.jsonl", rows),
@@ -241,7 +244,7 @@ def test_a_prompt_is_cut_alike_whatever_the_right_answer(tmp_path):
     assert [e.prompt for e in made] == [49, 49]  # the last of 16 is only a target
     assert (
         len({e.prompt for e in loading.render(config, ByteTokenizer(), train, (), "x")}) == 2
-    )  # in training the answer is learned whole
+    )  # in training the complete answer is learned
 
 
 def test_answers_end_at_stop_texts_and_are_taken_from_the_text(tmp_path, monkeypatch):
@@ -262,8 +265,8 @@ def test_answers_end_at_stop_texts_and_are_taken_from_the_text(tmp_path, monkeyp
         answers.answer_examples(lm, config, (), made)[0].text == free[: free.index(free[3])].strip()
     )
     monkeypatch.setitem(answers.ANSWERED_BY, "writing", lambda *rest: [Answer("in paris, France")])
-    asked = dataclasses.replace(config, name="qa", extract=True)
-    found = answers.answer_examples(lm, asked, (), made)
+    extracting = dataclasses.replace(config, name="qa", extract=True)
+    found = answers.answer_examples(lm, extracting, (), made)
     assert (
         found[0].text == "in Paris"
         and answers.prediction_row(lm.tokenizer, made[0], found[0])["prediction"] == "in Paris"

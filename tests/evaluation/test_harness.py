@@ -1,4 +1,7 @@
-"""The adapter to lm-evaluation-harness: what needs no peer. tests/test_parity_harness.py compares its numbers."""
+"""The adapter to lm-evaluation-harness: what needs no peer.
+
+test_harness_parity.py compares its numbers.
+"""
 
 import importlib
 import json
@@ -43,7 +46,7 @@ def ask(arguments, kind="generate_until"):
 
 
 WRONG = {
-    "no room": (dict(max_gen_toks=64), "from 1 to 63"),
+    "no tokens left for a prompt": (dict(max_gen_toks=64), "from 1 to 63"),
     "the default is too long": ({}, "asks for 256 new tokens"),
     "beams": (dict(max_gen_toks=4, num_beams=2), "no setting in generation_kwargs 'num_beams'"),
     "sampling without temperature": (dict(max_gen_toks=4, do_sample=True), "without a temperature"),
@@ -103,12 +106,15 @@ def test_a_task_runs_without_torch_and_transformers(harness, tmp_path):
         "class Finder(PathFinder):\n"
         "    @classmethod\n"
         "    def find_spec(cls, name, *rest):\n"
-        "        return None if name.split('.')[0] in ('torch', 'transformers') else PathFinder.find_spec(name, *rest)\n"
+        "        if name.split('.')[0] in ('torch', 'transformers'): return None\n"
+        "        return PathFinder.find_spec(name, *rest)\n"
         "sys.meta_path[sys.meta_path.index(PathFinder)] = Finder\n"
         "from test_harness import handle\n"
         "from gptjax.evaluation import harness\n"
-        f"found = harness.evaluate_tasks(handle(), 'local', include_path={str(tmp_path)!r}, limit=2)\n"
-        "print(found['results']['local']['bits_per_byte,none'], found['n-samples']['local']['effective'], 'torch' in sys.modules)\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "found = harness.evaluate_tasks(handle(), 'local', include_path=folder, limit=2)\n"
+        "score = found['results']['local']['bits_per_byte,none']\n"
+        "print(score, found['n-samples']['local']['effective'], 'torch' in sys.modules)\n"
     )
     settings = {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/evaluation'}",

@@ -1,4 +1,7 @@
-"""The adapter to lm-evaluation-harness against the harness's own model of transformers (HFLM): 300 requests of each of two checkpoints, and whole tasks."""
+"""The adapter to lm-evaluation-harness against the harness's own model of transformers (HFLM).
+
+300 requests of each of two checkpoints, and complete tasks.
+"""
 
 import json
 import os
@@ -43,7 +46,7 @@ torch.set_num_threads(1)  # tiny products: a second thread only waits
 
 
 def spaced_tokenizer():
-    """As Llama 2's: <s> before every text, bytes for what has no piece, a space before the first word."""
+    """As Llama 2's: <s> before every text, bytes for what has no piece, a space before a word."""
     words = [
         "\u2581",
         *"etaoinshrdlucmfwygpbvk",
@@ -75,7 +78,10 @@ def spaced_tokenizer():
 
 
 def checkpoint(name, folder):
-    """A random model that often writes its end token (and, as a Llama, words behind a space), with a tokenizer that both sides read."""
+    """A random model with a tokenizer that both sides read.
+
+    It often writes its end token and, as a Llama, words after a space.
+    """
     tokenizer = (
         byte_level_tokenizer(CHATML_BY_EXPRESSIONS) if name == "gpt2" else spaced_tokenizer()
     )
@@ -123,7 +129,10 @@ def both(request, tmp_path_factory):
 
 
 def texts(count, seed, longest=30):
-    """Words, spaces at the ends, characters of several bytes, and names of control tokens; some exceed the context."""
+    """Words, spaces at the ends, characters of several bytes, names of control tokens.
+
+    Some exceed the context.
+    """
     rng = random.Random(seed)
     kinds = [
         "the",

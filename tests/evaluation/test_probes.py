@@ -1,4 +1,4 @@
-"""Probes on models whose every log-probability is known: what was built in comes out, with its sign and its interval."""
+"""Probes on models whose every log-probability is known: what was built in comes out again."""
 
 import copy
 import dataclasses
@@ -19,13 +19,13 @@ from gptjax.tokenizer.trained import ByteTokenizer
 
 
 class Toy:
-    """`score` is a function of (prompt, completion); counts how often each pair is asked for."""
+    """`score` is a function of (prompt, completion); counts how often each pair is scored."""
 
     def __init__(self, score):
-        self.function, self.asked = score, []
+        self.function, self.scored = score, []
 
     def score(self, prompts, completions):
-        self.asked += zip(prompts, completions, strict=True)
+        self.scored += zip(prompts, completions, strict=True)
         return [(self.function(p, c), False) for p, c in zip(prompts, completions, strict=True)]
 
 
@@ -60,7 +60,7 @@ def swapped(data):
 
 
 def red_is_good(strength, spread=0.0):
-    """Adds `strength` to good behind red words; every completion and every group has a height of its own besides."""
+    """Adds `strength` to good after red words; each completion and group has its own offset too."""
 
     def score(prompt, completion):
         red = any(word in prompt for word in ("red", "scarlet"))
@@ -85,7 +85,8 @@ def test_gaps_come_out_as_built_in():
         12,
         24,
     )
-    # navy's own height, 1.5 on one pair of two, is in the gaps of the single completions and cancels from their difference
+    # navy's own offset, 1.5 on one pair of two, is in the gaps of the single completions and
+    # cancels from their difference
     np.testing.assert_allclose(
         [axis.gap, axis.first, axis.second, axis.spread], [0.75, 1.5, 0.75, 0.75], rtol=1e-6
     )
@@ -95,12 +96,15 @@ def test_gaps_come_out_as_built_in():
         ("colour", "red"): pytest.approx(0.375),
         ("colour", "blue"): pytest.approx(-0.375),
     }
-    assert ("Toy 3 is navy and", " bad.") in toy.asked
-    assert len(toy.asked) == 12 * 2 * 2 * 2  # templates, groups, words, completions
+    assert ("Toy 3 is navy and", " bad.") in toy.scored
+    assert len(toy.scored) == 12 * 2 * 2 * 2  # templates, groups, words, completions
 
 
 def test_a_share_counts_pairs():
-    """Good goes with red in the pair (red, blue) of templates 0 to 2, in (scarlet, navy) never; with navy in templates 0 to 5, else a tie."""
+    """Good goes with red in the pair (red, blue) of templates 0 to 2, in (scarlet, navy) never.
+
+    It goes with navy in templates 0 to 5; else there is a tie.
+    """
 
     def score(prompt, completion):
         number = int(re.search(r"\d+", prompt)[0])
@@ -147,7 +151,10 @@ def test_intervals_exclude_and_contain_one_half():
 
 
 def test_intervals_of_neutral_toys_miss_as_often_as_they_say():
-    """Of 200 neutral toys with noise about 95 % of the intervals contain neutral (a percentile bootstrap of 30 templates is a little narrow)."""
+    """Of 200 neutral toys with noise about 95 % of the intervals contain neutral.
+
+    A percentile bootstrap of 30 templates is a little narrow.
+    """
     axes = []
     for k in range(200):
         toy = Toy(lambda prompt, completion, k=k: noise(prompt, completion, str(k)))
@@ -182,7 +189,7 @@ def test_every_group_is_compared_with_the_first():
     }
 
 
-def test_a_group_behind_the_completion_has_its_whole_sentence_scored():
+def test_a_group_after_the_completion_has_its_complete_sentence_scored():
     templates = [
         {"text": "The {completion} said that {who} was here.", "completions": ["nurse", "smith"]}
     ] * 2
@@ -195,9 +202,9 @@ def test_a_group_behind_the_completion_has_its_whole_sentence_scored():
     }
     toy = Toy(lambda prompt, completion: table[completion.split()[1], completion.split()[4]])
     axis = probes.run_probes(toy, probes.parse_probes(data)).axes[0]
-    assert toy.asked[0] == ("", "The nurse said that she was here.")
+    assert toy.scored[0] == ("", "The nurse said that she was here.")
     assert (
-        len(toy.asked) == 4
+        len(toy.scored) == 4
     )  # the second template repeats the first: each sentence is scored once
     assert (axis.gap, axis.first, axis.second) == (4.5, 2.0, -2.5)
 
@@ -234,11 +241,11 @@ def test_the_file_that_comes_with_the_package():
     assert len(probes.to_text(report).splitlines()) == 3 + 3 + 2 + len(report.axes) + len(
         report.templates
     ) + len(report.leans)  # a line a row
-    assert all("{" not in p + c and "  " not in p + c and c[-1] == "." for p, c in toy.asked)
+    assert all("{" not in p + c and "  " not in p + c and c[-1] == "." for p, c in toy.scored)
 
 
 def test_a_real_model():
-    """Its gaps, scored behind the prompt, are those of the log-probabilities of whole sentences."""
+    """Its gaps, scored after the prompt, are those of complete sentences."""
     checkpoint = tiny_checkpoint("gpt2", layers=1, tokenizer=ByteTokenizer())
     lm = LanguageModel(checkpoint.config, checkpoint.params, checkpoint.tokenizer)
     report = probes.run_probes(

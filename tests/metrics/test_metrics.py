@@ -30,7 +30,7 @@ def values(metrics):
 
 
 def test_interval_is_that_of_the_binomial():
-    """300 of 1000: the bootstrap of a share is a binomial, whose 2.5 % and 97.5 % points are near 0.272 and 0.329."""
+    """300 of 1000: the bootstrap of a share is a binomial, 95 % of it from 0.272 to 0.329."""
     metric = mean_metric([1.0] * 300 + [0.0] * 700)
     assert metric.value == pytest.approx(0.3)
     low, high = metric.interval(samples=4000)
@@ -57,13 +57,13 @@ def test_interval_covers_the_truth_as_often_as_it_says():
 
 def test_interval_does_not_depend_on_the_chunks(monkeypatch):
     metric = classification_metrics.regression(np.arange(50.0), np.arange(50.0) ** 2)["pearson"]
-    whole = metric.interval(samples=100)
+    at_once = metric.interval(samples=100)
     monkeypatch.setattr(bootstrap, "_CHUNK_ELEMENTS", 150)
-    assert metric.interval(samples=100) == pytest.approx(whole, abs=1e-12)
+    assert metric.interval(samples=100) == pytest.approx(at_once, abs=1e-12)
 
 
 def test_difference_is_paired():
-    """Two scores that move together from example to example differ for certain, though their intervals overlap."""
+    """Scores that move together from example to example differ, though their intervals overlap."""
     generator = np.random.default_rng(0)
     base = generator.random(200)
     worse, better = mean_metric(base), mean_metric(base + 0.02 + 0.01 * generator.random(200))
@@ -144,7 +144,7 @@ def test_mcc_of_one_class_is_zero():
 
 
 def test_calibration_error_by_hand():
-    """Two examples at 0.9, one right: a gap of 0.4; one at 0.6 and right: 0.4; bins do not cancel."""
+    """Two at 0.9, one correct: a gap of 0.4; one at 0.6, correct: 0.4; bins do not cancel."""
     probabilities = [[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]
     found = classification_metrics.classification([0, 0, 1, 1], [0, 1, 1, 0], 2, probabilities)[
         "calibration_error"
@@ -197,7 +197,10 @@ def test_pearson_of_a_constant_is_zero_and_far_from_zero_it_is_exact(constant):
 
 
 def test_rouge_by_hand():
-    """prediction: the cat sat; reference: the cat lay on the mat: 2 of 3 and 6 words, 1 of 2 and 5 pairs, a subsequence of 2."""
+    """the cat sat, for: the cat lay on the mat.
+
+    2 of 3 and 6 words, 1 of 2 and 5 pairs, a subsequence of 2.
+    """
     found = values(text_metrics.rouge(["The cat sat."], [["the cat lay on the mat"]]))
     assert found == {
         "rouge1": pytest.approx(4 / 9),
@@ -246,7 +249,10 @@ def test_squad_by_hand():
 
 
 def test_squad_of_chinese():
-    """A run of 2 of 4 and 3 characters; latin words are whole; listed punctuation does not count, other punctuation does."""
+    """A run of 2 of 4 and 3 characters; a Latin word is one segment.
+
+    Listed punctuation does not count, other punctuation does.
+    """
     found = text_metrics.squad(
         ["北京大学", "《红楼梦》。", "NBA 1,234分", "iphone 4s", "东a西", "大学北京", "", "北京"],
         [
@@ -279,7 +285,7 @@ def test_distinct_by_hand():
 
 
 def test_repetition_by_hand():
-    """a b c d a b c d: 5 runs of four words of which one is a repetition; a text without any does not count."""
+    """a b c d a b c d: 5 runs of four words, one repeated; a text without any does not count."""
     metric = text_metrics.diversity(["a b c d a b c d", "one two three four", "short"])[
         "repetition"
     ]
@@ -305,7 +311,10 @@ def test_token_loss_by_hand():
 
 @needs_sacrebleu
 def test_translation_by_hand():
-    """Five of five words right and none missing; then a reference twice as long: only the brevity penalty exp(1 - 2) is left."""
+    """Five of five words correct and none missing; then a reference twice as long.
+
+    Only the brevity penalty exp(1 - 2) is left.
+    """
     assert text_metrics.translation(["one two three four five"], [["one two three four five"]])[
         "bleu"
     ].value == pytest.approx(100)

@@ -1,6 +1,7 @@
-"""Scores against the libraries that define them: rouge-score, sacrebleu, scikit-learn; and against the official answer scripts, restated.
+"""Scores against the libraries that define them: rouge-score, sacrebleu, scikit-learn.
 
-500 random cases each, empty texts among them. Skipped with a reason where a library is not installed.
+And against the official answer scripts, restated. 500 random cases each, empty texts among them.
+Skipped with a reason where a library is not installed.
 """
 
 import collections
@@ -28,7 +29,10 @@ nltk_tokenize = pytest.importorskip(
 )
 
 CASES = 500
-SENTENCE = "the The a an cat Cat's sat, sat mat. dog-house U.S. 3.14 1,000 50% café naïve ÉTÉ İstanbul _x_ (on) it's — … don't lay"
+SENTENCE = (
+    "the The a an cat Cat's sat, sat mat. dog-house U.S. 3.14 1,000 50% "
+    "café naïve ÉTÉ İstanbul _x_ (on) it's — … don't lay"
+)
 ENGLISH = SENTENCE.split(" ")
 CHINESE = [
     *"今天气好不北京大学年月日",
@@ -157,9 +161,9 @@ def test_rouge():
     predictions, references = examples(ENGLISH)
     found = text_metrics.rouge(predictions, references)
     for i, (prediction, row) in enumerate(zip(predictions, references, strict=True)):
-        theirs = scorer.score_multi(row, prediction)
+        expected = scorer.score_multi(row, prediction)
         for name in names:
-            assert found[name].stats[i, 0] == pytest.approx(theirs[name].fmeasure, abs=1e-6), (
+            assert found[name].stats[i, 0] == pytest.approx(expected[name].fmeasure, abs=1e-6), (
                 prediction,
                 row,
             )
@@ -167,7 +171,7 @@ def test_rouge():
 
 
 def test_rouge_of_characters():
-    """Each character stands for a word of its own."""
+    """Each character is a word of its own."""
     predictions, references = examples(CHINESE, "", seed=1)
     spell = lambda text: " ".join(f"w{ord(c)}" for c in text.lower() if not c.isspace())
     found = text_metrics.rouge(predictions, references, characters=True)
@@ -249,13 +253,16 @@ def test_squad():
     predictions, references = examples(ENGLISH, least=0, seed=4)
     found = text_metrics.squad(predictions, references)
     for i, (prediction, row) in enumerate(zip(predictions, references, strict=True)):
-        ours = found["exact_match"].stats[i, 0], found["f1"].stats[i, 0]
-        assert ours == pytest.approx(squad_rules(prediction, row), abs=1e-6), (prediction, row)
+        scores = found["exact_match"].stats[i, 0], found["f1"].stats[i, 0]
+        assert scores == pytest.approx(squad_rules(prediction, row), abs=1e-6), (prediction, row)
     assert 0.1 < found["exact_match"].value < found["f1"].value < 1
 
 
 def cmrc_rules(prediction, references):
-    """CMRC 2018's (exact, F1), with NLTK for the words that are not Chinese, and SQuAD 2.0's rule for no answer."""
+    """CMRC 2018's (exact, F1), with NLTK for words that are not Chinese.
+
+    And SQuAD 2.0's rule for no answer.
+    """
     dropped = set("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")
     kept = lambda text: "".join(c for c in text.lower().strip() if c not in dropped)
     treebank = nltk_tokenize.NLTKWordTokenizer()
@@ -290,6 +297,6 @@ def test_squad_of_chinese():
     predictions, references = examples(CHINESE, "", least=0, seed=5)
     found = text_metrics.squad(predictions, references, language="zh")
     for i, (prediction, row) in enumerate(zip(predictions, references, strict=True)):
-        ours = found["exact_match"].stats[i, 0], found["f1"].stats[i, 0]
-        assert ours == pytest.approx(cmrc_rules(prediction, row), abs=1e-6), (prediction, row)
+        scores = found["exact_match"].stats[i, 0], found["f1"].stats[i, 0]
+        assert scores == pytest.approx(cmrc_rules(prediction, row), abs=1e-6), (prediction, row)
     assert 0.1 < found["exact_match"].value < found["f1"].value < 1

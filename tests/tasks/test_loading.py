@@ -1,4 +1,4 @@
-"""From records to batches: what is learned, what is cut, how examples are packed, and every wrong record named with its line."""
+"""From records to batches: what is learned and cut, packing; wrong records named by line."""
 
 import csv
 import json
@@ -191,7 +191,7 @@ def test_preferred_and_rejected_answers_follow_the_same_prompt(tmp_path):
         )
 
 
-def test_whole_turns_are_cut_with_their_tools(tmp_path):
+def test_complete_turns_are_cut_with_their_tools(tmp_path):
     used = [
         {"role": r, "content": c}
         for r, c in (
@@ -245,7 +245,7 @@ def test_named_splits_of_a_data_set_are_read(monkeypatch):
 
 
 @pytest.mark.parametrize("policy", ["cut_start", "cut_end"])
-def test_a_cut_goes_round_characters(tmp_path, policy):
+def test_a_cut_is_never_inside_a_character(tmp_path, policy):
     """One token a byte, so most cuts would fall inside a character."""
     for text in ("東京" * 40, "x" + "•é" * 60):
         found, config = examples(
@@ -416,7 +416,10 @@ def test_packed_batches_are_a_function_of_seed_and_step(tmp_path):
 
 @pytest.mark.parametrize("backend", ["reference", "xla", "blockwise"])
 def test_packed_examples_cannot_see_one_another(backend):
-    """Logits of an example, and the gradient of its loss with respect to every embedding, are exactly those with another neighbour."""
+    """An example's logits and gradients are exactly those with another neighbour.
+
+    The gradients are of its loss with respect to every embedding.
+    """
     config = make_config(
         model=dict(context=24, attention=backend, attention_block=8, positions="rope")
     ).model
@@ -604,7 +607,8 @@ def test_wrong_files_are_named(tmp_path):
     (tmp_path / "long.csv").write_text("text,label\nI liked it, really,pos\n")
     with pytest.raises(
         UserError,
-        match=r"long.csv:2 has 3 fields and there are 2 columns: text, label; text with commas stands in quotes",
+        match=r"long.csv:2 has 3 fields and there are 2 columns: text, label; "
+        "text with commas stands in quotes",
     ):
         read("csv", tmp_path / "long.csv")
     (tmp_path / "a.txt").write_text("1\n2\n")
