@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# A SLURM job: one process per node, all of its GPUs in the mesh. JAX reads the cluster from srun's environment.
+# A SLURM job: one process per node, with all of its GPUs in the mesh. JAX learns about the cluster
+# from srun's environment variables.
 #
-#   launch/slurm.sh [--nodes=2] [--gpus=8] [--time=24:00:00] [--partition=NAME] [--dry_run] -- --config=configs/gpt2_124m.py --workdir=/shared/runs/gpt2
+#   launch/slurm.sh [--nodes=2] [--gpus=8] [--time=24:00:00] [--partition=NAME] [--dry_run] -- \
+#       --config=configs/gpt2_124m.py --workdir=/shared/runs/gpt2
 #
-# The workdir must be on a file system that all nodes see. Before the time limit SLURM sends SIGTERM, the run saves, and the job is
-# queued again; the same command then goes on.
+# All nodes must see the workdir in their file system. Before the time limit SLURM sends SIGTERM;
+# the run saves and stops, the job is queued again, and the same command continues the run.
 set -euo pipefail
 nodes=2 gpus=8 time=24:00:00 partition= dry_run=
 while [ $# -gt 0 ]; do
@@ -32,7 +34,7 @@ script=$(
 #SBATCH --open-mode=append
 ${partition:+#SBATCH --partition=$partition}
 srun python -m gptjax.train --distributed$(printf ' %q' "$@") || code=\$?
-# 130: stopped by the signal, everything saved; the same command goes on in the next allocation
+# 130: stopped by the signal, and saved; the same command continues in the next allocation
 if [ "\${code:-0}" = 130 ]; then scontrol requeue "\$SLURM_JOB_ID"; fi
 exit "\${code:-0}"
 JOB

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Every worker of a Cloud TPU VM runs the same command; JAX finds the pod by itself.
+# Every worker of a Cloud TPU VM runs the same command; JAX finds the other workers by itself.
 #
-#   launch/tpu_vm.sh --name=my-tpu --zone=us-central2-b [--directory=gptjax] [--dry_run] -- --config=configs/llama_1b.py --workdir=/mnt/shared/runs/llama
+#   launch/tpu_vm.sh --name=my-tpu --zone=us-central2-b [--directory=gptjax] [--dry_run] -- \
+#       --config=configs/llama_1b.py --workdir=/mnt/shared/runs/llama
 #
-# The clone must lie in the home folder of the workers under --directory, with its virtual environment in .venv.
+# The clone must be in the home folder of each worker, under --directory, with its virtual
+# environment in .venv.
 set -euo pipefail
 name= zone= directory=gptjax dry_run=
 while [ $# -gt 0 ]; do

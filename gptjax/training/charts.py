@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-MAX_POINTS = 1000  # of a line; more are thinned, with the extremes kept
+MAX_POINTS = 1000  # of a line; more are thinned, but not their extremes
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 14, 40  # margins in pixels
 
 
@@ -106,20 +106,26 @@ def number(value: float) -> str:
 
 
 def make_chart(
-    title: str, unit: str, series: dict[str, list[Point]], **options: object
+    title: str,
+    unit: str,
+    series: dict[str, list[Point]],
+    *,
+    levels: dict[str, float] | None = None,
+    log: str = "",
+    wide: bool = False,
 ) -> Chart | None:
     """A chart of the series that have points, thinned; None where fewer than two points are left.
 
     Values that are not finite are left out.
     """
-    kept = {}
+    drawn = {}
     for name, points in series.items():
         finite = [point for point in points if math.isfinite(point.value)]
         if finite:
-            kept[name] = thin(finite, MAX_POINTS)
-    if sum(len(points) for points in kept.values()) < 2:
+            drawn[name] = thin(finite, MAX_POINTS)
+    if sum(len(points) for points in drawn.values()) < 2:
         return None
-    return Chart(title, unit, kept, **options)  # type: ignore[arg-type]
+    return Chart(title, unit, drawn, levels or {}, log, wide)
 
 
 def thin(points: Sequence[Point], limit: int) -> list[Point]:

@@ -109,7 +109,10 @@ def _charts(
     records: list[dict[str, Any]], levels: dict[str, float]
 ) -> list[tuple[Chart, Drawing, Drawing | None]]:
     """Each chart with its drawing and, where it helps, the one with logarithmic axes."""
-    line = lambda label, name: {label: _points(records, name)}
+
+    def line(label: str, name: str) -> dict[str, list[Point]]:
+        return {label: _points(records, name)}
+
     loss = line("train", "train/loss") | line("held out", "eval/loss")
     bits = line(_THIS_MODEL, "eval/bits_per_byte")
     reward = line("train", "train/reward") | line("held out", "answers/reward")
