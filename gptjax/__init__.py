@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gptjax.config.errors import UserError
     from gptjax.generation.language_model import LanguageModel
+    from gptjax.generation.options import GenerationOptions
     from gptjax.generation.requests import Completion
 
-__all__ = ["Completion", "LanguageModel", "UserError", "load"]
+__all__ = ["Completion", "GenerationOptions", "LanguageModel", "UserError", "load"]
 __version__ = "0.1.0"
 
 _HOMES = {  # public name: the module that defines it
     "Completion": "gptjax.generation.requests",
+    "GenerationOptions": "gptjax.generation.options",
     "LanguageModel": "gptjax.generation.language_model",
     "UserError": "gptjax.config.errors",
 }

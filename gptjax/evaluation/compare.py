@@ -191,7 +191,7 @@ def _config_for(
                 "it is evaluated with the first checkpoint's prompt"
             )
     task = task_of(task).adapt(task, bool(lm.config.labels))
-    lora = dataclasses.replace(config.lora, prompt_tokens=lm.prompt_places)
+    lora = dataclasses.replace(config.lora, prompt_tokens=lm.prompt_tokens)
     return dataclasses.replace(config, task=task, lora=lora)
 
 

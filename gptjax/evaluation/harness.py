@@ -87,7 +87,7 @@ class GptjaxLM(TemplateLM):
             pretrained if isinstance(pretrained, LanguageModel) else load(pretrained, **options)
         )
         self.tokenizer = self.lm.text_tokenizer
-        if self.lm.prompt_places:
+        if self.lm.prompt_tokens:
             raise UserError(
                 "the harness leaves no places for the learned prompt tokens of this checkpoint: "
                 "tune it with lora.rank instead"

@@ -102,7 +102,7 @@ def text_scores(lm: LanguageModel, documents: Iterator[str]) -> dict[str, Metric
 
 def _document_logprobs(lm: LanguageModel, ids: list[int]) -> np.ndarray:
     """float32 [n - 1]: log-probability of each of n ids but the first."""
-    lead = [lm.text_tokenizer.eot] * lm.prompt_places  # before each window
+    lead = [lm.text_tokenizer.eot] * lm.prompt_tokens  # before each window
     size = lm.config.context - len(lead)  # tokens that a window may see
     stride = max(size // 2, 1)
     starts = [0]

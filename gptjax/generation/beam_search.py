@@ -1,51 +1,133 @@
-"""Beam search on the device, with the finished hypotheses and stopping rules of transformers' `generate`.
+"""Beam search on the device, with the finished hypotheses and stopping rules of transformers.
 
-Each request keeps `beams` live sequences and the `beams` best finished ones, whose score is the sum of log-probabilities over
-(new tokens) ** length_penalty. Candidates are the best 2 * beams continuations (more with several end tokens), so that
-`beams` of them go on whatever ends.
+Each request keeps `beams` live sequences and its `beams` best finished ones, whose score is the sum
+of log-probabilities over (new tokens) ** length_penalty. Candidates are the best 2 * beams
+continuations (more with several end tokens), so that `beams` of them go on whatever ends.
+
+In: an `InferenceModel` and a `Request`. Out: the best texts of each prompt.
+Dims: R requests, K beams, M candidates of a request, S slots, V vocabulary; rows of request r are
+r * K, ..., r * K + K - 1.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array
-from gptjax.generation import sampling
-from gptjax.generation.loop import State, feed
+from gptjax.generation import loop, sampling
+from gptjax.generation.loop import DecodeState, InferenceModel, PromptBatch
+from gptjax.generation.options import GenerationOptions
+from gptjax.generation.requests import Request
+from gptjax.generation.sampling import Settings
 from gptjax.model import head
 from gptjax.model.kv_cache import take_rows
 from gptjax.runtime import executables
 
-_OUT = -1e9
+_OUT = -1e9  # added to the score of what may not be chosen
 
 
-def begin(state: State, beams: int) -> State:
-    """Beam search's additions to a state of `beams` copies a request."""
-    b = state["tokens"].shape[0] // beams
-    live = jnp.where(
-        jnp.arange(beams) > 0, _OUT, 0.0
-    )  # the copies are equal at first: one of them counts
-    return {
-        **state,
-        "scores": jnp.broadcast_to(live, (b, beams)),
-        "ended": jnp.zeros((b, beams), bool),
-        "over": jnp.zeros(b, bool),
-        "best_tokens": state["tokens"].reshape(b, beams, -1),
-        "best_length": state["length"].reshape(b, beams),
-        "best_scores": jnp.full((b, beams), _OUT),
-    }
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BeamState:
+    """The search of a batch, on the device."""
+
+    live: DecodeState  # R * K rows; all beams of a request have the same length
+    live_scores: Array  # float32 [R, K]: sums of log-probabilities, best first
+    best_tokens: Array  # int32 [R, K, S]: the best finished hypotheses
+    best_length: Array  # int32 [R, K]
+    best_scores: Array  # float32 [R, K]
+    finished: Array  # bool [R, K]: whether there is a hypothesis at all
+    over: Array  # bool [R]: nothing can change any more
 
 
-def _take(tree: Any, index: Array) -> Any:
-    """[b, n, ...] picked by index [b, k] along axis 1."""
-    return jax.tree.map(
-        lambda a: jnp.take_along_axis(a, index.reshape(*index.shape, *[1] * (a.ndim - 2)), 1), tree
+class Candidates(NamedTuple):
+    """The best continuations of a request's live beams, best first."""
+
+    scores: Array  # float32 [R, M]: sums of log-probabilities
+    parent: Array  # int32 [R, M]: the beam that each continues
+    tokens: Array  # int32 [R, M, S]
+    ends: Array  # bool [R, M]: by an end token, or because the text is as long as it may be
+
+
+class Hypothesis(NamedTuple):
+    """A finished text."""
+
+    prompt: int  # its number
+    tokens: list[int]  # prompt included
+    score: float
+
+
+def search(model: InferenceModel, request: Request, options: GenerationOptions) -> list[Hypothesis]:
+    """The `request.n` best texts of each prompt, best first. Raises UserError."""
+    beams = options.num_beams
+    _check(request, options)
+    context = model.config.context
+    limits = [request.limit(len(prompt), 0, context) for prompt in request.prompts]
+    batch = PromptBatch(
+        request.prompts,
+        limits=limits,
+        seeds=[0] * len(limits),
+        slots=model.slots(max(limits)),
+        copies=beams,
+    )
+    settings = sampling.stack_settings(
+        request.samplings, model.config.vocab_size, request.eos_ids, beams
+    )
+    state = search_beams(
+        model.config,
+        model.params,
+        begin(loop.start(model, batch), beams),
+        settings,
+        np.float32(options.length_penalty),
+        active=sampling.active_processors(request.samplings),
+        beams=beams,
+        early_stopping=options.early_stopping,
+    )
+    tokens, lengths = np.asarray(state.best_tokens), np.asarray(state.best_length)
+    scores = np.asarray(state.best_scores)
+    hypotheses = []
+    for i in range(len(request.prompts)):
+        for k in range(request.n):
+            text = tokens[i, k, : lengths[i, k]].tolist()
+            hypotheses.append(Hypothesis(i, text, float(scores[i, k])))
+    return hypotheses
+
+
+def _check(request: Request, options: GenerationOptions) -> None:
+    beams = options.num_beams
+    samples = options.temperature > 0
+    if request.n > beams or samples or request.has_stop_text or request.context_shift:
+        raise UserError(
+            f"num_beams = {beams}: needs temperature 0, n <= num_beams, and neither stop texts "
+            "nor sliding"
+        )
+    if options.early_stopping not in (True, False, "never"):
+        raise UserError(
+            f"early_stopping = {options.early_stopping!r}: must be True, False or 'never'"
+        )
+
+
+def begin(state: DecodeState, beams: int) -> BeamState:
+    """The search before its first step. state: `beams` copies a request."""
+    requests = state.tokens.shape[0] // beams
+    # the copies are equal at first: one of them counts
+    scores = jnp.where(jnp.arange(beams) > 0, _OUT, 0.0)
+    return BeamState(
+        live=state,
+        live_scores=jnp.broadcast_to(scores, (requests, beams)),
+        best_tokens=state.tokens.reshape(requests, beams, -1),
+        best_length=state.length.reshape(requests, beams),
+        best_scores=jnp.full((requests, beams), _OUT),
+        finished=jnp.zeros((requests, beams), bool),
+        over=jnp.zeros(requests, bool),
     )
 
 
@@ -54,84 +136,139 @@ def _take(tree: Any, index: Array) -> Any:
     static_argnames=("config", "active", "beams", "early_stopping"),
     donate_argnames=("state",),
 )
-def search(
+def search_beams(
     config: ModelConfig,
     params: Any,
-    state: State,
-    options: Mapping[str, Array],
+    state: BeamState,
+    settings: Settings,
     length_penalty: Array,
     *,
     active: frozenset[str],
     beams: int,
     early_stopping: bool | str,
-) -> State:
-    """Runs until every request has ended. Rows of request r are r * beams, ...; requests must not sample."""
-    stops = options["stops"]
-    kept = max(2, 1 + stops.shape[0]) * beams
-    b = state["scores"].shape[0]
-    prompt = state["prompt_length"].reshape(b, beams)[:, 0]
-    limit = state["limit"].reshape(b, beams)[:, 0]
+) -> BeamState:
+    """Steps until every request is over; requests must not sample."""
 
-    def body(state: State) -> State:
-        x, cache = feed(config, params, state)
+    def step(state: BeamState) -> BeamState:
+        live = state.live
+        x, cache = loop.feed(config, params, live.tokens, live.length, live.cache)
         logp = jax.nn.log_softmax(head.unembed(config, params, x[:, 0]))
-        logp = (
-            sampling.process(logp, options, state, active).reshape(b, beams, -1)
-            + state["scores"][:, :, None]
-        )
-        vocab = logp.shape[2]
-        scores, flat = jax.lax.top_k(logp.reshape(b, -1), kept)
-        parent, token = flat // vocab, (flat % vocab).astype(jnp.int32)
-        length = state["length"].reshape(b, beams)[:, 0]
-        sequences = _take(state["tokens"].reshape(b, beams, -1), parent)
-        sequences = sequences.at[
-            jnp.arange(b)[:, None], jnp.arange(kept)[None], length[:, None]
-        ].set(token)
-        ends = (token[..., None] == stops).any(-1) | (length + 1 >= limit)[:, None]
-        # live beams: the best that go on
-        live_scores, pick = jax.lax.top_k(scores + jnp.where(ends, _OUT, 0.0), beams)
-        # finished ones: those among the first `beams` candidates that end, against what was finished before
-        made = (length + 1 - prompt).astype(jnp.float32)[:, None]
-        shut = state["over"][:, None] | (
-            state["ended"].all(-1, keepdims=True) & (early_stopping is True)
-        )
-        finished = scores / made**length_penalty + jnp.where(
-            shut | ~ends | (jnp.arange(kept) >= beams)[None], _OUT, 0.0
-        )
-        ok = ends & (jnp.arange(kept) < beams)[None] & ~shut
-        pool_scores = jnp.concatenate([state["best_scores"], finished], 1)
-        best_scores, best = jax.lax.top_k(pool_scores, beams)
-        pool = (
-            jnp.concatenate([state["best_tokens"], sequences], 1),
-            jnp.concatenate(
-                [state["best_length"], jnp.broadcast_to((length + 1)[:, None], (b, kept))], 1
-            ),
-            jnp.concatenate([state["ended"], ok], 1),
-        )
-        best_tokens, best_length, ended = _take(pool, best)
-        # can a live beam still beat the worst finished one?
-        horizon = (limit - prompt) if early_stopping == "never" else (length + 1 - prompt)
-        horizon = jnp.where(length_penalty > 0, horizon, length + 1 - prompt).astype(jnp.float32)
-        possible = live_scores[:, 0] / horizon**length_penalty > jnp.where(
-            ended, best_scores.min(-1, keepdims=True), _OUT
-        ).min(-1)
-        over = state["over"] | ~possible | ends.all(-1) | (ended.all(-1) & (early_stopping is True))
-        going = ~state["over"]
-        chosen = _take(parent, pick) + jnp.arange(b)[:, None] * beams
-        new = {
-            "tokens": _take(sequences, pick).reshape(b * beams, -1),
-            "cache": take_rows(cache, chosen.reshape(-1), b * beams),
-            "length": jnp.where(going, length + 1, length).repeat(beams),
-            "scores": live_scores,
-            "over": over,
-        }
-        old = {
-            "best_tokens": best_tokens,
-            "best_length": best_length,
-            "best_scores": best_scores,
-            "ended": ended,
-        }
-        keep = lambda new, old: jnp.where(going.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-        return {**state, **new, **{name: keep(value, state[name]) for name, value in old.items()}}
+        logp = sampling.process(logp, settings, live.history, active)
+        candidates = _candidates(state, logp, settings["eos_ids"])
+        changed = _finish(state, candidates, length_penalty, early_stopping)
+        changed, parent = _go_on(changed, candidates)
+        over = _is_over(state, changed, candidates, length_penalty, early_stopping)
+        rows = parent + jnp.arange(len(parent))[:, None] * beams
+        cache = take_rows(cache, rows.reshape(-1), rows.size)
+        return _commit(state, changed, cache, over)
 
-    return jax.lax.while_loop(lambda state: ~state["over"].all(), body, state)
+    def unfinished(state: BeamState) -> Array:
+        return ~state.over.all()
+
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def _candidates(state: BeamState, logp: Array, eos_ids: Array) -> Candidates:
+    """The best continuations of each request. logp: float32 [R * K, V]."""
+    requests, beams = state.live_scores.shape
+    count = max(2, 1 + eos_ids.shape[0]) * beams
+    vocab_size = logp.shape[1]
+    totals = logp.reshape(requests, beams, -1) + state.live_scores[:, :, None]
+    scores, flat = jax.lax.top_k(totals.reshape(requests, -1), count)
+    parent, token = flat // vocab_size, (flat % vocab_size).astype(jnp.int32)
+    length, limit = _of_requests(state.live.length, beams), _of_requests(state.live.limit, beams)
+    tokens = _take(state.live.tokens.reshape(requests, beams, -1), parent)
+    rows, numbers = jnp.arange(requests)[:, None], jnp.arange(count)[None]
+    tokens = tokens.at[rows, numbers, length[:, None]].set(token)
+    ends = (token[..., None] == eos_ids).any(-1) | (length + 1 >= limit)[:, None]
+    return Candidates(scores, parent, tokens, ends)
+
+
+def _finish(
+    state: BeamState, candidates: Candidates, length_penalty: Array, early_stopping: bool | str
+) -> BeamState:
+    """The best finished hypotheses with those candidates that end, of the first K."""
+    requests, beams = state.live_scores.shape
+    count = candidates.scores.shape[1]
+    length = _of_requests(state.live.length, beams) + 1
+    new_tokens = length - _of_requests(state.live.prompt_length, beams)
+    divisor = new_tokens.astype(jnp.float32)[:, None] ** length_penalty
+    full = state.finished.all(-1, keepdims=True) & (early_stopping is True)
+    closed = state.over[:, None] | full
+    among_first = (jnp.arange(count) < beams)[None]
+    joins = candidates.ends & among_first & ~closed
+    scores = candidates.scores / divisor + jnp.where(joins, 0.0, _OUT)
+    best_scores, best = jax.lax.top_k(jnp.concatenate([state.best_scores, scores], 1), beams)
+    lengths = jnp.broadcast_to(length[:, None], (requests, count))
+    return dataclasses.replace(
+        state,
+        best_tokens=_take(jnp.concatenate([state.best_tokens, candidates.tokens], 1), best),
+        best_length=_take(jnp.concatenate([state.best_length, lengths], 1), best),
+        best_scores=best_scores,
+        finished=_take(jnp.concatenate([state.finished, joins], 1), best),
+    )
+
+
+def _go_on(state: BeamState, candidates: Candidates) -> tuple[BeamState, Array]:
+    """The live beams: the best candidates that do not end; and the beams they continue [R, K]."""
+    requests, beams = state.live_scores.shape
+    scores = candidates.scores + jnp.where(candidates.ends, _OUT, 0.0)
+    live_scores, best = jax.lax.top_k(scores, beams)
+    tokens = _take(candidates.tokens, best).reshape(requests * beams, -1)
+    live = dataclasses.replace(state.live, tokens=tokens)
+    return dataclasses.replace(state, live=live, live_scores=live_scores), _take(
+        candidates.parent, best
+    )
+
+
+def _is_over(
+    before: BeamState,
+    after: BeamState,
+    candidates: Candidates,
+    length_penalty: Array,
+    early_stopping: bool | str,
+) -> Array:
+    """bool [R]: whether no live beam can still beat the worst finished hypothesis."""
+    beams = before.live_scores.shape[1]
+    prompt = _of_requests(before.live.prompt_length, beams)
+    new_tokens = _of_requests(before.live.length, beams) + 1 - prompt
+    horizon = new_tokens  # the length at which a live beam's score is judged
+    if early_stopping == "never":
+        longest = _of_requests(before.live.limit, beams) - prompt
+        horizon = jnp.where(length_penalty > 0, longest, new_tokens)
+    hope = after.live_scores[:, 0] / horizon.astype(jnp.float32) ** length_penalty
+    worst = after.best_scores.min(-1, keepdims=True)
+    possible = hope > jnp.where(after.finished, worst, _OUT).min(-1)
+    enough = after.finished.all(-1) & (early_stopping is True)
+    return before.over | ~possible | candidates.ends.all(-1) | enough
+
+
+def _commit(before: BeamState, after: BeamState, cache: Any, over: Array) -> BeamState:
+    """The state after the step; what is finished stays as it was where the search was over."""
+    beams = before.live_scores.shape[1]
+    going = ~before.over
+    length = _of_requests(before.live.length, beams)
+    length = jnp.where(going, length + 1, length).repeat(beams)
+
+    def keep(new: Array, old: Array) -> Array:
+        return jnp.where(going.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return dataclasses.replace(
+        after,
+        live=dataclasses.replace(after.live, length=length, cache=cache),
+        best_tokens=keep(after.best_tokens, before.best_tokens),
+        best_length=keep(after.best_length, before.best_length),
+        best_scores=keep(after.best_scores, before.best_scores),
+        finished=keep(after.finished, before.finished),
+        over=over,
+    )
+
+
+def _of_requests(rows: Array, beams: int) -> Array:
+    """[R] of [R * K], equal for all beams of a request."""
+    return rows.reshape(-1, beams)[:, 0]
+
+
+def _take(array: Array, index: Array) -> Array:
+    """[R, M, ...] picked along axis 1 by index [R, K]."""
+    return jnp.take_along_axis(array, index.reshape(*index.shape, *[1] * (array.ndim - 2)), 1)

@@ -1,195 +1,187 @@
-"""TODO docstring."""
+"""The generation engine: the host loop that takes tokens off the device and feeds them to texts.
+
+`run` starts the batch of a `Request`, lets the compiled loop write some tokens, hands them to the
+request's `SequenceState`s, and so on until all are finished. `compile_ahead` prepares the compiled
+programs that `run` begins with.
+
+Where a request may go on past the context (context shift), rows that have filled it wait until all
+rows are done; then a new batch starts from the latest half of each row's tokens.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from gptjax.config.schema import ModelConfig
-from gptjax.generation import loop as decode_loop
-from gptjax.generation import speculative
+from gptjax.generation import loop, speculative
+from gptjax.generation.loop import DecodeState, InferenceModel, PromptBatch
 from gptjax.generation.requests import Request
-from gptjax.generation.sampling import active_of, arrays
+from gptjax.generation.sampling import Settings, active_processors, stack_settings
+from gptjax.generation.speculative import Speculation
 from gptjax.model.kv_cache import init_cache
-from gptjax.ops.implementations import IMPLEMENTATIONS
 from gptjax.runtime import executables
 
 
-@dataclasses.dataclass(frozen=True)
-class Speculation:
-    """Guesses a pass; a draft model's config, weights and type of cache, or None for prompt lookup."""
-
-    count: int
-    draft_config: ModelConfig | None = None
-    draft_weights: Any = None
-    draft_cache_dtype: str = ""
-
-
 def run(
-    config: ModelConfig,
-    weights: Any,
+    model: InferenceModel,
     request: Request,
     *,
     steps: Sequence[int],
-    cache_dtype: str = "",
-    guess: Speculation | None = None,
+    speculation: Speculation | None = None,
 ) -> Iterator[None]:
-    """Fills the request's rows; yields whenever tokens came. steps: how many at a time, the last number again and again.
+    """Fills the request's sequences; yields whenever tokens came.
 
-    Where text slides, each time that the context is full its latest half is read again from the start, and goes on.
+    steps: how many tokens (with speculation: passes) at a time, the last number again and again.
     """
-    active = active_of(request.samplings)
-    options = jax.device_put(arrays(request.samplings, config.vocab_size, request.stops, request.n))
-    full = config.context + 1  # the last token that a full context predicts is never fed
-    state = _begin(
-        config,
-        weights,
-        request,
-        request.prompts,
-        [0] * len(request.prompts),
-        request.n,
-        cache_dtype,
-        guess,
+    active = active_processors(request.samplings)
+    settings = jax.device_put(
+        stack_settings(request.samplings, model.config.vocab_size, request.eos_ids, request.n)
     )
-    known, turn = np.asarray(state["length"]), 0
+    state = _start(model, _first_batch(model, request, speculation), speculation)
+    known, turn = np.asarray(state.length), 0
     while True:
         count, turn = steps[min(turn, len(steps) - 1)], turn + 1
-        if guess:
-            extra = dict(
-                count=guess.count, draft_config=guess.draft_config, draft_params=guess.draft_weights
-            )
-            state = speculative.advance(
-                config, weights, state, options, np.int32(count), active=active, **extra
-            )
-        else:
-            state = decode_loop.advance(
-                config, weights, state, options, np.int32(count), active=active
-            )
-        tokens, lengths, logprobs = (
-            np.asarray(state[name]) for name in ("tokens", "length", "logprobs")
-        )
-        done = np.asarray(state["done"]).copy()
-        for i, row in enumerate(request.rows):
-            for at in range(known[i], lengths[i]):
-                row.feed(int(tokens[i, at]), float(logprobs[i, at]))
-            if len(row.tokens) >= request.max_new_tokens:
-                row.finish("length")
-            done[i] |= bool(row.reason)
-        known = lengths
-        if all(row.reason for row in request.rows):
-            yield
-            return
+        state = _advance(model, state, settings, count, active, speculation)
+        done = _collect(state, known, request)
+        known = np.asarray(state.length)
         yield
-        if done.all():  # some stand at the end of the context and go on
-            rows = [r.tolist()[: lengths[i]] for i, r in enumerate(tokens)]
-            prompts = [
-                r[-max(full // 2, 1) :] if not row.reason else r[-1:]
-                for r, row in zip(rows, request.rows, strict=True)
-            ]
-            state = _begin(
-                config,
-                weights,
-                request,
-                prompts,
-                [len(row.tokens) for row in request.rows],
-                1,
-                cache_dtype,
-                guess,
-            )
-            state["copy"] = jax.device_put(
-                np.tile(np.arange(request.n, dtype=np.uint32), len(request.prompts))
-            )
-            known = np.asarray(state["length"])
-            done = np.array([bool(row.reason) for row in request.rows])
-        state["done"] = jax.device_put(done)
+        if request.finished:
+            return
+        if done.all():  # the rest have filled the context
+            state = _start(model, _shifted_batch(model, request, state, speculation), speculation)
+            known = np.asarray(state.length)
+            done = np.array([bool(sequence.reason) for sequence in request.sequences])
+        state = dataclasses.replace(state, done=jax.device_put(done))
+
+
+def _start(
+    model: InferenceModel, batch: PromptBatch, speculation: Speculation | None
+) -> DecodeState:
+    state = loop.start(model, batch)
+    return speculative.begin(state, speculation) if speculation else state
+
+
+def _advance(
+    model: InferenceModel,
+    state: DecodeState,
+    settings: Settings,
+    count: int,
+    active: frozenset[str],
+    speculation: Speculation | None,
+) -> DecodeState:
+    """`count` more tokens, or passes with speculation, in each row."""
+    config, params, steps = model.config, model.params, np.int32(count)
+    if speculation is None:
+        return loop.advance(config, params, state, settings, steps, active=active)
+    draft = speculation.draft
+    return speculative.advance(
+        config,
+        params,
+        state,
+        settings,
+        steps,
+        active=active,
+        count=speculation.count,
+        draft_config=draft.config if draft else None,
+        draft_params=draft.params if draft else None,
+    )
+
+
+def _collect(state: DecodeState, known: np.ndarray, request: Request) -> np.ndarray:
+    """Feeds the tokens from slot `known` on to the sequences. Returns which rows are done [B]."""
+    tokens, lengths = np.asarray(state.tokens), np.asarray(state.length)
+    logprobs, done = np.asarray(state.logprobs), np.asarray(state.done).copy()
+    for i, sequence in enumerate(request.sequences):
+        for slot in range(known[i], lengths[i]):
+            sequence.feed(int(tokens[i, slot]), float(logprobs[i, slot]))
+        if len(sequence.tokens) >= request.max_new_tokens:
+            sequence.finish("length")
+        done[i] |= bool(sequence.reason)
+    return done
+
+
+def _first_batch(
+    model: InferenceModel, request: Request, speculation: Speculation | None
+) -> PromptBatch:
+    context = model.config.context
+    limits = [request.limit(len(prompt), 0, context) for prompt in request.prompts]
+    return PromptBatch(
+        request.prompts,
+        limits=limits,
+        seeds=[settings.seed for settings in request.samplings],
+        slots=_slots(model, limits, speculation),
+        copies=request.n,
+    )
+
+
+def _shifted_batch(
+    model: InferenceModel,
+    request: Request,
+    state: DecodeState,
+    speculation: Speculation | None,
+) -> PromptBatch:
+    """The batch after a context shift: the latest half of each row, which is its own prompt now.
+
+    Finished rows stay in the batch, with one token.
+    """
+    context = model.config.context
+    half = max((context + 1) // 2, 1)
+    tokens, lengths = np.asarray(state.tokens), np.asarray(state.length)
+    prompts, limits, generated, seeds = [], [], [], []
+    for i, sequence in enumerate(request.sequences):
+        text = tokens[i, : lengths[i]].tolist()
+        prompts.append(text[-1:] if sequence.reason else text[-half:])
+        generated.append(len(sequence.tokens))
+        limits.append(request.limit(len(prompts[i]), generated[i], context))
+        seeds.append(request.samplings[i // request.n].seed)
+    return PromptBatch(
+        prompts,
+        limits=limits,
+        seeds=seeds,
+        slots=_slots(model, limits, speculation),
+        generated=generated,
+        copy_numbers=[i % request.n for i in range(len(prompts))],
+    )
+
+
+def _slots(model: InferenceModel, limits: Sequence[int], speculation: Speculation | None) -> int:
+    """Slots of the buffer: for the longest row, and for guesses behind its end."""
+    return model.slots(max(limits), extra=speculation.count + 1 if speculation else 0)
 
 
 def compile_ahead(
-    config: ModelConfig,
-    weights: Any,
-    request: Request,
-    *,
-    cache_dtype: str = "",
-    folder: str | Path | None = None,
+    model: InferenceModel, request: Request, *, folder: str | Path | None = None
 ) -> None:
-    """Makes ready the programs that `run` begins with; see `programs.make_ready`. `weights` may be shapes."""
-    places = _places(config, request, request.prompts, [0] * len(request.prompts), request.n, None)
-    tokens, length, state = decode_loop.host_state(request.prompts, **places)
-    state["cache"] = jax.eval_shape(
-        lambda: init_cache(config, len(state["length"]), tokens.shape[1], dtype=cache_dtype)
-    )
-    options = arrays(request.samplings, config.vocab_size, request.stops, request.n)
-    step = decode_loop.advance.call(
-        config, weights, state, options, np.int32(0), active=active_of(request.samplings)
-    )
-    executables.prepare(
-        [
-            step,
-            decode_loop.prefill.call(
-                config, weights, tokens, length, cache_dtype=cache_dtype, copies=request.n
-            ),
-        ],
-        folder,
-    )
+    """Prepares the programs that `run` begins with; see `executables.prepare`.
 
-
-def _begin(
-    config: ModelConfig,
-    weights: Any,
-    request: Request,
-    prompts: list[list[int]],
-    made: list[int],
-    copies: int,
-    cache_dtype: str,
-    guess: Speculation | None,
-) -> decode_loop.State:
-    state = decode_loop.start(
+    The parameters of `model` may be shapes.
+    """
+    config = model.config
+    batch = _first_batch(model, request, None)
+    tokens, lengths = batch.padded()
+    state = batch.host_state()
+    cache = jax.eval_shape(
+        lambda: init_cache(config, len(state.length), batch.slots, dtype=model.cache_dtype)
+    )
+    settings = stack_settings(request.samplings, config.vocab_size, request.eos_ids, request.n)
+    advance = loop.advance.call(
         config,
-        weights,
-        prompts,
-        cache_dtype=cache_dtype,
-        **_places(config, request, prompts, made, copies, guess),
+        model.params,
+        dataclasses.replace(state, cache=cache),
+        settings,
+        np.int32(0),
+        active=active_processors(request.samplings),
     )
-    if guess:
-        state["passes"] = jax.device_put(np.int32(0))
-        if guess.draft_config:
-            cache = decode_loop.prefill(
-                guess.draft_config,
-                guess.draft_weights,
-                state["tokens"],
-                state["length"],
-                cache_dtype=guess.draft_cache_dtype,
-            )
-            state["draft_cache"] = cache
-    return state
-
-
-def _places(
-    config: ModelConfig,
-    request: Request,
-    prompts: list[list[int]],
-    made: list[int],
-    copies: int,
-    guess: Speculation | None,
-) -> dict[str, Any]:
-    """What `decode.host_state` is told of these prompts."""
-    limits = [
-        min(len(p) + request.max_new_tokens - m, config.context + 1)
-        for p, m in zip(prompts, made, strict=True)
-    ]
-    slots = decode_loop.bucket(
-        max(limits) + (guess.count + 1 if guess else 0),
-        config.context + (guess.count + 2 if guess else 1),
-        IMPLEMENTATIONS[config.implementation].prefill_chunk,
+    prefill = loop.prefill.call(
+        config,
+        model.params,
+        tokens,
+        lengths,
+        cache_dtype=model.cache_dtype,
+        copies=request.n,
     )
-    seeds = [
-        s.seed
-        for s in request.samplings
-        for _ in range(request.n if len(prompts) != len(request.samplings) else 1)
-    ]
-    return {"limits": limits, "slots": slots, "seeds": seeds, "copies": copies, "made": made}
+    executables.prepare([advance, prefill], folder)

@@ -1,82 +1,75 @@
-"""TODO docstring."""
+"""The flags of `gptjax.generate`: their help, and what they mean as `GenerationOptions`.
+
+Each number in `Sampling` is a flag by itself, with its meaning as the help text. To add a flag for
+another option, add it to `FLAGS` and to `read_options`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from gptjax.config.errors import UserError
 from gptjax.core import cli
 from gptjax.generation.language_model import LanguageModel
-from gptjax.generation.sampling import Sampling
+from gptjax.generation.options import GenerationOptions
+from gptjax.generation.sampling import NUMBERS
+
+MAX_NEW_TOKENS = 100
+CHAT_MAX_NEW_TOKENS = 512
+
+# defaults of the flags of numbers: those of the options, but a temperature that gives lively text
+_DEFAULTS = {**NUMBERS, "temperature": 0.8}
+_MEANINGS = {
+    field.name: field.metadata["meaning"] for field in dataclasses.fields(GenerationOptions)
+}
+
 
 FLAGS = {
     "checkpoint": "a workdir, a step's folder in it, a Hugging Face folder or a .gguf file",
-    "adapter": "run or PEFT folder whose adapters stand on the checkpoint",
+    "adapter": "run or PEFT folder whose adapters are put on the checkpoint",
     "prompt": "text to continue; empty = a new document",
     "chat": "a conversation in the terminal",
     "system": "--chat: the system prompt",
-    "max_new_tokens": "tokens to make (100, or what the context allows)",
-    "temperature": "0 = most likely token (0.8)",
-    "top_k": "keep the k most likely tokens; 0 = all",
-    "top_p": "keep the most likely tokens up to this probability; 1 = all",
-    "min_p": "drop tokens below this share of the best one's probability; 0 = none",
-    "typical_p": "locally typical sampling up to this probability; 1 = off",
-    "repetition_penalty": "divides the logits of tokens that occurred; 1 = off",
-    "presence_penalty": "taken from tokens generated before; 0 = off",
-    "frequency_penalty": "taken once for each time; 0 = off",
-    "no_repeat_ngram": "no n tokens in a row twice; 0 = off",
-    "min_new_tokens": "no end of text before; 0 = off",
-    "stop": "end the text before this string",
+    "max_new_tokens": f"tokens to make ({MAX_NEW_TOKENS}, or what the context allows)",
+    **{name: _MEANINGS[name] for name in _DEFAULTS},
+    "temperature": f"{_MEANINGS['temperature']} ({_DEFAULTS['temperature']})",
+    "stop": _MEANINGS["stop"],
     "banned": "words that must not occur, with commas between them",
-    "num_beams": "beam search; 1 = off",
-    "length_penalty": "beam search: exponent of the length (1.0)",
-    "speculate": "guesses a pass by prompt lookup, with --temperature=0; 0 = off",
-    "n": "completions of the prompt",
-    "seed": "same seed, same text (0)",
+    "num_beams": _MEANINGS["num_beams"],
+    "length_penalty": f"{_MEANINGS['length_penalty']} (1.0)",
+    "num_speculative_tokens": _MEANINGS["num_speculative_tokens"],
+    "n": _MEANINGS["n"],
     "weights": "float32, bfloat16 or int8: smaller is faster",
     "cache_dtype": "of keys and values: float32, bfloat16 or int8; by default the compute dtype",
-    "rolling": "go on past the context: whenever it is full, its older half falls out of sight",
+    "context_shift": "go on past the context: when it is full, its older half falls out of sight",
 }
 
 
-_NUMBERS = {
-    "temperature": 0.8,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "no_repeat_ngram": 0,
-    "min_new_tokens": 0,
-    "seed": 0,
-}
+def read_options(args: cli.Args) -> GenerationOptions:
+    """The flags as options; `max_new_tokens` is its flag's value or a placeholder (`new_tokens`).
 
-
-def options(args: cli.Args) -> dict[str, Any]:
-    """The flags as arguments of `LanguageModel.generate`; beam search and speculation are greedy unless a temperature is given."""
-    found: dict[str, Any] = {name: args.number(name, default) for name, default in _NUMBERS.items()}
-    Sampling(**found)  # refuses what is out of range
-    if (limit := args.number("max_new_tokens", 1)) < 1:
-        raise UserError(f"--max_new_tokens={limit}: must be at least 1")
-    beams, guesses = args.number("num_beams", 1), args.number("speculate", 0)
-    if (beams > 1 or guesses) and "temperature" not in args:
-        found["temperature"] = 0.0
+    Beam search and speculation are greedy unless a temperature is given. Raises UserError.
+    """
+    options: dict[str, Any] = {}
+    for name, default in _DEFAULTS.items():
+        options[name] = args.number(name, default)
+    options["max_new_tokens"] = args.number("max_new_tokens", MAX_NEW_TOKENS)
+    for name, default in (("n", 1), ("num_beams", 1), ("num_speculative_tokens", 0)):
+        options[name] = args.number(name, default)
+    options["length_penalty"] = args.number("length_penalty", 1.0)
+    greedy = options["num_beams"] > 1 or options["num_speculative_tokens"]
+    if greedy and "temperature" not in args:
+        options["temperature"] = 0.0
     if args["stop"]:
-        found["stop"] = args["stop"].replace("\\n", "\n").replace("\\t", "\t")
-    found["banned"] = [word for word in args["banned"].split(",") if word]
-    found["overflow"] = "slide" if "rolling" in args else "refuse"
-    if guesses:
-        found["speculate_tokens"] = guesses
-    if beams > 1:
-        found |= {"num_beams": beams, "length_penalty": args.number("length_penalty", 1.0)}
-    return found
+        options["stop"] = args["stop"].replace("\\n", "\n").replace("\\t", "\t")
+    options["banned"] = [word for word in args["banned"].split(",") if word]
+    options["overflow"] = "slide" if "context_shift" in args else "refuse"
+    return GenerationOptions(**options)
 
 
 def new_tokens(lm: LanguageModel, args: cli.Args) -> int:
-    """How many tokens to make: as asked, or what the context allows."""
-    limit = args.number("max_new_tokens", 100)
-    if "max_new_tokens" in args or "rolling" in args:
+    """How many tokens to make: as many as asked for, or what the context allows."""
+    limit = args.number("max_new_tokens", MAX_NEW_TOKENS)
+    if "max_new_tokens" in args or "context_shift" in args:
         return limit
     return max(min(limit, lm.config.context + 1 - len(lm.encode(args["prompt"]))), 1)

@@ -1,16 +1,22 @@
-"""The generation engine: prefill and a decode loop, both compiled, over a plain pytree that is donated from call to call.
+"""The decoding loop: prefill and decode, both compiled, over a plain pytree that is donated.
 
-A batch is a buffer of tokens [B, S] with a length per row; row b's next token depends on its first length[b] tokens, on its own settings and on
-its own key, and on nothing else in the batch. Every token but the last of each row is in the cache: decoding feeds the last one, chooses the next,
-and writes it behind. Slots behind a row's length hold leftovers that the causal rule hides until they are overwritten, so
-there is no padding to mask. S is a bucket (256, 1024, 4096, ... up to the context), so any prompt length takes two programs a bucket.
+A batch is a buffer of tokens [B, S] with a length per row. Row b's next token depends on its
+first length[b] tokens, its own settings and its own random key, and on nothing else in the batch.
+Every token but the last of each row is in the key/value cache: a step feeds the last one, chooses
+the next, and writes it behind. Slots behind a row's length hold leftovers that the causal rule
+hides until they are overwritten, so there is no padding to mask. S is a bucket (256, 1024, 4096,
+... up to the context), so any prompt length takes two compiled programs a bucket.
+
+In: an `InferenceModel` and a `PromptBatch`. Out: a `DecodeState` that `advance` carries on.
+Dims: B rows, S slots, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +25,95 @@ import numpy as np
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array
 from gptjax.generation import sampling
+from gptjax.generation.sampling import History, Settings
 from gptjax.model import head, transformer
 from gptjax.model.kv_cache import init_cache, take_rows
 from gptjax.ops.implementations import IMPLEMENTATIONS
 from gptjax.runtime import executables
 
-State = dict[str, Any]
-
-
 SMALLEST_BUCKET = 256
 
 
+class InferenceModel(NamedTuple):
+    """What the compiled functions need of a model."""
+
+    config: ModelConfig  # `LanguageModel._inference_config`
+    params: Any  # in the form of `quantize.inference_params`; to compile ahead, shapes do
+    cache_dtype: str = ""  # of keys and values; "" = the compute dtype
+
+    def slots(self, length: int, extra: int = 0) -> int:
+        """Slots of a buffer for `length` tokens, and for `extra` ones past the context."""
+        ops = IMPLEMENTATIONS[self.config.implementation]
+        return bucket(length + extra, self.config.context + 1 + extra, ops.prefill_chunk)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """A batch of texts as they grow, on the device."""
+
+    tokens: Array  # int32 [B, S]
+    length: Array  # int32 [B]
+    prompt_length: Array  # int32 [B]: without the tokens that were generated before a context shift
+    limit: Array  # int32 [B]: the longest length, at most S
+    generated: Array  # int32 [B]: new tokens so far, those before a context shift included
+    done: Array  # bool [B]
+    logprobs: Array  # float32 [B, S]: of each new token, at its slot
+    seed: Array  # uint32 [B]
+    copy: Array  # uint32 [B]: which of its prompt's completions a row is
+    cache: Any = None  # keys and values of all tokens but the last (`init_cache`)
+    passes: Any = None  # int32, with speculation: forward passes of the model so far
+    draft_cache: Any = None  # with a draft model: its keys and values
+
+    @property
+    def history(self) -> History:
+        return History(self.tokens, self.length, self.prompt_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """What the first state of a batch is made of: P prompts, with `copies` rows of each."""
+
+    prompts: Sequence[Sequence[int]]  # token ids
+    limits: Sequence[int]  # [P]: longest length of a row, new tokens included, at most `slots`
+    seeds: Sequence[int]  # [P]
+    slots: int
+    copies: int = 1
+    generated: Sequence[int] = ()  # [P]: how many of a prompt's tokens were generated; default 0
+    copy_numbers: Sequence[int] = ()  # [P * copies]: default 0, 1, ... for the rows of each prompt
+
+    def padded(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int32 [P, slots] and lengths int32 [P] of the prompts."""
+        tokens = np.zeros((len(self.prompts), self.slots), np.int32)
+        for row, prompt in zip(tokens, self.prompts, strict=True):
+            row[: len(prompt)] = prompt
+        return tokens, np.array([len(p) for p in self.prompts], np.int32)
+
+    def host_state(self) -> DecodeState:
+        """The state before the first new token, in host arrays and without its cache."""
+        tokens, lengths = self.padded()
+        lengths = lengths.repeat(self.copies, 0)
+        generated = np.asarray(self.generated or [0] * len(self.prompts), np.int32)
+        generated = np.repeat(generated, self.copies)
+        copies = np.tile(np.arange(self.copies, dtype=np.uint32), len(self.prompts))
+        if self.copy_numbers:
+            copies = np.asarray(self.copy_numbers, np.uint32)
+        arrays: dict[str, Any] = dict(
+            tokens=tokens.repeat(self.copies, 0),
+            length=lengths,
+            prompt_length=lengths - generated,
+            limit=np.repeat(np.asarray(self.limits, np.int32), self.copies),
+            generated=generated,
+            done=np.zeros(len(lengths), bool),
+            logprobs=np.zeros((len(lengths), self.slots), np.float32),
+            seed=np.repeat(np.asarray(self.seeds, np.uint32), self.copies),
+            copy=copies,
+        )
+        return DecodeState(**arrays)
+
+
 def bucket(length: int, context: int, chunk: int) -> int:
-    """Slots for `length` tokens: a power of four times 256, or the context; a multiple of the chunk."""
+    """Slots for `length` tokens: 256, 1024, 4096, ... or the context; a multiple of the chunk."""
     size = SMALLEST_BUCKET
     while size < length:
         size *= 4
@@ -48,103 +130,88 @@ def prefill(
     cache_dtype: str = "",
     copies: int = 1,
 ) -> Any:
-    """The cache of all tokens but the last of each row, each row `copies` times. Its time grows with the longest row."""
-    b, s = tokens_BS.shape
-    size = min(IMPLEMENTATIONS[config.implementation].prefill_chunk, s)
-    cache = init_cache(config, b, s, dtype=cache_dtype)
+    """The cache of all tokens but the last of each row, each row `copies` times.
 
-    def body(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        at, cache = carry
-        piece = jax.lax.dynamic_slice_in_dim(tokens_BS, at, size, axis=1)
-        _, cache = transformer.apply(config, params, piece, cache=cache, start_B=jnp.full((b,), at))
-        return at + size, cache
+    It feeds a chunk of all rows at a time, so its time grows with the longest row.
+    """
+    batch, slots = tokens_BS.shape
+    size = min(IMPLEMENTATIONS[config.implementation].prefill_chunk, slots)
+    cache = init_cache(config, batch, slots, dtype=cache_dtype)
 
-    _, cache = jax.lax.while_loop(
-        lambda carry: carry[0] < length_B.max() - 1, body, (jnp.int32(0), cache)
-    )
-    return cache if copies == 1 else take_rows(cache, jnp.arange(b).repeat(copies), b)
+    def feed_chunk(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        start, cache = carry
+        chunk = jax.lax.dynamic_slice_in_dim(tokens_BS, start, size, axis=1)
+        start_B = jnp.full((batch,), start)
+        _, cache = transformer.apply(config, params, chunk, cache=cache, start_B=start_B)
+        return start + size, cache
+
+    def unfinished(carry: tuple[Array, Any]) -> Array:
+        return carry[0] < length_B.max() - 1
+
+    _, cache = jax.lax.while_loop(unfinished, feed_chunk, (jnp.int32(0), cache))
+    return cache if copies == 1 else take_rows(cache, jnp.arange(batch).repeat(copies), batch)
 
 
-def host_state(
-    prompts: Sequence[Sequence[int]],
-    *,
-    limits: Sequence[int],
-    seeds: Sequence[int],
-    slots: int,
-    copies: int = 1,
-    made: Sequence[int] = (),
-) -> tuple[Any, Any, State]:
-    """(tokens [B, slots] and lengths [B] of the prompts, the state before the first new token but for its cache), host arrays. limits: longest length
-    of each row, at most `slots`; seeds: one per prompt; copies: rows of each prompt, side by side; `made`: tokens made before, where a text goes on
-    in a new window: they are no part of its prompt."""
-    tokens = np.zeros((len(prompts), slots), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    length = np.array([len(p) for p in prompts], np.int32)
-    made_rows = np.repeat(np.asarray(made or [0] * len(prompts), np.int32), copies)
-    lengths = length.repeat(copies, 0)
-    return (
+def start(model: InferenceModel, batch: PromptBatch) -> DecodeState:
+    """The state before the first new token, on the device, with its cache."""
+    tokens, lengths = batch.padded()
+    cache = prefill(
+        model.config,
+        model.params,
         tokens,
-        length,
-        {
-            "tokens": tokens.repeat(copies, 0),
-            "length": lengths,
-            "prompt_length": lengths - made_rows,
-            "limit": np.repeat(np.asarray(limits, np.int32), copies),
-            "made": made_rows,
-            "done": np.zeros(len(lengths), bool),
-            "logprobs": np.zeros((len(lengths), slots), np.float32),
-            "seed": np.repeat(np.asarray(seeds, np.uint32), copies),
-            "copy": np.tile(np.arange(copies, dtype=np.uint32), len(prompts)),
-        },
+        lengths,
+        cache_dtype=model.cache_dtype,
+        copies=batch.copies,
     )
+    return dataclasses.replace(jax.device_put(batch.host_state()), cache=cache)
 
 
-def start(
+def row_keys(state: DecodeState) -> Array:
+    """A random key per row [B].
+
+    It is a function of the row's seed, its copy and how many tokens it has, of nothing else in the
+    batch.
+    """
+
+    def row_key(seed: Array, copy: Array, generated: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), copy), generated)
+
+    return jax.vmap(row_key)(state.seed, state.copy, state.generated)
+
+
+def feed(
     config: ModelConfig,
     params: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    cache_dtype: str = "",
-    copies: int = 1,
-    **how: Any,
-) -> State:
-    """The state before the first new token; `how`: as for `host_state`."""
-    tokens, length, state = host_state(prompts, copies=copies, **how)
-    cache = prefill(config, params, tokens, length, cache_dtype=cache_dtype, copies=copies)
-    return {**jax.device_put(state), "cache": cache}
+    tokens_BS: Array,
+    length_B: Array,
+    cache: Any,
+    count: int = 1,
+) -> tuple[Array, Any]:
+    """Feeds the tokens length - 1, ..., length + count - 2 of each row.
+
+    Returns hidden states [B, count, D] and the cache with these tokens.
+    """
+    at = length_B - 1
+    tokens = jnp.take_along_axis(tokens_BS, at[:, None] + jnp.arange(count)[None], axis=1)
+    return transformer.apply(config, params, tokens, cache=cache, start_B=at)
 
 
-def row_keys(state: State) -> Array:
-    """A key per row, a function of its seed, its copy and how many tokens it has made: of nothing else in the batch."""
-    one = lambda seed, copy, made: jax.random.fold_in(
-        jax.random.fold_in(jax.random.key(seed), copy), made
-    )
-    return jax.vmap(one)(state["seed"], state["copy"], state["made"])
-
-
-def feed(config: ModelConfig, params: Any, state: State, count: int = 1) -> tuple[Array, Any]:
-    """Hidden states [B, count, D] after feeding the tokens length - 1, ..., length + count - 2 of each row, and the cache with them."""
-    at = state["length"] - 1
-    tokens = jnp.take_along_axis(state["tokens"], at[:, None] + jnp.arange(count)[None], axis=1)
-    return transformer.apply(config, params, tokens, cache=state["cache"], start_B=at)
-
-
-def append(state: State, token_B: Array, logprob_B: Array, stops: Array) -> State:
+def append(state: DecodeState, token_B: Array, logprob_B: Array, eos_ids: Array) -> DecodeState:
     """The state with one more token in each row that is not done."""
-    going, rows, at = ~state["done"], jnp.arange(token_B.shape[0]), state["length"]
-    put = lambda array, value: array.at[rows, at].set(jnp.where(going, value, array[rows, at]))
-    length = at + going
-    done = state["done"] | (token_B == stops[:, None]).any(0) | (length >= state["limit"])
-    tokens, logprobs = put(state["tokens"], token_B), put(state["logprobs"], logprob_B)
-    return {
-        **state,
-        "tokens": tokens,
-        "logprobs": logprobs,
-        "length": length,
-        "made": state["made"] + going,
-        "done": done,
-    }
+    growing, rows, at = ~state.done, jnp.arange(token_B.shape[0]), state.length
+
+    def put(array: Array, value: Array) -> Array:
+        return array.at[rows, at].set(jnp.where(growing, value, array[rows, at]))
+
+    length = at + growing
+    return dataclasses.replace(
+        state,
+        tokens=put(state.tokens, token_B),
+        logprobs=put(state.logprobs, logprob_B),
+        length=length,
+        generated=state.generated + growing,
+        done=state.done | (token_B == eos_ids[:, None]).any(0) | (length >= state.limit),
+    )
 
 
 @functools.partial(
@@ -153,52 +220,29 @@ def append(state: State, token_B: Array, logprob_B: Array, stops: Array) -> Stat
 def advance(
     config: ModelConfig,
     params: Any,
-    state: State,
-    options: Mapping[str, Array],
+    state: DecodeState,
+    settings: Settings,
     steps: Array,
     *,
     active: frozenset[str],
-) -> State:
-    """Up to `steps` more tokens in each row; stops early when all rows are done. Log-probabilities are the model's own, before any processor."""
+) -> DecodeState:
+    """Up to `steps` more tokens in each row; stops early when all rows are done.
 
-    def body(carry: tuple[Array, State]) -> tuple[Array, State]:
+    Log-probabilities are the model's own, before any processor.
+    """
+
+    def step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         i, state = carry
-        x, cache = feed(config, params, state)
+        x, cache = feed(config, params, state.tokens, state.length, state.cache)
         logits = head.unembed(config, params, x[:, 0])
-        token = sampling.choose(
-            sampling.process(logits, options, state, active), options, row_keys(state), active
-        )
+        processed = sampling.process(logits, settings, state.history, active)
+        token = sampling.choose(processed, settings, row_keys(state), active)
         logprob = sampling.logprob(logits, token)
-        return i + 1, append({**state, "cache": cache}, token, logprob, options["stops"])
+        state = dataclasses.replace(state, cache=cache)
+        return i + 1, append(state, token, logprob, settings["eos_ids"])
 
-    _, state = jax.lax.while_loop(
-        lambda c: (c[0] < steps) & ~c[1]["done"].all(), body, (jnp.int32(0), state)
-    )
+    def unfinished(carry: tuple[Array, DecodeState]) -> Array:
+        return (carry[0] < steps) & ~carry[1].done.all()
+
+    _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
     return state
-
-
-@functools.partial(executables.jit, static_argnames=("config",))
-def logits(config: ModelConfig, params: Any, tokens_BT: Array) -> Array:
-    """float32 [B, T, V] of a full forward pass. Columns behind a row's end are garbage and change nothing before them."""
-    x, _ = transformer.apply(config, params, tokens_BT)
-    return head.unembed(config, params, x)
-
-
-@functools.partial(executables.jit, static_argnames=("config",))
-def token_logprobs(config: ModelConfig, params: Any, tokens_BT: Array) -> tuple[Array, Array]:
-    """(log-probability, whether it is the most likely one) of each token given those before it, [B, T - 1]; the logits of one row at a time."""
-    x, _ = transformer.apply(config, params, tokens_BT[:, :-1])
-
-    def row(piece: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden, targets = piece
-        found = head.unembed(config, params, hidden)
-        return sampling.logprob(found, targets), jnp.argmax(found, -1) == targets
-
-    return jax.lax.map(row, (x, tokens_BT[:, 1:]))
-
-
-@functools.partial(executables.jit, static_argnames=("config",))
-def head_scores(config: ModelConfig, params: Any, tokens_BT: Array, length_B: Array) -> Array:
-    """float32 [B, labels]: what the head says of each row's last token. Columns behind a row's end change nothing."""
-    x, _ = transformer.apply(config, params, tokens_BT)
-    return head.score(params, jnp.take_along_axis(x, (length_B - 1)[:, None, None], 1)[:, 0])

@@ -1,47 +1,54 @@
-"""The host's half of generation: what was asked for, what has come, and the loop that takes tokens off the device in pieces."""
+"""The host's half of generation: what was asked for, and the texts as they grow.
+
+`build_request` checks prompts and options and turns them into token ids; the engine feeds each new
+token into a `SequenceState`, which ends in a `Completion`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 from gptjax.config.errors import UserError
+from gptjax.generation.options import GenerationOptions
 from gptjax.generation.sampling import Sampling
 from gptjax.tokenizer.base import StreamDecoder, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What was generated. tokens: new ids, without the end token; logprobs: the model's own, of each; score: beam search's. finish_reason:
-    "stop" (end token or stop text) or "length"; prompt_logprobs: where asked, of each prompt token but the first; end: the end token, where
-    one came."""
+    """What was generated after one prompt."""
 
-    tokens: list[int]
+    tokens: list[int]  # new ids, without the end token
     text: str
-    logprobs: list[float]
-    finish_reason: str
-    score: float | None = None
-    prompt_logprobs: list[float] | None = None
-    end: int | None = None
+    logprobs: list[float]  # of each new token: the model's own, before any processor
+    finish_reason: str  # "stop" (an end token or a stop text) or "length"
+    score: float | None = None  # of beam search
+    prompt_logprobs: list[float] | None = None  # of each prompt token but the first, if asked for
+    end: int | None = None  # the end token, where one came
 
 
 class SequenceState:
-    """One completion as it grows. `safe`: how much of `text` no later token can change or take back."""
+    """One completion as it grows, token by token."""
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], stops: Sequence[int]):
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], eos_ids: Sequence[int]):
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.text = ""
-        self.reason = ""
+        self.reason = ""  # why it is finished; empty while it grows
         self.end: int | None = None
         self._decoder = StreamDecoder(tokenizer) if tokenizer else None
         self._size = tokenizer.vocab_size if tokenizer else 0
-        self._stop, self._stops = stop, set(stops)
+        self._stop, self._eos_ids = stop, set(eos_ids)
 
     def feed(self, token: int, logprob: float) -> None:
+        """Adds a token; none is added after the end."""
         if self.reason:
             return
-        if token in self._stops:
+        if token in self._eos_ids:
             self.end = token
             self.finish("stop")
             return
@@ -50,30 +57,37 @@ class SequenceState:
         if self._decoder and token < self._size:
             before = len(self.text)
             self.text += self._decoder.feed(token)
-            self._look_for_stop(before)
+            self._cut_at_stop(before)
 
-    def _look_for_stop(self, before: int) -> None:
-        found = [
-            at for s in self._stop if (at := self.text.find(s, max(before - len(s) + 1, 0))) >= 0
-        ]
-        if found:
-            self.text, self.reason = self.text[: min(found)], "stop"
+    def _cut_at_stop(self, before: int) -> None:
+        """Ends the text at the first stop text that the characters from `before` on complete."""
+        places = []
+        for stop in self._stop:
+            at = self.text.find(stop, max(before - len(stop) + 1, 0))
+            if at >= 0:
+                places.append(at)
+        if places:
+            self.text, self.reason = self.text[: min(places)], "stop"
 
     def finish(self, reason: str) -> None:
+        """Ends the text, unless it has ended: half a character at its end becomes U+FFFD."""
         if not self.reason:
             before = len(self.text)
             self.text += self._decoder.finish() if self._decoder else ""
-            self._look_for_stop(before)
+            self._cut_at_stop(before)
             self.reason = self.reason or reason
 
     @property
     def safe(self) -> int:
+        """How many characters of `text` no later token can change or take back."""
         if self.reason:
             return len(self.text)
-        return len(self.text) - max(
-            (k for s in self._stop for k in range(1, len(s)) if self.text.endswith(s[:k])),
-            default=0,
-        )
+        held_back = 0  # the longest end of the text that may be the beginning of a stop text
+        for stop in self._stop:
+            for size in range(1, len(stop)):
+                if self.text.endswith(stop[:size]):
+                    held_back = max(held_back, size)
+        return len(self.text) - held_back
 
     def completion(self) -> Completion:
         return Completion(self.tokens, self.text, self.logprobs, self.reason, end=self.end)
@@ -81,29 +95,128 @@ class SequenceState:
 
 @dataclasses.dataclass
 class Request:
-    """A checked batch: prompts (ids), one sampling a prompt, `n` rows a prompt, side by side."""
+    """A checked batch: `n` sequences for each prompt, side by side."""
 
     prompts: list[list[int]]
-    samplings: list[Sampling]
-    rows: list[SequenceState]
+    samplings: list[Sampling]  # one for each prompt, with its own seed and banned ids
+    sequences: list[SequenceState]  # n for each prompt
     n: int
     max_new_tokens: int
-    stops: list[int]
+    eos_ids: list[int]
     has_stop_text: bool
-    slide: bool
+    context_shift: bool  # go on past the context
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.reason for sequence in self.sequences)
+
+    def limit(self, length: int, generated: int, context: int) -> int:
+        """The longest length of a text with `length` tokens, `generated` of them new.
+
+        The last token that a full context predicts is never fed, hence the 1.
+        """
+        return min(length + self.max_new_tokens - generated, context + 1)
 
 
-def fit(prompt: list[int], context: int, max_new_tokens: int, *, slide: bool) -> list[int]:
-    """The prompt, or with `slide` its end. Raises UserError where prompt and new tokens exceed the context and may not slide."""
-    if slide:
+Prompt = str | Sequence[int]
+
+
+def build_request(
+    prompts: list[list[int]],
+    options: GenerationOptions,
+    *,
+    tokenizer: Tokenizer | None,
+    context: int,
+    eos_ids: Sequence[int],
+    banned: list[list[int]],
+) -> Request:
+    """The request for prompts (ids), all of it checked. Raises UserError.
+
+    eos_ids: ids that end a text; banned: `options.banned` as ids (`encode_banned`).
+    """
+    stop = options.stop_texts
+    if stop and tokenizer is None:
+        raise UserError("stop texts need a tokenizer, which this checkpoint lacks: use stop_tokens")
+    if "" in stop:
+        raise UserError("stop texts must not be empty")
+    fitting, samplings, sequences = [], list[Sampling](), []
+    for i, prompt in enumerate(prompts):
+        fitting.append(
+            fit_prompt(prompt, context, options.max_new_tokens, context_shift=options.context_shift)
+        )
+        seed = (options.seed + i) % 2**32
+        samplings.append(dataclasses.replace(options, banned=banned, seed=seed))
+        for _ in range(options.n):
+            sequences.append(SequenceState(tokenizer, stop, eos_ids))
+    return Request(
+        prompts=fitting,
+        samplings=samplings,
+        sequences=sequences,
+        n=options.n,
+        max_new_tokens=options.max_new_tokens,
+        eos_ids=list(eos_ids),
+        has_stop_text=bool(stop),
+        context_shift=options.context_shift,
+    )
+
+
+def list_prompts(prompts: Any) -> list[Prompt]:
+    """One prompt (a text or ids) or many, as a list of prompts. Raises UserError for none."""
+    if isinstance(prompts, np.ndarray):
+        prompts = prompts.tolist()
+    if isinstance(prompts, str):
+        return [prompts]
+    if not len(prompts):
+        raise UserError("no prompts: give a text or a list of them")
+    if all(isinstance(item, int | np.integer) for item in prompts):
+        return [prompts]
+    return list(prompts)
+
+
+def encode_banned(
+    words: Sequence[str | int | Sequence[int]],
+    tokenizer: Tokenizer | None,
+    check_ids: Callable[[Sequence[int]], list[int]],
+) -> list[list[int]]:
+    """Banned words as sequences of ids: a text with and without a space before it.
+
+    check_ids: returns the ids as a list, or raises UserError for one outside the vocabulary.
+    Raises UserError for words without a tokenizer.
+    """
+    sequences = []
+    for word in [words] if isinstance(words, str) else words:
+        if isinstance(word, int | np.integer):
+            sequences.append(check_ids([int(word)]))
+        elif not isinstance(word, str):
+            sequences.append(check_ids(word))
+        elif tokenizer is None:
+            raise UserError(
+                "banned words need a tokenizer, which this checkpoint lacks: "
+                "give lists of token ids"
+            )
+        else:
+            sequences += [tokenizer.encode(word), tokenizer.encode(" " + word)]
+    return sequences
+
+
+def fit_prompt(
+    prompt: list[int], context: int, max_new_tokens: int, *, context_shift: bool
+) -> list[int]:
+    """The prompt, or with `context_shift` its end.
+
+    Raises UserError where prompt and new tokens exceed the context and may not shift.
+    """
+    if context_shift:
         return prompt if len(prompt) < context else prompt[-max(context // 2, 1) :]
     if len(prompt) > context:
         raise UserError(
-            f"the prompt has {len(prompt)} tokens and the model's context is {context}: shorten it, or let it slide (overflow='slide', --rolling)"
+            f"the prompt has {len(prompt)} tokens and the model's context is {context}: "
+            "shorten it, or let it slide (overflow='slide', --context_shift)"
         )
     if len(prompt) + max_new_tokens > context + 1:
         raise UserError(
-            f"{len(prompt)} prompt tokens and max_new_tokens = {max_new_tokens} exceed the model's context of {context}:\n"
-            f"ask for at most {context + 1 - len(prompt)}, or let the oldest text fall out of sight (overflow='slide', --rolling)"
+            f"{len(prompt)} prompt tokens and max_new_tokens = {max_new_tokens} exceed the model's "
+            f"context of {context}:\nask for at most {context + 1 - len(prompt)}, or let the "
+            "oldest text fall out of sight (overflow='slide', --context_shift)"
         )
     return prompt

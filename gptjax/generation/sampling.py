@@ -1,15 +1,23 @@
-"""How the next token is chosen: settings as data, and each processor of logits as a small function.
+"""How the next token is chosen: the settings of one request, and the processors of its logits.
 
-Order and formulas are those of transformers' `generate`, so that numbers can be compared; frequency and presence penalties are OpenAI's.
-Values are arrays with a row per request; which processors run at all (`active`) is known when the program is compiled, so that
-greedy decoding pays for none. To add a processor: a field of `Sampling`, a function, a row in `PROCESSORS`.
+In: logits [B, V] and what each request asks for. Out: the next token of each row. Order and
+formulas are those of transformers' `generate`, so that tokens can be compared; frequency and
+presence penalties are OpenAI's.
+
+A batch holds one row of every setting per sequence (`stack_settings`), so requests with different
+settings run together. Which processors run at all (`active_processors`) is known when the program
+is compiled, so that greedy decoding pays for none.
+
+To add a processor: a field of `Sampling` (with its key in `SamplingKeywords`), a function, and a
+row in `PROCESSORS`, or in `WARPERS` if it only shapes the distribution that is sampled from. A
+number becomes a flag of `gptjax.generate` and an array of the batch by itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,290 +28,411 @@ from gptjax.core.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """Defaults change nothing. temperature 0 takes the most likely token."""
+class Range:
+    """Numbers that an option accepts, both ends included, and how an error message says it.
 
-    temperature: float = 0.0
-    top_k: int = 0  # 0 = all
-    top_p: float = 1.0
-    min_p: float = 0.0  # tokens below this share of the best one's probability go
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    no_repeat_ngram: int = 0  # no n tokens in a row occur twice; 0 = off
-    min_new_tokens: int = 0  # no end of text before
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    banned: Sequence[Sequence[int]] = ()  # sequences of tokens that must not occur
-    seed: int = 0
+    Floats as ends accept integers too; integers as ends accept integers only.
+    """
+
+    low: float
+    high: float
+    words: str
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises UserError where the value is outside, or no number."""
+        kinds: Any = int | np.integer
+        if isinstance(self.low, float):
+            kinds = int | float | np.number
+        right_kind = isinstance(value, kinds) and not isinstance(value, bool)
+        if not right_kind or not self.low <= value <= self.high:
+            raise UserError(f"{name} = {value!r}: must be {self.words}")
+
+
+_POSITIVE_INT = 2**31 - 1
+
+
+def option(default: Any, meaning: str, limits: Range | None = None) -> Any:
+    """A field of `Sampling` or `GenerationOptions`: default, meaning (also in --help), range."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "range": limits})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What one request asks of the choice of its tokens. The defaults change nothing: greedy text.
+
+    Raises UserError for a value out of its range.
+    """
+
+    temperature: float = option(
+        0.0, "0 = most likely token", Range(0.0, 1e6, "0 (most likely token) or more")
+    )
+    top_k: int = option(
+        0, "keep the k most likely tokens; 0 = all", Range(0, _POSITIVE_INT, "0 (off) or more")
+    )
+    top_p: float = option(
+        1.0,
+        "keep the most likely tokens up to this probability; 1 = all",
+        Range(1e-9, 1.0, "above 0 and at most 1 (off)"),
+    )
+    min_p: float = option(
+        0.0,
+        "drop tokens below this share of the best one's probability; 0 = none",
+        Range(0.0, 1.0, "from 0 (off) to 1"),
+    )
+    typical_p: float = option(
+        1.0,
+        "locally typical sampling up to this probability; 1 = off",
+        Range(1e-9, 1.0, "above 0 and at most 1 (off)"),
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "divides the logits of tokens that occurred; 1 = off",
+        Range(1e-6, 1e6, "above 0; 1 = off"),
+    )
+    presence_penalty: float = option(
+        0.0, "taken from tokens generated before; 0 = off", Range(-1e6, 1e6, "a number; 0 = off")
+    )
+    frequency_penalty: float = option(
+        0.0, "taken once for each time; 0 = off", Range(-1e6, 1e6, "a number; 0 = off")
+    )
+    no_repeat_ngram: int = option(
+        0, "no n tokens in a row twice; 0 = off", Range(0, 64, "from 0 (off) to 64")
+    )
+    min_new_tokens: int = option(
+        0, "no end of text before; 0 = off", Range(0, _POSITIVE_INT, "0 or more")
+    )
+    seed: int = option(0, "same seed, same text", Range(0, 2**32 - 1, "from 0 to 4294967295"))
+    logit_bias: Mapping[int, float] = dataclasses.field(
+        default_factory=dict, metadata={"meaning": "added to the logits of these token ids"}
+    )
+    banned: Sequence[str | int | Sequence[int]] = option(
+        (), "words, or lists of token ids, that must not occur"
+    )
 
     def __post_init__(self) -> None:
-        limits: tuple[tuple[str, Any, Any, str], ...] = (
-            ("temperature", 0.0, 1e6, "0 (most likely token) or more"),
-            ("top_k", 0, 2**31 - 1, "0 (off) or more"),
-            ("top_p", 1e-9, 1.0, "above 0 and at most 1 (off)"),
-            ("min_p", 0.0, 1.0, "from 0 (off) to 1"),
-            ("typical_p", 1e-9, 1.0, "above 0 and at most 1 (off)"),
-            ("repetition_penalty", 1e-6, 1e6, "above 0; 1 = off"),
-            ("presence_penalty", -1e6, 1e6, "a number; 0 = off"),
-            ("frequency_penalty", -1e6, 1e6, "a number; 0 = off"),
-            ("no_repeat_ngram", 0, 64, "from 0 (off) to 64"),
-            ("min_new_tokens", 0, 2**31 - 1, "0 or more"),
-            ("seed", 0, 2**32 - 1, "from 0 to 4294967295"),
-        )
-        for name, low, high, meaning in limits:
-            value = getattr(self, name)
-            kinds = int | float | np.number if isinstance(low, float) else int | np.integer
-            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-                raise UserError(f"{name} = {value!r}: must be {meaning}")
+        for field in dataclasses.fields(self):
+            if limits := field.metadata.get("range"):
+                limits.check(field.name, getattr(self, field.name))
 
     @property
     def active(self) -> frozenset[str]:
-        """Names of the processors that do something. An n-gram's length is part of its name: it shapes the program."""
-        on = {
-            "logit_bias": bool(self.logit_bias),
-            "repetition": self.repetition_penalty != 1,
-            "banned": any(len(w) for w in self.banned),
-            "frequency": bool(self.frequency_penalty or self.presence_penalty),
-            "min_new": self.min_new_tokens > 0,
-            f"ngram:{self.no_repeat_ngram}": self.no_repeat_ngram > 0,
-            "sample": self.temperature > 0,
-        }
-        warpers = {
-            "top_k": self.top_k > 0,
-            "top_p": self.top_p < 1,
-            "min_p": self.min_p > 0,
-            "typical": self.typical_p < 1,
-        }
-        return frozenset(
-            name
-            for name, used in {**on, **(warpers if self.temperature > 0 else {})}.items()
-            if used
-        )
+        """Names of the processors that do something, and "sample" where a token is drawn."""
+        names = {p.variant(name, self) for name, p in PROCESSORS.items() if p.used(self)}
+        if self.temperature > 0:
+            names.add("sample")
+            names |= {name for name, warper in WARPERS.items() if warper.used(self)}
+        return frozenset(names)
 
 
-def arrays(
-    requests: Sequence[Sampling], vocab_size: int, stops: Sequence[int], copies: int = 1
+class SamplingKeywords(TypedDict, total=False):
+    """The fields of `Sampling` as keyword arguments, for type checkers and editors."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    no_repeat_ngram: int
+    min_new_tokens: int
+    seed: int
+    logit_bias: Mapping[int, float]
+    banned: Sequence[str | int | Sequence[int]]
+
+
+NUMBERS: dict[str, Any] = {  # every setting that is a number: its default
+    field.name: field.default
+    for field in dataclasses.fields(Sampling)
+    if field.metadata.get("range")
+}
+
+
+class History(NamedTuple):
+    """What processors may look at: the tokens so far. Slots from `length` on hold leftovers."""
+
+    tokens: Array  # int32 [B, S]
+    length: Array  # int32 [B]
+    prompt_length: Array  # int32 [B]
+
+
+Settings = Mapping[str, Array]  # of a batch: an array with a row per sequence, by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """A row of `PROCESSORS` or `WARPERS`."""
+
+    apply: Callable[..., Array]  # (logits [B, V], settings, history) -> logits [B, V]
+    used: Callable[[Sampling], bool]  # whether a request needs it
+    size: str = ""  # a field that shapes the program: `apply` gets its value as a fourth argument
+
+    def variant(self, name: str, request: Sampling) -> str:
+        """The name in the set of active processors: "banned", or with a size "ngram:3"."""
+        return f"{name}:{getattr(request, self.size)}" if self.size else name
+
+
+def active_processors(requests: Sequence[Sampling]) -> frozenset[str]:
+    """Names of the processors that some request of a batch needs."""
+    return frozenset().union(*(request.active for request in requests))
+
+
+def stack_settings(
+    requests: Sequence[Sampling], vocab_size: int, eos_ids: Sequence[int], copies: int = 1
 ) -> dict[str, np.ndarray]:
-    """The settings of a batch, `copies` rows per request, side by side. Raises UserError for token ids outside the vocabulary."""
-    fields = (
-        "temperature",
-        "top_p",
-        "min_p",
-        "typical_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-    )
-    values = {name: np.array([getattr(r, name) for r in requests], np.float32) for name in fields}
-    values |= {
-        name: np.array([getattr(r, name) for r in requests], np.int32)
-        for name in ("top_k", "min_new_tokens", "no_repeat_ngram")
-    }
+    """The settings of a batch as host arrays, with `copies` rows per request, side by side.
+
+    "eos_ids" [E] is the same for all rows; "logit_bias" [B, V] and "banned" [B, words, n] are there
+    only where some request has them. Raises UserError for token ids outside the vocabulary.
+    """
     for request in requests:
-        ids: list[Any] = [*request.logit_bias, *(i for word in request.banned for i in word)]
-        if bad := [
-            i for i in ids if not isinstance(i, int | np.integer) or not 0 <= i < vocab_size
-        ]:
-            raise UserError(
-                f"token {bad[0]!r} is outside the vocabulary of {vocab_size:,}: check logit_bias and banned"
-            )
-    active = active_of(requests)
+        _check_ids(request, vocab_size)
+    arrays = {}
+    for name, default in NUMBERS.items():
+        if name != "seed":  # the rows' random keys are made of it
+            dtype = np.int32 if isinstance(default, int) else np.float32
+            arrays[name] = np.array([getattr(r, name) for r in requests], dtype)
+    active = active_processors(requests)
     if "logit_bias" in active:
-        values["logit_bias"] = np.zeros((len(requests), vocab_size), np.float32)
-        for row, request in zip(values["logit_bias"], requests, strict=True):
-            for i, bias in request.logit_bias.items():
-                row[i] += bias
-    if (
-        "banned" in active
-    ):  # right-aligned, -1 matches anything; rows of a shape that many lists share
-        words = [
-            [list(w) for w in r.banned if len(w) and list(w) not in [[s] for s in stops]]
-            for r in requests
-        ]
-        shape = [
-            1 << (max(1, n) - 1).bit_length()
-            for n in (max(map(len, words)), max((len(w) for r in words for w in r), default=1))
-        ]
-        values["banned"] = np.full((len(requests), *shape), -2, np.int32)  # -2 matches nothing
-        for i, row in enumerate(words):
-            for j, word in enumerate(row):
-                values["banned"][i, j] = [-1] * (shape[1] - len(word)) + word
-    return {name: a.repeat(copies, 0) for name, a in values.items()} | {
-        "stops": np.array(sorted(stops), np.int32)
-    }
+        arrays["logit_bias"] = np.zeros((len(requests), vocab_size), np.float32)
+        for row, request in zip(arrays["logit_bias"], requests, strict=True):
+            for token, bias in request.logit_bias.items():
+                row[token] += bias
+    if "banned" in active:
+        arrays["banned"] = _stack_banned(requests, eos_ids)
+    rows = {name: array.repeat(copies, 0) for name, array in arrays.items()}
+    return {**rows, "eos_ids": np.array(sorted(eos_ids), np.int32)}
 
 
-def active_of(requests: Sequence[Sampling]) -> frozenset[str]:
-    return frozenset().union(*(r.active for r in requests))
+def _check_ids(request: Sampling, vocab_size: int) -> None:
+    ids: list[Any] = [*request.logit_bias]
+    for sequence in _banned_sequences(request):
+        ids += sequence
+    for token in ids:
+        if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
+            raise UserError(
+                f"token {token!r} is outside the vocabulary of {vocab_size:,}: "
+                "check logit_bias and banned"
+            )
 
 
-def _seen(history: Mapping[str, Array], vocab_size: int, *, generated: bool) -> Array:
-    """How often each token occurs, float32 [B, V]; in the generated part only, or everywhere."""
-    slots = jnp.arange(history["tokens"].shape[1])[None]
-    counts = slots < history["length"][:, None]
+def _banned_sequences(request: Sampling) -> list[list[int]]:
+    """The banned sequences of ids; words were encoded before (`requests.encode_banned`)."""
+    sequences = cast(Sequence[Sequence[int]], request.banned)
+    return [list(sequence) for sequence in sequences if len(sequence)]
+
+
+_ANY_TOKEN = -1  # in the table of banned sequences: matches whatever was written
+_NO_TOKEN = -2  # matches nothing: fills rows without a sequence
+_BEFORE_TEXT = -3  # stands for the slots before the first token; equals neither of the two
+
+
+def _stack_banned(requests: Sequence[Sampling], eos_ids: Sequence[int]) -> np.ndarray:
+    """int32 [requests, sequences, n]: the banned sequences, each at the right end of its row.
+
+    A shorter one has `_ANY_TOKEN` before it. Both sizes are rounded up to powers of two, so that
+    many lists share a compiled program. An end token alone is not banned: no text would end.
+    """
+    by_request = []
+    for request in requests:
+        sequences = _banned_sequences(request)
+        by_request.append([s for s in sequences if s not in [[token] for token in eos_ids]])
+    most = max(len(sequences) for sequences in by_request)
+    longest = max((len(s) for sequences in by_request for s in sequences), default=1)
+    shape = (len(requests), _power_of_two(most), _power_of_two(longest))
+    table = np.full(shape, _NO_TOKEN, np.int32)
+    for i, sequences in enumerate(by_request):
+        for j, sequence in enumerate(sequences):
+            start = shape[2] - len(sequence)
+            table[i, j, :start] = _ANY_TOKEN
+            table[i, j, start:] = sequence
+    return table
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << (max(1, number) - 1).bit_length()
+
+
+def _count_tokens(history: History, vocab_size: int, *, generated: bool) -> Array:
+    """How often each token occurs, float32 [B, V]: in the generated part only, or everywhere."""
+    slots = jnp.arange(history.tokens.shape[1])[None]
+    counted = slots < history.length[:, None]
     if generated:
-        counts &= slots >= history["prompt_length"][:, None]
-    rows = jnp.arange(counts.shape[0])[:, None]
-    return (
-        jnp.zeros((counts.shape[0], vocab_size))
-        .at[rows, history["tokens"]]
-        .add(counts.astype(jnp.float32), mode="drop")
-    )
+        counted &= slots >= history.prompt_length[:, None]
+    rows = jnp.arange(counted.shape[0])[:, None]
+    zeros = jnp.zeros((counted.shape[0], vocab_size))
+    return zeros.at[rows, history.tokens].add(counted.astype(jnp.float32), mode="drop")
 
 
-def logit_bias(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
-    return logits + o["logit_bias"]
+def logit_bias(logits: Array, settings: Settings, history: History) -> Array:
+    """Adds each request's bias."""
+    return logits + settings["logit_bias"]
 
 
-def repetition(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
-    """Logits of tokens that occurred, in the prompt too, divided by the penalty where positive, multiplied where negative (Keskar et al. 2019)."""
-    p = o["repetition_penalty"][:, None]
-    return jnp.where(
-        _seen(history, logits.shape[1], generated=False) > 0,
-        jnp.where(logits < 0, logits * p, logits / p),
-        logits,
-    )
+def repetition(logits: Array, settings: Settings, history: History) -> Array:
+    """Makes tokens that occurred, in the prompt too, less likely (Keskar et al. 2019).
+
+    Their logits are divided by the penalty where positive and multiplied by it where negative.
+    """
+    penalty = settings["repetition_penalty"][:, None]
+    occurred = _count_tokens(history, logits.shape[1], generated=False) > 0
+    return jnp.where(occurred, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def frequency(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
-    """Minus count * frequency_penalty, minus presence_penalty for tokens that were generated at all (OpenAI's API reference)."""
-    counts = _seen(history, logits.shape[1], generated=True)
+def frequency(logits: Array, settings: Settings, history: History) -> Array:
+    """Takes frequency_penalty * count, and presence_penalty once, from generated tokens.
+
+    The formula of OpenAI's API reference.
+    """
+    counts = _count_tokens(history, logits.shape[1], generated=True)
     return (
         logits
-        - counts * o["frequency_penalty"][:, None]
-        - (counts > 0) * o["presence_penalty"][:, None]
+        - counts * settings["frequency_penalty"][:, None]
+        - (counts > 0) * settings["presence_penalty"][:, None]
     )
 
 
-def no_repeat_ngram(
-    logits: Array, o: Mapping[str, Array], history: Mapping[str, Array], n: int
-) -> Array:
-    """Bans each token that would complete an n-gram which occurred before, in requests that ask for this n."""
-    tokens, length = history["tokens"], history["length"]
-    b, s = tokens.shape
-    slots = jnp.arange(s)[None]
-    match = slots + n <= length[:, None]  # a whole n-gram that starts here
+def no_repeat_ngram(logits: Array, settings: Settings, history: History, n: int) -> Array:
+    """Bans each token that would complete an n-gram which occurred before.
+
+    It acts on the requests that ask for this n.
+    """
+    tokens, length = history.tokens, history.length
+    batch, size = tokens.shape
+    slots = jnp.arange(size)[None]
+    match = slots + n <= length[:, None]  # a complete n-gram starts here
     for k in range(n - 1):
         tail = jnp.take_along_axis(tokens, jnp.maximum(length - (n - 1) + k, 0)[:, None], 1)
         match &= jnp.roll(tokens, -k, 1) == tail
-    match &= ((o["no_repeat_ngram"] == n) & (length >= n - 1))[:, None]
-    banned = jnp.where(match, jnp.roll(tokens, -(n - 1), 1), logits.shape[1])
-    return logits.at[jnp.arange(b)[:, None], banned].set(-jnp.inf, mode="drop")
+    match &= ((settings["no_repeat_ngram"] == n) & (length >= n - 1))[:, None]
+    completing = jnp.where(match, jnp.roll(tokens, -(n - 1), 1), logits.shape[1])
+    return logits.at[jnp.arange(batch)[:, None], completing].set(-jnp.inf, mode="drop")
 
 
-def banned(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
+def banned(logits: Array, settings: Settings, history: History) -> Array:
     """Bans the last token of each sequence whose other tokens have just been written."""
-    words, tokens, length = o["banned"], history["tokens"], history["length"]  # [B, W, n]
-    n = words.shape[2]
+    sequences, tokens, length = settings["banned"], history.tokens, history.length
+    n = sequences.shape[2]
     at = length[:, None] - (n - 1) + jnp.arange(n - 1)[None]
-    tail = jnp.where(at >= 0, jnp.take_along_axis(tokens, jnp.maximum(at, 0), 1), -3)[:, None]
-    hit = ((words[:, :, :-1] == tail) | (words[:, :, :-1] == -1)).all(-1)
-    last = jnp.where(hit & (words[:, :, -1] >= 0), words[:, :, -1], logits.shape[1])
-    return logits.at[jnp.arange(tokens.shape[0])[:, None], last].set(-jnp.inf, mode="drop")
+    written = jnp.take_along_axis(tokens, jnp.maximum(at, 0), 1)
+    tail = jnp.where(at >= 0, written, _BEFORE_TEXT)[:, None]
+    start, last = sequences[:, :, :-1], sequences[:, :, -1]
+    hit = ((start == tail) | (start == _ANY_TOKEN)).all(-1)
+    token = jnp.where(hit & (last >= 0), last, logits.shape[1])
+    return logits.at[jnp.arange(tokens.shape[0])[:, None], token].set(-jnp.inf, mode="drop")
 
 
-def min_new(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
-    early = history["length"] - history["prompt_length"] < o["min_new_tokens"]
-    return logits.at[:, o["stops"]].set(jnp.where(early[:, None], -jnp.inf, logits[:, o["stops"]]))
+def min_new(logits: Array, settings: Settings, history: History) -> Array:
+    """Bans the end tokens until the request has its least number of new tokens."""
+    eos_ids = settings["eos_ids"]
+    early = history.length - history.prompt_length < settings["min_new_tokens"]
+    return logits.at[:, eos_ids].set(jnp.where(early[:, None], -jnp.inf, logits[:, eos_ids]))
 
 
-def top_k(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
-    """The k largest logits and their equals."""
-    ordered = jnp.sort(logits, axis=-1)
-    k = jnp.where(o["top_k"] > 0, jnp.minimum(o["top_k"], logits.shape[1]), logits.shape[1])
-    return jnp.where(
-        logits < jnp.take_along_axis(ordered, logits.shape[1] - k[:, None], 1), -jnp.inf, logits
-    )
+def top_k(logits: Array, settings: Settings, history: History) -> Array:
+    """Keeps the k largest logits and their equals."""
+    ordered, vocab_size = jnp.sort(logits, axis=-1), logits.shape[1]
+    k = settings["top_k"]
+    k = jnp.where(k > 0, jnp.minimum(k, vocab_size), vocab_size)
+    smallest = jnp.take_along_axis(ordered, vocab_size - k[:, None], 1)
+    return jnp.where(logits < smallest, -jnp.inf, logits)
 
 
-def top_p(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
-    """The most likely tokens until their probability reaches p (Holtzman et al. 2020); of equals, those with the larger id first."""
+def top_p(logits: Array, settings: Settings, history: History) -> Array:
+    """Keeps the most likely tokens until their probability reaches p (Holtzman et al. 2020).
+
+    Of equals, those with the larger id come first.
+    """
+    p = settings["top_p"][:, None]
     order = jnp.argsort(logits, axis=-1, stable=True)
     total = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, 1)), axis=-1)
-    gone = (total <= 1 - o["top_p"][:, None]) & (o["top_p"][:, None] < 1)
-    gone = gone.at[:, -1].set(False)
+    removed = (total <= 1 - p) & (p < 1)
+    removed = removed.at[:, -1].set(False)
     rows = jnp.arange(logits.shape[0])[:, None]
-    return jnp.where(jnp.zeros_like(gone).at[rows, order].set(gone), -jnp.inf, logits)
+    return jnp.where(jnp.zeros_like(removed).at[rows, order].set(removed), -jnp.inf, logits)
 
 
-def min_p(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
-    """Tokens with at least this share of the best one's probability (Nguyen et al. 2024)."""
-    probs = jax.nn.softmax(logits)
-    return jnp.where(
-        (probs < o["min_p"][:, None] * probs.max(-1, keepdims=True)) & (o["min_p"][:, None] > 0),
-        -jnp.inf,
-        logits,
-    )
+def min_p(logits: Array, settings: Settings, history: History) -> Array:
+    """Keeps tokens with at least this share of the best one's probability (Nguyen et al. 2024)."""
+    share, probs = settings["min_p"][:, None], jax.nn.softmax(logits)
+    return jnp.where((probs < share * probs.max(-1, keepdims=True)) & (share > 0), -jnp.inf, logits)
 
 
-def typical(logits: Array, o: Mapping[str, Array], history: Mapping[str, Array]) -> Array:
-    """Tokens whose surprise is closest to the expected one, until their probability reaches the mass (Meister et al. 2022)."""
+def typical(logits: Array, settings: Settings, history: History) -> Array:
+    """Keeps the tokens whose surprise is closest to the expected one (Meister et al. 2022).
+
+    They are taken until their probability reaches `typical_p`.
+    """
     logp = jax.nn.log_softmax(logits)
     probs = jnp.exp(logp)
     entropy = -jnp.where(probs > 0, probs * logp, 0.0).sum(-1, keepdims=True)
     distance = jnp.abs(-logp - entropy)
     order = jnp.argsort(distance, axis=-1, stable=True)
     total = jnp.cumsum(jnp.take_along_axis(probs, order, 1), axis=-1)
-    mass = o["typical_p"][:, None]
+    mass = settings["typical_p"][:, None]
     last = jnp.minimum((total < mass).sum(-1, keepdims=True), logits.shape[1] - 1)
     limit = jnp.take_along_axis(jnp.take_along_axis(distance, order, 1), last, 1)
     return jnp.where((distance > limit) & (mass < 1), -jnp.inf, logits)
 
 
-# In transformers' order; the warpers come after temperature and only to requests that sample.
-PROCESSORS: dict[str, Callable[..., Array]] = {
-    "logit_bias": logit_bias,
-    "repetition": repetition,
-    "frequency": frequency,
-    "ngram": no_repeat_ngram,
-    "banned": banned,
-    "min_new": min_new,
+# In transformers' order. All rows pass through the processors; the warpers come after temperature,
+# and count only for requests that sample.
+PROCESSORS: dict[str, Processor] = {
+    "logit_bias": Processor(logit_bias, lambda s: bool(s.logit_bias)),
+    "repetition": Processor(repetition, lambda s: s.repetition_penalty != 1),
+    "frequency": Processor(
+        frequency, lambda s: s.frequency_penalty != 0 or s.presence_penalty != 0
+    ),
+    "ngram": Processor(no_repeat_ngram, lambda s: s.no_repeat_ngram > 0, size="no_repeat_ngram"),
+    "banned": Processor(banned, lambda s: bool(_banned_sequences(s))),
+    "min_new": Processor(min_new, lambda s: s.min_new_tokens > 0),
 }
 
 
-WARPERS: dict[str, Callable[..., Array]] = {
-    "top_k": top_k,
-    "top_p": top_p,
-    "min_p": min_p,
-    "typical": typical,
+WARPERS: dict[str, Processor] = {
+    "top_k": Processor(top_k, lambda s: s.top_k > 0),
+    "top_p": Processor(top_p, lambda s: s.top_p < 1),
+    "min_p": Processor(min_p, lambda s: s.min_p > 0),
+    "typical": Processor(typical, lambda s: s.typical_p < 1),
 }
 
 
 def process(
-    logits_BV: Array,
-    options: Mapping[str, Array],
-    history: Mapping[str, Array],
-    active: frozenset[str],
+    logits_BV: Array, settings: Settings, history: History, active: frozenset[str]
 ) -> Array:
-    """Logits after all active processors, -inf for what is out. history: tokens [B, S], length [B], prompt_length [B].
+    """Logits [B, V] after all active processors, -inf for tokens that are out.
 
-    Where every token is out, the logits come back as they were: a distribution over nothing has no sample.
+    Where every token is out, the logits come back as they were: a distribution over nothing has no
+    sample.
     """
     original = logits_BV
     for name, processor in PROCESSORS.items():
-        for one in sorted(a for a in active if a.partition(":")[0] == name):
-            sizes = [int(one.partition(":")[2])] if ":" in one else []
-            logits_BV = processor(logits_BV, options, history, *sizes)
+        for variant in sorted(active):
+            kind, _, size = variant.partition(":")
+            if kind == name and size:
+                logits_BV = processor.apply(logits_BV, settings, history, int(size))
+            elif kind == name:
+                logits_BV = processor.apply(logits_BV, settings, history)
     if "sample" in active:
-        warm = options["temperature"][:, None] > 0
-        warped = logits_BV / jnp.where(warm, options["temperature"][:, None], 1.0)
+        temperature = settings["temperature"][:, None]
+        sampled = temperature > 0
+        warped = logits_BV / jnp.where(sampled, temperature, 1.0)
         for name, warper in WARPERS.items():
             if name in active:
-                warped = warper(warped, options, history)
-        logits_BV = jnp.where(warm, warped, logits_BV)
+                warped = warper.apply(warped, settings, history)
+        logits_BV = jnp.where(sampled, warped, logits_BV)
     return jnp.where((logits_BV == -jnp.inf).all(-1, keepdims=True), original, logits_BV)
 
 
-def choose(
-    logits_BV: Array, options: Mapping[str, Array], keys_B: Array, active: frozenset[str]
-) -> Array:
+def choose(logits_BV: Array, settings: Settings, keys_B: Array, active: frozenset[str]) -> Array:
     """int32 [B]: a draw where the request samples, else the largest logit."""
     best = jnp.argmax(logits_BV, -1).astype(jnp.int32)
     if "sample" not in active:
         return best
     drawn = jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
-    return jnp.where(options["temperature"] > 0, drawn, best)
+    return jnp.where(settings["temperature"] > 0, drawn, best)
 
 
 def logprob(logits: Array, tokens: Array) -> Array:

@@ -163,7 +163,7 @@ GENERATE = {
         dict(stop_tokens=list(range(40)), min_new_tokens=6),
         dict(eos_token_id=list(range(40)), min_new_tokens=6),
     ),
-    "speculation": (dict(speculate_tokens=4), {}),
+    "speculation": (dict(num_speculative_tokens=4), {}),
     "2 beams": (dict(num_beams=2), dict(num_beams=2)),
     "4 long beams": (dict(num_beams=4, length_penalty=2.0), dict(num_beams=4, length_penalty=2.0)),
     "3 early beams": (
@@ -211,12 +211,12 @@ def test_generation_token_for_token(name, tmp_path):
 
 def processed(logits, history, **settings):
     request = Sampling(temperature=settings.pop("temperature", 1.0), **settings)
-    options = sampling.arrays([request] * len(logits), logits.shape[1], [4])
-    state = {
-        "tokens": jnp.asarray(history),
-        "length": jnp.full(len(logits), history.shape[1]),
-        "prompt_length": jnp.full(len(logits), 3),
-    }
+    options = sampling.stack_settings([request] * len(logits), logits.shape[1], [4])
+    state = sampling.History(
+        tokens=jnp.asarray(history),
+        length=jnp.full(len(logits), history.shape[1]),
+        prompt_length=jnp.full(len(logits), 3),
+    )
     out = sampling.process(
         jnp.asarray(logits), {k: jnp.asarray(v) for k, v in options.items()}, state, request.active
     )

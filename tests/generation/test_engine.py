@@ -16,8 +16,10 @@ from gptjax.config.errors import UserError
 from gptjax.generation import language_model, sampling
 from gptjax.generation import loop as decode_loop
 from gptjax.generation.language_model import LanguageModel
+from gptjax.generation.loop import PromptBatch
 from gptjax.generation.requests import SequenceState
 from gptjax.generation.sampling import Sampling
+from gptjax.generation.weights import weight_shapes
 from gptjax.ops import quantized
 from gptjax.ops.attention.cache import cached_attention_cpu
 from gptjax.ops.attention.mask import Mask
@@ -79,16 +81,20 @@ def test_speculation_writes_greedy_text(lm):
     repeated = [*PROMPTS, [1, 2, 3, 4] * 8]
     expected = [c.tokens for c in lm.generate(repeated, max_new_tokens=20)]
     assert [
-        c.tokens for c in lm.generate(repeated, max_new_tokens=20, speculate_tokens=4)
+        c.tokens for c in lm.generate(repeated, max_new_tokens=20, num_speculative_tokens=4)
     ] == expected
     draft = build()
-    perfect = lm.generate(repeated, max_new_tokens=20, draft=draft, speculate_tokens=3)
+    perfect = lm.generate(repeated, max_new_tokens=20, draft=draft, num_speculative_tokens=3)
     assert [c.tokens for c in perfect] == expected
     other = LanguageModel(
         draft.config, jax.tree.map(lambda p: np.asarray(p) * 1.05, draft.params), None
     )
     found = lm.generate(
-        repeated, max_new_tokens=20, draft=other, speculate_tokens=2, stop_tokens=[expected[0][5]]
+        repeated,
+        max_new_tokens=20,
+        draft=other,
+        num_speculative_tokens=2,
+        stop_tokens=[expected[0][5]],
     )
     cut = lm.generate(repeated, max_new_tokens=20, stop_tokens=[expected[0][5]])
     assert found[0].finish_reason == "stop"
@@ -96,7 +102,7 @@ def test_speculation_writes_greedy_text(lm):
         assert (a.tokens, a.finish_reason) == (b.tokens, b.finish_reason)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
     with pytest.raises(UserError, match="temperature = 0"):
-        lm.generate(PROMPTS, max_new_tokens=4, temperature=1.0, speculate_tokens=4)
+        lm.generate(PROMPTS, max_new_tokens=4, temperature=1.0, num_speculative_tokens=4)
 
 
 def test_speculation_needs_fewer_passes():
@@ -104,29 +110,21 @@ def test_speculation_needs_fewer_passes():
     lm, count = build(), 3
     from gptjax.generation import speculative
 
-    state = decode_loop.start(
-        lm._inference_config,
-        lm._weights,
-        [[5, 9, 30]],
-        limits=[23],
-        seeds=[0],
-        slots=decode_loop.bucket(40, 64, 32),
-    )
-    cache = decode_loop.prefill(lm._inference_config, lm._weights, state["tokens"], state["length"])
-    options = sampling.arrays([Sampling()], 264, [])
+    batch = PromptBatch([[5, 9, 30]], limits=[23], seeds=[0], slots=decode_loop.bucket(40, 64, 32))
+    speculation = speculative.Speculation(count, draft=lm._model)
     state = speculative.advance(
         lm._inference_config,
         lm._weights,
-        {**state, "passes": jnp.int32(0), "draft_cache": cache},
-        options,
+        speculative.begin(decode_loop.start(lm._model, batch), speculation),
+        sampling.stack_settings([Sampling()], 264, []),
         np.int32(99),
         active=frozenset(),
         count=count,
         draft_config=lm._inference_config,
         draft_params=lm._weights,
     )
-    assert state["length"].tolist() == [23]
-    assert int(state["passes"]) == 20 // (count + 1)
+    assert state.length.tolist() == [23]
+    assert int(state.passes) == 20 // (count + 1)
 
 
 def test_beam_search_finds_the_best_sequence(lm):
@@ -170,16 +168,16 @@ def test_processors_keep_their_promises(lm):
     assert lm.generate(PROMPTS[:1], max_new_tokens=10, temperature=5.0, top_k=1)[0].tokens == free
 
 
-HISTORY = {
-    "tokens": jnp.asarray([[3, 1, 2, 3, 1, 0, 0, 0]]),
-    "length": jnp.asarray([5]),
-    "prompt_length": jnp.asarray([2]),
-}
+HISTORY = sampling.History(
+    tokens=jnp.asarray([[3, 1, 2, 3, 1, 0, 0, 0]]),
+    length=jnp.asarray([5]),
+    prompt_length=jnp.asarray([2]),
+)
 
 
 def probabilities(logits, **settings):
     request = Sampling(temperature=settings.pop("temperature", 1.0), **settings)
-    options = sampling.arrays([request], len(logits), [4])
+    options = sampling.stack_settings([request], len(logits), [4])
     return jax.nn.softmax(
         sampling.process(jnp.asarray([logits], jnp.float32), options, HISTORY, request.active)
     )[0]
@@ -258,7 +256,7 @@ def test_settings_out_of_range_are_refused(lm):
         (dict(n=0), "at least 1"),
         (dict(max_new_tokens=0), "at least 1"),
         (dict(overflow="cut"), "overflow policy"),
-        (dict(speculate_tokens=-1), "speculate_tokens"),
+        (dict(num_speculative_tokens=-1), "num_speculative_tokens"),
         (dict(stop_tokens=[2**40]), "outside the vocabulary"),
         (dict(top_k=0.5), "top_k"),
         (dict(logit_bias={"5": 1.0}), "outside the vocabulary"),
@@ -505,10 +503,10 @@ def test_smaller_caches_stay_close(cache_dtype, lm):
             np.array([35], np.int32),
             cache_dtype=one.cache_dtype,
         )
-        state = {"tokens": jnp.asarray(tokens), "length": jnp.asarray([35]), "cache": cache}
-        found[one.cache_dtype] = np.asarray(
-            decode_loop.feed(one._inference_config, one._weights, state)[0]
+        x, _ = decode_loop.feed(
+            one._inference_config, one._weights, jnp.asarray(tokens), jnp.asarray([35]), cache
         )
+        found[one.cache_dtype] = np.asarray(x)
         assert cache[0]["k"].dtype == (cache_dtype if one is small else "float32")
     gap = np.abs(found[cache_dtype] - found[""]).max() / np.abs(found[""]).max()
     assert 0 < gap < 0.03
@@ -537,13 +535,13 @@ def stored(tmp_path):
 def test_stored_weights_are_read_a_layer_at_a_time_as_they_are_at_once(stored, weights):
     whole = pretrained.read_checkpoint(stored)
     at_once, by_layer = (
-        LanguageModel(whole.config, whole.params, None, weights),
+        LanguageModel(whole.config, whole.params, None, weights=weights),
         language_model.load(stored, weights=weights),
     )
     assert jax.tree.all(jax.tree.map(np.array_equal, at_once._weights, by_layer._weights))
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), by_layer._shapes()) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), by_layer._weights
-    )
+    assert jax.tree.map(
+        lambda a: (a.shape, a.dtype), weight_shapes(by_layer.config, weights)
+    ) == jax.tree.map(lambda a: (a.shape, a.dtype), by_layer._weights)
     assert jax.tree.all(jax.tree.map(np.array_equal, whole.params, by_layer.params))
 
 

@@ -164,7 +164,7 @@ def test_generate_continues_greedily_and_by_seed(finished):
             f"--checkpoint={workdir / 'checkpoints' / '3'}",
             "--prompt=x",
             "--max_new_tokens=30",
-            "--rolling",
+            "--context_shift",
             "--json",
         ).stdout
     )

@@ -1,0 +1,112 @@
+"""What a call of `LanguageModel.generate` can ask for, written once.
+
+The fields of `GenerationOptions` are the keyword arguments of `generate`, `stream` and `compile`;
+the flags of `gptjax.generate` are made of them too (`flags.py`). To add an option that chooses
+tokens, see `sampling.py`; any other is a field here, with its key in `GenerationKeywords`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from gptjax.config.errors import UserError, unknown_name
+from gptjax.generation.sampling import Range, Sampling, SamplingKeywords, option
+
+if TYPE_CHECKING:
+    from gptjax.generation.language_model import LanguageModel
+
+OVERFLOWS = ("refuse", "slide")
+RENAMED = {"speculate_tokens": "num_speculative_tokens"}  # old keywords that still work
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationOptions(Sampling):
+    """All options of text generation; those of `Sampling` are among them.
+
+    temperature, top_k, top_p, min_p, typical_p: the distribution a token is drawn from; greedy at
+        temperature 0, the default.
+    repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram, min_new_tokens,
+        logit_bias: changes of the logits before that.
+    seed: s stands for s + i in request i, so a text does not depend on the rest of its batch.
+    banned: words (with and without a space before them) or lists of ids that must not occur.
+
+    Raises UserError for a value out of its range.
+    """
+
+    max_new_tokens: int = option(128, "tokens to make", Range(1, 2**31 - 1, "at least 1"))
+    n: int = option(1, "completions of the prompt", Range(1, 2**31 - 1, "at least 1"))
+    stop: str | Sequence[str] = option((), "end the text before this string")  # found across tokens
+    stop_tokens: Sequence[int] = option((), "further token ids that end a text")
+    ignore_end: bool = option(False, "go on after the tokenizer's own end tokens")
+    num_beams: int = option(1, "beam search; 1 = off")
+    length_penalty: float = option(1.0, "beam search: exponent of the length")
+    early_stopping: bool | Literal["never"] = option(
+        False, "beam search: when to stop, as in transformers: True, False or 'never'"
+    )
+    num_speculative_tokens: int = option(
+        0,
+        "guesses a pass by prompt lookup, with --temperature=0; 0 = off",
+        Range(0, 2**31 - 1, "0 (off) or more"),
+    )
+    draft: LanguageModel | None = dataclasses.field(
+        default=None,
+        metadata={"meaning": "a smaller model with the same vocabulary that makes the guesses"},
+    )
+    overflow: Literal["refuse", "slide"] = option(
+        "refuse",
+        "past the context: 'refuse', or 'slide': whenever it is full, go on from its latest half",
+    )
+    prompt_logprobs: bool = option(False, "also the log-probability of each prompt token")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.overflow not in OVERFLOWS:
+            raise UserError(unknown_name("overflow policy", self.overflow, list(OVERFLOWS)))
+
+    @property
+    def stop_texts(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+    @property
+    def context_shift(self) -> bool:
+        return self.overflow == "slide"
+
+    @property
+    def speculates(self) -> bool:
+        return self.num_speculative_tokens > 0 or self.draft is not None
+
+
+class GenerationKeywords(SamplingKeywords, total=False):
+    """The fields of `GenerationOptions` but `n` as keyword arguments, for type checkers."""
+
+    max_new_tokens: int
+    stop: str | Sequence[str]
+    stop_tokens: Sequence[int]
+    ignore_end: bool
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    num_speculative_tokens: int
+    draft: LanguageModel | None
+    overflow: Literal["refuse", "slide"]
+    prompt_logprobs: bool
+
+
+class BatchKeywords(GenerationKeywords, total=False):
+    """`GenerationKeywords` and `n`, on which the type of `generate`'s result depends."""
+
+    n: int
+
+
+def merge_options(
+    options: GenerationOptions | None, keywords: Mapping[str, Any]
+) -> GenerationOptions:
+    """The options with some of them replaced. Raises UserError for a name that is none of them."""
+    names = [field.name for field in dataclasses.fields(GenerationOptions)]
+    changes = {RENAMED.get(name, name): value for name, value in keywords.items()}
+    for name in changes:
+        if name not in names:
+            raise UserError(unknown_name("setting", name, names))
+    return dataclasses.replace(options or GenerationOptions(), **changes)

@@ -1,0 +1,115 @@
+"""Scores of given texts by full forward passes: logits, log-probabilities, class probabilities.
+
+In: an `InferenceModel` and rows of token ids. Out: NumPy arrays. Rows are padded to few lengths, so
+that few programs are compiled; what is behind a row's end changes nothing before it.
+Dims: B rows, T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config.schema import ModelConfig
+from gptjax.core.types import Array
+from gptjax.generation import sampling
+from gptjax.generation.loop import InferenceModel
+from gptjax.model import head, transformer
+from gptjax.runtime import executables
+
+_ROWS = 16  # at a time
+
+
+class TokenScores(NamedTuple):
+    """Of each token of a row but the first."""
+
+    logprobs: np.ndarray  # float32 [T - 1]: log-probability given the tokens before
+    greedy: np.ndarray  # bool [T - 1]: whether it is the most likely token
+
+
+@functools.partial(executables.jit, static_argnames=("config",))
+def logits(config: ModelConfig, params: Any, tokens_BT: Array) -> Array:
+    """float32 [B, T, V] of a full forward pass. Columns behind a row's end are garbage."""
+    x, _ = transformer.apply(config, params, tokens_BT)
+    return head.unembed(config, params, x)
+
+
+@functools.partial(executables.jit, static_argnames=("config",))
+def token_logprobs(config: ModelConfig, params: Any, tokens_BT: Array) -> tuple[Array, Array]:
+    """As `TokenScores`, [B, T - 1] each. The logits of one row at a time are in memory."""
+    x, _ = transformer.apply(config, params, tokens_BT[:, :-1])
+
+    def score_row(row: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, targets = row
+        row_logits = head.unembed(config, params, hidden)
+        greedy = jnp.argmax(row_logits, -1) == targets
+        return sampling.logprob(row_logits, targets), greedy
+
+    return jax.lax.map(score_row, (x, tokens_BT[:, 1:]))
+
+
+@functools.partial(executables.jit, static_argnames=("config",))
+def head_scores(config: ModelConfig, params: Any, tokens_BT: Array, length_B: Array) -> Array:
+    """float32 [B, labels]: what the classifier head says of each row's last token."""
+    x, _ = transformer.apply(config, params, tokens_BT)
+    return head.score(params, jnp.take_along_axis(x, (length_B - 1)[:, None, None], 1)[:, 0])
+
+
+def padded_logits(model: InferenceModel, tokens_BT: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V] of ids [B, T], computed at a padded length."""
+    length = tokens_BT.shape[1]
+    padding = bucket(length, model.config.context) - length
+    padded = np.pad(tokens_BT.astype(np.int32), ((0, 0), (0, padding)))
+    return np.asarray(logits(model.config, model.params, padded))[:, :length]
+
+
+def score_rows(model: InferenceModel, rows: Sequence[Sequence[int]]) -> list[TokenScores]:
+    """The scores of each row of ids, a few rows at a time."""
+    scores: list[Any] = [None] * len(rows)
+    for group, tokens in _groups(model, rows, extra=1):  # a row's last token is no query
+        logprobs, greedy = token_logprobs(model.config, model.params, tokens)
+        logprobs, greedy = np.asarray(logprobs), np.asarray(greedy)
+        for k, i in enumerate(group):
+            end = len(rows[i]) - 1
+            scores[i] = TokenScores(logprobs[k, :end], greedy[k, :end])
+    return scores
+
+
+def classify_rows(model: InferenceModel, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """float32 [N, labels] probabilities, or [N, 1] numbers where there is one label."""
+    scores = np.zeros((len(rows), len(model.config.labels)), np.float32)
+    for group, tokens in _groups(model, rows, extra=0):
+        lengths = np.ones(len(tokens), np.int32)
+        lengths[: len(group)] = [len(rows[i]) for i in group]
+        group_scores = np.asarray(head_scores(model.config, model.params, tokens, lengths))
+        scores[group] = group_scores[: len(group)]
+    if scores.shape[1] == 1:
+        return scores
+    odds = np.exp(scores - scores.max(1, keepdims=True))
+    return odds / odds.sum(1, keepdims=True)
+
+
+def _groups(
+    model: InferenceModel, rows: Sequence[Sequence[int]], *, extra: int
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """(numbers of a few rows of like lengths, their ids padded to a bucket and `extra` columns)."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    height = min(_ROWS, 1 << (len(rows) - 1).bit_length())
+    for first in range(0, len(order), _ROWS):
+        group = order[first : first + _ROWS]
+        longest = len(rows[group[-1]])
+        width = extra + bucket(longest - extra, model.config.context, smallest=16)
+        tokens = np.zeros((height, width), np.int32)
+        for k, i in enumerate(group):
+            tokens[k, : len(rows[i])] = rows[i]
+        yield group, tokens
+
+
+def bucket(length: int, context: int, *, smallest: int = 64) -> int:
+    """Columns for rows of up to `length` tokens: few sizes, so few programs."""
+    return min(max(smallest, 1 << max(length - 1, 0).bit_length()), context)

@@ -1,0 +1,61 @@
+"""`GenerationOptions`: one list of options for Python, type checkers and the command line."""
+
+import dataclasses
+
+import pytest
+
+from gptjax.config.errors import UserError
+from gptjax.core import cli
+from gptjax.generation import sampling
+from gptjax.generation.flags import FLAGS, read_options
+from gptjax.generation.options import BatchKeywords, GenerationOptions, merge_options
+from gptjax.generation.sampling import PROCESSORS, WARPERS, Sampling
+
+
+def test_keywords_for_type_checkers_are_the_fields():
+    fields = {field.name for field in dataclasses.fields(GenerationOptions)}
+    assert set(BatchKeywords.__annotations__) == fields
+    assert set(sampling.SamplingKeywords.__annotations__) == {
+        field.name for field in dataclasses.fields(Sampling)
+    }
+    for field in dataclasses.fields(GenerationOptions):
+        assert field.metadata["meaning"]
+
+
+def test_every_number_is_a_flag_with_the_default_of_the_options():
+    read = read_options(cli.Args({"temperature": "0"}))
+    defaults = GenerationOptions(max_new_tokens=read.max_new_tokens, banned=[])
+    assert read == defaults
+    for name in sampling.NUMBERS:
+        assert name in FLAGS
+        flagged = read_options(cli.Args({name: "1"}))
+        assert getattr(flagged, name) == 1
+
+
+def test_keywords_win_over_options_and_old_names_work():
+    options = GenerationOptions(temperature=0.5, n=3)
+    merged = merge_options(options, {"n": 2, "speculate_tokens": 4})
+    assert (merged.temperature, merged.n, merged.num_speculative_tokens) == (0.5, 2, 4)
+    assert merge_options(None, {}) == GenerationOptions()
+    with pytest.raises(UserError, match="did you mean 'max_new_tokens'"):
+        merge_options(None, {"max_new_token": 3})
+
+
+def test_unused_processors_are_not_active():
+    assert Sampling().active == frozenset()
+    everything = Sampling(
+        temperature=0.5,
+        top_k=3,
+        top_p=0.5,
+        min_p=0.1,
+        typical_p=0.5,
+        repetition_penalty=1.2,
+        frequency_penalty=0.1,
+        no_repeat_ngram=3,
+        min_new_tokens=2,
+        logit_bias={1: 2.0},
+        banned=[[3]],
+    )
+    names = {name.partition(":")[0] for name in everything.active}
+    assert names == {*PROCESSORS, *WARPERS, "sample"}
+    assert "ngram:3" in everything.active
