@@ -45,9 +45,11 @@ def start(run: TrackedRun) -> JsonlTracker:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file. A line that a killed process left half-written is skipped."""
+    """The records of a metrics file. Damaged lines are skipped: a killed process leaves one."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
     return records

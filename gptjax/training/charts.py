@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MAX_POINTS = 1000  # of a line; more are thinned, but not their extremes
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 14, 40  # margins in pixels
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 28, 14, 40  # margins in pixels
+_LINE_HEIGHT = 14
 
 
 class Point(NamedTuple):
@@ -105,6 +106,15 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def tick_text(value: float) -> str:
+    """Short, for an axis: `0.5`, `2,000`, `50k`, `1.25M`."""
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:.4g}M"
+    if abs(value) >= 1e4:
+        return f"{value / 1e3:.4g}k"
+    return number(value)
+
+
 def make_chart(
     title: str,
     unit: str,
@@ -181,7 +191,7 @@ class _Axis:
         values = (
             log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high, count=count)
         )
-        return [Tick(self.pixel(value), number(value)) for value in values]
+        return [Tick(self.pixel(value), tick_text(value)) for value in values]
 
 
 def draw(chart: Chart, *, log: bool = False) -> Drawing | None:
@@ -213,11 +223,6 @@ def draw(chart: Chart, *, log: bool = False) -> Drawing | None:
         path = " ".join(f"{px},{py}" for px, py in pixels)
         lines.append(Line(name, path, markers if len(points) <= 60 else []))
         hover.append([name, markers])
-    levels = []
-    for name, value in chart.levels.items():
-        at = y.pixel(value)
-        label = [(_LEFT + 6.0, at - 5, f"{name}: {number(value)}")]
-        levels.append(Line(name, f"{_LEFT},{at} {right},{at}", label))
     return Drawing(
         width=width,
         height=height,
@@ -228,9 +233,22 @@ def draw(chart: Chart, *, log: bool = False) -> Drawing | None:
         x_ticks=x.ticks(10 if chart.wide else 5),
         y_ticks=y.ticks(5),
         lines=lines,
-        levels=levels,
+        levels=_levels(chart.levels, y, right),
         hover=json.dumps(hover),
     )
+
+
+def _levels(levels: dict[str, float], y: _Axis, right: float) -> list[Line]:
+    """Horizontal lines, each with its label above it, or below where that would overlap."""
+    lines: list[Line] = []
+    last_label = -math.inf
+    for name, value in sorted(levels.items(), key=lambda level: -level[1]):
+        at = y.pixel(value)
+        label = at - 5 if at - 5 > last_label + _LINE_HEIGHT else at + _LINE_HEIGHT
+        text = (_LEFT + 6.0, label, f"{name}: {number(value)}")
+        lines.append(Line(name, f"{_LEFT},{at} {right},{at}", [text]))
+        last_label = label
+    return lines
 
 
 def _range(values: list[float], *, log: bool, margin: float) -> tuple[float, float]:

@@ -37,8 +37,8 @@ def test_each_name_has_a_file_that_says_how_to_install_it(name):
 def test_metrics_jsonl_holds_json_and_a_resumed_run_drops_what_comes_after_its_start(tmp_path):
     log_all(jsonl.start(run_of(tmp_path)), {**RECORDS, 3: {"train/loss": math.nan}})
     path = tmp_path / "metrics.jsonl"
-    with open(path, "a") as file:
-        file.write('{"step": 4, "ti')  # a kill in the middle of a line
+    with open(path, "ab") as file:
+        file.write(b'7\n{"time": 1}\n\xff\n{"step": 4, "ti')  # damage; a kill in mid-line
     assert [r["step"] for r in jsonl.read_jsonl(path)] == [1, 2, 3]
     assert jsonl.read_jsonl(path)[2]["train/loss"] == "nan"
     log_all(jsonl.start(run_of(tmp_path, start=1)), {2: {"train/loss": 2.25}})
