@@ -19,7 +19,8 @@ def files(tmp_path, corpus):
     (tmp_path / "field.jsonl").write_text('{"body": "fine"}\n')
     (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
     (tmp_path / "typo.py").write_text(
-        "from configs import base\n\ndef get_config():\n    c = base.get_config()\n    c.model.widht = 3\n    return c\n"
+        "from configs import base\n\ndef get_config():\n    c = base.get_config()\n"
+        "    c.model.widht = 3\n    return c\n"
     )
     (tmp_path / "none.py").write_text("def get_config():\n    pass\n")
     (tmp_path / "surrogate.jsonl").write_text('{"text": "a\\ud800"}\n')
@@ -157,7 +158,7 @@ CASES = {
         ["--checkpoint={dir}/keep", "--temperature=hot"],
         "must be float",
     ),
-    "no tokens wanted": (
+    "zero tokens": (
         "generate",
         ["--checkpoint={dir}/keep", "--max_new_tokens=0"],
         "at least 1",

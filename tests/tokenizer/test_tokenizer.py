@@ -68,12 +68,12 @@ def test_every_unicode_string_round_trips(any_text_module, text):
 
 @pytest.fixture(scope="module")
 def any_text_module(trained):
-    found = [ByteTokenizer(), trained]
+    tokenizers = [ByteTokenizer(), trained]
     try:
-        found.append(OpenAITokenizer.find("gpt2", ""))
+        tokenizers.append(OpenAITokenizer.find("gpt2", ""))
     except UserError:  # the optional package is absent
-        assert len(found) == 2
-    return found
+        assert len(tokenizers) == 2
+    return tokenizers
 
 
 @pytest.mark.parametrize("text", HARD)
