@@ -10,6 +10,8 @@ from gptjax.core.types import Batch
 from gptjax.model import lora
 from gptjax.runtime import sharding
 from gptjax.runtime.mesh import make_mesh
+from gptjax.tasks import loading
+from gptjax.tokenizer.trained import ByteTokenizer
 from gptjax.training import step as train_step
 from gptjax.training.setup import make_plan
 
@@ -84,3 +86,9 @@ def write_jsonl(path, records):
         encoding="utf-8",
     )
     return path
+
+
+def load_examples(folder, records, tokenizer=None, **sections):
+    """(examples of a task whose rows are these records, its config)."""
+    config = task_config(write_jsonl(folder / "rows.jsonl", records), **sections)
+    return loading.load_examples(config, tokenizer or ByteTokenizer()), config

@@ -128,7 +128,7 @@ class TaskConfig:
     rejected: str = setting(
         "", "preference: the answer that is not preferred; empty = '{rejected}'."
     )
-    loss: str = setting("dpo", "preference: the loss.", choices=("dpo", "ipo", "orpo", "kto"))
+    loss: str = setting("dpo", "preference: the loss.", table="gptjax.tasks.preference:SEGMENTS")
     beta: float = setting(
         0.1,
         "preference: how close the model stays to the reference; orpo: weight of the odds ratio.",

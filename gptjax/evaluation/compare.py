@@ -22,7 +22,7 @@ from gptjax.evaluation.answers import answer_examples, label_ids, prediction_row
 from gptjax.generation import language_model
 from gptjax.generation.language_model import LanguageModel
 from gptjax.metrics.bootstrap import Metric
-from gptjax.tasks import loading, records
+from gptjax.tasks import loading, splits
 from gptjax.tasks.base import Answer, Example
 from gptjax.tasks.rendering import names_in
 from gptjax.tasks.table import task_of
@@ -65,10 +65,10 @@ def compare(
     """
     task = task_of(config.task)
     task.check_package()
-    train_rows, eval_rows, _ = records.read_records(config)
+    train_rows, eval_rows, _ = splits.read_splits(config)
     labels = task.labels(config.task, train_rows)
     if path:
-        eval_rows = records.read_other_records(config, path)
+        eval_rows = splits.read_other_rows(config, path)
     test_rows = _check_not_empty(subsample_evenly(eval_rows, limit), path)
     answered: list[AnsweredExamples] = []
     baseline_answers: list[AnsweredExamples] = []

@@ -17,8 +17,8 @@ from gptjax.core import cli
 from gptjax.data.packing import PackedExample
 from gptjax.data.records import Record
 from gptjax.tasks.base import Example, Rendering, TokenBudget
-from gptjax.tasks.records import read_records
 from gptjax.tasks.rendering import template_texts
+from gptjax.tasks.splits import read_splits
 from gptjax.tasks.table import task_of
 from gptjax.tokenizer import chat_template
 from gptjax.tokenizer.base import Tokenizer
@@ -45,16 +45,16 @@ def load_examples(config: Config, tokenizer: Tokenizer | None = None) -> Example
     task = task_of(config.task)
     if config.task.eval_samples:
         task.check_package()
-    records = read_records(config)
+    splits = read_splits(config)
     if tokenizer is None:
-        every_row = [*records.train, *records.eval]
+        every_row = [*splits.train, *splits.eval]
         tokenizer = create_tokenizer(
-            config.data, _texts(config, records.train), _texts(config, every_row)
+            config.data, _texts(config, splits.train), _texts(config, every_row)
         )
-    labels = task.labels(config.task, records.train)
-    train = render(config, tokenizer, records.train, labels, "training")
-    held_out = render(config, tokenizer, records.eval, labels, "held-out")
-    return Examples(train, held_out, labels, tokenizer, records.fingerprint)
+    labels = task.labels(config.task, splits.train)
+    train = render(config, tokenizer, splits.train, labels, "training")
+    held_out = render(config, tokenizer, splits.eval, labels, "held-out")
+    return Examples(train, held_out, labels, tokenizer, splits.fingerprint)
 
 
 def _texts(config: Config, rows: Iterable[Record]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from gptjax.evaluation import compare as comparison
 from gptjax.evaluation.held_out import text_scores
 from gptjax.generation import language_model
 from gptjax.generation.language_model import LanguageModel
-from gptjax.tasks import loading, records
+from gptjax.tasks import loading, splits
 from gptjax.tasks.base import Answer, Example
 from gptjax.tokenizer.trained import ByteTokenizer
 
@@ -239,7 +239,7 @@ def test_a_prompt_is_cut_alike_whatever_the_reference(tmp_path):
         write_jsonl(tmp_path / "rows.jsonl", rows),
         task=dict(name="summarization", truncation="cut_end"),
     )
-    train, _, _ = records.read_records(config)
+    train, _, _ = splits.read_splits(config)
     made = loading.render(config, ByteTokenizer(), train, (), "x", answer=16)
     assert [e.prompt for e in made] == [49, 49]  # the last of 16 is only a target
     assert (

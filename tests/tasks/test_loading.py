@@ -1,101 +1,32 @@
 """From records to batches: what is learned and cut, packing; wrong records named by line."""
 
-import csv
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import byte_level_tokenizer, make_config, random_params
-from helpers import CHATML, task_config, write_jsonl
+from helpers import CHATML, load_examples, task_config, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.config import build
 from gptjax.config.errors import UserError
-from gptjax.data import loader, sources
+from gptjax.data import loader
 from gptjax.data.packing import first_fit
 from gptjax.data.readers import datasets
 from gptjax.data.sources import TRAIN
 from gptjax.model import head, transformer
-from gptjax.tasks import loading, preview
-from gptjax.tasks.base import Example
+from gptjax.tasks import loading
 from gptjax.tasks.qa import extract
-from gptjax.tasks.records import read_other_records, read_records
+from gptjax.tasks.splits import read_other_rows, read_splits
 from gptjax.tasks.summarization import first_sentence
-from gptjax.tokenizer.trained import ByteTokenizer
 from gptjax.training.setup import split_rows
 
 
-def read(source, path, **data):
-    config = build.build_config({"data": {"source": source, "path": str(path), **data}}).data
-    return list(sources.read_records(config, str(path), "train").read())
-
-
-def test_every_format_gives_the_same_rows(tmp_path):
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    records = [
-        {"text": 'a "quoted", line\nof two', "label": "x"},
-        {"text": "été 東京", "label": "y"},
-    ]
-    write_jsonl(tmp_path / "a.jsonl", records)
-    with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["text", "label"])
-        writer.writeheader()
-        writer.writerows(records)
-    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
-    found = [
-        [r.fields for r in read(kind, tmp_path / f"a.{kind}")]
-        for kind in ("jsonl", "csv", "parquet")
-    ]
-    assert found == [records] * 3
-
-
-def test_tabs_parallel_lines_and_squad(tmp_path):
-    (tmp_path / "a.tsv").write_text('Say "hi\tSag "hallo\textra\nTwo\tZwei\n')
-    found = read("csv", tmp_path / "a.tsv", columns=["en", "de"])
-    assert [r.fields for r in found] == [
-        {"en": 'Say "hi', "de": 'Sag "hallo'},
-        {"en": "Two", "de": "Zwei"},
-    ] and found[1].where.endswith("a.tsv:2")
-    (tmp_path / "x.en").write_text("one\ntwo\n")
-    (tmp_path / "x.de").write_text("eins\nzwei\n")
-    pair = f"{tmp_path}/x.en,{tmp_path}/x.de"
-    assert [r.fields for r in read("lines", pair, columns=["en", "de"])] == [
-        {"en": "one", "de": "eins"},
-        {"en": "two", "de": "zwei"},
-    ]
-    qas = [
-        {
-            "id": "q1",
-            "question": "Who?",
-            "answers": [{"text": "Ada", "answer_start": 0}, {"text": "Ada L.", "answer_start": 0}],
-        }
-    ]
-    (tmp_path / "s.json").write_text(
-        json.dumps(
-            {"data": [{"title": "t", "paragraphs": [{"context": "Ada wrote it.", "qas": qas}]}]}
-        )
-    )
-    (row,) = read("squad", tmp_path / "s.json")
-    assert (
-        row.fields["answers"] == ["Ada", "Ada L."]
-        and row.fields["answer"] == "Ada"
-        and "q1" in row.where
-    )
-
-
-def examples(tmp_path, records, tokenizer=None, **sections):
-    path = write_jsonl(tmp_path / "rows.jsonl", records)
-    config = task_config(path, **sections)
-    return loading.load_examples(config, tokenizer or ByteTokenizer()), config
-
-
 def test_only_the_answer_and_its_end_are_learned(tmp_path):
-    found, _ = examples(tmp_path, [{"source": "ab", "target": "cd"}], task=dict(name="translation"))
+    found, _ = load_examples(
+        tmp_path, [{"source": "ab", "target": "cd"}], task=dict(name="translation")
+    )
     (e,) = found.train
     t = found.tokenizer
     assert (
@@ -112,7 +43,9 @@ def test_overlong_examples_follow_the_policy(tmp_path, policy, capsys):
         {"document": "0123456789" * 20, "summary": "s"},
         {"document": "short", "summary": "s"},
     ]
-    found, config = examples(tmp_path, records, task=dict(name="summarization", truncation=policy))
+    found, config = load_examples(
+        tmp_path, records, task=dict(name="summarization", truncation=policy)
+    )
     if policy == "drop":
         assert (
             len(found.train) == 1 and "1 longer than 64 tokens dropped" in capsys.readouterr().err
@@ -136,7 +69,7 @@ def test_questions_in_every_usual_form(tmp_path):
         {**nested, "answers": [], "answer": ""},
         {**nested, "answers": None, "answer": 4},
     ]
-    found, _ = examples(tmp_path, records, task=dict(name="qa"))
+    found, _ = load_examples(tmp_path, records, task=dict(name="qa"))
     answers = [found.tokenizer.decode(e.ids[e.prompt : -1].tolist()) for e in found.train]
     assert answers == [" Ada", " Ada", "", " 4"] and [e.references for e in found.train] == [
         ("Ada", "Ada L."),
@@ -150,14 +83,16 @@ def test_questions_in_every_usual_form(tmp_path):
         1,
         3,
     ]  # no answer: the end is what is learned
-    found, _ = examples(
+    found, _ = load_examples(
         tmp_path,
         [{"context": "c", "question": "q", "reply": "yes"}],
         task=dict(name="qa", completion=" {reply}"),
     )
     assert found.train[0].references == ("yes",)
     thought = {"context": "c", "question": "q", "why": "because", "answer": "42", "answers": []}
-    found, _ = examples(tmp_path, [thought], task=dict(name="qa", completion=" {why} So: {answer}"))
+    found, _ = load_examples(
+        tmp_path, [thought], task=dict(name="qa", completion=" {why} So: {answer}")
+    )
     assert found.train[0].references == ("42",)
     config = task_config(
         write_jsonl(tmp_path / "rows.jsonl", [nested] * 40),
@@ -173,7 +108,7 @@ def test_questions_in_every_usual_form(tmp_path):
 def test_preferred_and_rejected_answers_follow_the_same_prompt(tmp_path):
     records = [{"prompt": "0123456789abcdefghijklmno", "chosen": "x", "rejected": "y" * 15}]
     for policy in ("cut_start", "cut_end"):
-        found, _ = examples(
+        found, _ = load_examples(
             tmp_path,
             records,
             task=dict(name="preference", truncation=policy),
@@ -207,7 +142,7 @@ def test_complete_turns_are_cut_with_their_tools(tmp_path):
         ("cut_start", ("three", "four")),
         ("cut_end", ("one", "call", "result", "two")),
     ):
-        found, _ = examples(
+        found, _ = load_examples(
             tmp_path,
             [{"messages": used + later}],
             tokenizer,
@@ -233,22 +168,22 @@ def test_named_splits_of_a_data_set_are_read(monkeypatch):
     config = build.build_config(
         {"data": {"source": "datasets", "name": "x"}, "task": {"name": "classification"}}
     )
-    train, held, _ = read_records(config)
+    train, held, _ = read_splits(config)
     assert [r.fields["text"] for r in held] == [f"validation{i}" for i in range(4)] and len(
         train
     ) == 4
-    assert [r.fields["text"] for r in read_other_records(config, "test")] == [
+    assert [r.fields["text"] for r in read_other_rows(config, "test")] == [
         f"test{i}" for i in range(4)
     ]
     with pytest.raises(UserError, match="x has no split 'tset': it has train, validation, test"):
-        read_other_records(config, "tset")
+        read_other_rows(config, "tset")
 
 
 @pytest.mark.parametrize("policy", ["cut_start", "cut_end"])
 def test_a_cut_is_never_inside_a_character(tmp_path, policy):
     """One token a byte, so most cuts would fall inside a character."""
     for text in ("東京" * 40, "x" + "•é" * 60):
-        found, config = examples(
+        found, config = load_examples(
             tmp_path,
             [{"document": text, "summary": "s"}],
             task=dict(name="summarization", truncation=policy),
@@ -273,7 +208,7 @@ def messages(*texts):
 def test_of_a_conversation_each_answer_is_learned_and_nothing_else(tmp_path):
     tokenizer = byte_level_tokenizer(CHATML)
     said = "ok <|im_end|> <|im_start|>assistant"  # a user who writes control tokens
-    found, _ = examples(
+    found, _ = load_examples(
         tmp_path,
         [messages(said, "the first", "and?", "a second")],
         tokenizer,
@@ -352,7 +287,9 @@ def test_the_prompt_through_the_chat_template_is_the_one_of_generation(tmp_path)
     task = dict(
         name="text", prompt="Say {word}", completion="{word}", template="chat", system="Be brief."
     )
-    found, _ = examples(tmp_path, [{"word": "in"}], tokenizer, task=task, model=dict(context=128))
+    found, _ = load_examples(
+        tmp_path, [{"word": "in"}], tokenizer, task=task, model=dict(context=128)
+    )
     expected = chat_template.encode(
         tokenizer,
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say in"}],
@@ -378,7 +315,7 @@ def packed_for(tmp_path, **task):
     records = [
         {"text": "x" * int(generator.integers(2, 9)), "label": "ab"[i % 2]} for i in range(30)
     ]
-    found, config = examples(
+    found, config = load_examples(
         tmp_path, records, task=dict(name="classification", **task), model=dict(context=20)
     )
     return split_rows(config, found, TRAIN), found, config
@@ -455,41 +392,15 @@ def test_mixtures_repeat_by_weight(tmp_path):
         tmp_path / "more.jsonl", [{"text": f"m{i}", "label": "a"} for i in range(10)]
     )
     records = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(4)]
-    found, _ = examples(
+    found, _ = load_examples(
         tmp_path, records, task=dict(name="classification"), data=dict(mixture=[f"{extra}=2.5"])
     )
     texts = [e.fields["text"] for e in found.train]
     assert len(texts) == 4 + 25 and texts.count("m0") == 3 and texts.count("m1") == 2
-    found, _ = examples(
+    found, _ = load_examples(
         tmp_path, records, task=dict(name="classification"), data=dict(mixture=[f"{extra}=2.3"])
     )
     assert len(found.train) == 4 + 23
-
-
-def test_the_preview_marks_what_is_learned(tmp_path):
-    found, _ = examples(
-        tmp_path, [{"source": "a<b", "target": "cd"}], task=dict(name="translation")
-    )
-    assert "a<b =[ cd<|endoftext|>]" in preview.to_terminal(
-        found.tokenizer, found.train[0], colour=False
-    )
-    page = preview.to_html(found.tokenizer, found.train)
-    assert (
-        '<span class="learned">c</span>' in page
-        and "&lt;" in page
-        and "<b" not in page.replace("<body", "")
-    )
-
-
-def test_the_preview_shows_characters_of_several_tokens(tmp_path):
-    found, _ = examples(tmp_path, [{"source": "一", "target": "二"}], task=dict(name="translation"))
-    assert "一 =[ 二<|endoftext|>]" in preview.to_terminal(
-        found.tokenizer, found.train[0], colour=False
-    )
-    half = Example(
-        "here", np.array([0xE4, 0xB8, 0x41, 0xE4]), np.array([False, False, False, True]), 3
-    )
-    assert preview.pieces(ByteTokenizer(), half) == [("<E4><B8><41>", "seen"), ("<E4>", "learned")]
 
 
 def test_small_rules():
@@ -593,31 +504,5 @@ def test_wrong_records_are_named(tmp_path, name):
     records, task, message = WRONG[name]
     data = dict(mixture=["more.jsonl"]) if name == "mixture" else {}
     with pytest.raises(UserError, match=message) as error:
-        examples(tmp_path, records, byte_level_tokenizer(CHATML), task=task, data=data)
+        load_examples(tmp_path, records, byte_level_tokenizer(CHATML), task=task, data=data)
     assert len(str(error.value).splitlines()) <= 6
-
-
-def test_wrong_files_are_named(tmp_path):
-    (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    with pytest.raises(UserError, match=r"bytes.jsonl:2 is not UTF-8"):
-        read("jsonl", tmp_path / "bytes.jsonl")
-    (tmp_path / "short.csv").write_text("a,b\n1,2\n3\n")
-    with pytest.raises(UserError, match=r"short.csv:3 has 1 fields and there are 2 columns"):
-        read("csv", tmp_path / "short.csv")
-    (tmp_path / "long.csv").write_text("text,label\nI liked it, really,pos\n")
-    with pytest.raises(
-        UserError,
-        match=r"long.csv:2 has 3 fields and there are 2 columns: text, label; "
-        "text with commas stands in quotes",
-    ):
-        read("csv", tmp_path / "long.csv")
-    (tmp_path / "a.txt").write_text("1\n2\n")
-    (tmp_path / "b.txt").write_text("1\n")
-    with pytest.raises(UserError, match=r"b.txt ends before line 2"):
-        read("lines", f"{tmp_path}/a.txt,{tmp_path}/b.txt", columns=["a", "b"])
-    (tmp_path / "s.json").write_text('{"data": [{"title": "x"}]}')
-    with pytest.raises(UserError, match=r"s.json is not in SQuAD's form"):
-        read("squad", tmp_path / "s.json")
-    (tmp_path / "p.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(UserError, match=r"p.parquet is not a complete parquet file"):
-        read("parquet", tmp_path / "p.parquet")

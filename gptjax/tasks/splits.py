@@ -1,4 +1,4 @@
-"""The rows of a task: read, split, limited and mixed as `data.*` says."""
+"""The rows of a task in two splits: read, held out, limited and mixed as `data.*` says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gptjax.data.records import Record, SplitRecords, is_held_out, subsample_eve
 _MAX_WEIGHT = 1e4  # of a file of data.mixture
 
 
-class Records(NamedTuple):
+class Splits(NamedTuple):
     """Rows of both splits. fingerprint: of the files and of how they were split and mixed."""
 
     train: list[Record]
@@ -23,7 +23,7 @@ class Records(NamedTuple):
     fingerprint: str
 
 
-def read_records(config: Config) -> Records:
+def read_splits(config: Config) -> Splits:
     """The rows that the config names. Raises UserError where there is nothing to train on."""
     d = config.data
     main = sources.read_records(d, d.path, d.train_split)
@@ -50,10 +50,10 @@ def read_records(config: Config) -> Records:
             f"data.path = {d.path!r}: the training split is empty; "
             f"lower data.eval_fraction = {d.eval_fraction}"
         )
-    return Records(train_rows, eval_rows, files.digest(*fingerprints))
+    return Splits(train_rows, eval_rows, files.digest(*fingerprints))
 
 
-def read_other_records(config: Config, path: str) -> list[Record]:
+def read_other_rows(config: Config, path: str) -> list[Record]:
     """The rows of one more file, or of a split where the source has named ones.
 
     Raises UserError.
