@@ -1,7 +1,7 @@
 """The numbers that follow from a config and its data, each with its reason.
 
 In: a `TrainPlan` and the tokens of the training split. Out: rows to print. To add a number, add a
-row to one of the three functions below.
+row to one of the functions below.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ class RunCheckpoints:
             )
         if self._checkpoints.save(state, self._meta, wait=wait) or not wait:
             return True
-        # Once more, for a failure may pass; one process alone would wait for the others forever.
+        # Once more, as a failure may pass; but where only some of several processes failed, a
+        # retry would wait for the others forever.
         return jax.process_count() == 1 and self._checkpoints.save(state, self._meta, wait=True)
 
     def save_best(self, state: TrainState, loss: float) -> None:

@@ -279,11 +279,11 @@ def evaluate_task(run: Run, step: int, params: Params) -> dict[str, float]:
     examples = subsample_evenly(run.data.eval, config.task.eval_samples)
     lm = LanguageModel(config.model, params, run.tokenizer)
     answered = answers.answer_examples(lm, config.task, labels, examples)
-    shown = "\n\n".join(
+    text = "\n\n".join(
         answers.format_answer(run.tokenizer, example, answer)
         for example, answer in zip(examples[:20], answered, strict=False)
     )
-    files.write_text(run.workdir / "samples" / f"{step}.txt", shown + "\n")
+    files.write_text(run.workdir / "samples" / f"{step}.txt", text + "\n")
     scores = task_of(config.task).evaluate(config.task, labels, examples, answered)
     return {f"answers/{name}": metric.value for name, metric in scores.items()}
 

@@ -1,8 +1,10 @@
-"""Losses that tune a policy on preferences, as pure functions of log-probabilities: DPO, IPO, ORPO, KTO and GRPO.
+"""Losses that tune a policy on preferences, as pure functions: DPO, IPO, ORPO, KTO and GRPO.
 
-In: log-probabilities of whole answers under the policy and a frozen reference (sums over the answer's tokens; ORPO wants means, GRPO
-single tokens). Out: (loss [N], {name: diagnostic [N]}), float32, for the caller to average; GRPO gives (sum, weight). Gradients flow
-through the policy's numbers alone. To add a loss, write a function that returns the same pair.
+In: log-probabilities of complete answers under the policy and under a frozen reference: sums over
+the tokens of an answer (ORPO: means; GRPO: single tokens). Out: (loss [N], {name: diagnostic [N]}),
+float32, for the caller to average; GRPO gives (sum, weight). Gradients flow through the policy's
+log-probabilities alone. To add a loss, write a function that returns the same pair, and a row in
+PREFERENCE_LOSSES of `objectives.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +19,11 @@ from gptjax.core.types import Array
 Result = tuple[Array, dict[str, Array]]
 
 
-_NEARLY_CERTAIN = (
-    -1e-6
-)  # ORPO: a mean log-probability above counts as this one, where the odds are still finite
+# ORPO: a mean log-probability above this counts as this, where the odds are still finite.
+_NEARLY_CERTAIN = -1e-6
 
-
-_STEEP = 10.0  # GRPO: exp goes on as its tangent from here, so that ratios of e^10 and more keep a finite gradient
+# GRPO: from here on exp is replaced by its tangent, so that the gradient stays finite.
+_STEEP = 10.0
 
 
 def dpo(
@@ -34,40 +35,43 @@ def dpo(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> Result:
-    """Direct preference optimization (Rafailov et al. 2023, eq. 7); log-probabilities of answers, all [N].
+    """Direct preference optimization (Rafailov et al. 2023, eq. 7).
 
-    beta > 0: how closely to stay at the reference. label_smoothing in [0, 0.5): the share of pairs believed to be labelled the wrong way
-    round (conservative DPO, Mitchell 2023). Raises ValueError on unequal shapes."""
+    All arrays are [N], log-probabilities of answers. beta > 0: how closely to stay at the
+    reference. label_smoothing in [0, 0.5): the fraction of pairs believed to be labelled the wrong
+    way round (conservative DPO, Mitchell 2023). Raises ValueError on unequal shapes.
+    """
     rewards = _rewards(beta, chosen, rejected, reference_chosen, reference_rejected)
     margin = rewards["reward_margin"]
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(
-        margin
-    ) - label_smoothing * jax.nn.log_sigmoid(-margin), rewards
+    preferred, reversed_ = jax.nn.log_sigmoid(margin), jax.nn.log_sigmoid(-margin)
+    return -(1 - label_smoothing) * preferred - label_smoothing * reversed_, rewards
 
 
 def ipo(
     chosen: Any, rejected: Any, *, reference_chosen: Any, reference_rejected: Any, beta: float = 0.1
 ) -> Result:
-    """Identity preference optimization (Azar et al. 2024; beta is the paper's tau): pulls the log-ratio to 1 / (2 beta).
+    """Identity preference optimization (Azar et al. 2024): pulls the log-ratio to 1 / (2 beta).
 
-    Arguments and errors as in `dpo`; long answers ask for means over tokens in place of sums."""
+    beta is the paper's tau. Arguments and errors are as in `dpo`; for long answers, means over
+    tokens are better than sums.
+    """
     rewards = _rewards(beta, chosen, rejected, reference_chosen, reference_rejected)
     return jnp.square(rewards["reward_margin"] / beta - 1 / (2 * beta)), rewards
 
 
 def orpo(chosen: Any, rejected: Any, *, nll: Any, weight: float = 0.1) -> Result:
-    """Odds ratio preference optimization (Hong et al. 2024, eqs. 6 and 7), without a reference; all [N].
+    """Odds ratio preference optimization (Hong et al. 2024, eqs. 6 and 7), without a reference.
 
-    chosen, rejected: mean log-probability per token of the answers, at most 0. nll: negative log-likelihood of the chosen answer, as
-    finetuning would have it. weight: the paper's lambda. Diagnostics: the weighted log-probabilities as rewards, and the log of the odds
-    ratio. Raises ValueError on unequal shapes."""
+    All arrays are [N]. chosen, rejected: mean log-probability per token of the answers, at most 0.
+    nll: negative log-likelihood of the chosen answer, as in fine-tuning. weight: the paper's
+    lambda. Diagnostics: the weighted log-probabilities as rewards, and the log of the odds ratio.
+    Raises ValueError on unequal shapes.
+    """
     chosen, rejected, nll = _same_shape(chosen, rejected, nll)
     log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
     rewards = _compare(weight * chosen, weight * rejected)
-    return nll - weight * jax.nn.log_sigmoid(log_odds_ratio), {
-        **rewards,
-        "log_odds_ratio": log_odds_ratio,
-    }
+    loss = nll - weight * jax.nn.log_sigmoid(log_odds_ratio)
+    return loss, {**rewards, "log_odds_ratio": log_odds_ratio}
 
 
 def kto(
@@ -80,12 +84,14 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Result:
-    """Kahneman-Tversky optimization (Ethayarajh et al. 2024): answers with a thumb up or down, no pairs.
+    """Kahneman-Tversky optimization (Ethayarajh et al. 2024): single answers, desirable or not.
 
-    logprobs, reference: of the answers, [N], under policy and reference; desirable: bool [N]. kl: log-ratios of policy to reference for
-    answers to other prompts, [M] or their mean; mean, clamp at 0 and stopped gradient are done here (the paper's z_0). The weights balance
-    unequal numbers of the two kinds. Diagnostics: reward, whether it stands on the right side of z_0, and z_0 itself ("kl").
-    Raises ValueError on unequal shapes."""
+    logprobs, reference: [N], of the answers under policy and reference. desirable: bool [N]. kl:
+    log-ratios of policy to reference for answers to other prompts, [M] or their mean; the paper's
+    z_0 is formed from them here (mean, clamp at 0, stopped gradient). The weights balance unequal
+    numbers of the two kinds. Diagnostics: reward, whether it is on the correct side of z_0, and
+    z_0 itself ("kl"). Raises ValueError on unequal shapes.
+    """
     logprobs, reference, desirable = _same_shape(logprobs, reference, desirable)
     ratio = logprobs - jax.lax.stop_gradient(reference)
     point = jax.lax.stop_gradient(jnp.maximum(jnp.mean(jnp.asarray(kl, jnp.float32)), 0.0))
@@ -110,20 +116,26 @@ def grpo(
     clip: float = 0.2,
     kl_weight: float = 0.04,
 ) -> tuple[Array, Array]:
-    """Group relative policy optimization (Shao et al. 2024, eq. 3): (sum over answers of the mean loss of their tokens, number of answers).
+    """Group relative policy optimization (Shao et al. 2024, eq. 3).
 
-    logprobs, old, reference: log-probabilities of single tokens [N, T] under the policy, under the policy that wrote them, and under the
-    reference (None: no KL term). mask [N, T]: 1 on tokens of an answer; a row without any counts nowhere. advantages [N]: `advantages`,
-    flattened. clip: the ratio's distance from 1 past which nothing more is gained. kl_weight: the paper's beta, on the k3 estimator
-    r - 1 - log r of KL(policy | reference), r = reference / policy (Schulman 2020). Where a ratio exceeds e^10, exp goes on as a line.
-    Raises ValueError on unequal shapes."""
+    Returns (sum over answers of the mean loss of their tokens, number of answers).
+
+    logprobs, old, reference: log-probabilities of single tokens [N, T] under the policy, under the
+    policy that wrote them, and under the reference (None: no KL term). mask [N, T]: 1 on tokens of
+    an answer; a row without any does not count. advantages [N]: `advantages`, flattened. clip: the
+    distance of the ratio from 1 beyond which nothing more is gained. kl_weight: the paper's beta,
+    the weight of the k3 estimator r - 1 - log r of KL(policy | reference), r = reference / policy
+    (Schulman 2020). Where a ratio exceeds e^10, a line replaces exp. Raises ValueError on unequal
+    shapes.
+    """
     logprobs, old, mask, reference = _same_shape(
         logprobs, old, mask, logprobs if reference is None else reference
     )
     advantages = jax.lax.stop_gradient(jnp.asarray(advantages, jnp.float32))
     if logprobs.ndim != 2 or advantages.shape != logprobs.shape[:1]:
         raise ValueError(
-            f"log-probabilities {logprobs.shape} must be [N, T] and advantages {advantages.shape} [N]"
+            f"log-probabilities {logprobs.shape} must be [N, T] and advantages "
+            f"{advantages.shape} [N]"
         )
     seen = mask > 0
     ratio = _exp(jnp.where(seen, logprobs - jax.lax.stop_gradient(old), 0.0))
@@ -138,19 +150,20 @@ def grpo(
 
 
 def advantages(rewards: Any, *, epsilon: float = 1e-4) -> Array:
-    """(reward - mean) / (standard deviation + epsilon) within each group: float32 [G, n] of rewards [G, n], n answers to each of G prompts.
+    """(reward - mean) / (standard deviation + epsilon) within each group, float32 [G, n].
 
-    The deviation is that of a sample (n - 1), as in the public implementations. A group whose rewards are all equal, or that has a single
-    answer, teaches nothing: its advantages are exactly 0; epsilon keeps differences far below itself (rounding of a reward model) near 0.
-    Raises ValueError unless rewards have two axes."""
+    rewards: [G, n], of n answers to each of G prompts. The deviation is that of a sample (n - 1),
+    as in the public implementations. A group whose rewards are all equal, or that has a single
+    answer, teaches nothing: its advantages are exactly 0. epsilon keeps differences much smaller
+    than itself (rounding of a reward model) near 0. Raises ValueError unless rewards have two axes.
+    """
     rewards = jnp.asarray(rewards, jnp.float32)
     if rewards.ndim != 2:
         raise ValueError(f"rewards {rewards.shape} must be [G, n]: n answers to each of G prompts")
     centred = rewards - rewards.mean(1, keepdims=True)
     deviation = jnp.sqrt(jnp.square(centred).sum(1, keepdims=True) / max(rewards.shape[1] - 1, 1))
-    equal = rewards.max(1, keepdims=True) == rewards.min(
-        1, keepdims=True
-    )  # their mean may be off by a rounding, and so may each difference
+    # The mean of equal rewards may be off by a rounding, and so may each difference from it.
+    equal = rewards.max(1, keepdims=True) == rewards.min(1, keepdims=True)
     return jnp.where(equal, 0.0, centred / (deviation + epsilon))
 
 
@@ -176,11 +189,11 @@ def _compare(chosen: Array, rejected: Array) -> dict[str, Array]:
 
 
 def _same_shape(*arrays: Any) -> tuple[Array, ...]:
-    """As float32. [N] against [N, 1] would broadcast to [N, N] without a word."""
-    found = tuple(jnp.asarray(a, jnp.float32) for a in arrays)
-    if len({a.shape for a in found}) > 1:
-        raise ValueError(f"shapes differ: {', '.join(str(a.shape) for a in found)}")
-    return found
+    """As float32. Without this check, [N] and [N, 1] would broadcast to [N, N]."""
+    floats = tuple(jnp.asarray(a, jnp.float32) for a in arrays)
+    if len({a.shape for a in floats}) > 1:
+        raise ValueError(f"shapes differ: {', '.join(str(a.shape) for a in floats)}")
+    return floats
 
 
 def _log_odds(log_p: Array) -> Array:
@@ -190,6 +203,7 @@ def _log_odds(log_p: Array) -> Array:
 
 
 def _exp(x: Array) -> Array:
+    """exp, and its tangent from `_STEEP` on."""
     return jnp.where(
         x > _STEEP, jnp.exp(_STEEP) * (1 + x - _STEEP), jnp.exp(jnp.minimum(x, _STEEP))
     )

@@ -1,4 +1,4 @@
-"""Fine-tuning as a user runs it: a run that learns, its scores, its adapters, and the same numbers after a kill."""
+"""Fine-tuning as a user runs it: learning, scores, adapters, the same numbers after a kill."""
 
 import json
 import os
@@ -212,7 +212,8 @@ def test_what_must_not_change_under_adapters_is_refused(place, tuned):
 
 
 def test_published_sets_become_files_whose_splits_share_nothing(tmp_path, capsys):
-    """Made-up sets in their authors' forms: sentences with several translations, articles with several questions, dialogues."""
+    """Made-up sets in their authors' forms: several translations of a sentence, several questions
+    on an article, dialogues."""
     from experiments.finetune import data
 
     for name in ("tatoeba_en_zh", "xquad", "kdconv"):

@@ -327,7 +327,8 @@ def test_what_cannot_be_tuned_is_said(place, tmp_path):
         with pytest.raises(UserError, match=message):
             make_config(data=dict(source="jsonl", path="x"), **changes)
     (tmp_path / "wrong.py").write_text(
-        "def raises(answer, references):\n    return references[0]\ndef nan(answer, references):\n    return float('nan')\n"
+        "def raises(answer, references):\n    return references[0]\n"
+        "def nan(answer, references):\n    return float('nan')\n"
     )
     with pytest.raises(UserError, match=r"failed on the answer 'ab': IndexError"):
         reward_of(make_config(task=dict(reward=f"{tmp_path}/wrong.py:raises")).task)("ab", [])

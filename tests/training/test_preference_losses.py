@@ -1,4 +1,4 @@
-"""Each loss against its published formula in float64, its symmetries, and its gradients where numbers are extreme."""
+"""Each loss against its published formula in float64, symmetries, gradients of extreme numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ sigmoid = lambda x: 1 / (1 + np.exp(-np.asarray(x, np.float64)))
 
 
 def sums(count, seed=0):
-    """`count` arrays [13] of log-probabilities of answers of some ten tokens, four of them round numbers."""
+    """`count` arrays [13] of log-probabilities of answers of some ten tokens; four are round."""
     found = -30 * np.random.default_rng(seed).random((count, 13))
     found[:, :4] = -np.arange(1.0, count + 1)[:, None] * [1, 2, 3, 4]
     return found.astype(np.float32).astype(np.float64)
@@ -177,7 +177,10 @@ def test_grpo_is_its_formula(kl_weight):
 
 
 def test_grpo_at_the_old_policy_is_reinforce():
-    """A categorical policy of 4 tokens: the gradient is that of -mean A mean log p, (pi - onehot) A / length in closed form."""
+    """A categorical policy of 4 tokens: the gradient is that of -mean A mean log p.
+
+    In closed form, (pi - onehot) A / length.
+    """
     logits = np.asarray([0.3, -1.0, 0.8, 0.1], np.float32)
     _, _, _, mask, advantages = token_case()
     tokens = np.random.default_rng(1).integers(0, 4, (5, 7))

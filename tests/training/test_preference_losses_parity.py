@@ -1,6 +1,7 @@
-"""Against trl's trainers. Their losses are inner methods: they run here on a stand-in for the trainer, with a model that returns given numbers.
+"""Against trl's trainers, whose losses are inner methods: they run on a stand-in for the trainer.
 
-Values and gradients agree, so each example's part does. Skipped with a reason where trl is missing or has other inner methods.
+A model returns given numbers. Values and gradients agree, so each example's part does. Skipped with
+a reason where trl is missing or has other inner methods.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""Stopped runs: SIGKILL at random moments, SIGTERM, a second run; the numbers are those of the run never stopped."""
+"""Stopped runs: SIGKILL at random moments, SIGTERM, a second run; the numbers stay the same."""
 
 import json
 import os
@@ -41,7 +41,8 @@ def arguments(corpus, workdir, *extra):
 def start(args, devices=1):
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0",
     }
     process = subprocess.Popen(
         args,
