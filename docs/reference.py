@@ -40,6 +40,7 @@ PUBLIC = (
     "LanguageModel.with_adapter",
     "LanguageModel.save",
     "LanguageModel.compile",
+    "GenerationOptions",
     "Completion",
     "UserError",
 )
