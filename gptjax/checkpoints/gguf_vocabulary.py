@@ -95,7 +95,7 @@ def _tokenizer_json(meta: Mapping[str, Any], path: Path) -> bytes:
         digits=digits,
         pattern=pattern,
         bos=bos,
-        whole=[token for token, t in typed if t == _USER_DEFINED],
+        uncut=[token for token, t in typed if t == _USER_DEFINED],
     )
 
 

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -109,7 +109,7 @@ def _check_value(
     elif kind is float and not math.isfinite(value):
         fault = f"must be finite, such as {field.default!r}"
     else:
-        fault = _choice_fault(value, choices_of(field)) or _range_fault(value, field)
+        fault = _choice_fault(value, field) or _range_fault(value, field)
     if fault:
         faults.append(f"{path} = {value!r}: {fault}")
         return field.default
@@ -131,8 +131,11 @@ def _check_list(
     return tuple(value)
 
 
-def _choice_fault(value: Any, choices: Sequence[str]) -> str:
+def _choice_fault(value: Any, field: dataclasses.Field) -> str:
     """What is wrong with a value that is none of the choices, or ""."""
+    if value == field.default:
+        return ""  # without loading the table of the choices
+    choices = choices_of(field)
     if not choices or value in choices:
         return ""
     near = nearest(value, list(choices))

@@ -248,12 +248,12 @@ def byte_level_json(
     digits: bool,
     pattern: str = "",
     bos: int = -1,
-    whole: Sequence[str] = (),
+    uncut: Sequence[str] = (),
 ) -> bytes:
     """A `tokenizer.json` of byte-level BPE.
 
     control: tokens that text never becomes. digits: whether each digit is a token. pattern: the
-    rule that cuts text, where it is not GPT-2's. bos: id before every text; -1 = none. whole:
+    rule that cuts text, where it is not GPT-2's. bos: id before every text; -1 = none. uncut:
     tokens that are never cut.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -278,7 +278,7 @@ def byte_level_json(
         ]
 
     result.add_special_tokens(added(control, special=True))
-    result.add_tokens(added(whole, special=False))
+    result.add_tokens(added(uncut, special=False))
     name = next((name for name, i in vocabulary.items() if i == bos), "")
     return _with_bos(result, name, bos)
 
