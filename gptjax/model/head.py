@@ -6,15 +6,16 @@ x are hidden states as `transformer.apply` returns them.
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 from gptjax.config.schema import ModelConfig
-from gptjax.core.types import Array, Params
+from gptjax.core.types import Params
 from gptjax.ops import quantized
 from gptjax.ops.activation import softcap
 from gptjax.ops.implementations import IMPLEMENTATIONS
 
 
-def table(params: Params) -> Array:
+def table(params: Params) -> Float[Array, "V D"]:
     """The output table [padded V, D]; float32 where it is kept as rows."""
     weight = params["head"] if "head" in params else params["embed"]
     if "rows" in weight:
@@ -22,7 +23,7 @@ def table(params: Params) -> Array:
     return weight["kernel"] if "head" in params else weight["tokens"]
 
 
-def unembed(config: ModelConfig, params: Params, x: Array) -> Array:
+def unembed(config: ModelConfig, params: Params, x: Float[Array, "*S D"]) -> Float32[Array, "*S V"]:
     """Logits [..., V] in float32 of x [..., D], without the padding of the vocabulary."""
     weight = params["head"] if "head" in params else params["embed"]
     if "rows" in weight:
@@ -35,7 +36,7 @@ def unembed(config: ModelConfig, params: Params, x: Array) -> Array:
     return softcap(logits[..., : config.vocab_size], config.logit_softcap)
 
 
-def score(params: Params, x: Array) -> Array:
+def score(params: Params, x: Float[Array, "*S D"]) -> Float32[Array, "*S labels"]:
     """Scores of the labels, float32 [..., labels], of x [..., D]."""
     kernel = params["score"]["kernel"].astype(jnp.float32)
     return jnp.einsum("...D,CD->...C", x.astype(jnp.float32), kernel)
@@ -44,12 +45,12 @@ def score(params: Params, x: Array) -> Array:
 def token_cross_entropy(
     config: ModelConfig,
     params: Params,
-    x_BTD: Array,
-    targets_BT: Array,
-    weights_BT: Array,
+    x_BTD: Float[Array, "B T D"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
     *,
     chunk: int,
-) -> Array:
+) -> Float32[Array, ""]:
     """Sum over positions of weight * -log p(target), float32 scalar, `chunk` positions at a time."""
     return IMPLEMENTATIONS[config.implementation].cross_entropy(
         x_BTD,
@@ -63,8 +64,13 @@ def token_cross_entropy(
 
 
 def token_logprobs(
-    config: ModelConfig, params: Params, x_BTD: Array, targets_BT: Array, *, chunk: int
-) -> Array:
+    config: ModelConfig,
+    params: Params,
+    x_BTD: Float[Array, "B T D"],
+    targets_BT: Int[Array, "B T"],
+    *,
+    chunk: int,
+) -> Float32[Array, "B T"]:
     """log p(target) of each position, float32 [B, T], `chunk` positions at a time."""
     return IMPLEMENTATIONS[config.implementation].logprobs(
         x_BTD,

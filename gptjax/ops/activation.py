@@ -13,33 +13,33 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from gptjax.core.types import Array
 from gptjax.ops.materialize import Barrier, materialize, unchanged
 
 
-def gelu(x: Array) -> Array:
+def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     """The tanh form of GELU, as in GPT-2 (Hendrycks & Gimpel 2016); in float32 inside."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
-def gelu_exact(x: Array) -> Array:
+def gelu_exact(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     """GELU by the error function (Hendrycks & Gimpel 2016)."""
     return jax.nn.gelu(x, approximate=False)
 
 
-def swiglu(gate_up: Array) -> Array:
+def swiglu(gate_up: Float[Array, "*S 2 F"]) -> Float[Array, "*S F"]:
     """silu(gate) * up (Shazeer 2020)."""
     return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
 
 
-def softcap(logits: Array, cap: float) -> Array:
+def softcap(logits: Float[Array, "*S"], cap: float) -> Float[Array, "*S"]:
     """cap * tanh(logits / cap) (Gemma 2); logits as they are where cap is 0."""
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gelu_recomputed(x: Array, barrier: Barrier = unchanged) -> Array:
+def gelu_recomputed(x: Float[Array, "*S"], barrier: Barrier = unchanged) -> Float[Array, "*S"]:
     """`gelu`; its gradient recomputes tanh instead of saving intermediates."""
     return gelu(x)
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Num
 
-from gptjax.core.types import Array
 from gptjax.ops import products
 from gptjax.ops.activation import softcap as cap_logits
 from gptjax.ops.materialize import Barrier, unchanged
@@ -34,15 +34,15 @@ def chunk_length(padded_vocab: int, batch: int, length: int) -> int:
 
 
 def reference(
-    x_BTD: Array,
-    table_VD: Array,
-    targets_BT: Array,
-    weights_BT: Array,
+    x_BTD: Float[Array, "B T D"],
+    table_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
     *,
     vocab_size: int,
     softcap: float = 0.0,
     chunk: int = 0,
-) -> Array:
+) -> Float32[Array, ""]:
     """Sum over positions of weight * -log softmax(x table^T)[target], float32 scalar.
 
     Rows of the table past `vocab_size` are padding and take no part. chunk: for `chunked` alone.
@@ -52,14 +52,14 @@ def reference(
 
 
 def reference_logprobs(
-    x_BTD: Array,
-    table_VD: Array,
-    targets_BT: Array,
+    x_BTD: Float[Array, "B T D"],
+    table_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
     *,
     vocab_size: int,
     softcap: float = 0.0,
     chunk: int = 0,
-) -> Array:
+) -> Float32[Array, "B T"]:
     """log p of each target, float32 [B, T]."""
     table = table_VD[:vocab_size]
     logits = jnp.einsum("BTD,VD->BTV", x_BTD, table, preferred_element_type=jnp.float32)
@@ -79,32 +79,32 @@ class _Form:
 
 
 def chunked(
-    x_BTD: Array,
-    table_VD: Array,
-    targets_BT: Array,
-    weights_BT: Array,
+    x_BTD: Float[Array, "B T D"],
+    table_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
     *,
     vocab_size: int,
     softcap: float = 0.0,
     chunk: int,
     barrier: Barrier = unchanged,
     transposed: Barrier = products.transposed,
-) -> Array:
+) -> Float32[Array, ""]:
     """As `reference`, `chunk` positions at a time (a divisor of T)."""
     form = _Form(vocab_size, softcap, chunk, barrier, transposed)
     return _cross_entropy(form, x_BTD, table_VD, targets_BT, weights_BT)
 
 
 def chunked_logprobs(
-    x_BTD: Array,
-    table_VD: Array,
-    targets_BT: Array,
+    x_BTD: Float[Array, "B T D"],
+    table_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
     *,
     vocab_size: int,
     softcap: float = 0.0,
     chunk: int,
     barrier: Barrier = unchanged,
-) -> Array:
+) -> Float32[Array, "B T"]:
     """As `reference_logprobs`, by chunks which the backward pass computes again."""
     form = _Form(vocab_size, softcap, chunk, barrier, products.transposed)
 
@@ -119,7 +119,11 @@ def chunked_logprobs(
     return jnp.moveaxis(logprobs, 0, 1).reshape(targets_BT.shape)
 
 
-def label_loss(logits_BTC: Array, targets_BT: Array, weights_BT: Array) -> tuple[Array, Array]:
+def label_loss(
+    logits_BTC: Float32[Array, "B T C"],
+    targets_BT: Num[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """(loss sum, sum of correct predictions) of a head on tokens: cross-entropy of int32 targets,
     or half the squared error of float32 ones (C = 1)."""
     if jnp.issubdtype(targets_BT.dtype, jnp.floating):

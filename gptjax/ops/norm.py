@@ -6,12 +6,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from gptjax.core.types import Array
 from gptjax.ops.materialize import Barrier, materialize, unchanged
 
 
-def reference(x: Array, scale: Array, bias: Array | None, *, eps: float, center: bool) -> Array:
+def reference(
+    x: Float[Array, "... D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"] | None,
+    *,
+    eps: float,
+    center: bool,
+) -> Float[Array, "... D"]:
     """x [..., D] with unit variance (and, with `center`, zero mean) times scale plus bias [D].
 
     Computed in float32, returned in the dtype of x.
@@ -24,21 +31,26 @@ def reference(x: Array, scale: Array, bias: Array | None, *, eps: float, center:
 
 
 def saving_unit(
-    x: Array,
-    scale: Array,
-    bias: Array | None,
+    x: Float[Array, "... D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"] | None,
     *,
     eps: float,
     center: bool,
     barrier: Barrier = unchanged,
-) -> Array:
+) -> Float[Array, "... D"]:
     """The same; its backward pass needs of x only the normalized values, which are saved."""
     return _normalize(x.astype(jnp.float32), scale, bias, eps, center, barrier).astype(x.dtype)
 
 
 def saving_unit_cpu(
-    x: Array, scale: Array, bias: Array | None, *, eps: float, center: bool
-) -> Array:
+    x: Float[Array, "... D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"] | None,
+    *,
+    eps: float,
+    center: bool,
+) -> Float[Array, "... D"]:
     """The same, written to memory once for all that read it."""
     y = saving_unit(x, scale, bias, eps=eps, center=center, barrier=materialize)
     return materialize(y)

@@ -11,22 +11,22 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Float32, Num
 
-from gptjax.core.types import Array
 from gptjax.ops.materialize import materialize
 
 
-def matmul(x: Array, w: Array) -> Array:
+def matmul(x: Float[Array, "N D"], w: Float[Array, "D F"]) -> Float[Array, "N F"]:
     """x [N, D] @ w [D, F]."""
     return x @ w
 
 
-def bias_add(y: Array, bias: Array) -> Array:
+def bias_add(y: Float[Array, "N F"], bias: Float[Array, " F"]) -> Float[Array, "N F"]:
     """y [N, F] + bias [F]."""
     return y + bias
 
 
-def residual_add(x: Array, update: Array) -> Array:
+def residual_add(x: Float[Array, "*S"], update: Float[Array, "*S"]) -> Float[Array, "*S"]:
     """The residual stream x after a branch wrote its update."""
     return x + update
 
@@ -36,7 +36,9 @@ def residual_add_materialized(x: Array, update: Array) -> Array:
     return materialize(x + update)
 
 
-def low_rank(x: Array, a: Array, b: Array) -> Array:
+def low_rank(
+    x: Float[Array, "N D"], a: Float[Array, "D r"], b: Float[Array, "r F"]
+) -> Float[Array, "N F"]:
     """(x [N, D] @ a [D, r]) @ b [r, F]: never the product of a and b."""
     return (x @ a) @ b
 
@@ -46,7 +48,9 @@ def low_rank_materialized(x: Array, a: Array, b: Array) -> Array:
     return materialize(x @ a) @ b
 
 
-def split_qkv(qkv: Array, groups: int) -> tuple[Array, Array, Array]:
+def split_qkv(
+    qkv: Float[Array, "B T K G2 C"], groups: int
+) -> tuple[Float[Array, "B T K G C"], Float[Array, "B T K C"], Float[Array, "B T K C"]]:
     """[B, T, K, G + 2, C] -> q [B, T, K, G, C], k and v [B, T, K, C]."""
     return qkv[..., :groups, :], qkv[..., groups, :], qkv[..., groups + 1, :]
 
@@ -56,12 +60,12 @@ def split_qkv_materialized(qkv: Array, groups: int) -> tuple[Array, Array, Array
     return split_qkv(materialize(qkv), groups)
 
 
-def transposed(a: Array) -> Array:
+def transposed(a: Float[Array, "N D"]) -> Float[Array, "D N"]:
     """a.T, an operand of a product."""
     return a.T
 
 
-def transposed_copy(a: Array) -> Array:
+def transposed_copy(a: Float[Array, "N D"]) -> Float[Array, "D N"]:
     """a.T, written out by rows where it is bfloat16 (see `by_rows_matmul`)."""
     if a.dtype != jnp.bfloat16:
         return a.T
@@ -69,7 +73,7 @@ def transposed_copy(a: Array) -> Array:
     return jax.lax.optimization_barrier(with_layout_constraint(a.T, Layout((0, 1))))
 
 
-def by_rows_matmul(x: Array, w: Array) -> Array:
+def by_rows_matmul(x: Float[Array, "N D"], w: Float[Array, "D F"]) -> Float[Array, "N F"]:
     """`matmul` for one CPU device: its gradients multiply bfloat16 operands by rows.
 
     From jax 0.12, XLA:CPU multiplies bfloat16 by rows on the matrix units of processors that have
@@ -79,7 +83,7 @@ def by_rows_matmul(x: Array, w: Array) -> Array:
     return _matmul(x, w) if x.dtype == w.dtype == jnp.bfloat16 else x @ w
 
 
-def by_rows_bias_add(y: Array, bias: Array) -> Array:
+def by_rows_bias_add(y: Float[Array, "N F"], bias: Float[Array, " F"]) -> Float[Array, "N F"]:
     """`bias_add` for one CPU device: the gradient of a bfloat16 bias is a product."""
     return _bias_add(y, bias) if y.dtype == bias.dtype == jnp.bfloat16 else y + bias
 
@@ -119,7 +123,9 @@ _bias_add.defvjp(
 FEW = 8  # rows: with more, the sums do not fit the registers, and packing the weights pays
 
 
-def small_batch_matmul(x: Array, rows: Array) -> Array:
+def small_batch_matmul(
+    x: Num[Array, "B N D"], rows: Num[Array, "B F D"]
+) -> Float32[Array, "B N F"]:
     """x [B, N, D] times rows [B, F, D] in any dtypes, N at most `FEW` -> float32 [B, N, F].
 
     For XLA:CPU, inside an `executables.jit`: one pass over the rows as they lie in memory, at the

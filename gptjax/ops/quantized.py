@@ -6,15 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
-from gptjax.core.types import Array
 from gptjax.ops.materialize import Barrier, materialize, unchanged
 from gptjax.ops.products import FEW, small_batch_matmul
 
 _PASSES = 8  # over small weights, before converting them pays
 
 
-def quantize_rows(matrix: Array, dtype: str) -> dict[str, Array]:
+def quantize_rows(matrix: Float[Array, "F D"], dtype: str) -> dict[str, Array]:
     """{"rows": [F, D] in `dtype`} of a matrix [F, D].
 
     int8: each row is round(row / scale) with "row_scale" [F] = max |row| / 127, so its error is at
@@ -27,25 +27,27 @@ def quantize_rows(matrix: Array, dtype: str) -> dict[str, Array]:
     return {"rows": jnp.round(matrix / scale[:, None]).astype(jnp.int8), "row_scale": scale}
 
 
-def dequantize(weight: Any) -> Array:
+def dequantize(weight: Any) -> Float32[Array, "F D"]:
     """float32 [F, D] that `rows` stand for."""
     matrix = weight["rows"].astype(jnp.float32)
     return matrix * weight["row_scale"][:, None] if "row_scale" in weight else matrix
 
 
-def lookup(weight: Any, ids: Array, *, barrier: Barrier = unchanged) -> Array:
+def lookup(
+    weight: Any, ids: Int[Array, "*S"], *, barrier: Barrier = unchanged
+) -> Float32[Array, "*S D"]:
     """float32 [..., D]: the rows of these ids."""
     x = barrier(weight["rows"][ids]).astype(jnp.float32)
     return x * weight["row_scale"][ids][..., None] if "row_scale" in weight else x
 
 
-def matmul(x: Array, weight: Any) -> Array:
+def matmul(x: Float[Array, "N D"], weight: Any) -> Float32[Array, "N F"]:
     """x [N, D] times the `rows` [F, D] of a matrix: float32 [N, F]. The definition."""
     return x.astype(jnp.float32) @ dequantize(weight).T
 
 
 @jax.custom_vjp
-def matmul_accelerator(x: Array, weight: Any) -> Array:
+def matmul_accelerator(x: Float[Array, "N D"], weight: Any) -> Float32[Array, "N F"]:
     """The same with small weights as they are; x is rounded to bfloat16 with them."""
     x, rows = _tied(x, weight)
     if rows.dtype != x.dtype:
@@ -54,7 +56,7 @@ def matmul_accelerator(x: Array, weight: Any) -> Array:
 
 
 @jax.custom_vjp
-def matmul_cpu(x: Array, weight: Any) -> Array:
+def matmul_cpu(x: Float[Array, "N D"], weight: Any) -> Float32[Array, "N F"]:
     """The same on a CPU, where only the weights are rounded.
 
     For a few rows of x, passes over small weights beat converting the weights (up to `_PASSES`;

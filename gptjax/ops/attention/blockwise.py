@@ -7,20 +7,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from gptjax.core.types import Array
 from gptjax.ops.attention.mask import MASKED, Mask
 
 
 def blockwise(
-    q_BTKGC: Array,
-    k_BSKC: Array,
-    v_BSKC: Array,
+    q_BTKGC: Float[Array, "B T K G C"],
+    k_BSKC: Float[Array, "B S K C"],
+    v_BSKC: Float[Array, "B S K C"],
     mask: Mask,
     *,
     block: int = 256,
-    dropout_BKGTS: Array | None = None,
-) -> Array:
+    dropout_BKGTS: Float[Array, "B K G T S"] | None = None,
+) -> Float[Array, "B T K G C"]:
     """As `reference`: an online softmax (Rabe & Staats 2021; Dao et al. 2022), recomputed block by
     block in the backward pass. Raises ValueError for dropout, which it has not."""
     if dropout_BKGTS is not None:

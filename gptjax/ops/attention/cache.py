@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from gptjax.core.types import Array
 from gptjax.ops.attention.mask import MASKED, Mask
 from gptjax.ops.materialize import Barrier, materialize, unchanged
 from gptjax.ops.products import FEW, small_batch_matmul
@@ -15,9 +15,9 @@ from gptjax.ops.products import FEW, small_batch_matmul
 
 def write_cache(
     cache: dict[str, Array],
-    k_BTKC: Array,
-    v_BTKC: Array,
-    start_B: Array,
+    k_BTKC: Float[Array, "B T K C"],
+    v_BTKC: Float[Array, "B T K C"],
+    start_B: Int[Array, " B_or_1"],
     *,
     barrier: Barrier = unchanged,
 ) -> dict[str, Array]:
@@ -55,7 +55,9 @@ def _put(old: Array, new: Array, start_B: Array, *, axis: int, barrier: Barrier)
     return old
 
 
-def cached_attention(q_BTKGC: Array, cache: dict[str, Array], mask: Mask) -> Array:
+def cached_attention(
+    q_BTKGC: Float[Array, "B T K G C"], cache: dict[str, Array], mask: Mask
+) -> Float[Array, "B T K G C"]:
     """Attention over one layer of the cache, as `reference` defines it, [B, T, K, G, C]."""
 
     def product(x_NQD: Array, rows_NFD: Array) -> Array:
@@ -65,7 +67,9 @@ def cached_attention(q_BTKGC: Array, cache: dict[str, Array], mask: Mask) -> Arr
     return _attend(product, q_BTKGC, cache, mask)
 
 
-def cached_attention_cpu(q_BTKGC: Array, cache: dict[str, Array], mask: Mask) -> Array:
+def cached_attention_cpu(
+    q_BTKGC: Float[Array, "B T K G C"], cache: dict[str, Array], mask: Mask
+) -> Float[Array, "B T K G C"]:
     """The same; few queries a head at the speed of reading the cache."""
     if q_BTKGC.shape[1] * q_BTKGC.shape[3] > FEW:
         return cached_attention(q_BTKGC, cache, mask)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from gptjax.core.types import Array
 from gptjax.ops.attention.mask import MASKED, Mask
 
 
 def reference(
-    q_BTKGC: Array,
-    k_BSKC: Array,
-    v_BSKC: Array,
+    q_BTKGC: Float[Array, "B T K G C"],
+    k_BSKC: Float[Array, "B S K C"],
+    v_BSKC: Float[Array, "B S K C"],
     mask: Mask,
     *,
     block: int = 0,
-    dropout_BKGTS: Array | None = None,
-) -> Array:
+    dropout_BKGTS: Float[Array, "B K G T S"] | None = None,
+) -> Float[Array, "B T K G C"]:
     """softmax(q k / sqrt(C)) v over the visible keys, [B, T, K, G, C]; the softmax in float32.
 
     dropout_BKGTS: what multiplies the weights (0, or 1 / (1 - rate)), in every backend. block: keys

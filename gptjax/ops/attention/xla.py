@@ -12,22 +12,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from gptjax.core.types import Array
 from gptjax.ops.attention.mask import MASKED, Mask
 from gptjax.ops.materialize import Barrier, unchanged
 
 
 def xla(
-    q_BTKGC: Array,
-    k_BSKC: Array,
-    v_BSKC: Array,
+    q_BTKGC: Float[Array, "B T K G C"],
+    k_BSKC: Float[Array, "B S K C"],
+    v_BSKC: Float[Array, "B S K C"],
     mask: Mask,
     *,
     block: int = 0,
-    dropout_BKGTS: Array | None = None,
+    dropout_BKGTS: Float[Array, "B K G T S"] | None = None,
     barrier: Barrier = unchanged,
-) -> Array:
+) -> Float[Array, "B T K G C"]:
     """As `reference`; barrier: what keeps XLA from computing a value once per reader."""
     visible = mask.allowed(0, k_BSKC.shape[1])[:, None, None]
     return _xla(barrier, q_BTKGC, k_BSKC, v_BSKC, visible, dropout_BKGTS)
