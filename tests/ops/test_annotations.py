@@ -37,5 +37,7 @@ def test_a_wrong_shape_is_caught(tmp_path):
         "def test_it():\n"
         "    products.matmul(jnp.ones((2, 3)), jnp.ones((2, 3, 1)))\n"
     )
-    done = run_checked(str(tmp_path / "test_wrong.py"), "-c", "/dev/null", "--rootdir", str(tmp_path))
+    done = run_checked(
+        str(tmp_path / "test_wrong.py"), "-c", "/dev/null", "--rootdir", str(tmp_path)
+    )
     assert done.returncode == 1 and "jaxtyping" in done.stdout.lower(), done.stdout[-3000:]
