@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The parameters of a model before training: their shapes, and their random start."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from gptjax.core.types import Array, Params
 from gptjax.model.transformer import Block, Norm
 from gptjax.ops.attention.mask import Mask
 
-# Standard deviation by path, as a multiple of `init_std`; GPT-2 scales the projections into the residual stream by 1 / sqrt(2 L)
-# (Radford et al. 2019, section 2.3). None: the constant that the module itself starts with.
+# Standard deviation by path, as a multiple of `init_std`; GPT-2 scales the projections into the
+# residual stream by 1 / sqrt(2 L) (Radford et al. 2019, section 2.3). None: the constant that the
+# module itself starts with.
 INIT_SCALES: tuple[tuple[str, Any], ...] = (
     (r".*/(scale|bias)", None),
     (r"blocks/(attn/out|mlp/down)/kernel", lambda config: 1 / math.sqrt(2 * config.layers)),
@@ -28,28 +29,51 @@ INIT_SCALES: tuple[tuple[str, Any], ...] = (
 def init_params(
     config: ModelConfig, key: Array, *, rows_sharding: jax.sharding.Sharding | None = None
 ) -> Params:
-    """{"embed": {...}, "blocks": {... [L, ...]}, "final_norm": {...}}, with "head" if untied, or "score" where the config has labels; float32.
+    """{"embed": {...}, "blocks": {... [L, ...]}, "final_norm": {...}}, with "head" if untied, or
+    "score" where the config has labels; float32.
 
-    All normal numbers are one draw of rows of width D, split up afterwards: a draw per parameter takes seconds to compile on a CPU.
-    `rows_sharding` spreads those rows over the devices of a mesh.
+    All normal numbers are one draw of rows of width D, split up afterwards: a draw per parameter
+    takes seconds to compile on a CPU. `rows_sharding` spreads those rows over the devices of a mesh.
     """
+    constants = _constants(config)
+    drawn = {  # path: rows of width D
+        path: leaf.size // config.width
+        for path, leaf in tree.flatten(constants).items()
+        if tree.first_match(INIT_SCALES, path)
+    }
+    total = sum(drawn.values())
+    total += -total % 1024  # so that meshes divide the rows
+    rows = jax.random.normal(key, (total, config.width))
+    if rows_sharding is not None:
+        rows = jax.lax.with_sharding_constraint(rows, rows_sharding)
+    rows = jax.lax.optimization_barrier(rows)
+    starts = dict(zip(drawn, itertools.accumulate([0, *drawn.values()]), strict=False))
+
+    def fill(path: str, constant: Array) -> Array:
+        scale = tree.first_match(INIT_SCALES, path)
+        if scale is None:
+            return constant
+        mine = rows[starts[path] : starts[path] + drawn[path]]
+        return config.init_std * scale(config) * mine.reshape(constant.shape)
+
+    return tree.map_with_path(fill, constants)
+
+
+def _constants(config: ModelConfig) -> Params:
+    """All parameters, each filled with the constant that its module starts with: 1 or 0."""
     c = config
     x, index = jnp.zeros((1, 1, c.width)), jnp.zeros((1, 1), jnp.int32)
-    block = jax.eval_shape(
-        lambda: Block(c).init(jax.random.key(0), x, index, Mask(index))["params"]
-    )
+    init_block = lambda: Block(c).init(jax.random.key(0), x, index, Mask(index))["params"]
+    block = jax.eval_shape(init_block)
+    norm = jax.eval_shape(Norm(c).init, jax.random.key(0), x)["params"]
+
+    def fill(path: str, shape: tuple[int, ...]) -> Array:
+        return jnp.full(shape, float(path.endswith("scale")), jnp.float32)
+
     params: Params = {
         "embed": {"tokens": jnp.zeros((c.padded_vocab, c.width))},
-        "blocks": tree.map_with_path(
-            lambda path, p: jnp.full(
-                (c.layers, *p.shape), float(path.endswith("scale")), jnp.float32
-            ),
-            block,
-        ),
-        "final_norm": tree.map_with_path(
-            lambda path, p: jnp.full(p.shape, float(path == "scale"), jnp.float32),
-            jax.eval_shape(Norm(c).init, key, x)["params"],
-        ),
+        "blocks": tree.map_with_path(lambda path, p: fill(path, (c.layers, *p.shape)), block),
+        "final_norm": tree.map_with_path(lambda path, p: fill(path, p.shape), norm),
     }
     if c.positions == "learned":
         params["embed"]["positions"] = jnp.zeros((c.context, c.width))
@@ -57,31 +81,7 @@ def init_params(
         params["score"] = {"kernel": jnp.zeros((len(c.labels), c.width))}
     elif not c.tie_embeddings:
         params["head"] = {"kernel": jnp.zeros((c.padded_vocab, c.width))}
-    drawn = {
-        path: p.size // c.width
-        for path, p in tree.flatten(params).items()
-        if tree.first_match(INIT_SCALES, path)
-    }
-    total = sum(drawn.values())
-    rows = jax.random.normal(
-        key, (total + -total % 1024, c.width)
-    )  # in 1,024s, so that meshes divide them
-    rows = jax.lax.optimization_barrier(
-        rows if rows_sharding is None else jax.lax.with_sharding_constraint(rows, rows_sharding)
-    )
-    starts = dict(zip(drawn, itertools.accumulate([0, *drawn.values()]), strict=False))
-
-    def fill(path: str, constant: Array) -> Array:
-        scale = tree.first_match(INIT_SCALES, path)
-        if scale is None:
-            return constant
-        return (
-            c.init_std
-            * scale(c)
-            * rows[starts[path] : starts[path] + drawn[path]].reshape(constant.shape)
-        )
-
-    return tree.map_with_path(fill, params)
+    return params
 
 
 @functools.lru_cache(8)
@@ -93,11 +93,8 @@ def param_shapes(config: ModelConfig) -> Params:
 def count_params(config: ModelConfig) -> int:
     """Parameters of the model proper, without the padding of the vocabulary."""
     shapes = param_shapes(config)
-    padding = (
-        (config.padded_vocab - config.vocab_size)
-        * config.width
-        * (1 if config.tie_embeddings or config.labels else 2)
-    )
+    tables = 1 if config.tie_embeddings or config.labels else 2
+    padding = tables * (config.padded_vocab - config.vocab_size) * config.width
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) - padding
 
 

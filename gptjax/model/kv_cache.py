@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The key/value cache of generation: made here, written and read by `ops.attention.cache`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,31 @@ from gptjax.core.types import Array, Params
 def init_cache(
     config: ModelConfig, batch: int, length: int, *, dtype: str = ""
 ) -> tuple[Params, ...]:
-    """For each layer zeros {"k": [B * K, length, C], "v": [B * K, C, length]} in `dtype` (default: the compute dtype): both products contract the
-    last axis and need neither a transpose nor a reshape, which XLA:CPU would pay for with copies; int8 adds {"k_scale", "v_scale"}: float32 [B * K, length]."""
-    heads, width, kind = batch * config.kv, config.head_width, dtype or config.dtype
-    shapes = {"k": (heads, length, width), "v": (heads, width, length)}
-    scales = {"k_scale": (heads, length), "v_scale": (heads, length)} if kind == "int8" else {}
-    one = lambda: {
-        **{n: jnp.zeros(s, kind) for n, s in shapes.items()},
-        **{n: jnp.zeros(s) for n, s in scales.items()},
-    }
-    return tuple(one() for _ in range(config.layers))
+    """Zeros for each layer: {"k": [B * K, length, C], "v": [B * K, C, length]}.
+
+    dtype: float32, bfloat16 or int8 (default: the compute dtype); int8 adds {"k_scale", "v_scale"}:
+    float32 [B * K, length]. Both products of attention contract the last axis, so that they need
+    neither a transpose nor a reshape, which XLA:CPU would pay for with copies.
+    """
+    heads, width, dtype = batch * config.kv, config.head_width, dtype or config.dtype
+
+    def layer() -> Params:
+        cache = {
+            "k": jnp.zeros((heads, length, width), dtype),
+            "v": jnp.zeros((heads, width, length), dtype),
+        }
+        if dtype == "int8":
+            cache |= {name: jnp.zeros((heads, length)) for name in ("k_scale", "v_scale")}
+        return cache
+
+    return tuple(layer() for _ in range(config.layers))
 
 
 def take_rows(cache: tuple[Params, ...], rows: Array, batch: int) -> tuple[Params, ...]:
-    """The cache of a batch made of these rows of the cache of `batch` rows."""
-    return jax.tree.map(
-        lambda a: a.reshape(batch, -1, *a.shape[1:])[rows].reshape(-1, *a.shape[1:]), cache
-    )
+    """The cache of a batch that is made of these rows of the cache of `batch` rows."""
+
+    def take(array: Array) -> Array:
+        by_row = array.reshape(batch, -1, *array.shape[1:])
+        return by_row[rows].reshape(-1, *array.shape[1:])
+
+    return jax.tree.map(take, cache)

@@ -62,7 +62,7 @@ ACCELERATOR = Ops(
     logprobs=losses.chunked_logprobs,
 )
 
-# Values with several readers are written to memory once: XLA:CPU would compute them once per reader.
+# Values with several readers are written to memory: XLA:CPU would compute them once per reader.
 CPU_SHARDED = Ops(
     norm=norms.saving_unit_cpu,
     head_norm=functools.partial(norms.saving_unit, barrier=materialize),

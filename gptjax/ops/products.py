@@ -137,7 +137,8 @@ def small_batch_matmul(
     For N = 3 rows of x and F = 7 rows there are three parts of three rows; they start at 0, 3 and
     4 (the last one overlaps, so that all have one size). The operands are, part by part:
 
-        rows[0:3] * x[0], rows[0:3] * x[1], rows[0:3] * x[2], rows[3:6] * x[0], ..., rows[4:7] * x[2]
+        rows[0:3] * x[0], rows[0:3] * x[1], rows[0:3] * x[2],
+        rows[3:6] * x[0], ..., rows[4:7] * x[2]
 
     The results for x[0] are sum 0 (rows 0 to 2), sum 3 (rows 3 to 5) and the end of sum 6 (row 6).
     """

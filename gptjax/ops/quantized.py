@@ -1,4 +1,4 @@
-"""Matrices as decoding reads them: rows [out, in] in float32, bfloat16 or int8, and products with them."""
+"""Matrices as decoding reads them, rows [out, in] in float32, bfloat16 or int8; and products."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class _Strip(NamedTuple):
 
 
 def _strips(t: int, s: int) -> list[_Strip]:
-    """Up to four strips of at least 128 of T queries; those that continue a cache may see all S keys."""
+    """Up to four strips of at least 128 of T queries; those after a cache may see all S keys."""
     n = min(4, t // 128) if t == s else 1
     if n <= 1:
         return [_Strip(0, t, s)]
