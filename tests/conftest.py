@@ -1,4 +1,4 @@
-"""Eight fake devices for every test, a cache folder of the session's own, and small runs to share."""
+"""Eight fake devices for every test, a cache folder of the session, and small runs to share."""
 
 import dataclasses
 import json
@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Optimisation level 0 halves the time to compile; what the tests compare holds at every level, and CI's second lane runs at the default.
+# Optimisation level 0 halves the time to compile; what the tests compare holds at every level, and
+# the second lane of CI runs at the default.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
@@ -65,7 +66,8 @@ def on_cpu(config, implementation="cpu"):
 
 
 def random_params(config):
-    """Parameters with every leaf away from its initial zeros and ones (drawn by NumPy: nothing to compile)."""
+    """Parameters with every leaf away from its initial zeros and ones, drawn by NumPy: nothing to
+    compile."""
     generator = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model_init.init_params(config, jax.random.key(0)))
     start = tree.map_with_path(lambda path, s: np.float32(path.endswith("scale")), shapes)
@@ -77,8 +79,9 @@ def random_params(config):
 
 
 def command(*args, check=True, devices=1, env=None, **kwargs):
-    """Runs `python -m gptjax.<args>` as a user would; returns the finished process with its output as text."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"  # as above
+    """Runs `python -m gptjax.<args>` as a user would; returns the finished process and its output."""
+    count = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{count} --xla_backend_optimization_level=0"  # as above
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **(env or {})}
     done = subprocess.run(
         [sys.executable, "-m", *map(str, args)],
@@ -119,7 +122,7 @@ TINY = (
 
 
 def byte_level_tokenizer(template=""):
-    """A byte-level BPE with a few merges and three control tokens, as a checkpoint would bring it."""
+    """A byte-level BPE with a few merges and three control tokens, as a checkpoint brings it."""
     from gptjax.tokenizer.openai import byte_letters
     from gptjax.tokenizer.pretrained import PretrainedTokenizer, byte_level_json
 

@@ -1,10 +1,15 @@
-"""Tokens/s of generation at GPT-2 124M on this machine's CPU: gptjax against transformers' `generate` and CTranslate2.
+"""Tokens/s of generation at GPT-2 124M on this machine's CPU.
 
-    python experiments/benchmarks/decode_cpu.py [--batches=1,8] [--rounds=5] [--seconds=4] [--prompt=64] [--new=128] [--torch_python=python3.11]
+gptjax against transformers' `generate` and CTranslate2:
 
-Random weights (speed does not depend on them), greedy, exactly as many new tokens as asked. Turns are interleaved (A B C A B C ...) and medians
-compared. The floor is the bytes of the weights over the read bandwidth, measured beside every turn: a step at batch 1 reads each weight once.
-Needs `pip install -e '.[parity]' ctranslate2`; --torch_python is the interpreter that has PyTorch, where this one is too new for it.
+    python experiments/benchmarks/decode_cpu.py [--batches=1,8] [--rounds=5] [--seconds=4]
+        [--prompt=64] [--new=128] [--torch_python=python3.11]
+
+Random weights (speed does not depend on them), greedy, exactly as many new tokens as asked. Turns
+are interleaved (A B C A B C ...) and medians compared. The floor is the bytes of the weights over
+the read bandwidth, measured in every turn: a step at batch 1 reads each weight once. Needs
+`pip install -e '.[parity]' ctranslate2`; --torch_python is the interpreter that has PyTorch, where
+this one is too new for it.
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ def bandwidth() -> float:
 
 
 def prepare(folder: Path) -> None:
-    """A GPT-2 124M with random weights, as a Hugging Face folder and in CTranslate2's two precisions."""
+    """A GPT-2 124M with random weights: a Hugging Face folder, and CTranslate2's two precisions."""
     import jax
 
     from gptjax.checkpoints import formats, mapping, pretrained
@@ -161,11 +166,13 @@ def worker(folder: str, name: str, batch: int, prompt: int, new: int) -> None:
 
 
 def report(batch: int, new: int, found: dict[str, list[tuple[float, tuple[float, float]]]]) -> None:
-    """tokens/s of the whole call, prompt and all; a step is what each further token takes, and is what the floor is of."""
+    """tokens/s of the complete call with its prompt; a step is what each further token takes, and
+    the floor is that of a step."""
     rate = statistics.median(r for rows in found.values() for _, (r, _) in rows)
     print(f"\nbatch {batch}: read bandwidth {rate / 1e9:.1f} GB/s")
     print(
-        f"{'':<24}{'tokens/s':>10}{'prompt, ms':>12}{'ms/step':>9}{'floor':>8}{'of floor':>10}   gptjax at equal precision is"
+        f"{'':<24}{'tokens/s':>10}{'prompt, ms':>12}{'ms/step':>9}{'floor':>8}{'of floor':>10}"
+        "   gptjax at equal precision is"
     )
     times = {name: [s for s, _ in rows] for name, rows in found.items()}
     for name, seconds in times.items():
@@ -180,7 +187,8 @@ def report(batch: int, new: int, found: dict[str, list[tuple[float, tuple[float,
             else float("nan")
         )
         print(
-            f"{name:<24}{batch * new / middle:>10.1f}{1e3 * first:>12.0f}{1e3 * step:>9.1f}{1e3 * floor:>8.1f}{floor / step:>10.0%}{ratio:>10.2f}x",
+            f"{name:<24}{batch * new / middle:>10.1f}{1e3 * first:>12.0f}{1e3 * step:>9.1f}"
+            f"{1e3 * floor:>8.1f}{floor / step:>10.0%}{ratio:>10.2f}x",
             flush=True,
         )
 

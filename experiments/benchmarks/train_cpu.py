@@ -1,11 +1,13 @@
 """Training-step tokens/s of gptjax against PyTorch's GPT-2 (transformers), on this machine's CPU.
 
-    python experiments/benchmarks/train_cpu.py [--shapes=shakespeare_char,10m,124m] [--rounds=7] [--seconds=3] [--torch_python=python3.11]
+    python experiments/benchmarks/train_cpu.py [--shapes=shakespeare_char,10m,124m] [--rounds=7]
+        [--seconds=3] [--torch_python=python3.11]
         [--only="gptjax float32,gptjax bfloat16,torch eager float32,torch compile float32"]
 
-Every contender is a process of its own that waits for its turn; turns are interleaved (A B C A B C ...), so that all see the same
-noise, and medians are compared. Same batch, no dropout, AdamW, gradients clipped at 1.0. Needs `pip install -e '.[parity]'`; --torch_python is
-the interpreter that has it, where this one is too new for that PyTorch.
+Every contender is a process of its own that waits for its turn; turns are interleaved
+(A B C A B C ...), so that all see the same noise, and medians are compared. Same batch, no dropout,
+AdamW, gradients clipped at 1.0. Needs `pip install -e '.[parity]'`; --torch_python is the
+interpreter that has it, where this one is too new for that PyTorch.
 """
 
 from __future__ import annotations
@@ -159,7 +161,8 @@ def measure(
 
 
 def model_flops(shape: str) -> float:
-    """Products of matrices in one step: 6 per weight and token, and the attention's (full T x T, as transformers computes it)."""
+    """Products of matrices in one step: 6 per weight and token, and the attention's (full T x T, as
+    transformers computes it)."""
     layers, width, _, batch, context, vocab = SHAPES[shape]
     weights = layers * 12 * width * width + vocab * width
     return batch * context * (6 * weights + 12 * layers * width * context)
@@ -171,23 +174,25 @@ def report(shape: str, found: dict[str, tuple[list[float], float]]) -> None:
     running = [name for name in OURS if name in found]
     ours = found[running[0]][0]
     print(
-        f"{'':<24}{'ms/step':>10}{'tokens/s':>11}{'GFLOP/s':>9}{'own matmul':>12}{'share':>7}{running[0] + ' is':>20}"
+        f"{'':<24}{'ms/step':>10}{'tokens/s':>11}{'GFLOP/s':>9}{'own matmul':>12}{'share':>7}"
+        f"{running[0] + ' is':>20}"
     )
     for name, (times, rate) in found.items():
         middle = statistics.median(times)
         speed = model_flops(shape) / middle
         ratio = statistics.median(t / o for t, o in zip(times, ours, strict=True))
         print(
-            f"{name:<24}{1e3 * middle:>10.1f}{batch * context / middle:>11,.0f}{speed / 1e9:>9.0f}{rate / 1e9:>12.0f}{speed / rate:>7.0%}{ratio:>19.2f}x"
+            f"{name:<24}{1e3 * middle:>10.1f}{batch * context / middle:>11,.0f}"
+            f"{speed / 1e9:>9.0f}{rate / 1e9:>12.0f}{speed / rate:>7.0%}{ratio:>19.2f}x"
         )
     for name, (label, names) in itertools.product(
         running, (("float32", TORCH_FLOAT32), ("bfloat16", TORCH_BFLOAT16))
     ):
         if rows := [found[n][0] for n in names if n in found]:
             best = [min(turn) for turn in zip(*rows, strict=True)]
-            print(
-                f"{name} is {statistics.median(b / o for b, o in zip(best, found[name][0], strict=True)):.2f}x the better of PyTorch {label}, turn by turn"
-            )
+            ratios = [b / o for b, o in zip(best, found[name][0], strict=True)]
+            better = f"{statistics.median(ratios):.2f}x the better of PyTorch {label}"
+            print(f"{name} is {better}, turn by turn")
 
 
 def main(argv: list[str]) -> None:

@@ -51,7 +51,7 @@ def token_cross_entropy(
     *,
     chunk: int,
 ) -> Float32[Array, ""]:
-    """Sum over positions of weight * -log p(target), a float32 scalar; chunk: positions at a time."""
+    """Sum over positions of weight * -log p(target), float32 []; chunk: positions at a time."""
     return IMPLEMENTATIONS[config.implementation].cross_entropy(
         x_BTD,
         table(params).astype(x_BTD.dtype),

@@ -33,7 +33,7 @@ def init_params(
     "score" where the config has labels; float32.
 
     All normal numbers are one draw of rows of width D, split up afterwards: a draw per parameter
-    takes seconds to compile on a CPU. `rows_sharding` spreads those rows over the devices of a mesh.
+    takes seconds to compile on a CPU. `rows_sharding` spreads those rows over a mesh.
     """
     constants = _constants(config)
     drawn = {  # path: rows of width D

@@ -1,4 +1,5 @@
-"""Makes tests/golden/generation.json: what transformers' GPT-2 and Llama compute with weights that a seed gives, for users without PyTorch.
+"""Makes tests/golden/generation.json, for users without PyTorch: what transformers' GPT-2 and Llama
+compute with weights that a seed gives.
 
 python tests/golden/make.py        (needs pip install -e '.[parity]')
 """

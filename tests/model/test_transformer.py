@@ -1,4 +1,4 @@
-"""The decoder: causality, isolation, and the equality of every two ways to compute the same thing."""
+"""The decoder: causality, isolation, and the equality of two ways to compute the same thing."""
 
 import dataclasses
 import functools

@@ -1,4 +1,5 @@
-"""Against the libraries people know: transformers' GPT-2 and torch's AdamW. Skipped with a reason where they are not installed."""
+"""Against the libraries people know: transformers' GPT-2 and torch's AdamW. Skipped with a reason
+where they are not installed."""
 
 import jax
 import jax.numpy as jnp
