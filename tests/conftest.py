@@ -219,6 +219,23 @@ FAMILIES = {
         tie_embeddings=False,
         family="phi3",
     ),
+    "gemma2": dict(
+        positions="rope",
+        norm="rmsnorm",
+        norm_plus_one=True,
+        post_norms=True,
+        mlp="geglu",
+        bias="none",
+        kv_heads=2,
+        mlp_dim=64,
+        head_dim=16,
+        scale_embeddings=True,
+        query_pre_attn_scalar=24,
+        attention_softcap=5.0,
+        logit_softcap=3.0,
+        sliding_window=5,
+        alternate_windows=True,
+    ),
 }
 
 

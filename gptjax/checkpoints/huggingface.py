@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptjax.checkpoints.families.common import Family
+from gptjax.checkpoints.families.gemma2 import GEMMA2
 from gptjax.checkpoints.families.gpt2 import GPT2
 from gptjax.checkpoints.families.gpt_neox import GPT_NEOX
 from gptjax.checkpoints.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
@@ -22,7 +23,8 @@ from gptjax.config.schema import ModelConfig
 
 # By `model_type`. Where several hold a model, the first one writes it.
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (GPT2, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3)
+    family.model_type: family
+    for family in (GPT2, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2)
 }
 
 # Tensors of old files that hold no parameters: masks of GPT-2 and NeoX, RoPE's frequencies.

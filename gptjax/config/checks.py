@@ -43,6 +43,8 @@ def _model_checks(c: Config) -> list[str]:
             f"model.rotary_fraction = {m.rotary_fraction} gives {m.rotary_width}: "
             "pick an even number"
         )
+    if m.alternate_windows and not m.sliding_window:
+        faults.append("model.alternate_windows needs a window: set model.sliding_window")
     if m.rope_scaling != "none" and m.positions != "rope":
         faults.append(f"model.rope_scaling = {m.rope_scaling!r} needs model.positions = 'rope'")
     if m.rope_scaling == "llama3" and m.rope_high_freq_factor <= m.rope_low_freq_factor:

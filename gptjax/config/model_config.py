@@ -26,7 +26,7 @@ class ModelConfig:
     mlp_dim: int = setting(
         0,
         "Width F of the MLP's hidden layer; 0 = 4 x width (gelu), or 8/3 x width rounded up to a "
-        "multiple of 64 (swiglu).",
+        "multiple of 64 (swiglu, geglu).",
         low=0,
         high=1 << 24,
     )
@@ -80,10 +80,16 @@ class ModelConfig:
     )
     norm: str = setting("layernorm", "Normalisation.", choices=("layernorm", "rmsnorm"))
     norm_eps: float = setting(1e-5, "Added to the variance in a normalisation.", low=0.0)
+    norm_plus_one: bool = setting(
+        False, "A norm multiplies by 1 + scale, and scales start at 0 (Gemma)."
+    )
+    post_norms: bool = setting(
+        False, "What attention and MLP give is normalised too, before it is added (Gemma 2)."
+    )
     mlp: str = setting(
         "gelu",
-        "Activation of the MLP: gelu is the tanh form (GPT-2), gelu_exact the erf form, and "
-        "swiglu is gated.",
+        "Activation of the MLP: gelu is the tanh form (GPT-2), gelu_exact the erf form; swiglu "
+        "(Llama) and geglu (Gemma, tanh form) are gated.",
         table="gptjax.ops.activation:REFERENCES",
     )
     bias: str = setting(
@@ -93,15 +99,29 @@ class ModelConfig:
     )
     parallel: bool = setting(False, "Attention and MLP read the same residual stream (GPT-NeoX).")
     qk_norm: bool = setting(False, "RMSNorm on queries and keys, per head.")
+    query_pre_attn_scalar: int = setting(
+        0, "Attention scores are divided by its square root; 0 = the width of a head.", low=0
+    )
+    attention_softcap: float = setting(
+        0.0, "Attention scores become cap * tanh(scores / cap); 0 = off.", low=0.0
+    )
     logit_softcap: float = setting(0.0, "Logits become cap * tanh(logits / cap); 0 = off.", low=0.0)
     sliding_window: int = setting(
         0, "A token attends to this many tokens, itself included; 0 = the full context.", low=0
+    )
+    alternate_windows: bool = setting(
+        False,
+        "The sliding window holds in every second layer, the first one included; the others "
+        "attend to the full context (Gemma 2).",
     )
     dropout: float = setting(
         0.0,
         "Dropout rate of embeddings, attention weights and residual branches.",
         low=0.0,
         high=0.99,
+    )
+    scale_embeddings: bool = setting(
+        False, "Token embeddings are multiplied by the square root of the width (Gemma)."
     )
     tie_embeddings: bool = setting(True, "The output head is the token embedding.")
     labels: tuple[str, ...] = setting(
@@ -161,11 +181,16 @@ class ModelConfig:
         return self.head_dim or self.width // self.heads
 
     @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate and an up projection."""
+        return self.mlp in ("swiglu", "geglu")
+
+    @property
     def mlp_width(self) -> int:
         """MLP width F."""
         if self.mlp_dim:
             return self.mlp_dim
-        return 64 * math.ceil(self.width * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.width
+        return 64 * math.ceil(self.width * 8 / 3 / 64) if self.gated else 4 * self.width
 
     @property
     def rotary_width(self) -> int:

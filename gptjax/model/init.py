@@ -68,7 +68,8 @@ def _constants(config: ModelConfig) -> Params:
     norm = jax.eval_shape(Norm(c).init, jax.random.key(0), x)["params"]
 
     def fill(path: str, shape: tuple[int, ...]) -> Array:
-        return jnp.full(shape, float(path.endswith("scale")), jnp.float32)
+        is_one = path.endswith("scale") and not c.norm_plus_one
+        return jnp.full(shape, float(is_one), jnp.float32)
 
     params: Params = {
         "embed": {"tokens": jnp.zeros((c.padded_vocab, c.width))},

@@ -11,6 +11,7 @@ F MLP width, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -46,6 +47,8 @@ class Norm(Module):
         c, ops = self.config, self.ops
         center = c.norm == "layernorm" and not self.per_head
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        if c.norm_plus_one:
+            scale = 1 + scale
         bias = None
         if center and c.bias == "all":
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
@@ -116,15 +119,21 @@ class Attention(Module):
             cos, sin = rope_tables(c, positions)
             q_BTKGC = rotate(q_BTKGC, cos[:, :, None, None], sin[:, :, None, None])
             k_BTKC = rotate(k_BTKC, cos[:, :, None], sin[:, :, None])
+        if c.query_pre_attn_scalar:  # attention divides by the root of C
+            q_BTKGC = q_BTKGC * math.sqrt(c.head_width / c.query_pre_attn_scalar)
         if cache is None:
-            attend = ops.attention[c.attention]
-            dropout_BKGTS = self._dropout(x_BTD.shape, groups) if train and c.dropout else None
-            y_BTKGC = attend(
-                q_BTKGC, k_BTKC, v_BTKC, mask, block=c.attention_block, dropout_BKGTS=dropout_BKGTS
+            y_BTKGC = ops.attention[c.attention](
+                q_BTKGC,
+                k_BTKC,
+                v_BTKC,
+                mask,
+                block=c.attention_block,
+                dropout_BKGTS=self._dropout(x_BTD.shape, groups) if train and c.dropout else None,
+                softcap=c.attention_softcap,
             )
         else:
             cache = ops.write_cache(cache, k_BTKC, v_BTKC, mask.q_index[:, 0])
-            y_BTKGC = ops.cached_attention(q_BTKGC, cache, mask)
+            y_BTKGC = ops.cached_attention(q_BTKGC, cache, mask, softcap=c.attention_softcap)
         y_BTHC = y_BTKGC.reshape(*y_BTKGC.shape[:2], c.heads, c.head_width)
         biased = c.bias in ("all", "attention")
         return Linear(c, (c.width,), biased, inputs=2, name="out")(y_BTHC), cache
@@ -138,12 +147,12 @@ class Attention(Module):
 
 
 class MLP(Module):
-    """GELU as in GPT-2 (tanh form), exact GELU, or SwiGLU with gate and up in one kernel [D, 2, F]."""
+    """GELU (tanh form or exact), or a gated unit with gate and up in one kernel [D, 2, F]."""
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
         c, bias = self.config, self.config.bias == "all"
-        if c.mlp == "swiglu":
+        if c.gated:
             h = Linear(c, (2, c.mlp_width), bias, name="gate_up")(x_BTD)
         else:
             h = Linear(c, (c.mlp_width,), bias, name="up")(x_BTD)
@@ -152,7 +161,10 @@ class MLP(Module):
 
 
 class Block(Module):
-    """x + attention(norm(x)), then + mlp(norm(x)); in parallel, both norms read the same x."""
+    """x + attention(norm(x)), then + mlp(norm(x)); in parallel, both norms read the same x.
+
+    With `post_norms`, what is added is normalized too.
+    """
 
     @nn.compact
     def __call__(
@@ -167,9 +179,13 @@ class Block(Module):
         dropout = nn.Dropout(c.dropout, deterministic=not train)
         normed_BTD = Norm(c, name="norm1")(x_BTD)
         update_BTD, cache = Attention(c, name="attn")(normed_BTD, positions, mask, cache, train)
+        if c.post_norms:
+            update_BTD = Norm(c, name="post_norm1")(update_BTD)
         attended_BTD = ops.residual_add(x_BTD, dropout(update_BTD))
         normed_BTD = Norm(c, name="norm2")(x_BTD if c.parallel else attended_BTD)
         update_BTD = MLP(c, name="mlp")(normed_BTD)
+        if c.post_norms:
+            update_BTD = Norm(c, name="post_norm2")(update_BTD)
         return ops.residual_add(attended_BTD, dropout(update_BTD)), cache
 
 
@@ -222,10 +238,15 @@ def apply(
 
     def block(x_BTD: Array, layer: tuple[Params, Array, Params | None]) -> Any:
         block_params, number, block_cache = layer
+        block_mask = mask
+        if c.alternate_windows:
+            block_mask = dataclasses.replace(mask, use_window=number % 2 == 0)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
         rngs = None if key is None else {"dropout": key}
         variables = {"params": block_params}
-        return Block(c).apply(variables, x_BTD, positions, mask, block_cache, train, rngs=rngs)
+        return Block(c).apply(
+            variables, x_BTD, positions, block_mask, block_cache, train, rngs=rngs
+        )
 
     if c.remat != "none":
         block = jax.checkpoint(block, policy=_REMAT_POLICIES[c.remat])
@@ -265,6 +286,8 @@ def embed(
         x_BTD = lookup(table, tokens_BT).astype(c.dtype)
     else:
         x_BTD = table["tokens"][tokens_BT]
+    if c.scale_embeddings:
+        x_BTD = x_BTD * jnp.asarray(math.sqrt(c.width), x_BTD.dtype)
     if positions is None:
         return x_BTD
     if "prompt" in table:

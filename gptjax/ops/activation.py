@@ -33,6 +33,11 @@ def swiglu(gate_up: Float[Array, "*S 2 F"]) -> Float[Array, "*S F"]:
     return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
 
 
+def geglu(gate_up: Float[Array, "*S 2 F"]) -> Float[Array, "*S F"]:
+    """gelu(gate) * up, in the tanh form (Shazeer 2020; Gemma)."""
+    return jax.nn.gelu(gate_up[..., 0, :], approximate=True) * gate_up[..., 1, :]
+
+
 def softcap(logits: Float[Array, "*S"], cap: float) -> Float[Array, "*S"]:
     """cap * tanh(logits / cap) (Gemma 2); logits as they are where cap is 0."""
     return cap * jnp.tanh(logits / cap) if cap else logits
@@ -59,7 +64,12 @@ gelu_recomputed.defvjp(_gelu_forward, _gelu_backward)
 
 Activation = Callable[[Array], Array]
 
-REFERENCES: dict[str, Activation] = {"gelu": gelu, "gelu_exact": gelu_exact, "swiglu": swiglu}
+REFERENCES: dict[str, Activation] = {
+    "gelu": gelu,
+    "gelu_exact": gelu_exact,
+    "swiglu": swiglu,
+    "geglu": geglu,
+}
 
 ACCELERATOR: dict[str, Activation] = {**REFERENCES, "gelu": gelu_recomputed}
 
@@ -67,4 +77,5 @@ CPU: dict[str, Activation] = {
     "gelu": lambda x: materialize(gelu_recomputed(x, materialize)),
     "gelu_exact": lambda x: materialize(gelu_exact(materialize(x))),
     "swiglu": lambda gate_up: materialize(swiglu(materialize(gate_up))),
+    "geglu": lambda gate_up: materialize(geglu(materialize(gate_up))),
 }

@@ -63,7 +63,7 @@ def _of_model(plan: TrainPlan) -> list[Number]:
         _integer(
             "MLP width F",
             model.mlp_width,
-            "model.mlp_dim, or 4 x width (gelu), 8/3 x width in steps of 64 (swiglu)",
+            "model.mlp_dim, or 4 x width (gelu), 8/3 x width in steps of 64 (swiglu, geglu)",
         ),
         _integer(
             "parameters", model_init.count_params(model), "without the padding of the vocabulary"

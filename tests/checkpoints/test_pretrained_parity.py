@@ -74,6 +74,28 @@ MODELS = {
     "qwen2": lambda: T.Qwen2ForCausalLM(T.Qwen2Config(**GROUPED)),
     "qwen3": lambda: T.Qwen3ForCausalLM(T.Qwen3Config(**GROUPED, head_dim=16)),
     "phi3": lambda: T.Phi3ForCausalLM(T.Phi3Config(**GROUPED, sliding_window=5, **NO_IDS)),
+    "gemma2": lambda: T.Gemma2ForCausalLM(
+        T.Gemma2Config(
+            **GROUPED,
+            **NO_IDS,
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            sliding_window=5,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=3.0,
+        )
+    ),
+    "gemma2 without caps": lambda: T.Gemma2ForCausalLM(
+        T.Gemma2Config(
+            **SIZE,
+            **NO_IDS,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+            layer_types=["full_attention"] * 2,
+        )
+    ),
     "phi3 in part": lambda: T.Phi3ForCausalLM(
         T.Phi3Config(**SIZE, partial_rotary_factor=0.5, **NO_IDS)
     ),
@@ -113,7 +135,7 @@ def test_logits_both_ways_and_exact_tensors(name, tmp_path):
     np.testing.assert_array_equal(logits_of(again), expected)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen2", "phi3"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "phi3", "gemma2"])
 def test_gradients_are_theirs(name, tmp_path):
     """The maps of a family are linear, so gradients of parameters map as the parameters do."""
     net = theirs(name)
@@ -181,7 +203,7 @@ GENERATE = {
 }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "mistral", "phi3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "mistral", "phi3", "gemma2"])
 def test_generation_token_for_token(name, tmp_path):
     """Ours as one ragged batch, theirs row by row."""
     net = theirs(name)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_config, on_cpu, random_params
+from conftest import FAMILIES, make_config, on_cpu, random_params
 
 from gptjax.model import head, transformer
 from gptjax.model.kv_cache import init_cache
@@ -20,6 +20,7 @@ MODELS = {
     "llama": dict(
         positions="rope", norm="rmsnorm", mlp="swiglu", bias="none", kv_heads=2, qk_norm=True
     ),
+    "gemma2": FAMILIES["gemma2"],
     "capped": dict(logit_softcap=4.0, tie_embeddings=False, remat="full"),
 }
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
@@ -53,9 +54,10 @@ def test_losses_and_gradients_equal_the_reference(name, implementation):
 
 
 @pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("weights", ["float32", "int8"])
-def test_decoding_and_logprobs_equal_the_reference(implementation, weights):
-    config, params, tokens, _ = model("llama")
+def test_decoding_and_logprobs_equal_the_reference(implementation, weights, name):
+    config, params, tokens, _ = model(name)
     small = inference_params(params, weights=weights)
 
     def run(config):

@@ -178,7 +178,7 @@ def has_gpt2_shape(config: ModelConfig) -> bool:
         and config.head_width * config.heads == config.width
         and not config.sliding_window
         and not config.qk_norm
-        and not config.logit_softcap
+        and not has_gemma_settings(config)
     )
 
 
@@ -189,5 +189,18 @@ def has_llama_shape(config: ModelConfig) -> bool:
         and config.norm == "rmsnorm"
         and config.mlp == "swiglu"
         and not config.parallel
-        and not config.logit_softcap
+        and not has_gemma_settings(config)
+    )
+
+
+def has_gemma_settings(config: ModelConfig) -> bool:
+    """Whether the model computes something that only Gemma does."""
+    return bool(
+        config.norm_plus_one
+        or config.post_norms
+        or config.scale_embeddings
+        or config.alternate_windows
+        or config.query_pre_attn_scalar
+        or config.attention_softcap
+        or config.logit_softcap
     )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gptjax.ops.activation import softcap as cap_softly
 from gptjax.ops.attention.mask import MASKED, Mask
 from gptjax.ops.materialize import Barrier, materialize, unchanged
 from gptjax.ops.products import FEW, small_batch_matmul
@@ -56,7 +57,11 @@ def _put(old: Array, new: Array, start_B: Array, *, axis: int, barrier: Barrier)
 
 
 def cached_attention(
-    q_BTKGC: Float[Array, "B T K G C"], cache: dict[str, Array], mask: Mask
+    q_BTKGC: Float[Array, "B T K G C"],
+    cache: dict[str, Array],
+    mask: Mask,
+    *,
+    softcap: float = 0.0,
 ) -> Float[Array, "B T K G C"]:
     """Attention over one layer of the cache, as `reference` defines it, [B, T, K, G, C]."""
 
@@ -64,20 +69,26 @@ def cached_attention(
         x, rows = x_NQD.astype(q_BTKGC.dtype), rows_NFD.astype(q_BTKGC.dtype)
         return jnp.einsum("NQD,NFD->NQF", x, rows, preferred_element_type=jnp.float32)
 
-    return _attend(product, q_BTKGC, cache, mask)
+    return _attend(product, q_BTKGC, cache, mask, softcap)
 
 
 def cached_attention_cpu(
-    q_BTKGC: Float[Array, "B T K G C"], cache: dict[str, Array], mask: Mask
+    q_BTKGC: Float[Array, "B T K G C"],
+    cache: dict[str, Array],
+    mask: Mask,
+    *,
+    softcap: float = 0.0,
 ) -> Float[Array, "B T K G C"]:
     """The same; few queries a head at the speed of reading the cache."""
     if q_BTKGC.shape[1] * q_BTKGC.shape[3] > FEW:
-        return cached_attention(q_BTKGC, cache, mask)
+        return cached_attention(q_BTKGC, cache, mask, softcap=softcap)
     product = lambda x_NQD, rows_NFD: small_batch_matmul(x_NQD, materialize(rows_NFD))
-    return _attend(product, q_BTKGC, cache, mask)
+    return _attend(product, q_BTKGC, cache, mask, softcap)
 
 
-def _attend(product: Any, q_BTKGC: Array, cache: dict[str, Array], mask: Mask) -> Array:
+def _attend(
+    product: Any, q_BTKGC: Array, cache: dict[str, Array], mask: Mask, softcap: float
+) -> Array:
     """N = B * K, Q = T * G. int8 keys and values are scaled after the products."""
     b, t, heads, groups, width = q_BTKGC.shape
     slots = cache["k"].shape[1]
@@ -85,6 +96,7 @@ def _attend(product: Any, q_BTKGC: Array, cache: dict[str, Array], mask: Mask) -
     scores_NQS = product(q_NQC, cache["k"]) * width**-0.5
     if "k_scale" in cache:
         scores_NQS = scores_NQS * cache["k_scale"][:, None]
+    scores_NQS = cap_softly(scores_NQS, softcap)
     scores_BKTGS = scores_NQS.reshape(b, heads, t, groups, slots)
     visible = mask.allowed(0, slots)[:, None, :, None]
     probs_BKTGS = jax.nn.softmax(jnp.where(visible, scores_BKTGS, MASKED), axis=-1)

@@ -17,7 +17,7 @@ MASKED = -1e30
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["q_index", "q_segments", "k_segments"],
+    data_fields=["q_index", "q_segments", "k_segments", "use_window"],
     meta_fields=["window"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +28,14 @@ class Mask:
     q_index [B or 1, T]: the slot of each query among the keys; slots of a cache past it are not
     filled yet.
     q_segments [B, T], k_segments [B, S]: document numbers, both or neither.
+    use_window: bool scalar, of a layer where others have no window; None: the window holds.
     """
 
     q_index: Array
     q_segments: Array | None = None
     k_segments: Array | None = None
     window: int = 0
+    use_window: Array | None = None
 
     def allowed(self, k_start: Any, k_size: int) -> Array:
         """bool [B or 1, T, k_size] for the keys [k_start, k_start + k_size)."""
@@ -41,7 +43,10 @@ class Mask:
         q = self.q_index[:, :, None]
         visible = slots <= q
         if self.window:
-            visible &= slots > q - self.window
+            in_window = slots > q - self.window
+            if self.use_window is not None:
+                in_window |= ~self.use_window
+            visible &= in_window
         if self.q_segments is not None and self.k_segments is not None:
             keys = jax.lax.dynamic_slice_in_dim(self.k_segments, k_start, k_size, axis=1)
             visible &= self.q_segments[:, :, None] == keys[:, None, :]

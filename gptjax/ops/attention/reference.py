@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gptjax.ops.activation import softcap as cap_softly
 from gptjax.ops.attention.mask import MASKED, Mask
 
 
@@ -17,16 +18,19 @@ def reference(
     *,
     block: int = 0,
     dropout_BKGTS: Float[Array, "B K G T S"] | None = None,
+    softcap: float = 0.0,
 ) -> Float[Array, "B T K G C"]:
     """softmax(q k / sqrt(C)) v over the visible keys, [B, T, K, G, C]; the softmax in float32.
 
     dropout_BKGTS: what multiplies the weights (0, or 1 / (1 - rate)), in every backend. block: keys
-    at a time, for the backends that work by blocks.
+    at a time, for the backends that work by blocks. softcap: scores become
+    softcap * tanh(scores / softcap) (Gemma 2); 0 = off.
     """
     scores_BKGTS = jnp.einsum(
         "BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32
     )
     scores_BKGTS = scores_BKGTS * q_BTKGC.shape[-1] ** -0.5
+    scores_BKGTS = cap_softly(scores_BKGTS, softcap)
     visible_BTS = mask.allowed(0, k_BSKC.shape[1])
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, MASKED)
     probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gptjax.ops.attention.mask import MASKED, Mask
+from gptjax.ops.attention.reference import reference
 from gptjax.ops.materialize import Barrier, unchanged
 
 
@@ -26,9 +27,14 @@ def xla(
     *,
     block: int = 0,
     dropout_BKGTS: Float[Array, "B K G T S"] | None = None,
+    softcap: float = 0.0,
     barrier: Barrier = unchanged,
 ) -> Float[Array, "B T K G C"]:
     """As `reference`; barrier: what keeps XLA from computing a value once per reader."""
+    if softcap:  # the gradient below knows no cap
+        return reference(
+            q_BTKGC, k_BSKC, v_BSKC, mask, dropout_BKGTS=dropout_BKGTS, softcap=softcap
+        )
     visible = mask.allowed(0, k_BSKC.shape[1])[:, None, None]
     return _xla(barrier, q_BTKGC, k_BSKC, v_BSKC, visible, dropout_BKGTS)
 
