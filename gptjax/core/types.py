@@ -48,9 +48,9 @@ class Batch:
 )
 @dataclasses.dataclass
 class TrainState:
-    """step: int32, steps done. rng: key data (uint32), the root of all dropout."""
+    """All that a step of training changes, a pytree. With adapters, params are those alone."""
 
-    step: Array
-    params: Any
-    opt_state: Any
-    rng: Array
+    step: Array  # int32, steps done
+    params: Params  # float32
+    opt_state: Any  # of the optimizer's transformation
+    rng: Array  # uint32, key data: the root of all dropout

@@ -126,13 +126,16 @@ def _of_run(plan: TrainPlan, tokens: int) -> list[Number]:
 
 def _of_optimizer(plan: TrainPlan) -> list[Number]:
     optim, steps = plan.config.optim, plan.config.train.steps
-    last_rate = optim.lr * (1 if optim.schedule == "constant" else optim.min_lr_ratio)
+    last_rate = float(plan.schedule(steps - 1))
     return [
         _integer(
             "decay begins at step", _decay_start(optim, steps), f"optim.schedule = {optim.schedule}"
         ),
         Number(
-            "final learning rate", last_rate, f"{last_rate:.3g}", "optim.lr x optim.min_lr_ratio"
+            "final learning rate",
+            last_rate,
+            f"{last_rate:.3g}",
+            f"optim.schedule = {optim.schedule} at the last step",
         ),
     ]
 
