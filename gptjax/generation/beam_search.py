@@ -4,7 +4,7 @@ Each request keeps `beams` live sequences and its `beams` best finished ones, wh
 of log-probabilities over (new tokens) ** length_penalty. Candidates are the best 2 * beams
 continuations (more with several end tokens), so that `beams` of them go on whatever ends.
 
-In: an `InferenceModel` and a `Request`. Out: the best texts of each prompt.
+In: an `InferenceModel` and a `Request`. Out: the best completions of each prompt.
 Dims: R requests, K beams, M candidates of a request, S slots, V vocabulary; rows of request r are
 r * K, ..., r * K + K - 1.
 """
@@ -22,10 +22,10 @@ import numpy as np
 from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array
-from gptjax.generation import loop, sampling
+from gptjax.generation import loop, sampling, scoring
 from gptjax.generation.loop import DecodeState, InferenceModel, PromptBatch
 from gptjax.generation.options import GenerationOptions
-from gptjax.generation.requests import Request
+from gptjax.generation.requests import Completion, Request
 from gptjax.generation.sampling import Settings
 from gptjax.model import head
 from gptjax.model.kv_cache import take_rows
@@ -65,10 +65,27 @@ class Hypothesis(NamedTuple):
     score: float
 
 
-def search(model: InferenceModel, request: Request, options: GenerationOptions) -> list[Hypothesis]:
-    """The `request.n` best texts of each prompt, best first. Raises UserError."""
-    beams = options.num_beams
+def complete(
+    model: InferenceModel, request: Request, options: GenerationOptions
+) -> list[Completion]:
+    """The `request.n` best completions of each prompt, best first. Raises UserError."""
     _check(request, options)
+    hypotheses = search(model, request, options)
+    rows = scoring.score_rows(model, [hypothesis.tokens for hypothesis in hypotheses])
+    completions = []
+    for hypothesis, sequence, row in zip(hypotheses, request.sequences, rows, strict=True):
+        start = len(request.prompts[hypothesis.prompt])
+        new_tokens, logprobs = hypothesis.tokens[start:], row.logprobs[start - 1 :]
+        for token, logprob in zip(new_tokens, logprobs, strict=True):
+            sequence.feed(token, float(logprob))
+        sequence.finish("length")
+        completions.append(dataclasses.replace(sequence.completion(), score=hypothesis.score))
+    return completions
+
+
+def search(model: InferenceModel, request: Request, options: GenerationOptions) -> list[Hypothesis]:
+    """The `request.n` best texts of each prompt, best first."""
+    beams = options.num_beams
     context = model.config.context
     limits = [request.limit(len(prompt), 0, context) for prompt in request.prompts]
     batch = PromptBatch(

@@ -61,6 +61,7 @@ def run(
 def _start(
     model: InferenceModel, batch: PromptBatch, speculation: Speculation | None
 ) -> DecodeState:
+    """The state of a batch after prefill, by the draft model too."""
     state = loop.start(model, batch)
     return speculative.begin(state, speculation) if speculation else state
 

@@ -310,7 +310,7 @@ class LanguageModel:
         options = merge_options(options, keywords)
         request = self._request(requests.list_prompts(prompts), options)
         if options.num_beams > 1:
-            completions = self._search_beams(request, options)
+            completions = beam_search.complete(self._model, request, options)
         else:
             self._run(request, options)
             completions = [sequence.completion() for sequence in request.sequences]
@@ -406,20 +406,6 @@ class LanguageModel:
                 f"{self.config.vocab_size:,}: they must share one vocabulary"
             )
         return speculation
-
-    def _search_beams(self, request: Request, options: GenerationOptions) -> list[Completion]:
-        hypotheses = beam_search.search(self._model, request, options)
-        scores = self.token_logprobs([hypothesis.tokens for hypothesis in hypotheses])
-        completions = []
-        for hypothesis, sequence, row in zip(hypotheses, request.sequences, scores, strict=True):
-            start = len(request.prompts[hypothesis.prompt])
-            for token, logprob in zip(
-                hypothesis.tokens[start:], row.logprobs[start - 1 :], strict=True
-            ):
-                sequence.feed(token, float(logprob))
-            sequence.finish("length")
-            completions.append(dataclasses.replace(sequence.completion(), score=hypothesis.score))
-        return completions
 
 
 def _inference_config(config: ModelConfig, weights: str) -> ModelConfig:
