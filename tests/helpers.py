@@ -4,9 +4,10 @@ import json
 
 import jax
 import numpy as np
-from conftest import FAMILIES, make_config
+from conftest import FAMILIES, make_config, tiny_checkpoint
 
 from gptjax.core.types import Batch
+from gptjax.generation.language_model import LanguageModel
 from gptjax.model import lora
 from gptjax.runtime import sharding
 from gptjax.runtime.mesh import make_mesh
@@ -92,3 +93,24 @@ def load_examples(folder, records, tokenizer=None, **sections):
     """(examples of a task whose rows are these records, its config)."""
     config = task_config(write_jsonl(folder / "rows.jsonl", records), **sections)
     return loading.load_examples(config, tokenizer or ByteTokenizer()), config
+
+
+PROMPTS = [[5, 9, 30], [200, 1, 7, 7, 40, 41, 60, 3, 100], [77], list(range(50, 85))]
+
+
+def tiny_language_model(
+    family="gpt2", *, tokenizer=None, vocab=264, context=64, layers=1, **options
+):
+    """A `LanguageModel` with random weights of a family's kind."""
+    checkpoint = tiny_checkpoint(
+        family, vocab=vocab, context=context, layers=layers, tokenizer=tokenizer
+    )
+    return LanguageModel(checkpoint.config, checkpoint.params, tokenizer, **options)
+
+
+def greedy_tokens(lm, prompt, count):
+    """The next tokens by a full forward pass each."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(lm.logits([ids])[0, -1].argmax()))
+    return ids[len(prompt) :]

@@ -1,0 +1,156 @@
+"""Processors of logits, by hand and in generated text; settings out of range."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import PROMPTS, tiny_language_model
+
+from gptjax.config.errors import UserError
+from gptjax.generation import sampling
+from gptjax.generation.sampling import Sampling
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_language_model()
+
+
+def test_processors_keep_their_promises(lm):
+    ngram = lm.generate(PROMPTS, max_new_tokens=25, no_repeat_ngram=2, temperature=0.3)
+    for prompt, c in zip(PROMPTS, ngram, strict=True):
+        pairs = list(itertools.pairwise([*prompt, *c.tokens]))
+        new_pairs = pairs[len(prompt) - 1 :]
+        assert len(set(new_pairs)) == len(new_pairs) and not set(new_pairs) & set(
+            pairs[: len(prompt) - 1]
+        )
+    free = lm.generate(PROMPTS[:1], max_new_tokens=10)[0].tokens
+    word = free[2:4]
+    banned = lm.generate(PROMPTS[:1], max_new_tokens=10, banned=[word, [free[0]]])[0].tokens
+    assert free[0] not in banned and word not in [list(p) for p in itertools.pairwise(banned)]
+    assert lm.generate(PROMPTS[:1], max_new_tokens=3, logit_bias={123: 1e4})[0].tokens == [123] * 3
+    drawn = dict(max_new_tokens=10, temperature=3.0, seed=7)
+    varied = lm.generate(PROMPTS[:1], **drawn)[0].tokens
+    at = next(i for i in range(1, 10) if varied[i] not in varied[:i])
+    early = lm.generate(PROMPTS[:1], stop_tokens=[varied[at]], **drawn)[0]
+    assert (early.tokens, early.finish_reason) == (varied[:at], "stop")
+    late = lm.generate(PROMPTS[:1], stop_tokens=[varied[at]], min_new_tokens=9, **drawn)[0]
+    assert len(late.tokens) >= 9 and varied[at] not in late.tokens[:9]
+    often = lm.generate(PROMPTS[:1], max_new_tokens=30, frequency_penalty=50.0)[0].tokens
+    assert len(set(often)) == 30  # each repetition costs more than any logit is worth
+    assert lm.generate(PROMPTS[:1], max_new_tokens=10, temperature=5.0, top_k=1)[0].tokens == free
+
+
+HISTORY = sampling.History(
+    tokens=jnp.asarray([[3, 1, 2, 3, 1, 0, 0, 0]]),
+    length=jnp.asarray([5]),
+    prompt_length=jnp.asarray([2]),
+)
+
+
+def probabilities(logits, **settings):
+    request = Sampling(temperature=settings.pop("temperature", 1.0), **settings)
+    options = sampling.stack_settings([request], len(logits), [4])
+    return jax.nn.softmax(
+        sampling.process(jnp.asarray([logits], jnp.float32), options, HISTORY, request.active)
+    )[0]
+
+
+def test_warpers_by_hand():
+    """Ties and flat logits included: the set that stays and its renormalised probabilities."""
+    p = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
+    logits = np.log(p)
+    check = lambda settings, stays: np.testing.assert_allclose(
+        probabilities(logits, **settings),
+        np.where(stays, p, 0) / p[np.array(stays) > 0].sum(),
+        atol=1e-6,
+    )
+    check(dict(top_k=2), [1, 1, 0, 0, 0])
+    check(dict(top_p=0.69), [1, 1, 0, 0, 0])
+    check(dict(top_p=0.71), [1, 1, 1, 0, 0])
+    check(dict(min_p=0.3), [1, 1, 1, 0, 0])
+    check(dict(top_k=3, top_p=0.5), [1, 1, 0, 0, 0])
+    flat = np.zeros(6)
+    np.testing.assert_allclose(
+        probabilities(flat, top_k=2), np.full(6, 1 / 6), atol=1e-6
+    )  # all are equals of the second
+    np.testing.assert_allclose(
+        probabilities(flat, top_p=0.5), [0, 0, 0, 1 / 3, 1 / 3, 1 / 3], atol=1e-6
+    )
+    np.testing.assert_allclose(probabilities(flat, min_p=1.0), np.full(6, 1 / 6), atol=1e-6)
+    np.testing.assert_allclose(probabilities(flat, typical_p=0.3), np.full(6, 1 / 6), atol=1e-6)
+    np.testing.assert_allclose(
+        probabilities(logits, temperature=0.5), p**2 / (p**2).sum(), atol=1e-6
+    )
+    # [3, 1 | 2, 3, 1] came before; 2, 3, 1 were generated
+    raw = np.array([1.0, 2.0, -1.0, 0.5, 0.0])
+    check = lambda settings, changed: np.testing.assert_allclose(
+        probabilities(raw, **settings), jax.nn.softmax(jnp.asarray(changed)), atol=1e-6
+    )
+    check(dict(repetition_penalty=2.0), [1.0, 1.0, -2.0, 0.25, 0.0])
+    check(dict(frequency_penalty=0.5, presence_penalty=0.25), [1.0, 1.25, -1.75, -0.25, 0.0])
+    check(dict(no_repeat_ngram=3), [1.0, 2.0, -np.inf, 0.5, 0.0])
+    check(dict(min_new_tokens=9), [1.0, 2.0, -1.0, 0.5, -np.inf])
+    check(dict(banned=[[1, 3], [9 % 5, 0], [2, 0], [3, 1, 4]]), [1.0, 2.0, -1.0, -np.inf, -np.inf])
+    np.testing.assert_allclose(
+        probabilities(raw, banned=[[i] for i in range(4)] + [[3, 1, 4]]),
+        jax.nn.softmax(jnp.asarray(raw)),
+        atol=1e-6,
+    )  # nothing left
+
+
+def test_sampling_follows_the_distribution(lm):
+    """Chi-square of 4,000 first tokens against softmax after top-p, with the engine's own keys."""
+    prompt, draws, top_p = [5, 9, 30], 4000, 0.6
+    exact = probabilities(lm.logits([prompt])[0, -1], top_p=top_p)
+    tokens = [
+        c.tokens[0]
+        for c in lm.generate(
+            [prompt], n=draws, max_new_tokens=1, temperature=1.0, top_p=top_p, seed=3
+        )
+    ]
+    counts, expected = np.bincount(tokens, minlength=264), np.asarray(exact) * draws
+    assert (counts[expected == 0] == 0).all()
+    often = expected >= 5
+    statistic = ((counts[often] - expected[often]) ** 2 / expected[often]).sum()
+    assert statistic < often.sum() + 4 * np.sqrt(2 * often.sum())
+
+
+def test_settings_out_of_range_are_refused(lm):
+    for settings, part in (
+        (dict(temperature=-1.0), "temperature"),
+        (dict(top_p=0.0), "top_p"),
+        (dict(min_p=2.0), "min_p"),
+        (dict(seed=-1), "seed"),
+        (dict(temprature=1.0), "did you mean 'temperature'"),
+        (dict(logit_bias={9999: 1.0}), "outside the vocabulary"),
+        (dict(banned=["word"]), "tokenizer"),
+        (dict(stop="x"), "tokenizer"),
+        (dict(n=0), "at least 1"),
+        (dict(max_new_tokens=0), "at least 1"),
+        (dict(overflow="cut"), "overflow policy"),
+        (dict(num_speculative_tokens=-1), "num_speculative_tokens"),
+        (dict(stop_tokens=[2**40]), "outside the vocabulary"),
+        (dict(top_k=0.5), "top_k"),
+        (dict(logit_bias={"5": 1.0}), "outside the vocabulary"),
+        (dict(num_beams=2, temperature=1.0), "num_beams"),
+        (dict(num_beams=2, early_stopping="maybe"), "early_stopping"),
+        (dict(max_new_tokens=63), "ask for at most 62"),
+    ):
+        with pytest.raises(UserError, match=part):
+            lm.generate([[1, 2, 3]], **{"max_new_tokens": 4, **settings})
+    for prompts, part in (
+        ([], "no prompts"),
+        ([[999]], "outside the vocabulary"),
+        (["text"], "no tokenizer"),
+        ([[]], "empty prompt"),
+        ([[1] * 65], "shorten it"),
+    ):
+        with pytest.raises(UserError, match=part):
+            lm.generate(prompts, max_new_tokens=4)
+    with pytest.raises(UserError, match="must be"):
+        lm.logits([[1] * 65])
+    with pytest.raises(UserError, match="did you mean 'int8'"):
+        tiny_language_model(weights="int9")
