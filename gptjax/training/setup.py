@@ -97,8 +97,11 @@ def make_plan(config: Config, mesh: jax.sharding.Mesh) -> TrainPlan:
         config, model_init.param_shapes(config.model)
     )
     frozen = jax.eval_shape(functools.partial(train_state.prepare_base, config), base)
-    init_trained = functools.partial(train_state.init_trained, config, jax.random.key(0))
-    params = jax.eval_shape(init_trained, frozen, trainable)
+
+    def init_params(frozen: Params, trainable: Params) -> Params:
+        return train_state.init_trained(config, jax.random.key(0), frozen, trainable)
+
+    params = jax.eval_shape(init_params, frozen, trainable)
     optimizer = optim.make_optimizer(config, params)
     new_state = functools.partial(train_state.new_state, config, optimizer)
     state = jax.eval_shape(new_state, frozen, trainable)
