@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -12,40 +11,24 @@ Array = jax.Array
 Params = dict[str, Any]  # nested dicts of arrays, blocks stacked on axis 0
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "tokens",
-        "targets",
-        "loss_weights",
-        "segment_ids",
-        "positions",
-        "reference",
-        "advantages",
-    ],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a step trains on: arrays [B, T], or [T] for one row of a batch. A pytree.
+    """The input of one step: arrays [B, T], or [T] for one row of a batch. A pytree.
 
-    It is made of NumPy arrays by `data/` and of JAX arrays after `runtime.sharding.to_global`.
+    `data/` makes it of NumPy arrays, and `runtime.sharding.to_global` of JAX arrays.
     """
 
-    tokens: Any  # int32: what the model reads
-    targets: Any  # int32: what it should say at each position; a float for a regression
+    tokens: Any  # int32: the input of the model
+    targets: Any  # int32: the token (or class) to predict; float32: the number to predict
     loss_weights: Any  # float32: 0 where a position does not count
-    segment_ids: Any  # int32: positions attend only within their segment; 0 = padding
+    segment_ids: Any  # int32: a position attends only within its segment; 0 = padding
     positions: Any  # int32: position within the segment, from 0
     reference: Any = None  # float32, preference and grpo: log-probabilities of a frozen model
     advantages: Any = None  # float32, grpo: the advantage of the row's answer, at each position
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "opt_state", "rng"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
     """All that a step of training changes, a pytree. With adapters, params are those alone."""

@@ -319,7 +319,10 @@ HOSTILE = {
         "did you mean 'gpt2'",
     ),
     "config is no JSON": (lambda d: (d / "config.json").write_text("{'a'"), "not valid JSON"),
-    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "does not hold a JSON object"),
+    "config is a list": (
+        lambda d: (d / "config.json").write_text("[]"),
+        "does not hold a JSON object",
+    ),
     "config is deep": (lambda d: (d / "config.json").write_text("[" * 100_000), "JSON"),
     "config without width": (lambda d: edit_json(d / "config.json", n_embd=None), "no 'n_embd'"),
     "width is text": (lambda d: edit_json(d / "config.json", n_embd="wide"), "wide"),
