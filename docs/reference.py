@@ -33,17 +33,16 @@ PUBLIC = (
     "LanguageModel.generate",
     "LanguageModel.stream",
     "LanguageModel.score",
-    "LanguageModel.token_logprobs",
     "LanguageModel.logits",
     "LanguageModel.encode",
     "LanguageModel.classify",
     "LanguageModel.with_adapter",
     "LanguageModel.save",
-    "LanguageModel.compile",
     "GenerationOptions",
     "Completion",
     "UserError",
 )
+NOT_SHOWN = ("compile", "token_logprobs")  # of LanguageModel: parts that other modules use
 TYPES = {
     "int": "whole number",
     "float": "number",

@@ -48,8 +48,9 @@ def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -
         UserError: there is no checkpoint, or it is damaged or of a kind that is not supported.
 
     Example:
-        lm = gptjax.load("runs/quickstart", weights="int8")
-        print(lm.generate("My fellow citizens", max_new_tokens=20).text)
+        >>> lm = gptjax.load("runs/fox", weights="int8")
+        >>> lm.generate("The quick", max_new_tokens=6).text
+        ' brown'
     """
     from gptjax.generation import language_model
 

@@ -6,7 +6,13 @@ import difflib
 
 
 class UserError(ValueError):
-    """The user's input is wrong: the commands print the message alone and exit with code 2."""
+    """The user's input is wrong: the commands print the message alone and exit with code 2.
+
+    >>> lm.generate("The quick", temperatur=0.5)
+    Traceback (most recent call last):
+        ...
+    gptjax.config.errors.UserError: no setting 'temperatur'; did you mean 'temperature'?
+    """
 
 
 def nearest(name: str, names: list[str]) -> str:

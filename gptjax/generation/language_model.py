@@ -36,10 +36,13 @@ from gptjax.generation.options import (
 )
 from gptjax.generation.requests import Completion, Prompt, Request
 from gptjax.generation.scoring import TokenScores
-from gptjax.generation.weights import check_dtypes, read_weights, weight_shapes
+from gptjax.generation.weights import (
+    check_dtypes,
+    inference_config,
+    read_weights,
+    weight_shapes,
+)
 from gptjax.model import lora
-from gptjax.ops.implementations import IMPLEMENTATIONS, resolve
-from gptjax.runtime.devices import default_platform
 from gptjax.tokenizer.base import Tokenizer
 
 # tokens between looks at the device: the first at once, later ones in larger pieces
@@ -59,6 +62,9 @@ class LanguageModel:
     read: False leaves the weights unread for `load_lazily`.
 
     Raises UserError for an unknown name of weights or cache_dtype.
+
+    >>> lm.config.layers, lm.weights, lm.tokenizer.vocab_size
+    (1, 'float32', 257)
     """
 
     def __init__(
@@ -78,7 +84,7 @@ class LanguageModel:
         self.weights = weights
         self.cache_dtype = cache_dtype
         self.source = source
-        self._inference_config = _inference_config(config, weights)
+        self._inference_config = inference_config(config, weights)
         self._params: Any = params  # or a function that makes them at the first look
         self._weights = self._read_weights() if read else weight_shapes(config, weights)
 
@@ -129,6 +135,9 @@ class LanguageModel:
         """Token ids of a prompt: of a text after `bos_ids`; ids as they are.
 
         An empty prompt is the start of a new document. Raises UserError.
+
+        >>> lm.encode("The")
+        [84, 104, 101]
         """
         ids = self._ids(prompt)
         if isinstance(prompt, str) and self.tokenizer:
@@ -164,6 +173,9 @@ class LanguageModel:
 
         Both models share the base's weights; only DoRA, whose norms need them, takes a copy.
         Raises UserError.
+
+        >>> lm.with_adapter("runs/adapter").generate("The quick", max_new_tokens=6).text
+        ' brown'
         """
         from gptjax.checkpoints import peft
 
@@ -190,6 +202,9 @@ class LanguageModel:
         """float32 [B, T, V] for token ids [B, T]; zeros in each row from its `lengths` on.
 
         Raises UserError for rows longer than the context and ids outside the vocabulary.
+
+        >>> lm.logits([lm.encode("The quick")]).shape
+        (1, 9, 257)
         """
         self._require_text_model()
         tokens = np.asarray(tokens)
@@ -214,6 +229,10 @@ class LanguageModel:
 
         Two texts are encoded together, so that the border is cut as in running text (trailing
         spaces of a prompt go to its completion). Raises UserError for a pair that is too long.
+
+        >>> (fox, is_greedy), (cat, _) = lm.score(["brown"] * 2, [" fox", " cat"])
+        >>> fox > cat, is_greedy
+        (True, True)
         """
         rows, starts = [], []
         for prompt, completion in zip(prompts, completions, strict=True):
@@ -254,6 +273,9 @@ class LanguageModel:
         """float32 [N, labels]: probabilities of the classes `config.labels` for each text.
 
         Where there is one label, [N, 1] numbers. Raises UserError.
+
+        >>> classifier.classify(["The quick fox", "The lazy dog"]).shape
+        (2, 3)
         """
         if not self.config.labels:
             raise UserError(
@@ -305,7 +327,10 @@ class LanguageModel:
             UserError: an option is wrong, or a prompt does not fit.
 
         Example:
-            lm.generate("The people", max_new_tokens=9, temperature=0.8).text
+            >>> lm.generate("The quick", max_new_tokens=6).text
+            ' brown'
+            >>> [c.text for c in lm.generate(["quick", "brown"], max_new_tokens=4, stop="w")]
+            [' bro', ' fox']
         """
         options = merge_options(options, keywords)
         request = self._request(requests.list_prompts(prompts), options)
@@ -331,6 +356,9 @@ class LanguageModel:
         """Pieces of the text of one completion as they come; arguments as in `generate`.
 
         A piece holds complete characters, and never a part of a stop text. Raises UserError.
+
+        >>> list(lm.stream("The quick", max_new_tokens=6))
+        [' ', 'br', 'own']
         """
         options = merge_options(options, keywords)
         _refuse(options, "stream", "n", "num_beams", "prompt_logprobs")
@@ -367,6 +395,8 @@ class LanguageModel:
 
         form: "hf", "gguf" or "gptjax"; dtype: of the numbers in it, by default the stored one.
         Raises UserError.
+
+        >>> lm.save("runs/fox-hf")
         """
         source = self.source or pretrained.Pretrained(self.config, self.params, self.tokenizer)
         source = dataclasses.replace(source, params=self.params)
@@ -406,23 +436,6 @@ class LanguageModel:
                 f"{self.config.vocab_size:,}: they must share one vocabulary"
             )
         return speculation
-
-
-def _inference_config(config: ModelConfig, weights: str) -> ModelConfig:
-    """The config that generation runs with: its ops are those of the default platform."""
-    implementation = resolve(config.implementation, platform=default_platform(), devices=1)
-    dtype = "float32"
-    if weights != "float32":
-        dtype = IMPLEMENTATIONS[implementation].activation_dtype
-    return dataclasses.replace(
-        config,
-        dropout=0.0,
-        remat="none",
-        attention="reference",
-        scan_layers=False,
-        dtype=dtype,
-        implementation=implementation,
-    )
 
 
 def _refuse(options: GenerationOptions, method: str, *names: str) -> None:

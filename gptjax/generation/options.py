@@ -33,6 +33,10 @@ class GenerationOptions(Sampling):
     banned: words (with and without a space before them) or lists of ids that must not occur.
 
     Raises UserError for a value out of its range.
+
+    >>> options = gptjax.GenerationOptions(max_new_tokens=20, stop="fox")
+    >>> lm.generate("The quick", options).text
+    ' brown '
     """
 
     max_new_tokens: int = option(128, "tokens to make", Range(1, 2**31 - 1, "at least 1"))

@@ -20,7 +20,12 @@ from gptjax.tokenizer.base import StreamDecoder, Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What was generated after one prompt."""
+    """What was generated after one prompt.
+
+    >>> completion = lm.generate("The quick", max_new_tokens=6)
+    >>> completion.text, completion.finish_reason, len(completion.logprobs)
+    (' brown', 'length', 6)
+    """
 
     tokens: list[int]  # new ids, without the end token
     text: str

@@ -6,6 +6,7 @@ In: parameters in memory, or a checkpoint's files that are read a layer at a tim
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Params
 from gptjax.model import init as model_init
 from gptjax.model import quantize
+from gptjax.ops.implementations import IMPLEMENTATIONS, resolve
+from gptjax.runtime.devices import default_platform
 
 WEIGHTS = ("float32", "bfloat16", "int8")
 
@@ -57,3 +60,20 @@ def weight_shapes(config: ModelConfig, weights: str) -> Any:
     block = _inference_block.eval_shape(layer, weights=weights)
     rest = _inference_params.eval_shape({**shapes, "blocks": ()}, weights=weights)
     return rest | {"blocks": (block,) * config.layers}
+
+
+def inference_config(config: ModelConfig, weights: str) -> ModelConfig:
+    """The config that generation runs with: its ops are those of the default platform."""
+    implementation = resolve(config.implementation, platform=default_platform(), devices=1)
+    dtype = "float32"
+    if weights != "float32":
+        dtype = IMPLEMENTATIONS[implementation].activation_dtype
+    return dataclasses.replace(
+        config,
+        dropout=0.0,
+        remat="none",
+        attention="reference",
+        scan_layers=False,
+        dtype=dtype,
+        implementation=implementation,
+    )
