@@ -146,8 +146,8 @@ class GptjaxLM(TemplateLM):
 
         What bytes that are no UTF-8 become depends on it.
         """
-        decoder: Any = getattr(self.tokenizer, "_control", self.tokenizer)
-        return decoder.decode([i for i in tokens if i < self.tokenizer.vocab_size])
+        vocab_size = self.tokenizer.vocab_size
+        return self.tokenizer.decode_by_file([i for i in tokens if i < vocab_size])
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any

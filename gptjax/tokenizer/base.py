@@ -97,6 +97,13 @@ class Tokenizer:
         text = self.decode_bytes(ids).decode("utf-8", errors="replace")
         return text[1:] if self.leading_space and text.startswith(" ") else text
 
+    def decode_by_file(self, ids: Iterable[int]) -> str:
+        """Text of the ids without control tokens, by the decoder of the checkpoint's own file.
+
+        It decides what bytes that are not UTF-8 become. Without a file this is `decode`.
+        """
+        return self.decode(ids)
+
     @property
     def fingerprint(self) -> str:
         """A hash of the kind and the files; runs store it."""

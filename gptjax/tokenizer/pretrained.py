@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,14 @@ class PretrainedTokenizer(Tokenizer):
         for i in self.eos_ids:
             self.token_bytes[i] = b""
 
+    def decode_by_file(self, ids: Iterable[int]) -> str:
+        return self._with_control.decode(list(ids))
+
     @functools.cached_property
     def _with_control(self) -> Any:
         """A second reader of the same file, which makes control tokens of their names in a text.
 
-        Only chat templates need it.
+        Only chat templates and the harness of evaluation tasks need it.
         """
         import tokenizers
 
