@@ -50,10 +50,12 @@ RENAMED: dict[str, str] = {
 
 def from_stored(content: Mapping[str, Mapping[str, Any]]) -> Config:
     """The config in a run's files, whose settings may have their old names. Raises UserError."""
-    current = {
-        section: {RENAMED.get(f"{section}.{name}", name): value for name, value in values.items()}
-        for section, values in content.items()
-    }
+    current: dict[str, Any] = dict(content)
+    for section, values in content.items():
+        if isinstance(values, Mapping):  # else `build_config` refuses it
+            current[section] = {
+                RENAMED.get(f"{section}.{name}", name): value for name, value in values.items()
+            }
     return build_config(current)
 
 

@@ -131,6 +131,8 @@ def test_an_old_config_json_becomes_the_same_config():
 def test_an_unknown_setting_of_an_old_config_json_is_refused_by_name():
     with pytest.raises(UserError, match=r"model.hiden = 3: no such setting"):
         build.from_json('{"model": {"hiden": 3}}')
+    with pytest.raises(UserError, match=r"layers = 3: no such section; did you mean model.layers"):
+        build.from_json('{"layers": 3}')
     with pytest.raises(UserError, match=r"model.hidden = 3: no such setting"):
         build_config({"model": {"hidden": 3}})  # in a config file there are no old names
 
