@@ -35,7 +35,10 @@ def test_every_text_has_a_notebook():
 
 
 def test_cells_of_a_text():
-    text = "# not shown\n\n# %% [markdown]\n# # Title\n#\n# A line.\n\n# %%\nx = 1  # %%\n\n\n# %%\n# why\ny = 2\n"
+    text = (
+        "# not shown\n\n# %% [markdown]\n# # Title\n#\n# A line.\n\n"
+        "# %%\nx = 1  # %%\n\n\n# %%\n# why\ny = 2\n"
+    )
     assert build.cells(text) == [
         ("markdown", "# Title\n\nA line."),
         ("code", "x = 1  # %%"),
@@ -69,22 +72,22 @@ def test_the_notebook_is_what_its_text_makes(name):
 def test_a_notebook_begins_with_its_badge_and_compiles(name):
     first = sources(name, "markdown")[0]
     assert first.startswith("# ")
-    assert (
-        f"(https://colab.research.google.com/github/{build.REPOSITORY}/blob/main/experiments/colab/{name}.ipynb)"
-        in first
-    )
+    address = f"github/{build.REPOSITORY}/blob/main/experiments/colab/{name}.ipynb"
+    assert f"(https://colab.research.google.com/{address})" in first
     for i, cell in enumerate(sources(name)):
         compile(cell, f"{name} cell {i}", "exec")
 
 
 def test_notebooks_share_their_first_cells():
-    """The texts repeat the installation and the helper, so that each notebook stands alone; what differs is what is needed."""
-    strip = lambda cell: "\n".join(
-        line for line in cell.splitlines() if not line.startswith("NEEDED")
-    )
-    assert len({tuple(map(strip, sources(name)[:2])) for name in build.NAMES}) == 1
+    """Each repeats installation and helper; only the line that says what is needed differs."""
+
+    def first_cells(name):
+        lines = "\n".join(sources(name)[:2]).splitlines()
+        return "\n".join(line for line in lines if not line.startswith("NEEDED"))
+
+    assert len({first_cells(name) for name in build.NAMES}) == 1
     flags = [
-        re.search(r"flags = .*?eval_batches=8\"\]", "\n".join(sources(name)), re.S).group()
+        re.search(r"flags = .*?eval_batches=8\",?\s*\]", "\n".join(sources(name)), re.S).group()
         for name in ("pretrain", "finetune")
     ]
     assert re.findall(r"--config[^\"]*", flags[0]) == re.findall(
@@ -130,8 +133,9 @@ def test_the_first_cell_installs_what_is_missing_and_holds_jax(name, place, tmp_
     assert clone == [
         f"git clone --quiet --depth=1 https://github.com/{build.REPOSITORY} {root}"
     ] * (place == "bare")
+    target = re.escape(f"{root}[gguf]" if name == "chat" else str(root))
     assert re.fullmatch(
-        rf"\S+ -m pip install --quiet --editable {root}{re.escape('[gguf]') * (name == 'chat')} --constraint \S+",
+        rf"\S+ -m pip install --quiet --editable {target} --constraint \S+",
         pip,
     )
     for package in ("jax", "jaxlib", "numpy"):
@@ -156,9 +160,10 @@ def test_a_failed_installation_says_what_must_stay(tmp_path, monkeypatch):
 
 
 def execute(name, folder):
-    """The code cells, one behind the other, in a folder of their own; what they printed."""
+    """What the code cells print, run one after the other in a folder of their own."""
     (folder / "notebook.py").write_text("\n\n".join(sources(name)), encoding="utf-8")
-    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"  # as in conftest.command
+    # as in conftest.command
+    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
     environment = {
         **os.environ,
         "XLA_FLAGS": flags,

@@ -1,9 +1,10 @@
-"""Makes the notebooks beside this file of their texts: NAME.py in the percent format becomes NAME.ipynb, without outputs.
+"""Makes the notebooks: each NAME.py in this folder, in the percent format, becomes NAME.ipynb.
 
     python experiments/colab/build.py
 
-The texts are what people edit; a test compares each notebook with what this file makes of its text. Cells begin with `# %%` (code) or
-`# %% [markdown]` (every line behind `# `); lines before the first cell are for readers of the text alone. When the repository moves, change REPOSITORY.
+The texts are what people edit; notebooks have no outputs, and a test compares each with its text.
+A cell begins with `# %%` (code) or `# %% [markdown]` (every line after `# `); lines before the
+first cell are for readers of the text alone. When the repository moves, change REPOSITORY.
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ _MARKDOWN, _CODE = "# %% [markdown]", "# %%"
 
 
 def cells(text: str) -> list[tuple[str, str]]:
-    """("markdown" or "code", source) of each cell of a text. Raises ValueError for a line of markdown that is no comment."""
-    found: list[tuple[str, list[str]]] = []
+    """("markdown" or "code", source) of each cell of a text.
+
+    Raises ValueError for a line of a markdown cell that is not a comment.
+    """
+    parts: list[tuple[str, list[str]]] = []
     for line in text.splitlines():
         if line in (_MARKDOWN, _CODE):
-            found.append(("markdown" if line == _MARKDOWN else "code", []))
-        elif found and found[-1][0] == "markdown" and line:
+            parts.append(("markdown" if line == _MARKDOWN else "code", []))
+        elif parts and parts[-1][0] == "markdown" and line:
             if line != "#" and not line.startswith("# "):
-                raise ValueError(f"{line!r} stands in a markdown cell and does not begin with '# '")
-            found[-1][1].append(line[2:])
-        elif found:
-            found[-1][1].append(line)
-    return [(kind, "\n".join(lines).strip("\n")) for kind, lines in found]
+                raise ValueError(f"{line!r} is in a markdown cell and does not begin with '# '")
+            parts[-1][1].append(line[2:])
+        elif parts:
+            parts[-1][1].append(line)
+    return [(kind, "\n".join(lines).strip("\n")) for kind, lines in parts]
 
 
 def notebook(name: str) -> str:
-    """The .ipynb (nbformat 4.5) of NAME.py: the same bytes each time, so that a change of the text is what a diff shows."""
+    """The .ipynb (nbformat 4.5) of NAME.py, always the same bytes: a diff shows what changed."""
     text = (FOLDER / f"{name}.py").read_text(encoding="utf-8").replace("@REPOSITORY@", REPOSITORY)
     content = []
     for number, (kind, source) in enumerate(cells(text), 1):
@@ -49,11 +53,12 @@ def notebook(name: str) -> str:
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    made = {"cells": content, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
-    return json.dumps(made, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+    content_of_file = {"cells": content, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(content_of_file, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
 
 
 if __name__ == "__main__":
-    for each in NAMES:
-        (FOLDER / f"{each}.ipynb").write_text(notebook(each), encoding="utf-8")
-        print(FOLDER / f"{each}.ipynb")
+    for name in NAMES:
+        path = FOLDER / f"{name}.ipynb"
+        path.write_text(notebook(name), encoding="utf-8")
+        print(path)

@@ -1,4 +1,4 @@
-# The text of finetune.ipynb; `python experiments/colab/build.py` makes the notebook of it.
+# The text of finetune.ipynb; `python experiments/colab/build.py` makes the notebook from it.
 # ruff: noqa: E402 - a cell imports what it is the first to need
 
 # %% [markdown]
@@ -8,11 +8,12 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/@REPOSITORY@/blob/main/experiments/colab/finetune.ipynb)
 #
-# Run the cells from top to bottom. No account is needed, and the text comes with the installation.
+# Run the cells from top to bottom. No account is needed, and the text comes with the
+# installation.
 
 # %%
-# Nothing happens here where gptjax can be imported already. Else it is fetched and installed, and the jax that this machine
-# has stays as it is: on Colab it is the one that fits the accelerator.
+# If gptjax can be imported already, this cell does nothing. Otherwise it fetches and installs it,
+# and the machine's own jax stays as it is: on Colab it is the one that fits the accelerator.
 import importlib
 import importlib.metadata
 import os
@@ -37,9 +38,8 @@ def find_gptjax():
 
 ROOT = find_gptjax()
 if ROOT is None:
-    clone = (
-        Path.cwd() / "gptjax-main"
-    )  # not "gptjax": Python would take the clone's folder for the package in it
+    # not "gptjax": Python would take the folder of the clone for the package in it
+    clone = Path.cwd() / "gptjax-main"
     around = [Path.cwd(), *Path.cwd().parents, clone]
     ROOT = next(
         (folder for folder in around if (folder / "configs" / "quickstart.py").is_file()), None
@@ -50,15 +50,15 @@ if ROOT is None:
         commands.append(
             ["git", "clone", "--quiet", "--depth=1", "https://github.com/@REPOSITORY@", str(ROOT)]
         )
-    there = {each.name for each in importlib.metadata.distributions() if each.name}
-    held = [
+    installed = {each.name for each in importlib.metadata.distributions() if each.name}
+    pins = [
         f"{name}=={importlib.metadata.version(name)}"
-        for name in sorted(there)
+        for name in sorted(installed)
         if name == "numpy" or name.startswith("jax")
     ]
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
-        constraints.write_text("".join(f"{each}\n" for each in held))
+        constraints.write_text("".join(f"{pin}\n" for pin in pins))
         pip = [
             sys.executable,
             "-m",
@@ -74,7 +74,7 @@ if ROOT is None:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(
-                    f"{' '.join(command)} failed, where {', '.join(held)} must stay:\n{done.stderr}"
+                    f"{' '.join(command)} failed, while {', '.join(pins)} must stay:\n{done.stderr}"
                 )
     sys.path.insert(0, str(ROOT))  # this process began before the installation
     importlib.invalidate_caches()
@@ -83,7 +83,8 @@ if ROOT is None:
     ROOT = find_gptjax()
     if ROOT is None:
         raise RuntimeError(
-            "gptjax is installed and still cannot be imported: restart the runtime and run this cell again"
+            "gptjax is installed and still cannot be imported: "
+            "restart the runtime and run this cell again"
         )
 print(f"gptjax is in {ROOT}")
 
@@ -91,22 +92,25 @@ print(f"gptjax is in {ROOT}")
 import logging
 import signal
 
-FAST = bool(os.environ.get("GPTJAX_FAST"))  # a rehearsal of a minute, whose numbers mean nothing
+# a rehearsal of a minute, for the test of this notebook; its numbers mean nothing
+FAST = bool(os.environ.get("GPTJAX_FAST"))
 RUNS = Path("runs/colab-fast" if FAST else "runs/colab")
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-)  # for the commands below
-os.environ.setdefault(
-    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
-)  # this notebook and the commands share one GPU
+# for the commands below
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+# this notebook and the commands share one GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of a file that it does not need
 
 
 def run(*arguments):
-    """Runs `python ARGUMENTS` and shows what it says as it comes. The stop button reaches it as Ctrl-C."""
+    """Runs `python ARGUMENTS` and shows its output as it comes.
+
+    The stop button reaches it as Ctrl-C.
+    """
     command = [sys.executable, *map(str, arguments)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    # in a session of its own, so that the stop button is passed on once: a second Ctrl-C means "end without saving"
+    # In a session of its own, so that the stop button is passed on once: a second Ctrl-C means
+    # "end without saving".
     with subprocess.Popen(command, start_new_session=True, **streams) as process:
         try:
             for line in process.stdout:
@@ -123,12 +127,12 @@ def run(*arguments):
 # %% [markdown]
 # ## A model to start from
 #
-# It has read the Presidents' messages and learned to continue them. If the first notebook left it here, it is used; else it is trained now,
-# which takes about two minutes on two CPU cores.
+# It has read the Presidents' messages and learned to continue them. If the first notebook left
+# it here, it is used. If not, it is trained now, which takes a minute or two on two CPU cores.
 
 # %%
 BASE = RUNS / "quickstart"
-flags = ["--config.train.eval_every=86"]  # as in the first notebook
+flags = []  # as in the first notebook
 if FAST:
     flags = [
         "--config.train.steps=30",
@@ -148,8 +152,8 @@ if not (BASE / "report.html").exists():  # the last thing that a run writes
 # %% [markdown]
 # ## The task
 #
-# A paragraph goes in, and one of the half centuries from 1750 to 2049 comes out. The config says which field of the data is the prompt and which the
-# label, and which model to start from.
+# A paragraph goes in, and one of the half centuries from 1750 to 2049 comes out. The config
+# says which field of the data is the prompt and which the label, and which model to start from.
 
 # %%
 CONFIG = ROOT / "configs" / "finetune_eras.py"
@@ -158,17 +162,18 @@ print(CONFIG.read_text())
 # %% [markdown]
 # ## Look at the examples before you train
 #
-# Most mistakes in fine-tuning are mistakes in what is learned, and no loss curve shows them. Here the model reads a whole paragraph, cut
-# where it is longer than its context of 64 tokens, and the last token, on yellow, carries the label: what the model has understood by then
-# goes into a new layer that tells the classes apart.
+# Most mistakes in fine-tuning are mistakes in what is learned, and no loss curve shows them.
+# Here the model reads a whole paragraph, cut where it is longer than its context of 64 tokens,
+# and the last token, on yellow, has the label: what the model has understood by then goes into
+# a new layer that tells the classes apart.
 
 # %%
 import html
 
 from gptjax.config import build
 from gptjax.data.records import subsample_evenly
-from gptjax.evaluation import answers as answers_lib
-from gptjax.metrics import classification as classification_metrics
+from gptjax.evaluation.answers import answer_examples
+from gptjax.metrics.classification import classification, confusion
 from gptjax.tasks import loading, preview
 from gptjax.tokenizer.kinds import load_tokenizer
 
@@ -181,32 +186,30 @@ if FAST:
         "optim.warmup_steps": "2",
         "train.log_every": "10",
     }
-knobs = build.load_file(str(CONFIG))
-build.override(knobs, changes)
-config = build.build_config(knobs)
+settings = build.load_file(str(CONFIG))
+build.override(settings, changes)
+config = build.build_config(settings)
 data = loading.load_examples(config, load_tokenizer(BASE / "tokenizer"))
 print(
-    f"{len(data.train):,} examples to learn from, {len(data.eval):,} held out, {len(data.labels)} classes: {', '.join(data.labels)}"
+    f"{len(data.train):,} examples to learn from, {len(data.eval):,} held out, "
+    f"{len(data.labels)} classes: {', '.join(data.labels)}"
 )
-shown = subsample_evenly(data.train, 4)
+examples = subsample_evenly(data.train, 4)
 try:
     from IPython.display import HTML, display
 except ImportError:
-    for example in shown:
+    for example in examples:
         print("\n" + preview.to_terminal(data.tokenizer, example, colour=False))
 else:  # in a frame, so that the page's style does not reach the notebook's
-    page = html.escape(preview.to_html(data.tokenizer, shown))
-    display(
-        HTML(
-            f'<div><iframe srcdoc="{page}" style="width:100%;height:420px;border:0;background:white"></iframe></div>'
-        )
-    )
+    page = html.escape(preview.to_html(data.tokenizer, examples))
+    style = "width:100%;height:420px;border:0;background:white"
+    display(HTML(f'<div><iframe srcdoc="{page}" style="{style}"></iframe></div>'))
 
 # %% [markdown]
 # ## Train
 #
-# The same command as for pretraining, with another config. All parameters are trained, from those of the first model on.
-# It takes about two minutes on two CPU cores.
+# The same command as for pretraining, with another config. All parameters are trained, from
+# those of the first model on. It takes about two minutes on two CPU cores.
 
 # %%
 WORKDIR = RUNS / "eras"
@@ -221,9 +224,11 @@ run(
 # %% [markdown]
 # ## What it gets right, and what it confuses
 #
-# Accuracy alone says little: compare it with always naming the commonest class. The interval says how far chance in the choice of the held-out
-# paragraphs may have moved it: 95 of 100 sets redrawn from them lie within. In the matrix a row is a true half century and a column a
-# predicted one; a model that has understood something errs beside the diagonal, by one half century.
+# Accuracy alone says little: compare it with always naming the most frequent class. The
+# interval says how far chance in the choice of the held-out paragraphs may have moved it: 95 of
+# 100 sets redrawn from them lie within. In the matrix a row is a true half century and a column
+# a predicted one; a model that has understood something errs next to the diagonal, by one half
+# century.
 
 # %%
 import numpy as np
@@ -231,15 +236,16 @@ import numpy as np
 import gptjax
 
 lm = gptjax.load(WORKDIR)
-answers = answers_lib.answer_examples(lm, config.task, data.labels, data.eval)
+answers = answer_examples(lm, config.task, data.labels, data.eval)
 predicted, actual = [int(a.value) for a in answers], [int(e.label) for e in data.eval]
-accuracy = classification_metrics.classification(predicted, actual, len(data.labels))["accuracy"]
-counts = classification_metrics.confusion(predicted, actual, len(data.labels))
+accuracy = classification(predicted, actual, len(data.labels))["accuracy"]
+counts = confusion(predicted, actual, len(data.labels))
 low, high = accuracy.interval()
 labels = [int(e.label) for e in data.train]
 commonest = max(range(len(data.labels)), key=labels.count)
 print(
-    f"accuracy {accuracy.value:.3f} [{low:.3f}, {high:.3f}]; always {data.labels[commonest]}: {actual.count(commonest) / len(actual):.3f}"
+    f"accuracy {accuracy.value:.3f} [{low:.3f}, {high:.3f}]; "
+    f"always {data.labels[commonest]}: {actual.count(commonest) / len(actual):.3f}"
 )
 try:
     import matplotlib.pyplot as plt
@@ -264,7 +270,8 @@ else:
 # %% [markdown]
 # ## Sentences of your own
 #
-# Write some. The model has seen 8,000 paragraphs, cut to 64 tokens, so it goes by words more than by facts.
+# Write some. The model has seen 8,000 paragraphs, cut to 64 tokens, so it goes by words more
+# than by facts.
 
 # %%
 texts = [
@@ -280,5 +287,7 @@ for text, probabilities in zip(texts, lm.classify(texts), strict=True):
     print(f"{lm.config.labels[best]} ({probabilities[best]:.0%})  {text}")
 
 # %% [markdown]
-# To teach it a task of your own, write a config like `configs/finetune_eras.py` with `data.source = "jsonl"` (or csv) and the path of your file: one
-# record a line, such as `{"text": ..., "label": ...}`. The other configs named `finetune_` show topics, sentiment and translation.
+# To teach it a task of your own, write a config like `configs/finetune_eras.py` with
+# `data.source = "jsonl"` (or csv) and the path of your file: one record a line, such as
+# `{"text": ..., "label": ...}`. The other configs named `finetune_` show topics, sentiment and
+# translation.

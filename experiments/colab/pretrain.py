@@ -1,18 +1,20 @@
-# The text of pretrain.ipynb; `python experiments/colab/build.py` makes the notebook of it.
+# The text of pretrain.ipynb; `python experiments/colab/build.py` makes the notebook from it.
 # ruff: noqa: E402 - a cell imports what it is the first to need
 
 # %% [markdown]
 # # Train a GPT from nothing
 #
-# A GPT of 1.1 million parameters learns from 230 years of Presidents' messages to Congress, in about two minutes on two CPU cores.
+# A GPT of 1.1 million parameters learns from 230 years of Presidents' messages to Congress, in
+# a minute or two on two CPU cores.
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/@REPOSITORY@/blob/main/experiments/colab/pretrain.ipynb)
 #
-# Run the cells from top to bottom. No account is needed, and the text comes with the installation.
+# Run the cells from top to bottom. No account is needed, and the text comes with the
+# installation.
 
 # %%
-# Nothing happens here where gptjax can be imported already. Else it is fetched and installed, and the jax that this machine
-# has stays as it is: on Colab it is the one that fits the accelerator.
+# If gptjax can be imported already, this cell does nothing. Otherwise it fetches and installs it,
+# and the machine's own jax stays as it is: on Colab it is the one that fits the accelerator.
 import importlib
 import importlib.metadata
 import os
@@ -37,9 +39,8 @@ def find_gptjax():
 
 ROOT = find_gptjax()
 if ROOT is None:
-    clone = (
-        Path.cwd() / "gptjax-main"
-    )  # not "gptjax": Python would take the clone's folder for the package in it
+    # not "gptjax": Python would take the folder of the clone for the package in it
+    clone = Path.cwd() / "gptjax-main"
     around = [Path.cwd(), *Path.cwd().parents, clone]
     ROOT = next(
         (folder for folder in around if (folder / "configs" / "quickstart.py").is_file()), None
@@ -50,15 +51,15 @@ if ROOT is None:
         commands.append(
             ["git", "clone", "--quiet", "--depth=1", "https://github.com/@REPOSITORY@", str(ROOT)]
         )
-    there = {each.name for each in importlib.metadata.distributions() if each.name}
-    held = [
+    installed = {each.name for each in importlib.metadata.distributions() if each.name}
+    pins = [
         f"{name}=={importlib.metadata.version(name)}"
-        for name in sorted(there)
+        for name in sorted(installed)
         if name == "numpy" or name.startswith("jax")
     ]
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
-        constraints.write_text("".join(f"{each}\n" for each in held))
+        constraints.write_text("".join(f"{pin}\n" for pin in pins))
         pip = [
             sys.executable,
             "-m",
@@ -74,7 +75,7 @@ if ROOT is None:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(
-                    f"{' '.join(command)} failed, where {', '.join(held)} must stay:\n{done.stderr}"
+                    f"{' '.join(command)} failed, while {', '.join(pins)} must stay:\n{done.stderr}"
                 )
     sys.path.insert(0, str(ROOT))  # this process began before the installation
     importlib.invalidate_caches()
@@ -83,7 +84,8 @@ if ROOT is None:
     ROOT = find_gptjax()
     if ROOT is None:
         raise RuntimeError(
-            "gptjax is installed and still cannot be imported: restart the runtime and run this cell again"
+            "gptjax is installed and still cannot be imported: "
+            "restart the runtime and run this cell again"
         )
 print(f"gptjax is in {ROOT}")
 
@@ -91,22 +93,25 @@ print(f"gptjax is in {ROOT}")
 import logging
 import signal
 
-FAST = bool(os.environ.get("GPTJAX_FAST"))  # a rehearsal of a minute, whose numbers mean nothing
+# a rehearsal of a minute, for the test of this notebook; its numbers mean nothing
+FAST = bool(os.environ.get("GPTJAX_FAST"))
 RUNS = Path("runs/colab-fast" if FAST else "runs/colab")
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-)  # for the commands below
-os.environ.setdefault(
-    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
-)  # this notebook and the commands share one GPU
+# for the commands below
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+# this notebook and the commands share one GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of a file that it does not need
 
 
 def run(*arguments):
-    """Runs `python ARGUMENTS` and shows what it says as it comes. The stop button reaches it as Ctrl-C."""
+    """Runs `python ARGUMENTS` and shows its output as it comes.
+
+    The stop button reaches it as Ctrl-C.
+    """
     command = [sys.executable, *map(str, arguments)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    # in a session of its own, so that the stop button is passed on once: a second Ctrl-C means "end without saving"
+    # In a session of its own, so that the stop button is passed on once: a second Ctrl-C means
+    # "end without saving".
     with subprocess.Popen(command, start_new_session=True, **streams) as process:
         try:
             for line in process.stdout:
@@ -123,8 +128,9 @@ def run(*arguments):
 # %% [markdown]
 # ## The experiment is one short file
 #
-# It names what differs from the defaults: a model of 3 layers, each token a vector of 128 numbers; the text and a vocabulary of 4,096 pieces
-# that is learned from it; the optimizer; and how long to train.
+# It names what differs from the defaults: the number of layers, and the length of the vector that
+# stands for a token; the text, and a vocabulary of 4,096 pieces that is learned from it; the
+# optimizer; and how long to train.
 
 # %%
 CONFIG = ROOT / "configs" / "quickstart.py"
@@ -133,16 +139,16 @@ print(CONFIG.read_text())
 # %% [markdown]
 # ## Train
 #
-# This is the command that you would type in a terminal. It reads the text, learns the vocabulary, cuts the text into tokens, compiles the
-# training step and then repeats it: 16 pieces of 64 tokens each time. A twentieth of the messages is held out and never learned from.
+# This is the command that you would type in a terminal. It reads the text, learns the
+# vocabulary, cuts the text into tokens, compiles the training step and then repeats it, with
+# another batch of pieces of 64 tokens each time. A twentieth of the messages is held out and
+# never learned from.
 #
 # If you press the stop button, the run saves itself, and the same cell goes on from there.
 
 # %%
 WORKDIR = RUNS / "quickstart"
-flags = [
-    "--config.train.eval_every=86"
-]  # five evaluations, to draw a curve; the config has one, at the end
+flags = []
 if FAST:
     flags = [
         "--config.train.steps=30",
@@ -155,19 +161,21 @@ run("-m", "gptjax.train", f"--config={CONFIG}", f"--workdir={WORKDIR}", *flags)
 # %% [markdown]
 # ## The loss falls
 #
-# The run wrote a line of `metrics.jsonl` for each measurement. The loss is the negative logarithm of the probability that the model gave to
-# the token that came next, averaged. A model that knows nothing gives each of the 4,096 tokens the same probability, a loss of 8.3.
-# Where the held-out loss stays as low as the training loss, the model learned the language and not the pages by heart.
+# The run wrote a line of `metrics.jsonl` for each measurement. The loss is the negative
+# logarithm of the probability that the model gave to the token that came next, averaged. A
+# model that knows nothing gives each of the 4,096 tokens the same probability, a loss of 8.3.
+# Where the held-out loss stays as low as the training loss, the model learned the language and
+# not the pages by heart.
 
 # %%
 from gptjax.tracking.jsonl import read_jsonl
 
 records = read_jsonl(WORKDIR / "metrics.jsonl")
-train, held_out = (
-    [(r["step"], r[name]) for r in records if name in r] for name in ("train/loss", "eval/loss")
-)
+train = [(r["step"], r["train/loss"]) for r in records if "train/loss" in r]
+held_out = [(r["step"], r["eval/loss"]) for r in records if "eval/loss" in r]
 print(
-    f"training loss {train[0][1]:.3f} after {train[0][0]} steps, {train[-1][1]:.3f} after {train[-1][0]}; held out {held_out[-1][1]:.3f}"
+    f"training loss {train[0][1]:.3f} after {train[0][0]} steps, "
+    f"{train[-1][1]:.3f} after {train[-1][0]}; held out {held_out[-1][1]:.3f}"
 )
 try:
     import matplotlib.pyplot as plt
@@ -184,8 +192,9 @@ else:
 # %% [markdown]
 # ## Let it write
 #
-# The model gives a probability to each possible next token; one is drawn, appended, and the question asked anew. A temperature below 1
-# prefers the likelier ones, and `top_p` leaves out the unlikely rest. Another seed gives another text.
+# The model gives a probability to each possible next token; one is drawn and appended, and the
+# model is asked again. A temperature below 1 prefers the likelier ones, and `top_p` leaves out
+# the unlikely rest. Another seed gives another text.
 
 # %%
 import gptjax
@@ -200,20 +209,23 @@ print()
 # %% [markdown]
 # ## How good is that?
 #
-# Losses per token cannot be compared between vocabularies: whoever cuts the text into longer tokens has fewer and harder ones to guess. So
-# count the bits that the model needs for each byte of the held-out text, as if it were a program that compresses files. On the same text,
-# `xz -9` is such a program, and the bigram model guesses each token from the one before it, counted in the whole training text.
+# Losses per token cannot be compared between vocabularies: whoever cuts the text into longer
+# tokens has fewer and harder ones to guess. So count the bits that the model needs for each
+# byte of the held-out text, as if it were a program that compresses files. On the same text,
+# `xz -9` is such a program, and a bigram model guesses each token from the one before it: one
+# has counted all of the training text, the other only what this model has read.
 
 # %%
 import json
 
-described = json.loads((WORKDIR / "run.json").read_text())
-bits = next(r["eval/bits_per_byte"] for r in reversed(records) if "eval/bits_per_byte" in r)
-for name, value in {"this model": bits, **described["baselines"]}.items():
+run_json = json.loads((WORKDIR / "run.json").read_text())
+bits = [r["eval/bits_per_byte"] for r in records if "eval/bits_per_byte" in r]
+for name, value in {"this model": bits[-1], **run_json["baselines"]}.items():
     print(f"{value:.3f} bits per byte: {name}")
 
 # %% [markdown]
-# After 430 steps the model has read a sixth of the text, and the bigram model, which has counted all of it, is still ahead. What becomes of
-# that with more training? Add `"--config.train.steps=2000"` to the flags and take another folder for `WORKDIR`.
+# The model has read only a part of the text. What becomes of it with more training? Add `"--
+# config.train.steps=2000"` to the flags and take another folder for `WORKDIR`.
 #
-# `report.html` in the run's folder shows curves, samples and settings on one page. The next notebook, `finetune.ipynb`, teaches this model a task.
+# `report.html` in the run's folder shows curves, samples and settings on one page. The next
+# notebook, `finetune.ipynb`, teaches this model a task.
