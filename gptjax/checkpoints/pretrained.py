@@ -90,7 +90,7 @@ def _open_run(path: Path) -> Pretrained:
     return Pretrained(run.config.model, params, run.tokenizer, keep=_special_ids({}, run.tokenizer))
 
 
-# Begins a digest; a run of before there was one is not compared.
+# Begins a digest. Early runs stored none, or another kind: those are not compared.
 _DIGEST = "sampled:"
 
 # What a run with adapters may cut, replace or train too: no adapter multiplies these.

@@ -141,7 +141,7 @@ class LazyParams:
     def part(self, layer: int | None) -> dict[str, Any]:
         """One layer's parameters as stored, as a nested dict; with None, those in no layer.
 
-        Those of a layer are views of the file where its order is ours; the others JAX arrays.
+        Those of a layer are views of the file where the order is the same; the others JAX arrays.
         """
         flat: dict[str, Any] = {}
         for tensor_map, names in self._sources[layer]:

@@ -1,4 +1,4 @@
-"""Classifiers and adapters against transformers and PEFT: what leaves here is the same there, and what comes from there is the same here."""
+"""Classifiers and adapters against transformers and PEFT, in both directions."""
 
 import dataclasses
 
@@ -12,15 +12,15 @@ import gptjax
 from gptjax.checkpoints import formats, peft
 from gptjax.model import head, lora, transformer
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("default"),
-]  # what these two warn of is not ours
+# warnings of these two libraries are not about this package
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'gptjax[parity]'")
 T = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install 'gptjax[parity]'"
 )
-theirs = pytest.importorskip("peft", reason="peft is not installed: pip install 'gptjax[parity]'")
+peft_library = pytest.importorskip(
+    "peft", reason="peft is not installed: pip install 'gptjax[parity]'"
+)
 TOKENS = np.random.default_rng(0).integers(0, 260, (3, 20))
 CLASSES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "gpt_neox": "GPTNeoX"}
 
@@ -38,12 +38,12 @@ def our_logits(c, params, tokens=TOKENS):
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_a_classifier_has_equal_logits_there(tmp_path, family):
-    made = tiny_checkpoint(family, vocab=264, tokenizer=byte_level_tokenizer())
-    config = dataclasses.replace(made.config, labels=("bad", "fine", "good"))
+    checkpoint = tiny_checkpoint(family, vocab=264, tokenizer=byte_level_tokenizer())
+    config = dataclasses.replace(checkpoint.config, labels=("bad", "fine", "good"))
     params = jax.tree.map(np.asarray, random_params(config))
     formats.write_checkpoint(
         tmp_path / "out",
-        dataclasses.replace(made, config=config, params=params, keep={"eos_token_id": 263}),
+        dataclasses.replace(checkpoint, config=config, params=params, keep={"eos_token_id": 263}),
     )
     net = T.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert type(
@@ -58,11 +58,11 @@ def test_a_classifier_has_equal_logits_there(tmp_path, family):
     np.testing.assert_allclose(
         lm.classify(TOKENS.tolist()), expected / expected.sum(1, keepdims=True), atol=1e-5
     )
-    # padded rows: theirs finds each last token by what is no padding, ours by lengths
+    # padded rows: transformers finds each last token by what is no padding, we by lengths
     ragged = np.where(np.arange(20) < np.array([[5], [20], [11]]), TOKENS, net.config.pad_token_id)
     expected = np.exp(logits_of(net, ragged))
-    found = lm.classify([row[:n].tolist() for row, n in zip(TOKENS, (5, 20, 11), strict=True)])
-    np.testing.assert_allclose(found, expected / expected.sum(1, keepdims=True), atol=1e-5)
+    result = lm.classify([row[:n].tolist() for row, n in zip(TOKENS, (5, 20, 11), strict=True)])
+    np.testing.assert_allclose(result, expected / expected.sum(1, keepdims=True), atol=1e-5)
     net.save_pretrained(tmp_path / "back")
     np.testing.assert_array_equal(
         gptjax.load(tmp_path / "back").params["score"]["kernel"], params["score"]["kernel"]
@@ -70,7 +70,7 @@ def test_a_classifier_has_equal_logits_there(tmp_path, family):
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "phi3"])
 def test_our_adapters_load_in_peft(tmp_path, family, dora):
     config = adapter_config(family, rank=3, alpha=5.0, dora=dora)
     base = tiny_checkpoint(family, vocab=264)
@@ -79,7 +79,7 @@ def test_our_adapters_load_in_peft(tmp_path, family, dora):
     peft.write_adapter(
         tmp_path / "adapter", config.model, config.lora, trained, str(tmp_path / "base")
     )
-    net = theirs.PeftModel.from_pretrained(
+    net = peft_library.PeftModel.from_pretrained(
         T.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
     )
     expected = our_logits(base.config, lora.apply_adapter(config.lora, base.params, trained))
@@ -99,7 +99,7 @@ def test_adapters_of_peft_load_here(tmp_path, family, kind):
     )
     some = ["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"]
     if kind == "prompt":
-        settings = theirs.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        settings = peft_library.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     else:
         flags = {
             "use_rslora": kind == "rslora",
@@ -107,14 +107,16 @@ def test_adapters_of_peft_load_here(tmp_path, family, kind):
             "fan_in_fan_out": family == "gpt2",
             "lora_alpha": 6,
         }
-        settings = theirs.LoraConfig(
+        settings = peft_library.LoraConfig(
             r=2,
             target_modules=some if kind == "some targets" else every,
             task_type="CAUSAL_LM",
             **flags,
         )
     torch.manual_seed(0)
-    net = theirs.get_peft_model(T.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), settings)
+    net = peft_library.get_peft_model(
+        T.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), settings
+    )
     for name, p in net.named_parameters():
         if p.requires_grad:
             torch.nn.init.normal_(
@@ -124,12 +126,12 @@ def test_adapters_of_peft_load_here(tmp_path, family, kind):
     lm = gptjax.load(tmp_path / "base").with_adapter(tmp_path / "adapter")
     expected = logits_of(net)
     if kind == "prompt":
-        found = lm.logits(np.concatenate([np.zeros((3, 4), int), TOKENS], 1))
-        expected = expected[:, -found.shape[1] :]
-        found = found[:, -expected.shape[1] :]
+        result = lm.logits(np.concatenate([np.zeros((3, 4), int), TOKENS], 1))
+        expected = expected[:, -result.shape[1] :]
+        result = result[:, -expected.shape[1] :]
     else:
-        found = lm.logits(TOKENS)
-    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+        result = lm.logits(TOKENS)
+    np.testing.assert_allclose(result, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_a_tuned_classifier_leaves_as_an_adapter(tmp_path):
@@ -152,9 +154,9 @@ def test_a_tuned_classifier_leaves_as_an_adapter(tmp_path):
     )
     net = T.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
     net.config.pad_token_id = 263
-    net = theirs.PeftModel.from_pretrained(net, tmp_path / "adapter")
+    net = peft_library.PeftModel.from_pretrained(net, tmp_path / "adapter")
     expected = np.exp(logits_of(net))
-    found = (
+    result = (
         gptjax.load(tmp_path / "base").with_adapter(tmp_path / "adapter").classify(TOKENS.tolist())
     )
-    np.testing.assert_allclose(found, expected / expected.sum(1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(result, expected / expected.sum(1, keepdims=True), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: every family survives each format, and no broken or hostile file does more than be refused."""
+"""Every family survives each format of checkpoints; broken and hostile files are refused."""
 
 import dataclasses
 import json
@@ -106,7 +106,7 @@ def test_what_an_export_must_not_lose(tmp_path):
     with pytest.raises(UserError, match="float16 cannot"):
         formats.write_checkpoint(tmp_path / "big", checkpoint, dtype="float16")
     assert not (tmp_path / "big").exists()
-    for family in ("mistral", "gpt2_untied"):
+    for family in ("mistral", "gpt2_untied", "gemma2"):
         with pytest.raises(UserError, match="GGUF"):
             formats.write_checkpoint(tmp_path / "lost.gguf", tiny_checkpoint(family), form="gguf")
 
@@ -144,7 +144,7 @@ def test_a_file_that_changed_since_is_not_read(form, tmp_path, monkeypatch):
 
 
 def test_flax_msgpack_is_read(tmp_path):
-    """transformers 4's Flax GPT-2 keeps kernels transposed and calls weights kernel, scale, embedding."""
+    """transformers 4's Flax GPT-2 has kernels transposed, and other names of weights."""
     from flax import serialization
 
     checkpoint = tiny_checkpoint("gpt2")
@@ -223,10 +223,10 @@ def safetensors_of(path, change):
 
 
 def edit_json(path, **changes):
-    found = json.loads(path.read_text())
+    content = json.loads(path.read_text())
     for key, value in changes.items():
-        found.pop(key) if value is None else found.update({key: value})
-    path.write_text(json.dumps(found))
+        content.pop(key) if value is None else content.update({key: value})
+    path.write_text(json.dumps(content))
 
 
 def with_index(folder, name):
@@ -436,7 +436,8 @@ def test_broken_gguf(damage, tmp_path):
 
 ESCAPES = {
     "attribute walk": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "format": "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}{{ messages.__class__.__bases__[0].__subclasses__() }}",
+    "format": "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}"
+    "{{ messages.__class__.__bases__[0].__subclasses__() }}",
     "globals": "{{ cycler.__init__.__globals__.os.system('touch pwned') }}",
     "import": "{% import '/etc/passwd' as x %}{{ x }}",
     "endless": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -539,7 +540,7 @@ def test_sentencepiece_like_vocabulary_round_trips():
 
 
 def test_weights_of_a_checkpoint_can_be_trained_further(tmp_path):
-    """`train.init_from`: the first loss is the checkpoint's, the model's shape and tokenizer are taken from it."""
+    """`train.init_from` takes shape and tokenizer of a checkpoint; the first loss is its own."""
     checkpoint = tiny_checkpoint("llama", context=32, tokenizer=byte_level_tokenizer())
     formats.write_checkpoint(tmp_path / "base", checkpoint)
     corpus = tmp_path / "c.txt"
@@ -568,10 +569,10 @@ def test_weights_of_a_checkpoint_can_be_trained_further(tmp_path):
         if "train/loss" in line
     ]
     ids = checkpoint.tokenizer.encode("the cat in the hat sat. " * 40)[:480]
-    found = gptjax.load(tmp_path / "base").token_logprobs(
+    logprobs = gptjax.load(tmp_path / "base").token_logprobs(
         [ids[i : i + 17] for i in range(0, 460, 16)]
     )
-    assert losses[0] == pytest.approx(-np.mean([lp.mean() for lp, _ in found]), rel=0.2)
+    assert losses[0] == pytest.approx(-np.mean([lp.mean() for lp, _ in logprobs]), rel=0.2)
     wrong = command(
         "gptjax.train",
         *[f.replace("/base", "/absent") for f in flags[:-1]],

@@ -1,4 +1,4 @@
-"""Real checkpoints against the libraries that wrote them: logits both ways, generation token for token, tokenizers, chat templates."""
+"""Checkpoints against the libraries that wrote them: logits, gradients, generation, tokenizers."""
 
 import json
 
@@ -103,7 +103,7 @@ MODELS = {
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 40))
 
 
-def theirs(name):
+def random_net(name):
     """A random model with every weight away from zeros and ones."""
     torch.manual_seed(0)
     net = MODELS[name]().eval()
@@ -121,7 +121,7 @@ def logits_of(net):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_both_ways_and_exact_tensors(name, tmp_path):
-    net = theirs(name)
+    net = random_net(name)
     net.save_pretrained(tmp_path / "in")
     expected = logits_of(net)
     lm = gptjax.load(tmp_path / "in")
@@ -136,9 +136,9 @@ def test_logits_both_ways_and_exact_tensors(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "phi3", "gemma2"])
-def test_gradients_are_theirs(name, tmp_path):
+def test_gradients_equal_those_of_transformers(name, tmp_path):
     """The maps of a family are linear, so gradients of parameters map as the parameters do."""
-    net = theirs(name)
+    net = random_net(name)
     net.save_pretrained(tmp_path)
     net(torch.tensor(TOKENS), labels=torch.tensor(TOKENS)).loss.backward()
     checkpoint = pretrained.read_checkpoint(tmp_path)
@@ -159,7 +159,7 @@ def test_gradients_are_theirs(name, tmp_path):
 
 def test_stored_halves_come_back_bit_for_bit(tmp_path):
     for dtype in (torch.bfloat16, torch.float16):
-        net = theirs("llama").to(dtype)
+        net = random_net("llama").to(dtype)
         net.save_pretrained(tmp_path / f"{dtype}")
         formats.convert(tmp_path / f"{dtype}", tmp_path / f"{dtype}_out", form="hf")
         again = T.AutoModelForCausalLM.from_pretrained(
@@ -205,16 +205,16 @@ GENERATE = {
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "mistral", "phi3", "gemma2"])
 def test_generation_token_for_token(name, tmp_path):
-    """Ours as one ragged batch, theirs row by row."""
-    net = theirs(name)
+    """Here as one ragged batch, in transformers row by row."""
+    net = random_net(name)
     net.save_pretrained(tmp_path)
     net.generation_config.eos_token_id, net.generation_config.pad_token_id = None, 0
     lm = gptjax.load(tmp_path)
     prompts = [np.random.default_rng(1).integers(0, 97, k).tolist() for k in (3, 9, 1, 17)]
     different = set()
-    for case, (ours, settings) in GENERATE.items():
-        found = lm.generate(prompts, max_new_tokens=20, **ours)
-        for prompt, got in zip(prompts, found, strict=True):
+    for case, (options, settings) in GENERATE.items():
+        completions = lm.generate(prompts, max_new_tokens=20, **options)
+        for prompt, got in zip(prompts, completions, strict=True):
             ids = torch.tensor([prompt])
             with torch.no_grad():
                 out = net.generate(
@@ -246,7 +246,7 @@ def processed(logits, history, **settings):
 
 
 @pytest.mark.parametrize("shape", ["random", "ties", "flat"])
-def test_processors_equal_theirs(shape):
+def test_processors_equal_those_of_transformers(shape):
     rng = np.random.default_rng(0)
     logits = {
         "random": rng.normal(size=(6, 50)) * 3,
@@ -273,15 +273,15 @@ def test_processors_equal_theirs(shape):
         (dict(min_new_tokens=20), P.MinNewTokensLengthLogitsProcessor(3, 20, torch.tensor([4]))),
     ]
     for settings, processor in cases:
-        expected, found = (
+        expected, result = (
             torch.softmax(processor(ids, scores.clone()), -1).numpy(),
             processed(logits, history, **settings),
         )
         if (
             "top_p" in settings and shape != "random"
         ):  # torch.sort is not stable: which of several equals stay is its whim, how many is not
-            expected, found = np.sort(expected), np.sort(found)
-        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=str(settings))
+            expected, result = np.sort(expected), np.sort(result)
+        np.testing.assert_allclose(result, expected, atol=1e-5, err_msg=str(settings))
 
 
 def strings(count):
@@ -333,32 +333,32 @@ def strings(count):
 def test_tokenizers_equal_their_references(tmp_path):
     texts = strings(2000)
     reference = {}
-    ours = {"trained here": byte_level_tokenizer()}
-    ours["trained here"].save(tmp_path / "x")
-    for name, data in ours["trained here"].files().items():
+    tokenizers = {"trained here": byte_level_tokenizer()}
+    tokenizers["trained here"].save(tmp_path / "x")
+    for name, data in tokenizers["trained here"].files().items():
         (tmp_path / name).write_bytes(data)
     reference["trained here"] = T.PreTrainedTokenizerFast(
         tokenizer_file=str(tmp_path / "tokenizer.json")
     )
     if SHARED.exists():
-        ours["gpt2"] = OpenAITokenizer.find("gpt2", str(SHARED / "gpt2_bpe"))
-        exported = formats._hf_tokenizer(ours["gpt2"])
+        tokenizers["gpt2"] = OpenAITokenizer.find("gpt2", str(SHARED / "gpt2_bpe"))
+        exported = formats._hf_tokenizer(tokenizers["gpt2"])
         (tmp_path / "gpt2.json").write_bytes(exported.files()["tokenizer.json"])
         reference["gpt2"] = T.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "gpt2.json"))
-        ours["cl100k"] = OpenAITokenizer.find("cl100k", str(SHARED / "openai_ranks"))
+        tokenizers["cl100k"] = OpenAITokenizer.find("cl100k", str(SHARED / "openai_ranks"))
         from transformers.convert_slow_tokenizer import TikTokenConverter
 
         converter = TikTokenConverter(
             vocab_file=str(SHARED / "openai_ranks" / "cl100k_base.tiktoken")
         )
         reference["cl100k"] = T.PreTrainedTokenizerFast(tokenizer_object=converter.converted())
-    for name, tokenizer in ours.items():
-        found = tokenizer.encode_batch(texts)
-        for text, ids in zip(texts, found, strict=True):
+    for name, tokenizer in tokenizers.items():
+        encoded = tokenizer.encode_batch(texts)
+        for text, ids in zip(texts, encoded, strict=True):
             assert tokenizer.decode(ids) == text, name
             parts = (
                 [text] if "<|" not in text else []
-            )  # theirs turns typed names of control tokens into them
+            )  # transformers turns typed names of control tokens into them
             for part in parts:
                 assert ids.tolist() == reference[name](part, add_special_tokens=False).input_ids, (
                     name,
@@ -368,27 +368,30 @@ def test_tokenizers_equal_their_references(tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_tokenizer_equals_its_reference():
-    """The vocabulary as transformers reads it from the same file. It leaves out that this vocabulary cuts digits off first, so it is told."""
+    """The vocabulary as transformers reads it from the same file.
+
+    It leaves out that this vocabulary cuts digits off first, so it is told.
+    """
     from experiments.smollm2 import fetch
 
     try:
         path = fetch.fetch()
     except UserError as error:
         pytest.skip(str(error))
-    theirs = T.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    cuts = theirs.backend_tokenizer.pre_tokenizer
-    theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    reference = T.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    cuts = reference.backend_tokenizer.pre_tokenizer
+    reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), cuts]
     )
-    ours = gguf.read_gguf(path).tokenizer
+    tokenizer = gguf.read_gguf(path).tokenizer
     texts = [text for text in strings(6000) if "<|" not in text][:2000]
     assert len(texts) == 2000
     known = {
-        data for data in ours.token_bytes if len(data) == 1
+        data for data in tokenizer.token_bytes if len(data) == 1
     }  # 21 bytes have no token, six of them control characters: both drop those
-    for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
-        assert ids.tolist() == theirs(text, add_special_tokens=False).input_ids, text
-        assert ours.decode(ids) == text or not all(
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert ids.tolist() == reference(text, add_special_tokens=False).input_ids, text
+        assert tokenizer.decode(ids) == text or not all(
             bytes([byte]) in known for byte in text.encode()
         ), text
 
@@ -396,10 +399,10 @@ def test_smollm2_tokenizer_equals_its_reference():
 @pytest.mark.parametrize(
     "content", ["hello", "  spaces \n\n", "in the 中文 é", "{{ not a template }}"]
 )
-def test_chat_templates_equal_theirs(content):
+def test_chat_templates_equal_those_of_transformers(content):
     tokenizer = byte_level_tokenizer(CHATML_BY_EXPRESSIONS)
-    theirs = T.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._control, eos_token="<|im_end|>", bos_token="<|endoftext|>"
+    reference = T.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._with_control, eos_token="<|im_end|>", bos_token="<|endoftext|>"
     )
     messages = [
         {"role": "system", "content": "be brief"},
@@ -407,7 +410,7 @@ def test_chat_templates_equal_theirs(content):
         {"role": "assistant", "content": "ok"},
     ]
     for flag in (True, False):
-        expected = theirs.apply_chat_template(
+        expected = reference.apply_chat_template(
             messages,
             chat_template=CHATML_BY_EXPRESSIONS,
             add_generation_prompt=flag,

@@ -60,14 +60,14 @@ def test_restore_on_any_mesh_is_exact(saved, tmp_path, mesh):
     folder, states = saved
     copy = shutil.copytree(folder, tmp_path / "checkpoints")
     config = make_config(mesh=mesh)
-    made = make_mesh(config, jax.devices()[: 1 if mesh == dict(data=1) else 8])
-    with jax.set_mesh(made):
+    device_mesh = make_mesh(config, jax.devices()[: 1 if mesh == dict(data=1) else 8])
+    with jax.set_mesh(device_mesh):
         checkpoints = Checkpoints(copy, keep=2)
-        state, meta = checkpoints.restore(*places(config, made))
+        state, meta = checkpoints.restore(*places(config, device_mesh))
         checkpoints.close()
     assert meta["note"] == 2
     assert_equal(states[2], state)
-    assert state.params["embed"]["tokens"].sharding.mesh == made
+    assert state.params["embed"]["tokens"].sharding.mesh == device_mesh
 
 
 def damage(path, kind, generator):
@@ -192,13 +192,15 @@ from gptjax.checkpoints.store import Checkpoints
 from gptjax.core.types import TrainState
 arrays = {f"w{i}": jax.random.normal(jax.random.key(i), (64, 64)) for i in range(40)}
 checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # the kernel refuses to write further
-print(checkpoints.save(TrainState(jnp.int32(1), arrays, arrays, jnp.zeros(2, jnp.uint32)), {}, wait=True))
+# the kernel refuses to write further
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+state = TrainState(jnp.int32(1), arrays, arrays, jnp.zeros(2, jnp.uint32))
+print(checkpoints.save(state, {}, wait=True))
 checkpoints.close()
 """
 
 
-def test_a_save_that_meets_a_full_disk_is_told_in_one_line(tmp_path):
+def test_a_save_that_runs_out_of_disk_space_is_told_in_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path)],
         cwd=ROOT,

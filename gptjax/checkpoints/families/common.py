@@ -61,7 +61,7 @@ class Family:
     gguf: GgufNames | None = None
 
 
-# Names of activations in config.json: ours.
+# {activation in config.json: setting model.mlp}
 GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact"}
 
 
