@@ -98,11 +98,11 @@ def test_a_classifier_is_tuned_judged_and_compared(place, tuned):
         f"--out={place}/out",
         "--json",
     )
-    found = json.loads(done.stdout)
-    assert list(found) == [str(tuned), f"{place}/base", "majority"]
+    scores = json.loads(done.stdout)
+    assert list(scores) == [str(tuned), f"{place}/base", "majority"]
     assert (
-        found[str(tuned)]["accuracy"]["value"] == 1.0
-        and found["majority"]["accuracy"]["value"] == 0.5
+        scores[str(tuned)]["accuracy"]["value"] == 1.0
+        and scores["majority"]["accuracy"]["value"] == 0.5
     )
     lines = [json.loads(line) for line in (place / "out" / "1-run.jsonl").read_text().splitlines()]
     assert (
@@ -146,9 +146,9 @@ def test_text_and_labels_as_text_are_judged(place):
 def test_text_scores_count_every_token_once(place):
     lm = language_model.load(place / "base")
     document = "the in a " * 40  # several windows
-    found = text_scores(lm, iter([document, "in"]))
+    scores = text_scores(lm, iter([document, "in"]))
     ids = lm.tokenizer.encode(document)
-    assert found["loss"].stats.sum(0)[1] == len(ids) + len(lm.tokenizer.encode("in"))
+    assert scores["loss"].stats.sum(0)[1] == len(ids) + len(lm.tokenizer.encode("in"))
     short = text_scores(lm, iter(["the in"]))
     assert short["loss"].value == pytest.approx(
         -np.mean(lm.token_logprobs([[lm.tokenizer.eot, *lm.tokenizer.encode("the in")]])[0][0]),

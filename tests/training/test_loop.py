@@ -1,4 +1,4 @@
-"""The whole command: a run, its files, its refusals, its text."""
+"""The command from end to end: a run, its files, its refusals, its text."""
 
 import json
 import os
@@ -176,9 +176,9 @@ import resource
 from gptjax.runtime.memory import keep_freed_memory
 keep_freed_memory()
 import jax, jax.numpy as jnp
-rows, whole = jnp.arange(24.0)[:, None], jax.lax.optimization_barrier
+rows, barrier = jnp.arange(24.0)[:, None], jax.lax.optimization_barrier
 # temporaries of 192 MiB
-step = jax.jit(lambda x: whole(whole(x + rows)[::-1] * 2).sum(0) / 24, donate_argnums=0)
+step = jax.jit(lambda x: barrier(barrier(x + rows)[::-1] * 2).sum(0) / 24, donate_argnums=0)
 x = jnp.zeros(1 << 20)
 for _ in range(20):
     began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -65,11 +65,11 @@ def place(tmp_path_factory):
         for i in range(24)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    asked = [{"prompt": "ab"[i % 2], "answer": ["upper", "lower"][i % 2]} for i in range(8)]
+    questions = [{"prompt": "ab"[i % 2], "answer": ["upper", "lower"][i % 2]} for i in range(8)]
     (folder / "case.py").write_text(
         "def case(answer, references):\n    return float(getattr(answer, 'is' + references[0])())\n"
     )
-    (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     return folder
 
 
@@ -151,10 +151,10 @@ def test_the_batch_objective_is_the_formula_on_sums(kind, place, tmp_path):
     reference = np.array([r for _, r in rows]).T
     beta = config.task.beta
     if kind == "orpo":
-        expected, found = preference_losses.orpo(
+        expected, diagnostics = preference_losses.orpo(
             sums[0] / lengths[0], sums[1] / lengths[1], nll=-sums[0] / lengths[0], weight=beta
         )
-        hits = found["accuracy"].sum()
+        hits = diagnostics["accuracy"].sum()
     elif kind == "kto":
         kl = (sums[2] - reference[2]).mean()
         both = [
@@ -166,14 +166,14 @@ def test_the_batch_objective_is_the_formula_on_sums(kind, place, tmp_path):
         expected, hits = both[0][0] + both[1][0], sum(b[1]["accuracy"].sum() for b in both) / 2
     else:
         function = {"dpo": preference_losses.dpo, "ipo": preference_losses.ipo}[kind]
-        expected, found = function(
+        expected, diagnostics = function(
             sums[0],
             sums[1],
             reference_chosen=reference[0],
             reference_rejected=reference[1],
             beta=beta,
         )
-        hits = found["accuracy"].sum()
+        hits = diagnostics["accuracy"].sum()
     np.testing.assert_allclose(total, expected.sum(), rtol=1e-4)
     np.testing.assert_allclose(right, hits)
 
@@ -181,7 +181,7 @@ def test_the_batch_objective_is_the_formula_on_sums(kind, place, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["dpo", "kto"]
-)  # orpo differs in its formula alone, which stands above
+)  # orpo differs in its formula alone, which is above
 def test_preferences_are_learned_from_the_reference_on(kind, place):
     run = place / f"run-{kind}"
     run.mkdir()  # with what a run that was given up before its first checkpoint may have left
@@ -200,13 +200,13 @@ def test_preferences_are_learned_from_the_reference_on(kind, place):
         )
     )
     records = read_jsonl(run / "metrics.jsonl")
-    found = [r["train/loss"] for r in records if "train/loss" in r]
+    losses = [r["train/loss"] for r in records if "train/loss" in r]
     if kind == "dpo":
-        assert found[0] == pytest.approx(
+        assert losses[0] == pytest.approx(
             np.log(2), abs=1e-4
         )  # policy and reference are one at first
     assert (
-        found[-1] < 0.8 * found[0]
+        losses[-1] < 0.8 * losses[0]
         and [r for r in records if "answers/accuracy" in r][-1]["answers/accuracy"] == 1.0
     )
     assert (run / "reference-train.npy").exists()
@@ -227,15 +227,15 @@ def test_rewards_rise_and_a_resumed_run_writes_the_same_answers(place):
         "optim.weight_decay": 0,
     }
     grpo |= {"train.steps": 60, "train.save_every": 30, "task.eval_samples": 2}
-    command(*flags(place, place / "grpo", "asked.jsonl", **grpo))
+    command(*flags(place, place / "grpo", "questions.jsonl", **grpo))
     rewards = [
         r["train/reward"]
         for r in read_jsonl(place / "grpo" / "metrics.jsonl")
         if "train/reward" in r
     ]
     assert np.mean(rewards[:3]) < 0.2 and np.mean(rewards[-5:]) > 0.9
-    command(*flags(place, place / "stopped", "asked.jsonl", **grpo, **{"train.stop_at": 30}))
-    command(*flags(place, place / "stopped", "asked.jsonl", **grpo))
+    command(*flags(place, place / "stopped", "questions.jsonl", **grpo, **{"train.stop_at": 30}))
+    command(*flags(place, place / "stopped", "questions.jsonl", **grpo))
     assert [
         r["train/reward"]
         for r in read_jsonl(place / "stopped" / "metrics.jsonl")
@@ -252,14 +252,14 @@ def test_the_end_that_was_sampled_is_the_one_credited(place):
     """Every token of this vocabulary but two ends an answer."""
     from gptjax.tokenizer.pretrained import PretrainedTokenizer
 
-    one = byte_level_tokenizer()
-    tokenizer = PretrainedTokenizer(one.files(), [263, *range(2, 262)])
+    plain = byte_level_tokenizer()
+    tokenizer = PretrainedTokenizer(plain.files(), [263, *range(2, 262)])
     task = dict(name="grpo", num_generations=8, max_new_tokens=4, reward="contains")
     config = make_config(
         task=task,
         train=dict(init_from="x", batch_size=16),
         model=dict(context=32, vocab_size=264),
-        data=dict(source="jsonl", path=str(place / "asked.jsonl")),
+        data=dict(source="jsonl", path=str(place / "questions.jsonl")),
     )
     mesh = make_mesh(config, jax.devices()[:1])
     run = types.SimpleNamespace(
@@ -284,7 +284,7 @@ def test_an_epoch_of_rewards_asks_every_prompt_once(place):
         train=dict(init_from="x", batch_size=16, epochs=3.0),
         optim=dict(warmup_steps=2),
         model=dict(context=64, vocab_size=264),
-        data=dict(source="jsonl", path=str(place / "asked.jsonl"), eval_fraction=0.0),
+        data=dict(source="jsonl", path=str(place / "questions.jsonl"), eval_fraction=0.0),
     )
     data = loading.load_examples(config, byte_level_tokenizer())
     assert len(data.train) == 8 and resolve_config(config, data).train.steps == 3 * 8 * 8 // 16

@@ -48,8 +48,8 @@ def test_the_update_is_that_of_optax(name):
         "lion": optax.lion(rate, b1=0.9, b2=0.99, weight_decay=0.0),
         "adafactor": optax.adafactor(rate, min_dim_size_to_factor=16),
     }
-    ours = updates_of(optim.make_optimizer(config, params), params)
-    for a, b in zip(ours, updates_of(of_optax[name], params), strict=True):
+    updates = updates_of(optim.make_optimizer(config, params), params)
+    for a, b in zip(updates, updates_of(of_optax[name], params), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -151,8 +151,8 @@ def test_rows_and_columns_are_split_as_their_parameter_is():
         leaf = moments[path]
         on_device = [tree.bytes_on_device(leaf, device) for device in jax.devices()]
         assert on_device == [leaf.nbytes // parts] * 8, path
-    held = tree.bytes_on_device(moments, jax.devices()[0])
-    assert held < 0.5 * tree.nbytes(moments)
+    on_first = tree.bytes_on_device(moments, jax.devices()[0])
+    assert on_first < 0.5 * tree.nbytes(moments)
 
 
 def test_of_a_square_matrix_rows_and_columns_keep_different_axes():

@@ -12,73 +12,77 @@ sigmoid = lambda x: 1 / (1 + np.exp(-np.asarray(x, np.float64)))
 
 def sums(count, seed=0):
     """`count` arrays [13] of log-probabilities of answers of some ten tokens; four are round."""
-    found = -30 * np.random.default_rng(seed).random((count, 13))
-    found[:, :4] = -np.arange(1.0, count + 1)[:, None] * [1, 2, 3, 4]
-    return found.astype(np.float32).astype(np.float64)
+    logprobs = -30 * np.random.default_rng(seed).random((count, 13))
+    logprobs[:, :4] = -np.arange(1.0, count + 1)[:, None] * [1, 2, 3, 4]
+    return logprobs.astype(np.float32).astype(np.float64)
 
 
-def close(found, expected):
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+def close(actual, expected):
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("beta", [0.05, 0.5])
 def test_dpo_is_its_formula(beta, smoothing):
     a, b, ra, rb = sums(4)
-    loss, told = preference_losses.dpo(
+    loss, diagnostics = preference_losses.dpo(
         a, b, reference_chosen=ra, reference_rejected=rb, beta=beta, label_smoothing=smoothing
     )
     h = beta * (a - ra) - beta * (b - rb)
     close(loss, -(1 - smoothing) * np.log(sigmoid(h)) - smoothing * np.log(sigmoid(-h)))
-    close(told["reward_chosen"], beta * (a - ra))
-    close(told["reward_rejected"], beta * (b - rb))
-    close(told["reward_margin"], h)
-    close(told["accuracy"], h > 0)
-    assert 0 < told["accuracy"].mean() < 1
+    close(diagnostics["reward_chosen"], beta * (a - ra))
+    close(diagnostics["reward_rejected"], beta * (b - rb))
+    close(diagnostics["reward_margin"], h)
+    close(diagnostics["accuracy"], h > 0)
+    assert 0 < diagnostics["accuracy"].mean() < 1
 
 
 def test_dpo_before_training_is_log_2():
     a, b = sums(2)
-    loss, told = preference_losses.dpo(a, b, reference_chosen=a, reference_rejected=b)
+    loss, diagnostics = preference_losses.dpo(a, b, reference_chosen=a, reference_rejected=b)
     close(loss, np.full(13, np.log(2)))
-    assert not told["accuracy"].any()
+    assert not diagnostics["accuracy"].any()
 
 
 def test_swapped_answers_mirror_each_other():
     a, b, ra, rb = sums(4)
-    one, told = preference_losses.dpo(a, b, reference_chosen=ra, reference_rejected=rb, beta=0.3)
+    loss, diagnostics = preference_losses.dpo(
+        a, b, reference_chosen=ra, reference_rejected=rb, beta=0.3
+    )
     other, mirrored = preference_losses.dpo(
         b, a, reference_chosen=rb, reference_rejected=ra, beta=0.3
     )
-    close(mirrored["reward_margin"], -told["reward_margin"])
-    close(mirrored["accuracy"][4:], 1 - told["accuracy"][4:])  # the round numbers before tie
-    close(other - one, told["reward_margin"])  # log(sigma(h) / sigma(-h)) = h
+    close(mirrored["reward_margin"], -diagnostics["reward_margin"])
+    close(mirrored["accuracy"][4:], 1 - diagnostics["accuracy"][4:])  # the round numbers before tie
+    close(other - loss, diagnostics["reward_margin"])  # log(sigma(h) / sigma(-h)) = h
     certain = preference_losses.dpo(
         a, b, reference_chosen=ra, reference_rejected=rb, label_smoothing=0.5, beta=0.3
     )[0]
-    close(certain, (one + other) / 2)
+    close(certain, (loss + other) / 2)
     short = lambda a, b: preference_losses.orpo(a / 30, b / 30, nll=np.zeros(13), weight=1.0)
     close(short(a, b)[1]["log_odds_ratio"], -short(b, a)[1]["log_odds_ratio"])
 
 
 def test_ipo_is_its_formula():
     a, b, ra, rb = sums(4)
-    loss, told = preference_losses.ipo(a, b, reference_chosen=ra, reference_rejected=rb, beta=0.25)
+    loss, diagnostics = preference_losses.ipo(
+        a, b, reference_chosen=ra, reference_rejected=rb, beta=0.25
+    )
     close(loss, (np.log(np.exp(a) * np.exp(rb) / (np.exp(b) * np.exp(ra))) - 1 / (2 * 0.25)) ** 2)
-    close(told["reward_chosen"], 0.25 * (a - ra))
+    close(diagnostics["reward_chosen"], 0.25 * (a - ra))
 
 
 @pytest.mark.parametrize("weight", [0.1, 1.0])
 def test_orpo_is_its_formula(weight):
     a, b, nll = (-x / 10 for x in sums(3))
-    loss, told = preference_losses.orpo(-a, -b, nll=nll, weight=weight)
+    loss, diagnostics = preference_losses.orpo(-a, -b, nll=nll, weight=weight)
     odds = lambda logp: np.exp(logp) / -np.expm1(logp)
     ratio = odds(-a) / odds(-b)
     close(loss, nll - weight * np.log(sigmoid(np.log(ratio))))
-    close(told["log_odds_ratio"], np.log(ratio))
-    close(told["accuracy"], a < b)
-    close(told["reward_rejected"], -weight * b)
+    close(diagnostics["log_odds_ratio"], np.log(ratio))
+    close(diagnostics["accuracy"], a < b)
+    close(diagnostics["reward_rejected"], -weight * b)
 
 
 def test_odds_keep_their_digits_at_both_ends():
@@ -96,15 +100,15 @@ def test_kto_is_its_formula(kl):
     good = np.arange(13) % 3 > 0
     mismatched = np.asarray([kl - 1, kl + 2, kl - 1])
     beta, up, down = 0.2, 1.3, 0.7
-    loss, told = preference_losses.kto(
+    loss, diagnostics = preference_losses.kto(
         p, r, desirable=good, kl=mismatched, beta=beta, desirable_weight=up, undesirable_weight=down
     )
     z = max(kl, 0.0)
     value = np.where(good, up * sigmoid(beta * (p - r - z)), down * sigmoid(beta * (z - (p - r))))
     close(loss, np.where(good, up, down) - value)
-    close(told["reward"], beta * (p - r))
-    close(told["kl"], np.full(13, z))
-    close(told["accuracy"], ((p - r) > z) == good)
+    close(diagnostics["reward"], beta * (p - r))
+    close(diagnostics["kl"], np.full(13, z))
+    close(diagnostics["accuracy"], ((p - r) > z) == good)
     close(
         preference_losses.kto(
             p, r, desirable=good, kl=kl, beta=beta, desirable_weight=up, undesirable_weight=down
@@ -148,15 +152,15 @@ def test_grpo_is_its_formula(kl_weight):
             surrogate = min(ratio * advantages[i], np.clip(ratio, 0.8, 1.2) * advantages[i])
             terms.append(surrogate - kl_weight * (r - np.log(r) - 1))
         total -= np.mean(terms) if terms else 0.0
-    given = dict(mask=mask, advantages=advantages, reference=reference, kl_weight=kl_weight)
-    found, weight = preference_losses.grpo(new, old, **given)
-    close(found, total)
+    arguments = dict(mask=mask, advantages=advantages, reference=reference, kl_weight=kl_weight)
+    actual, weight = preference_losses.grpo(new, old, **arguments)
+    close(actual, total)
     assert weight == 4 and weight.dtype == jnp.float32
     junk = np.where(mask, 0.0, np.nan)
     close(
-        preference_losses.grpo(new + junk, old - junk, **{**given, "reference": reference + junk})[
-            0
-        ],
+        preference_losses.grpo(
+            new + junk, old - junk, **{**arguments, "reference": reference + junk}
+        )[0],
         total,
     )
     halves = [
@@ -282,8 +286,10 @@ def test_nothing_flows_into_the_reference():
 
 def test_advantages_are_standard_scores_within_their_group():
     rewards = np.random.default_rng(2).standard_normal((6, 8)) * 5 + np.arange(6)[:, None] * 100
-    found = preference_losses.advantages(rewards, epsilon=0.0)
-    close(found, (rewards - rewards.mean(1, keepdims=True)) / rewards.std(1, ddof=1, keepdims=True))
+    actual = preference_losses.advantages(rewards, epsilon=0.0)
+    close(
+        actual, (rewards - rewards.mean(1, keepdims=True)) / rewards.std(1, ddof=1, keepdims=True)
+    )
     close(
         preference_losses.advantages(rewards),
         (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-4),
@@ -294,9 +300,9 @@ def test_equal_rewards_teach_nothing():
     rewards = np.stack(
         [np.full(7, 0.1), np.full(7, 12345.6), np.arange(7) == 3, 0.5 + 1e-7 * (np.arange(7) % 2)]
     )
-    found = np.asarray(preference_losses.advantages(rewards))
-    assert not found[:2].any() and np.abs(found[2]).max() > 1
-    assert np.abs(found[3]).max() < 0.01  # a rounding of the reward model is no signal
+    actual = np.asarray(preference_losses.advantages(rewards))
+    assert not actual[:2].any() and np.abs(actual[2]).max() > 1
+    assert np.abs(actual[3]).max() < 0.01  # a rounding of the reward model is no signal
     assert not preference_losses.advantages(np.ones((3, 1))).any()
 
 

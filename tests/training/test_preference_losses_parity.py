@@ -71,11 +71,11 @@ def tensor(array):
     return torch.tensor(np.asarray(array), requires_grad=np.asarray(array).dtype == np.float32)
 
 
-def agree(ours, theirs, arrays, tensors):
-    """ours: a function of `arrays`; theirs: a scalar made of `tensors`."""
-    value, slopes = jax.value_and_grad(ours, argnums=tuple(range(len(arrays))))(*arrays)
-    theirs.backward()
-    np.testing.assert_allclose(value, theirs.item(), rtol=1e-5, atol=1e-5)
+def agree(of_gptjax, of_trl, arrays, tensors):
+    """of_gptjax: a function of `arrays`; of_trl: a scalar made of `tensors`."""
+    value, slopes = jax.value_and_grad(of_gptjax, argnums=tuple(range(len(arrays))))(*arrays)
+    of_trl.backward()
+    np.testing.assert_allclose(value, of_trl.item(), rtol=1e-5, atol=1e-5)
     for slope, t in zip(slopes, tensors, strict=True):
         assert np.abs(slope).max() > 1e-4
         np.testing.assert_allclose(slope, t.grad, rtol=1e-5, atol=1e-5)
@@ -106,11 +106,11 @@ def test_dpo_and_ipo(name, loss, beta):
     }
     policy = [tensor(chosen), tensor(rejected)]
     model = lambda **_: Output(torch.cat(policy)[:, None])
-    theirs = DPOTrainer._compute_loss(trainer, model, inputs, False)
-    ours = lambda a, b: loss(
+    of_trl = DPOTrainer._compute_loss(trainer, model, inputs, False)
+    of_gptjax = lambda a, b: loss(
         a, b, reference_chosen=reference_chosen, reference_rejected=reference_rejected, beta=beta
     )[0].mean()
-    agree(ours, theirs, (chosen, rejected), policy)
+    agree(of_gptjax, of_trl, (chosen, rejected), policy)
     told = loss(
         chosen,
         rejected,
@@ -136,8 +136,8 @@ def test_orpo():
     chosen, rejected, nll = numbers(3, scale=3.0)
     policy = [tensor(chosen), tensor(rejected)]
     losses, *_ = ORPOTrainer.odds_ratio_loss(stand_in(beta=0.3), *policy)
-    ours = lambda a, b: (preference_losses.orpo(a, b, nll=nll, weight=0.3)[0] - nll).sum()
-    agree(ours, -losses.sum(), (chosen, rejected), policy)
+    of_gptjax = lambda a, b: (preference_losses.orpo(a, b, nll=nll, weight=0.3)[0] - nll).sum()
+    agree(of_gptjax, -losses.sum(), (chosen, rejected), policy)
 
 
 @pytest.mark.parametrize("shift", [-8.0, 8.0])
@@ -163,13 +163,13 @@ def test_kto(shift):
         "ref_KL_logps": torch.tensor(reference_unmatched),
     }
     scored = tensor(policy)
-    theirs = KTOTrainer._compute_loss(trainer, lambda **_: Output(scored[:, None]), inputs, False)
+    of_trl = KTOTrainer._compute_loss(trainer, lambda **_: Output(scored[:, None]), inputs, False)
     kl = unmatched - reference_unmatched
     assert (kl.mean() > 0) == (shift > 0)
-    ours = lambda p: preference_losses.kto(p, reference, desirable=good, kl=kl, **settings)[
+    of_gptjax = lambda p: preference_losses.kto(p, reference, desirable=good, kl=kl, **settings)[
         0
     ].mean()
-    agree(ours, theirs, (policy,), [scored])
+    agree(of_gptjax, of_trl, (policy,), [scored])
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.04])
@@ -207,12 +207,12 @@ def test_grpo(kl_weight):
         "old_per_token_logps": torch.tensor(old),
         "ref_per_token_logps": torch.tensor(reference),
     }
-    theirs = GRPOTrainer._compute_loss(trainer, None, inputs)
+    of_trl = GRPOTrainer._compute_loss(trainer, None, inputs)
 
-    def ours(new):
+    def of_gptjax(new):
         total, weight = preference_losses.grpo(
             new, old, mask=mask, advantages=advantages, reference=reference, kl_weight=kl_weight
         )
         return total / weight
 
-    agree(ours, theirs, (new,), [scored])
+    agree(of_gptjax, of_trl, (new,), [scored])

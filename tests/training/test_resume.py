@@ -114,7 +114,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(text, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("whole")
+    workdir = tmp_path_factory.mktemp("uninterrupted")
     finish(start(arguments(text, workdir)))
     result = outcome(workdir)
     assert len(result[0]) == STEPS
@@ -170,10 +170,10 @@ def test_a_second_run_in_the_same_workdir_is_refused(text, tmp_path):
 
 @pytest.mark.slow
 def test_stop_on_eight_devices_go_on_with_one(text, tmp_path):
-    whole = arguments(
-        text, tmp_path / "whole", "--config.model.dropout=0", "--config.train.batch_size=16"
+    never_stopped = arguments(
+        text, tmp_path / "never-stopped", "--config.model.dropout=0", "--config.train.batch_size=16"
     )
-    finish(start(whole))
+    finish(start(never_stopped))
     moved = arguments(
         text, tmp_path / "run", "--config.model.dropout=0", "--config.train.batch_size=16"
     )
@@ -184,7 +184,7 @@ def test_stop_on_eight_devices_go_on_with_one(text, tmp_path):
         )
     )
     finish(start(moved))
-    a, b = outcome(tmp_path / "whole")[0], outcome(tmp_path / "run")[0]
+    a, b = outcome(tmp_path / "never-stopped")[0], outcome(tmp_path / "run")[0]
     assert a.keys() == b.keys()
     np.testing.assert_allclose(list(b.values()), list(a.values()), rtol=1e-5)
 

@@ -21,8 +21,8 @@ from gptjax.training.setup import make_plan
 def test_micro_batches_equal_one_batch_with_unequal_weights(one_device):
     config = make_config()
     expected, state, _, _ = run_steps(config, one_device)
-    found, accumulated, _, _ = run_steps(make_config(train=dict(grad_accum_steps=4)), one_device)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    losses, accumulated, _, _ = run_steps(make_config(train=dict(grad_accum_steps=4)), one_device)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
     for a, b in zip(
         jax.tree.leaves(state.params), jax.tree.leaves(accumulated.params), strict=True
     ):
@@ -70,13 +70,13 @@ def one_device_losses(family):
     ids=lambda m: m if isinstance(m, str) else " ".join(f"{k}{v}" for k, v in m.items()),
 )
 def test_every_mesh_gives_the_losses_of_one_device(family, mesh):
-    found, state, step, made = run_steps(make_config(**options(family), mesh=mesh), None)
-    np.testing.assert_allclose(found, one_device_losses(family), rtol=1e-5)
+    losses, state, step, grid = run_steps(make_config(**options(family), mesh=mesh), None)
+    np.testing.assert_allclose(losses, one_device_losses(family), rtol=1e-5)
     assert step._cache_size() == 1
-    parts = made.shape["fsdp"] * made.shape["tensor"]
-    held = [tree.bytes_on_device(state, d) for d in jax.devices()]
-    assert len(set(held)) == 1
-    assert held[0] < tree.nbytes(state) * (1.35 / parts)
+    parts = grid.shape["fsdp"] * grid.shape["tensor"]
+    on_device = [tree.bytes_on_device(state, d) for d in jax.devices()]
+    assert len(set(on_device)) == 1
+    assert on_device[0] < tree.nbytes(state) * (1.35 / parts)
     for path, leaf in tree.flatten(
         state.opt_state
     ).items():  # moments are split as their parameters are
@@ -87,10 +87,10 @@ def test_every_mesh_gives_the_losses_of_one_device(family, mesh):
 def test_dropout_does_not_depend_on_the_mesh(one_device):
     config = make_config(model=dict(dropout=0.3))
     expected, _, _, _ = run_steps(config, one_device)
-    found, _, _, _ = run_steps(
+    losses, _, _, _ = run_steps(
         make_config(model=dict(dropout=0.3), mesh=dict(data=4, tensor=2)), None
     )
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
     without, _, _, _ = run_steps(make_config(), one_device)
     assert abs(without - expected).min() > 1e-4
 
