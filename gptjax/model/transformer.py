@@ -278,8 +278,11 @@ def _unrolled(
 def embed(
     config: ModelConfig, params: Params, tokens_BT: Array, positions: Array | None = None
 ) -> Array:
-    """Embeddings [B, T, D] in the compute dtype: of the tokens alone or, with positions [B, T], with
-    what stands there: learned prompt vectors (`lora.prompt_tokens`), learned positions."""
+    """Embeddings [B, T, D] in the compute dtype.
+
+    Of the tokens alone or, with positions [B, T], with what is learned for those positions: prompt
+    vectors (`lora.prompt_tokens`) in place of the tokens, position embeddings added to them.
+    """
     c, table = config, params["embed"]
     if "rows" in table:
         lookup = IMPLEMENTATIONS[c.implementation].quantized_lookup
