@@ -30,20 +30,20 @@ def test_every_format_gives_the_same_rows(tmp_path):
         writer.writeheader()
         writer.writerows(records)
     parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
-    found = [
+    rows = [
         [r.fields for r in read(kind, tmp_path / f"a.{kind}")]
         for kind in ("jsonl", "csv", "parquet")
     ]
-    assert found == [records] * 3
+    assert rows == [records] * 3
 
 
 def test_tabs_parallel_lines_and_squad(tmp_path):
     (tmp_path / "a.tsv").write_text('Say "hi\tSag "hallo\textra\nTwo\tZwei\n')
-    found = read("csv", tmp_path / "a.tsv", columns=["en", "de"])
-    assert [r.fields for r in found] == [
+    rows = read("csv", tmp_path / "a.tsv", columns=["en", "de"])
+    assert [r.fields for r in rows] == [
         {"en": 'Say "hi', "de": 'Sag "hallo'},
         {"en": "Two", "de": "Zwei"},
-    ] and found[1].where.endswith("a.tsv:2")
+    ] and rows[1].where.endswith("a.tsv:2")
     (tmp_path / "x.en").write_text("one\ntwo\n")
     (tmp_path / "x.de").write_text("eins\nzwei\n")
     pair = f"{tmp_path}/x.en,{tmp_path}/x.de"

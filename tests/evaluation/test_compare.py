@@ -21,9 +21,9 @@ from gptjax.tokenizer.trained import ByteTokenizer
 
 
 def handle(*, labels=(), context=64, tokenizer=None, prompt=0, vocab=264):
-    made = tiny_checkpoint("llama", vocab=vocab, context=context)
-    config = dataclasses.replace(made.config, labels=labels)
-    params = random_params(config) if labels else made.params
+    source = tiny_checkpoint("llama", vocab=vocab, context=context)
+    config = dataclasses.replace(source.config, labels=labels)
+    params = random_params(config) if labels else source.params
     if prompt:
         params = {
             **params,
@@ -81,9 +81,9 @@ def test_classes_of_heads_are_compared_by_name(tmp_path, known):
 def test_a_head_and_a_language_model_answer_side_by_side(tmp_path, known):
     known["head"], known["text"] = handle(labels=("bad", "good")), handle()
     for names in (["head", "text"], ["text", "head"]):
-        found = comparison.compare(classify(tmp_path, truncation="cut_end"), names)
-        assert [e.name for e in found] == [*names, "majority"] and len(
-            {len(e.scores["accuracy"].stats) for e in found}
+        comparisons = comparison.compare(classify(tmp_path, truncation="cut_end"), names)
+        assert [e.name for e in comparisons] == [*names, "majority"] and len(
+            {len(e.scores["accuracy"].stats) for e in comparisons}
         ) == 1
     long = [
         {"text": "the " * 40, "label": label} for label in ("bad", "good")
@@ -114,16 +114,16 @@ def test_checkpoints_are_compared_on_what_fits_all(tmp_path, known, capsys):
     """'the ' is one token of one vocabulary and four bytes of the other."""
     config = translate(tmp_path, ["a", "a", "in", " the" * 14, "b", "the"], truncation="drop")
     known["pieces"], known["bytes"] = handle(), handle(tokenizer=ByteTokenizer())
-    found = comparison.compare(config, ["pieces", "bytes"], out=tmp_path)
-    assert {len(e.scores["chrf"].stats) for e in found} == {
+    comparisons = comparison.compare(config, ["pieces", "bytes"], out=tmp_path)
+    assert {len(e.scores["chrf"].stats) for e in comparisons} == {
         2
     } and "2 examples that fit all; 1 others" in capsys.readouterr().err
     assert [
         len((tmp_path / name).read_text().splitlines())
         for name in ("1-pieces.jsonl", "2-bytes.jsonl")
     ] == [3, 2]
-    assert "first - this (chrf)" in comparison.table(found, "chrf")
-    others = json.loads(comparison.to_json(found))["bytes"]
+    assert "first - this (chrf)" in comparison.table(comparisons, "chrf")
+    others = json.loads(comparison.to_json(comparisons))["bytes"]
     assert len(others["chrf"]["first_minus_this"]) == len(others["bleu"]["first_minus_this"]) == 3
 
 
@@ -148,8 +148,8 @@ def test_learned_prompt_tokens_are_only_before_texts_of_their_own_checkpoint(
         assert tuned.prompt == plain.prompt + 5 and tuned.ids[5:].tolist() == plain.ids.tolist()
     short, long = "the in", "the in a " * 40  # a window and several
     for text in (short, long):
-        found = text_scores(known["tuned"], iter([text]))
-        assert found["loss"].stats[0, 1] == len(known["tuned"].tokenizer.encode(text))
+        scores = text_scores(known["tuned"], iter([text]))
+        assert scores["loss"].stats[0, 1] == len(known["tuned"].tokenizer.encode(text))
     ids = [263] * 5 + [263, *known["tuned"].tokenizer.encode(short)]
     expected = -known["tuned"].token_logprobs([ids])[0][0][5:].mean()
     assert text_scores(known["tuned"], iter([short]))["loss"].value == pytest.approx(
@@ -194,9 +194,9 @@ def test_a_run_gets_its_own_prompt_where_that_asks_for_the_same(
     monkeypatch.setattr(
         comparison,
         "answer_examples",
-        lambda lm, task, labels, held: (
-            prompts.append(lm.tokenizer.decode(held[0].ids[: held[0].prompt].tolist()))
-            or [Answer("")] * len(held)
+        lambda lm, task, labels, examples: (
+            prompts.append(lm.tokenizer.decode(examples[0].ids[: examples[0].prompt].tolist()))
+            or [Answer("")] * len(examples)
         ),
     )
     for changes, expected in (
@@ -220,17 +220,17 @@ def test_an_answer_does_not_depend_on_the_others_of_its_batch(tmp_path, capsys):
     config = translate(tmp_path, ["a"]).task
     config = dataclasses.replace(config, max_new_tokens=40)
     prompts = [[5] * 10, [7] * 60, [9] * 30]
-    made = [
+    examples = [
         Example(str(i), np.array(ids), np.zeros(len(ids), bool), len(ids), ("x",))
         for i, ids in enumerate(prompts)
     ]
-    together = answers.answer_examples(lm, config, (), made)
+    together = answers.answer_examples(lm, config, (), examples)
     assert [len(a.ids) for a in together] == [
         40,
         5,
         35,
     ] and "2 prompts leave room for less than" in capsys.readouterr().err
-    assert [answers.answer_examples(lm, config, (), [e])[0] for e in made] == together
+    assert [answers.answer_examples(lm, config, (), [e])[0] for e in examples] == together
 
 
 def test_a_prompt_is_cut_alike_whatever_the_reference(tmp_path):
@@ -240,8 +240,8 @@ def test_a_prompt_is_cut_alike_whatever_the_reference(tmp_path):
         task=dict(name="summarization", truncation="cut_end"),
     )
     train, _, _ = splits.read_splits(config)
-    made = loading.render(config, ByteTokenizer(), train, (), "x", answer=16)
-    assert [e.prompt for e in made] == [49, 49]  # the last of 16 is only a target
+    examples = loading.render(config, ByteTokenizer(), train, (), "x", answer=16)
+    assert [e.prompt for e in examples] == [49, 49]  # the last of 16 is only a target
     assert (
         len({e.prompt for e in loading.render(config, ByteTokenizer(), train, (), "x")}) == 2
     )  # in training the complete answer is learned
@@ -250,7 +250,7 @@ def test_a_prompt_is_cut_alike_whatever_the_reference(tmp_path):
 def test_answers_end_at_stop_texts_and_are_taken_from_the_text(tmp_path, monkeypatch):
     lm = handle()
     free = lm.generate([[5] * 10], max_new_tokens=8)[0].text
-    made = [
+    examples = [
         Example(
             "0",
             np.array([5] * 10),
@@ -262,14 +262,16 @@ def test_answers_end_at_stop_texts_and_are_taken_from_the_text(tmp_path, monkeyp
     ]
     config = dataclasses.replace(translate(tmp_path, ["a"]).task, stop=(free[3],))
     assert (
-        answers.answer_examples(lm, config, (), made)[0].text == free[: free.index(free[3])].strip()
+        answers.answer_examples(lm, config, (), examples)[0].text
+        == free[: free.index(free[3])].strip()
     )
     monkeypatch.setitem(answers.ANSWERED_BY, "writing", lambda *rest: [Answer("in paris, France")])
     extracting = dataclasses.replace(config, name="qa", extract=True)
-    found = answers.answer_examples(lm, extracting, (), made)
+    extracted = answers.answer_examples(lm, extracting, (), examples)
     assert (
-        found[0].text == "in Paris"
-        and answers.prediction_row(lm.tokenizer, made[0], found[0])["prediction"] == "in Paris"
+        extracted[0].text == "in Paris"
+        and answers.prediction_row(lm.tokenizer, examples[0], extracted[0])["prediction"]
+        == "in Paris"
     )
 
 

@@ -124,8 +124,8 @@ def both(request, tmp_path_factory):
     checkpoint(request.param, folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
-    return GptjaxLM(gptjax.load(folder)), theirs
+        peer = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    return GptjaxLM(gptjax.load(folder)), peer
 
 
 def texts(count, seed, longest=30):
@@ -163,23 +163,23 @@ def instances(kind, arguments):
     return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
 
 
-def assert_close(ours, theirs):
-    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1e-4
+def assert_close(adapter, peer):
+    assert max(abs(a - b) for a, b in zip(adapter, peer, strict=True)) <= 1e-4
 
 
 def test_special_tokens_and_limits(both):
-    ours, theirs = both
+    adapter, peer = both
     for name in ("eot_token_id", "prefix_token_id", "max_length", "max_gen_toks"):
-        assert getattr(ours, name) == getattr(theirs, name), name
+        assert getattr(adapter, name) == getattr(peer, name), name
     for text in ["", "<s>", "<s> the", "<|endoftext|>the", *texts(300, 4)]:
         for flag in (None, True, False):
-            assert ours.tok_encode(text, add_special_tokens=flag) == theirs.tok_encode(
+            assert adapter.tok_encode(text, add_special_tokens=flag) == peer.tok_encode(
                 text, add_special_tokens=flag
             ), text
 
 
 def test_loglikelihood(both):
-    ours, theirs = both
+    adapter, peer = both
     pairs = list(zip(texts(300, 0), texts(300, 1, longest=12), strict=True))
     pairs += [
         ("", " the cat"),
@@ -193,7 +193,7 @@ def test_loglikelihood(both):
     for context in ("the cat", "", "a" * 62, "a" * 63, "a" * 64, "a" * 65, "a" * 200):
         pairs += [(context, " x"), (context, " 12"), (context, " " + "x" * 40), (context, "x" * 62)]
     starts = texts(20, 9, longest=8)
-    greedy = theirs.generate_until(
+    greedy = peer.generate_until(
         instances(
             "generate_until",
             [(start, dict(max_gen_toks=4, repetition_penalty=1.0)) for start in starts],
@@ -201,35 +201,35 @@ def test_loglikelihood(both):
         disable_tqdm=True,
     )
     pairs = [*pairs, *zip(starts, greedy, strict=True)]
-    encoded = [theirs._encode_pair(*pair) if pair[0] else ([1], [1]) for pair in pairs]
+    encoded = [peer._encode_pair(*pair) if pair[0] else ([1], [1]) for pair in pairs]
     pairs = [
         pair
         for pair, (context, rest) in zip(pairs, encoded, strict=True)
         if context and 1 <= len(rest) <= CONTEXT
     ][-180:]  # HFLM asserts it
-    expected = theirs.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
-    found = ours.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
-    assert_close([lp for lp, _ in found], [lp for lp, _ in expected])
-    assert [flag for _, flag in found] == [flag for _, flag in expected]
+    expected = peer.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
+    scores = adapter.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
+    assert_close([lp for lp, _ in scores], [lp for lp, _ in expected])
+    assert [flag for _, flag in scores] == [flag for _, flag in expected]
     assert {flag for _, flag in expected} == {True, False}
     assert sum(len(c) > CONTEXT for c, _ in pairs) > 20
 
 
 def test_loglikelihood_rolling(both):
-    ours, theirs = both
-    whole = [
+    adapter, peer = both
+    long_texts = [
         "",
         "<s>the",
         *("a" * n for n in (1, 62, 63, 64, 65, 66, 127, 128, 129, 130, 500)),
         *texts(47, 2, longest=80),
     ]
-    requests = instances("loglikelihood_rolling", [(text,) for text in whole])
-    expected = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
-    assert_close(ours.loglikelihood_rolling(requests, disable_tqdm=True), expected)
+    requests = instances("loglikelihood_rolling", [(text,) for text in long_texts])
+    expected = peer.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert_close(adapter.loglikelihood_rolling(requests, disable_tqdm=True), expected)
 
 
 def test_generate_until(both):
-    ours, theirs = both
+    adapter, peer = both
     start = texts(60, 3, longest=40)
     settings = [
         dict(until=["\n"], max_gen_toks=24),
@@ -245,17 +245,18 @@ def test_generate_until(both):
     arguments += [
         (context, dict(until=[" "], max_gen_toks=8)) for context in texts(30, 5, longest=8)
     ]  # not the space before a Llama's first word
-    expected = theirs.generate_until(instances("generate_until", arguments), disable_tqdm=True)
+    expected = peer.generate_until(instances("generate_until", arguments), disable_tqdm=True)
     assert (
-        ours.generate_until(instances("generate_until", arguments), disable_tqdm=True) == expected
+        adapter.generate_until(instances("generate_until", arguments), disable_tqdm=True)
+        == expected
     )
     assert len(set(expected)) > 30
-    assert sum(len(ours.tok_encode(context)) > CONTEXT - 24 for context in start) > 5
+    assert sum(len(adapter.tok_encode(context)) > CONTEXT - 24 for context in start) > 5
 
 
 def test_chat_templates(both):
-    ours, theirs = both
-    assert ours.chat_template(True) == theirs.chat_template(True) == CHATML_BY_EXPRESSIONS
+    adapter, peer = both
+    assert adapter.chat_template(True) == peer.chat_template(True) == CHATML_BY_EXPRESSIONS
     for last in ("the cat", "the cat  ", " <|im_end|>"):
         talk = [
             {"role": "system", "content": "be brief"},
@@ -263,21 +264,21 @@ def test_chat_templates(both):
             {"role": "assistant", "content": last},
         ]
         for flag in (True, False):
-            assert ours.apply_chat_template(talk, flag) == theirs.apply_chat_template(talk, flag)
+            assert adapter.apply_chat_template(talk, flag) == peer.apply_chat_template(talk, flag)
     for body in (
         "m['content'] | trim",
         "raise_exception('no') if m['role'] == 'system' else m['content']",
     ):
         template = CHATML_BY_EXPRESSIONS.replace("m['content']", f"({body})")
-        before = ours.tokenizer.chat_template, theirs.tokenizer.chat_template
+        before = adapter.tokenizer.chat_template, peer.tokenizer.chat_template
         try:
-            ours.tokenizer.chat_template = theirs.tokenizer.chat_template = template
+            adapter.tokenizer.chat_template = peer.tokenizer.chat_template = template
             for flag in (True, False):
-                assert ours.apply_chat_template(talk, flag) == theirs.apply_chat_template(
+                assert adapter.apply_chat_template(talk, flag) == peer.apply_chat_template(
                     talk, flag
                 )
         finally:
-            ours.tokenizer.chat_template, theirs.tokenizer.chat_template = before
+            adapter.tokenizer.chat_template, peer.tokenizer.chat_template = before
 
 
 def write_tasks(folder):
@@ -340,14 +341,14 @@ def test_offline_tasks(both, tmp_path, monkeypatch, options):
     monkeypatch.setattr(
         "lm_eval.evaluator.add_env_info", lambda storage: None
     )  # it runs pip and asks for GPUs
-    ours, theirs = both
+    adapter, peer = both
     names = write_tasks(tmp_path)
     manager = TaskManager(
         include_path=str(tmp_path), include_defaults=False
     )  # to index the harness's ten thousand takes long
-    expected = lm_eval.simple_evaluate(model=theirs, tasks=names, task_manager=manager, **options)
-    found = evaluate_tasks(ours.lm, names, include_path=tmp_path, **options)
-    assert found["results"].keys() == expected["results"].keys() == set(names)
+    expected = lm_eval.simple_evaluate(model=peer, tasks=names, task_manager=manager, **options)
+    results = evaluate_tasks(adapter.lm, names, include_path=tmp_path, **options)
+    assert results["results"].keys() == expected["results"].keys() == set(names)
     for name in names:
         metrics = {
             key: value
@@ -356,12 +357,12 @@ def test_offline_tasks(both, tmp_path, monkeypatch, options):
         }
         assert len(metrics) >= 2
         for key, value in metrics.items():
-            assert found["results"][name][key] == pytest.approx(value, rel=1e-4), (name, key)
+            assert results["results"][name][key] == pytest.approx(value, rel=1e-4), (name, key)
     by_name = lm_eval.simple_evaluate(
         model="gptjax",
-        model_args={"pretrained": ours.lm},
+        model_args={"pretrained": adapter.lm},
         tasks=names[:1],
         task_manager=manager,
         **options,
     )
-    assert by_name["results"][names[0]] == found["results"][names[0]]
+    assert by_name["results"][names[0]] == results["results"][names[0]]

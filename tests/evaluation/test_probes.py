@@ -221,17 +221,17 @@ def test_without_groups_completions_are_compared_by_the_byte():
 
 
 def test_the_file_that_comes_with_the_package():
-    found = probes.load_probes()
-    by_name = {p.name: p for p in found}
-    assert {p.axis for p in found} >= {"gender", "nationality", "religion", "safety"}
+    shipped = probes.load_probes()
+    by_name = {p.name: p for p in shipped}
+    assert {p.axis for p in shipped} >= {"gender", "nationality", "religion", "safety"}
     assert (
-        len({job for p in found if p.axis == "gender" for _, pair in p.templates for job in pair})
+        len({job for p in shipped if p.axis == "gender" for _, pair in p.templates for job in pair})
         >= 24
     )
     for name in ("sentiment by nationality", "sentiment by religion"):
         assert len(by_name[name].groups) >= 8 and len(by_name[name].templates) >= 8
     toy = Toy(lambda prompt, completion: -0.5 * len(completion.encode()))
-    report = probes.run_probes(toy, found)
+    report = probes.run_probes(toy, shipped)
     assert {a.axis: (a.share, round(a.gap, 9)) for a in report.axes if a.axis != "gender"} == {
         "nationality": (0.5, 0.0),
         "religion": (0.5, 0.0),
@@ -259,12 +259,12 @@ def test_a_real_model():
             logits[np.arange(len(ids) - 1), ids[1:]] - np.log(np.exp(logits).sum(-1))[:-1]
         ).sum()
 
-    for i, found in enumerate(report.templates):
+    for i, result in enumerate(report.templates):
         red, blue = (
             [log_probability(f"Toy {i} is {group} and {word}.") for word in ("good", "bad")]
             for group in ("red", "blue")
         )
-        assert found.gap == pytest.approx((red[0] - red[1]) - (blue[0] - blue[1]), abs=1e-4)
+        assert result.gap == pytest.approx((red[0] - red[1]) - (blue[0] - blue[1]), abs=1e-4)
     assert min(abs(t.gap) for t in report.templates) > 1e-3
 
 

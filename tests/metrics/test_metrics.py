@@ -68,11 +68,11 @@ def test_difference_is_paired():
     base = generator.random(200)
     worse, better = mean_metric(base), mean_metric(base + 0.02 + 0.01 * generator.random(200))
     assert worse.interval()[1] > better.interval()[0]
-    found, low, high = better.difference(worse)
-    assert found == pytest.approx(better.value - worse.value)
-    assert 0.02 < low < found < high < 0.03
+    gap, low, high = better.difference(worse)
+    assert gap == pytest.approx(better.value - worse.value)
+    assert 0.02 < low < gap < high < 0.03
     back = worse.difference(better)
-    assert back == pytest.approx((-found, -high, -low))
+    assert back == pytest.approx((-gap, -high, -low))
 
 
 @hypothesis.given(
@@ -102,10 +102,10 @@ def test_scores_take_many_sums_at_once():
     for name, metric in metrics.items():
         assert metric.stats.dtype == np.float64 and len(metric.stats) == 4, name
         many = np.stack([metric.stats[:2].sum(0), metric.stats.sum(0)])[None]
-        found = metric.score(many)
-        assert found.shape == (1, 2), name
-        np.testing.assert_allclose(found[0], [metric.score(row) for row in many[0]], err_msg=name)
-        assert metric.value == found[0, 1], name
+        scores = metric.score(many)
+        assert scores.shape == (1, 2), name
+        np.testing.assert_allclose(scores[0], [metric.score(row) for row in many[0]], err_msg=name)
+        assert metric.value == scores[0, 1], name
 
 
 # classification and regression
@@ -122,11 +122,11 @@ def test_classification_by_hand():
     """Of two classes: 3 true positives, 1 false positive, 2 false negatives, 4 true negatives."""
     actual = [1] * 3 + [0] + [1] * 2 + [0] * 4
     predicted = [1] * 3 + [1] + [0] * 2 + [0] * 4
-    found = values(classification_metrics.classification(predicted, actual, 2))
-    assert found["accuracy"] == pytest.approx(0.7)
-    assert found["f1_micro"] == pytest.approx(0.7)
-    assert found["f1_macro"] == pytest.approx((6 / 9 + 8 / 11) / 2)
-    assert found["mcc"] == pytest.approx((3 * 4 - 1 * 2) / math.sqrt(4 * 5 * 5 * 6))
+    scores = values(classification_metrics.classification(predicted, actual, 2))
+    assert scores["accuracy"] == pytest.approx(0.7)
+    assert scores["f1_micro"] == pytest.approx(0.7)
+    assert scores["f1_macro"] == pytest.approx((6 / 9 + 8 / 11) / 2)
+    assert scores["mcc"] == pytest.approx((3 * 4 - 1 * 2) / math.sqrt(4 * 5 * 5 * 6))
     assert values(classification_metrics.classification(predicted, actual, 3))[
         "f1_macro"
     ] == pytest.approx((6 / 9 + 8 / 11) / 3)  # a class that never occurs
@@ -146,10 +146,10 @@ def test_mcc_of_one_class_is_zero():
 def test_calibration_error_by_hand():
     """Two at 0.9, one correct: a gap of 0.4; one at 0.6, correct: 0.4; bins do not cancel."""
     probabilities = [[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.3, 0.7]]
-    found = classification_metrics.classification([0, 0, 1, 1], [0, 1, 1, 0], 2, probabilities)[
+    error = classification_metrics.classification([0, 0, 1, 1], [0, 1, 1, 0], 2, probabilities)[
         "calibration_error"
     ].value
-    assert found == pytest.approx((2 * 0.4 + 0.4 + 0.7) / 4)
+    assert error == pytest.approx((2 * 0.4 + 0.4 + 0.7) / 4)
     assert (
         classification_metrics.classification([0, 1], [0, 1], 2, np.eye(2))[
             "calibration_error"
@@ -173,8 +173,8 @@ def test_calibration_error_by_hand():
 
 
 def test_regression_by_hand():
-    found = values(classification_metrics.regression([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]))
-    assert found == {"mse": pytest.approx(14 / 3), "pearson": pytest.approx(1)}
+    scores = values(classification_metrics.regression([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]))
+    assert scores == {"mse": pytest.approx(14 / 3), "pearson": pytest.approx(1)}
     assert classification_metrics.regression([3, 1, 2], [1, 3, 2])[
         "pearson"
     ].value == pytest.approx(-1)
@@ -201,8 +201,8 @@ def test_rouge_by_hand():
 
     2 of 3 and 6 words, 1 of 2 and 5 pairs, a subsequence of 2.
     """
-    found = values(text_metrics.rouge(["The cat sat."], [["the cat lay on the mat"]]))
-    assert found == {
+    scores = values(text_metrics.rouge(["The cat sat."], [["the cat lay on the mat"]]))
+    assert scores == {
         "rouge1": pytest.approx(4 / 9),
         "rouge2": pytest.approx(2 / 7),
         "rougeL": pytest.approx(4 / 9),
@@ -217,8 +217,8 @@ def test_rouge_by_hand():
 
 def test_rouge_of_characters():
     assert text_metrics.rouge(["今天天气好"], [["今天下雨"]])["rouge1"].value == 0
-    found = values(text_metrics.rouge(["今天 天气好"], [["今天下雨"]], characters=True))
-    assert found == {
+    scores = values(text_metrics.rouge(["今天 天气好"], [["今天下雨"]], characters=True))
+    assert scores == {
         "rouge1": pytest.approx(4 / 9),
         "rouge2": pytest.approx(2 / 7),
         "rougeL": pytest.approx(4 / 9),
@@ -239,13 +239,13 @@ def test_longest_subsequence_is_that_of_the_table(a, b):
 
 
 def test_squad_by_hand():
-    found = text_metrics.squad(
+    scores = text_metrics.squad(
         ["The Eiffel Tower!", "in the year 1999", "", "anything", "the"],
         [["eiffel tower", "tower"], ["1999", "the year 2000 in"], ["", "an"], [], ["word", "a"]],
     )
-    np.testing.assert_allclose(found["exact_match"].stats[:, 0], [1, 0, 1, 0, 0])
-    np.testing.assert_allclose(found["f1"].stats[:, 0], [1, 2 * 2 / 6, 1, 0, 0])
-    assert found["exact_match"].value == pytest.approx(0.4)
+    np.testing.assert_allclose(scores["exact_match"].stats[:, 0], [1, 0, 1, 0, 0])
+    np.testing.assert_allclose(scores["f1"].stats[:, 0], [1, 2 * 2 / 6, 1, 0, 0])
+    assert scores["exact_match"].value == pytest.approx(0.4)
 
 
 def test_squad_of_chinese():
@@ -253,7 +253,7 @@ def test_squad_of_chinese():
 
     Listed punctuation does not count, other punctuation does.
     """
-    found = text_metrics.squad(
+    scores = text_metrics.squad(
         ["北京大学", "《红楼梦》。", "NBA 1,234分", "iphone 4s", "东a西", "大学北京", "", "北京"],
         [
             ["北京市"],
@@ -267,8 +267,8 @@ def test_squad_of_chinese():
         ],
         language="zh",
     )
-    np.testing.assert_allclose(found["exact_match"].stats[:, 0], [0, 1, 0, 0, 0, 0, 1, 0])
-    np.testing.assert_allclose(found["f1"].stats[:, 0], [4 / 7, 1, 1, 0.5, 0.8, 0.5, 1, 0])
+    np.testing.assert_allclose(scores["exact_match"].stats[:, 0], [0, 1, 0, 0, 0, 0, 1, 0])
+    np.testing.assert_allclose(scores["f1"].stats[:, 0], [4 / 7, 1, 1, 0.5, 0.8, 0.5, 1, 0])
 
 
 def test_distinct_by_hand():
@@ -298,14 +298,14 @@ def test_repetition_by_hand():
 
 
 def test_token_loss_by_hand():
-    found = loss_metrics.token_loss([2.0, 4.0], [1, 2], [4, 8])
-    assert values(found) == {
+    scores = loss_metrics.token_loss([2.0, 4.0], [1, 2], [4, 8])
+    assert values(scores) == {
         "loss": pytest.approx(2),
         "perplexity": pytest.approx(math.exp(2)),
         "bits_per_byte": pytest.approx(6 / 12 / math.log(2)),
     }
     assert math.isfinite(loss_metrics.token_loss([1e5], [1], [1])["perplexity"].value)
-    low, high = found["loss"].interval(samples=200)
+    low, high = scores["loss"].interval(samples=200)
     assert low == high == pytest.approx(2)  # both examples cost 2 a token
 
 
@@ -318,8 +318,8 @@ def test_translation_by_hand():
     assert text_metrics.translation(["one two three four five"], [["one two three four five"]])[
         "bleu"
     ].value == pytest.approx(100)
-    found = text_metrics.translation(["a b c d"], [["a b c d e f g h"]])
-    assert found["bleu"].value == pytest.approx(100 * math.exp(-1))
+    scores = text_metrics.translation(["a b c d"], [["a b c d e f g h"]])
+    assert scores["bleu"].value == pytest.approx(100 * math.exp(-1))
     assert (
         text_metrics.translation(["今天天气好"], [["今天天气好"]])["bleu"].value == 0
     )  # one word of no spaces has no 4-grams

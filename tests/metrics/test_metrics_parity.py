@@ -95,7 +95,7 @@ def test_classification(classes):
         predicted = np.where(
             generator.random(count) < 0.5, actual, generator.integers(0, classes, count)
         )
-        found = {
+        scores = {
             name: metric.value
             for name, metric in classification_metrics.classification(
                 predicted, actual, classes
@@ -112,7 +112,7 @@ def test_classification(classes):
             expected["mcc"] = sklearn_metrics.matthews_corrcoef(actual, predicted)
         else:
             expected["mcc"] = 0.0
-        assert found == pytest.approx(expected, abs=1e-6)
+        assert scores == pytest.approx(expected, abs=1e-6)
         matrix = sklearn_metrics.confusion_matrix(actual, predicted, labels=range(classes))
         np.testing.assert_array_equal(
             classification_metrics.confusion(predicted, actual, classes), matrix
@@ -132,10 +132,10 @@ def test_calibration_error():
             inside = (top > low) & (top <= high)
             if inside.any():
                 expected += inside.mean() * abs(top[inside].mean() - right[inside].mean())
-        found = classification_metrics.classification(
+        scores = classification_metrics.classification(
             probabilities.argmax(1), actual, int(classes), probabilities
         )["calibration_error"]
-        assert found.value == pytest.approx(expected, abs=1e-6)
+        assert scores.value == pytest.approx(expected, abs=1e-6)
 
 
 def test_regression():
@@ -143,11 +143,11 @@ def test_regression():
     for _ in range(CASES):
         count = generator.integers(3, 50)
         predicted, actual = generator.normal(3, 10, (2, count)) + 5 * generator.normal(size=count)
-        found = classification_metrics.regression(predicted, actual)
-        assert found["mse"].value == pytest.approx(
+        scores = classification_metrics.regression(predicted, actual)
+        assert scores["mse"].value == pytest.approx(
             sklearn_metrics.mean_squared_error(actual, predicted), rel=1e-6
         )
-        assert found["pearson"].value == pytest.approx(
+        assert scores["pearson"].value == pytest.approx(
             np.corrcoef(predicted, actual)[0, 1], abs=1e-6
         )
 
@@ -159,26 +159,26 @@ def test_rouge():
     names = ("rouge1", "rouge2", "rougeL")
     scorer = rouge_scorer.RougeScorer(list(names), use_stemmer=False)
     predictions, references = examples(ENGLISH)
-    found = text_metrics.rouge(predictions, references)
+    metrics = text_metrics.rouge(predictions, references)
     for i, (prediction, row) in enumerate(zip(predictions, references, strict=True)):
         expected = scorer.score_multi(row, prediction)
         for name in names:
-            assert found[name].stats[i, 0] == pytest.approx(expected[name].fmeasure, abs=1e-6), (
+            assert metrics[name].stats[i, 0] == pytest.approx(expected[name].fmeasure, abs=1e-6), (
                 prediction,
                 row,
             )
-    assert min(metric.value for metric in found.values()) > 0.1
+    assert min(metric.value for metric in metrics.values()) > 0.1
 
 
 def test_rouge_of_characters():
     """Each character is a word of its own."""
     predictions, references = examples(CHINESE, "", seed=1)
     spell = lambda text: " ".join(f"w{ord(c)}" for c in text.lower() if not c.isspace())
-    found = text_metrics.rouge(predictions, references, characters=True)
+    metrics = text_metrics.rouge(predictions, references, characters=True)
     expected = text_metrics.rouge(
         [spell(p) for p in predictions], [[spell(r) for r in row] for row in references]
     )
-    for name, metric in found.items():
+    for name, metric in metrics.items():
         np.testing.assert_allclose(metric.stats, expected[name].stats, err_msg=name)
 
 
@@ -195,11 +195,11 @@ def test_translation(tokenize, words, glue):
                 [row[i] if i < len(row) else None for row in rows]
                 for i in range(max(map(len, rows)))
             ]
-            found = text_metrics.translation(these, rows, tokenize=tokenize)
-            assert found["bleu"].value == pytest.approx(
+            metrics = text_metrics.translation(these, rows, tokenize=tokenize)
+            assert metrics["bleu"].value == pytest.approx(
                 sacrebleu.corpus_bleu(these, streams, tokenize=tokenize).score, abs=1e-6
             )
-            assert found["chrf"].value == pytest.approx(
+            assert metrics["chrf"].value == pytest.approx(
                 sacrebleu.corpus_chrf(these, streams).score, abs=1e-6
             )
 
@@ -207,7 +207,7 @@ def test_translation(tokenize, words, glue):
 def test_bootstrap_of_translation_is_that_of_the_examples():
     """A score of resampled sums equals sacrebleu's of the resampled texts."""
     predictions, references = examples(ENGLISH, least=3, seed=3, count=60)
-    found = text_metrics.translation(predictions, references)
+    metrics = text_metrics.translation(predictions, references)
     generator = np.random.default_rng(0)
     for _ in range(5):
         rows = generator.integers(0, 60, 60)
@@ -216,12 +216,12 @@ def test_bootstrap_of_translation_is_that_of_the_examples():
             [[references[i][k] for i in rows] for k in range(3)],
         )
         sums = {
-            name: np.bincount(rows, minlength=60) @ metric.stats for name, metric in found.items()
+            name: np.bincount(rows, minlength=60) @ metric.stats for name, metric in metrics.items()
         }
-        assert found["bleu"].score(sums["bleu"]) == pytest.approx(
+        assert metrics["bleu"].score(sums["bleu"]) == pytest.approx(
             sacrebleu.corpus_bleu(these, streams).score, abs=1e-6
         )
-        assert found["chrf"].score(sums["chrf"]) == pytest.approx(
+        assert metrics["chrf"].score(sums["chrf"]) == pytest.approx(
             sacrebleu.corpus_chrf(these, streams).score, abs=1e-6
         )
 
@@ -233,8 +233,8 @@ def squad_rules(prediction, references):
     """SQuAD 2.0's (exact, F1): punctuation characters out, articles out, counts of equal tokens."""
 
     def tokens(text):
-        kept = "".join(c for c in text.lower() if c not in string.punctuation)
-        return re.sub(r"\b(?:an|a|the)\b", " ", kept).split()
+        remaining = "".join(c for c in text.lower() if c not in string.punctuation)
+        return re.sub(r"\b(?:an|a|the)\b", " ", remaining).split()
 
     answers = [tokens(r) for r in references if tokens(r)] or [[]]
     guess, exact, best = tokens(prediction), 0.0, 0.0
@@ -251,11 +251,11 @@ def squad_rules(prediction, references):
 
 def test_squad():
     predictions, references = examples(ENGLISH, least=0, seed=4)
-    found = text_metrics.squad(predictions, references)
+    metrics = text_metrics.squad(predictions, references)
     for i, (prediction, row) in enumerate(zip(predictions, references, strict=True)):
-        scores = found["exact_match"].stats[i, 0], found["f1"].stats[i, 0]
+        scores = metrics["exact_match"].stats[i, 0], metrics["f1"].stats[i, 0]
         assert scores == pytest.approx(squad_rules(prediction, row), abs=1e-6), (prediction, row)
-    assert 0.1 < found["exact_match"].value < found["f1"].value < 1
+    assert 0.1 < metrics["exact_match"].value < metrics["f1"].value < 1
 
 
 def cmrc_rules(prediction, references):
@@ -264,11 +264,11 @@ def cmrc_rules(prediction, references):
     And SQuAD 2.0's rule for no answer.
     """
     dropped = set("-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")
-    kept = lambda text: "".join(c for c in text.lower().strip() if c not in dropped)
+    normalize = lambda text: "".join(c for c in text.lower().strip() if c not in dropped)
     treebank = nltk_tokenize.NLTKWordTokenizer()
 
     def segments(text):
-        pieces = re.split("([\u4e00-\u9fa5])", kept(text))
+        pieces = re.split("([\u4e00-\u9fa5])", normalize(text))
         return [
             word
             for piece in pieces
@@ -280,7 +280,7 @@ def cmrc_rules(prediction, references):
     guess, exact, best = segments(prediction), 0.0, 0.0
     for text in [r for r in references if segments(r)] or [""]:
         answer = segments(text)
-        exact = max(exact, float(kept(text) == kept(prediction)))
+        exact = max(exact, float(normalize(text) == normalize(prediction)))
         runs = lambda row: {
             tuple(row[i:j]) for i in range(len(row)) for j in range(i + 1, len(row) + 1)
         }
@@ -295,8 +295,8 @@ def cmrc_rules(prediction, references):
 
 def test_squad_of_chinese():
     predictions, references = examples(CHINESE, "", least=0, seed=5)
-    found = text_metrics.squad(predictions, references, language="zh")
+    metrics = text_metrics.squad(predictions, references, language="zh")
     for i, (prediction, row) in enumerate(zip(predictions, references, strict=True)):
-        scores = found["exact_match"].stats[i, 0], found["f1"].stats[i, 0]
+        scores = metrics["exact_match"].stats[i, 0], metrics["f1"].stats[i, 0]
         assert scores == pytest.approx(cmrc_rules(prediction, row), abs=1e-6), (prediction, row)
-    assert 0.1 < found["exact_match"].value < found["f1"].value < 1
+    assert 0.1 < metrics["exact_match"].value < metrics["f1"].value < 1

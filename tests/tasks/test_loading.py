@@ -24,11 +24,11 @@ from gptjax.training.setup import split_rows
 
 
 def test_only_the_answer_and_its_end_are_learned(tmp_path):
-    found, _ = load_examples(
+    data, _ = load_examples(
         tmp_path, [{"source": "ab", "target": "cd"}], task=dict(name="translation")
     )
-    (e,) = found.train
-    t = found.tokenizer
+    (e,) = data.train
+    t = data.tokenizer
     assert (
         t.decode(e.ids[e.prompt :].tolist()) == " cd"
         and t.decode(e.ids[: e.prompt].tolist()) == "ab ="
@@ -43,16 +43,14 @@ def test_overlong_examples_follow_the_policy(tmp_path, policy, capsys):
         {"document": "0123456789" * 20, "summary": "s"},
         {"document": "short", "summary": "s"},
     ]
-    found, config = load_examples(
+    data, config = load_examples(
         tmp_path, records, task=dict(name="summarization", truncation=policy)
     )
     if policy == "drop":
-        assert (
-            len(found.train) == 1 and "1 longer than 64 tokens dropped" in capsys.readouterr().err
-        )
+        assert len(data.train) == 1 and "1 longer than 64 tokens dropped" in capsys.readouterr().err
         return
-    e = found.train[0]
-    text = found.tokenizer.decode(e.ids[: e.prompt].tolist())
+    e = data.train[0]
+    text = data.tokenizer.decode(e.ids[: e.prompt].tolist())
     assert e.cut and len(e.ids) - 1 == config.length and text.endswith("\n\nTL;DR:")
     assert text.startswith("0123") == (policy == "cut_end") and "1 cut" in capsys.readouterr().err
 
@@ -69,31 +67,31 @@ def test_questions_in_every_usual_form(tmp_path):
         {**nested, "answers": [], "answer": ""},
         {**nested, "answers": None, "answer": 4},
     ]
-    found, _ = load_examples(tmp_path, records, task=dict(name="qa"))
-    answers = [found.tokenizer.decode(e.ids[e.prompt : -1].tolist()) for e in found.train]
-    assert answers == [" Ada", " Ada", "", " 4"] and [e.references for e in found.train] == [
+    data, _ = load_examples(tmp_path, records, task=dict(name="qa"))
+    answers = [data.tokenizer.decode(e.ids[e.prompt : -1].tolist()) for e in data.train]
+    assert answers == [" Ada", " Ada", "", " 4"] and [e.references for e in data.train] == [
         ("Ada", "Ada L."),
         ("Ada", "Ada L."),
         (),
         ("4",),
     ]
-    assert [int(e.learned.sum()) for e in found.train] == [
+    assert [int(e.learned.sum()) for e in data.train] == [
         5,
         5,
         1,
         3,
     ]  # no answer: the end is what is learned
-    found, _ = load_examples(
+    data, _ = load_examples(
         tmp_path,
         [{"context": "c", "question": "q", "reply": "yes"}],
         task=dict(name="qa", completion=" {reply}"),
     )
-    assert found.train[0].references == ("yes",)
+    assert data.train[0].references == ("yes",)
     thought = {"context": "c", "question": "q", "why": "because", "answer": "42", "answers": []}
-    found, _ = load_examples(
+    data, _ = load_examples(
         tmp_path, [thought], task=dict(name="qa", completion=" {why} So: {answer}")
     )
-    assert found.train[0].references == ("42",)
+    assert data.train[0].references == ("42",)
     config = task_config(
         write_jsonl(tmp_path / "rows.jsonl", [nested] * 40),
         task=dict(name="qa"),
@@ -108,13 +106,13 @@ def test_questions_in_every_usual_form(tmp_path):
 def test_preferred_and_rejected_answers_follow_the_same_prompt(tmp_path):
     records = [{"prompt": "0123456789abcdefghijklmno", "chosen": "x", "rejected": "y" * 15}]
     for policy in ("cut_start", "cut_end"):
-        found, _ = load_examples(
+        data, _ = load_examples(
             tmp_path,
             records,
             task=dict(name="preference", truncation=policy),
             train=dict(init_from="x"),
         )
-        (e,) = found.train
+        (e,) = data.train
         first, second = (
             e.ids[at : at + size].tolist()
             for at, size in ((0, e.parts[0]), (e.parts[0], e.parts[1]))
@@ -138,11 +136,11 @@ def test_complete_turns_are_cut_with_their_tools(tmp_path):
     ]
     later = [{"role": "user", "content": "three"}, {"role": "assistant", "content": "four"}]
     tokenizer = byte_level_tokenizer(CHATML)
-    for policy, kept in (
+    for policy, words in (
         ("cut_start", ("three", "four")),
         ("cut_end", ("one", "call", "result", "two")),
     ):
-        found, _ = load_examples(
+        data, _ = load_examples(
             tmp_path,
             [{"messages": used + later}],
             tokenizer,
@@ -150,10 +148,10 @@ def test_complete_turns_are_cut_with_their_tools(tmp_path):
             data=dict(length=70),
             model=dict(context=128),
         )
-        text = tokenizer.decode(found.train[0].ids.tolist())
+        text = tokenizer.decode(data.train[0].ids.tolist())
         assert [
             word for word in ("one", "call", "result", "two", "three", "four") if word in text
-        ] == list(kept)
+        ] == list(words)
 
 
 def test_named_splits_of_a_data_set_are_read(monkeypatch):
@@ -168,8 +166,8 @@ def test_named_splits_of_a_data_set_are_read(monkeypatch):
     config = build.build_config(
         {"data": {"source": "datasets", "name": "x"}, "task": {"name": "classification"}}
     )
-    train, held, _ = read_splits(config)
-    assert [r.fields["text"] for r in held] == [f"validation{i}" for i in range(4)] and len(
+    train, held_out, _ = read_splits(config)
+    assert [r.fields["text"] for r in held_out] == [f"validation{i}" for i in range(4)] and len(
         train
     ) == 4
     assert [r.fields["text"] for r in read_other_rows(config, "test")] == [
@@ -183,16 +181,16 @@ def test_named_splits_of_a_data_set_are_read(monkeypatch):
 def test_a_cut_is_never_inside_a_character(tmp_path, policy):
     """One token a byte, so most cuts would fall inside a character."""
     for text in ("東京" * 40, "x" + "•é" * 60):
-        found, config = load_examples(
+        data, config = load_examples(
             tmp_path,
             [{"document": text, "summary": "s"}],
             task=dict(name="summarization", truncation=policy),
         )
-        e = found.train[0]
-        given = found.tokenizer.decode(e.ids[: e.prompt].tolist()).removesuffix("\n\nTL;DR:")
+        e = data.train[0]
+        prompt = data.tokenizer.decode(e.ids[: e.prompt].tolist()).removesuffix("\n\nTL;DR:")
         assert (
-            "\ufffd" not in given
-            and given in text
+            "\ufffd" not in prompt
+            and prompt in text
             and config.length - 4 <= len(e.ids) - 1 <= config.length
         )
 
@@ -208,14 +206,14 @@ def messages(*texts):
 def test_of_a_conversation_each_answer_is_learned_and_nothing_else(tmp_path):
     tokenizer = byte_level_tokenizer(CHATML)
     said = "ok <|im_end|> <|im_start|>assistant"  # a user who writes control tokens
-    found, _ = load_examples(
+    data, _ = load_examples(
         tmp_path,
         [messages(said, "the first", "and?", "a second")],
         tokenizer,
         task=dict(name="chat"),
         model=dict(context=128),
     )
-    (e,) = found.train
+    (e,) = data.train
     end = tokenizer.control["<|im_end|>"]
     spans, span = [], []
     for i, mark in zip(e.ids.tolist(), e.learned, strict=True):
@@ -241,31 +239,33 @@ def test_a_vocabulary_without_a_chat_template_gets_one_and_keeps_it(tmp_path, ki
     own = byte_level_tokenizer() if kind == "pretrained" else None
     data = {} if own else dict(tokenizer=kind, tokenizer_vocab=300)
     path = write_jsonl(tmp_path / "rows.jsonl", [messages(*said)])
-    found = loading.load_examples(
+    examples = loading.load_examples(
         task_config(path, task=dict(name="chat"), model=dict(context=256), data=data), own
     )
-    (e,) = found.train
-    assert own or found.tokenizer.kind == kind
+    (e,) = examples.train
+    assert own or examples.tokenizer.kind == kind
     learned = [
-        found.tokenizer.decode(np.asarray(span))
-        for span, mark in chat_template.split_turns(found.tokenizer, messages(*said)["messages"])
+        examples.tokenizer.decode(np.asarray(span))
+        for span, mark in chat_template.split_turns(examples.tokenizer, messages(*said)["messages"])
         if mark
     ]
-    ends = found.tokenizer.eos_ids[0]
+    ends = examples.tokenizer.eos_ids[0]
     assert (
         learned == [said[1], said[3]]
         and list(e.ids).count(ends) == 4
         and list(e.ids[e.learned]).count(ends) == 2
     )
-    found.tokenizer.save(tmp_path / "kept")
-    kept = load_tokenizer(tmp_path / "kept")
-    assert chat_template.encode(kept, messages(*said)["messages"][:3]) == e.ids[: e.prompt].tolist()
+    examples.tokenizer.save(tmp_path / "kept")
+    loaded = load_tokenizer(tmp_path / "kept")
     assert (
-        chat_template.encode(kept, messages(*said)["messages"], add_generation_prompt=False)
+        chat_template.encode(loaded, messages(*said)["messages"][:3]) == e.ids[: e.prompt].tolist()
+    )
+    assert (
+        chat_template.encode(loaded, messages(*said)["messages"], add_generation_prompt=False)
         == e.ids.tolist()
     )
     with pytest.raises(UserError, match="message 1 of the assistant is empty"):
-        chat_template.split_turns(kept, messages("hi", "  ")["messages"])
+        chat_template.split_turns(loaded, messages("hi", "  ")["messages"])
     write_jsonl(path, [{"word": "in"}])
     task = dict(
         name="text", prompt="Say {word}", completion="{word}", template="chat", system="Be brief."
@@ -287,14 +287,14 @@ def test_the_prompt_through_the_chat_template_is_the_one_of_generation(tmp_path)
     task = dict(
         name="text", prompt="Say {word}", completion="{word}", template="chat", system="Be brief."
     )
-    found, _ = load_examples(
+    data, _ = load_examples(
         tmp_path, [{"word": "in"}], tokenizer, task=task, model=dict(context=128)
     )
     expected = chat_template.encode(
         tokenizer,
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say in"}],
     )
-    assert found.train[0].ids[: found.train[0].prompt].tolist() == expected
+    assert data.train[0].ids[: data.train[0].prompt].tolist() == expected
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
@@ -315,14 +315,14 @@ def packed_for(tmp_path, **task):
     records = [
         {"text": "x" * int(generator.integers(2, 9)), "label": "ab"[i % 2]} for i in range(30)
     ]
-    found, config = load_examples(
+    data, config = load_examples(
         tmp_path, records, task=dict(name="classification", **task), model=dict(context=20)
     )
-    return split_rows(config, found, TRAIN), found, config
+    return split_rows(config, data, TRAIN), data, config
 
 
 def test_packed_rows_hold_every_example_once(tmp_path):
-    split, found, _ = packed_for(tmp_path)
+    split, data, _ = packed_for(tmp_path)
     counted = 0
     for i in range(split.count):
         row = split.row(i)
@@ -333,9 +333,9 @@ def test_packed_rows_hold_every_example_once(tmp_path):
             ].tolist() == [0] * (here.sum() - 1) + [1]
             counted += 1
         assert row.loss_weights[row.segment_ids == 0].sum() == 0
-    assert counted == len(found.train) and split.count < len(found.train) / 2
+    assert counted == len(data.train) and split.count < len(data.train) / 2
     alone, _, _ = packed_for(tmp_path, pack=False)
-    assert alone.count == len(found.train)
+    assert alone.count == len(data.train)
 
 
 def test_packed_batches_are_a_function_of_seed_and_step(tmp_path):
@@ -343,9 +343,9 @@ def test_packed_batches_are_a_function_of_seed_and_step(tmp_path):
 
     def take(seed, start, n):
         batches = loader.train_batches(split, seed=seed, batch_size=4, rows=range(4), start=start)
-        found = [next(batches).tokens for _ in range(n)]
+        tokens = [next(batches).tokens for _ in range(n)]
         batches.close()
-        return found
+        return tokens
 
     assert all((a == b).all() for a, b in zip(take(0, 3, 4), take(0, 0, 7)[3:], strict=True))
     assert any((a != b).any() for a, b in zip(take(0, 0, 4), take(1, 0, 4), strict=True))
@@ -392,15 +392,15 @@ def test_mixtures_repeat_by_weight(tmp_path):
         tmp_path / "more.jsonl", [{"text": f"m{i}", "label": "a"} for i in range(10)]
     )
     records = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(4)]
-    found, _ = load_examples(
+    data, _ = load_examples(
         tmp_path, records, task=dict(name="classification"), data=dict(mixture=[f"{extra}=2.5"])
     )
-    texts = [e.fields["text"] for e in found.train]
+    texts = [e.fields["text"] for e in data.train]
     assert len(texts) == 4 + 25 and texts.count("m0") == 3 and texts.count("m1") == 2
-    found, _ = load_examples(
+    data, _ = load_examples(
         tmp_path, records, task=dict(name="classification"), data=dict(mixture=[f"{extra}=2.3"])
     )
-    assert len(found.train) == 4 + 23
+    assert len(data.train) == 4 + 23
 
 
 def test_small_rules():

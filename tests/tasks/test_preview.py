@@ -9,13 +9,13 @@ from gptjax.tokenizer.trained import ByteTokenizer
 
 
 def test_the_preview_marks_what_is_learned(tmp_path):
-    found, _ = load_examples(
+    data, _ = load_examples(
         tmp_path, [{"source": "a<b", "target": "cd"}], task=dict(name="translation")
     )
     assert "a<b =[ cd<|endoftext|>]" in preview.to_terminal(
-        found.tokenizer, found.train[0], colour=False
+        data.tokenizer, data.train[0], colour=False
     )
-    page = preview.to_html(found.tokenizer, found.train)
+    page = preview.to_html(data.tokenizer, data.train)
     assert (
         '<span class="learned">c</span>' in page
         and "&lt;" in page
@@ -24,11 +24,11 @@ def test_the_preview_marks_what_is_learned(tmp_path):
 
 
 def test_the_preview_shows_characters_of_several_tokens(tmp_path):
-    found, _ = load_examples(
+    data, _ = load_examples(
         tmp_path, [{"source": "一", "target": "二"}], task=dict(name="translation")
     )
     assert "一 =[ 二<|endoftext|>]" in preview.to_terminal(
-        found.tokenizer, found.train[0], colour=False
+        data.tokenizer, data.train[0], colour=False
     )
     half = Example(
         "here", np.array([0xE4, 0xB8, 0x41, 0xE4]), np.array([False, False, False, True]), 3

@@ -62,5 +62,5 @@ def test_a_new_row_is_a_new_choice(tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "echo", echo)
     with pytest.raises(UserError, match="no stop texts here"):
         make_config(task=dict(name="echo", stop=["x"]))
-    found, _ = load_examples(tmp_path, [{"text": "ab"}], task=dict(name="echo"))
-    assert found.tokenizer.decode(found.train[0].ids.tolist()[:-1]) == "abab"
+    data, _ = load_examples(tmp_path, [{"text": "ab"}], task=dict(name="echo"))
+    assert data.tokenizer.decode(data.train[0].ids.tolist()[:-1]) == "abab"
