@@ -79,7 +79,7 @@ def random_params(config):
 
 
 def command(*args, check=True, devices=1, env=None, **kwargs):
-    """Runs `python -m gptjax.<args>` as a user would; returns the finished process and its output."""
+    """Runs `python -m gptjax.<args>` as users do; returns the finished process and its output."""
     count = f"--xla_force_host_platform_device_count={devices}"
     flags = f"{count} --xla_backend_optimization_level=0"  # as above
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **(env or {})}

@@ -12,8 +12,8 @@ from typing import Any
 
 
 def work(step: Callable[[], None], aside: Callable[[], Any]) -> None:
-    """A contender's side: answers each line `n` on stdin with the seconds of a step, over n steps, and
-    with what `aside()` measures after them."""
+    """A contender's side: answers each line `n` on stdin with the seconds of a step, over n steps,
+    and with what `aside()` measures after them."""
     for _ in range(2):
         step()
     print("ready", flush=True)
@@ -28,8 +28,8 @@ def work(step: Callable[[], None], aside: Callable[[], Any]) -> None:
 def measure(
     commands: dict[str, list[str]], rounds: int, seconds: float
 ) -> dict[str, list[tuple[float, Any]]]:
-    """{contender: (seconds a step, aside) of each round}; those that do not start are named and left
-    out. seconds: the length of a turn."""
+    """{contender: (seconds a step, aside) of each round}; those that do not start are named and
+    left out. seconds: the length of a turn."""
     processes = {}
     for name, command in commands.items():
         process = subprocess.Popen(

@@ -55,7 +55,7 @@ class ModelConfig:
     rope_scaling: str = setting(
         "none",
         "How RoPE is stretched to a longer context.",
-        choices=("none", "linear", "llama3", "yarn"),
+        table="gptjax.model.rope:SCALINGS",
     )
     rope_factor: float = setting(
         1.0, "How many times longer RoPE scaling makes the context.", low=1.0

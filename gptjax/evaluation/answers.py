@@ -160,7 +160,7 @@ def _answer_by_writing(
     short = sum(limit < config.max_new_tokens for limit in limits)
     if short:
         cli.say(
-            f"{short:,} prompts leave room for less than task.max_new_tokens = "
+            f"{short:,} prompts leave space for less than task.max_new_tokens = "
             f"{config.max_new_tokens}, so their answers may be cut"
         )
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from gptjax.config.schema import ModelConfig
 from gptjax.core import tree
 from gptjax.core.types import Array, Params
-from gptjax.model.transformer import Block, Norm
+from gptjax.model.layers import Norm
+from gptjax.model.transformer import Block
 from gptjax.ops.attention.mask import Mask
 
 # Standard deviation by path, as a multiple of `init_std`; GPT-2 scales the projections into the

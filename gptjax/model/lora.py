@@ -23,7 +23,8 @@ from gptjax.config.schema import LoraConfig, ModelConfig
 from gptjax.core import tree
 from gptjax.core.types import Array, Params
 from gptjax.model import init as model_init
-from gptjax.model import quantize, transformer
+from gptjax.model import quantize
+from gptjax.model.embed import embed
 
 Shape = tuple[int, ...]
 
@@ -75,7 +76,7 @@ def init(config: ModelConfig, lora: LoraConfig, key: Array, base: Params) -> Par
     if lora.prompt_tokens:
         prompt_key = jax.random.fold_in(key, 1 << 20)
         ids = jax.random.randint(prompt_key, (lora.prompt_tokens,), 0, config.vocab_size)
-        flat["embed/prompt"] = transformer.embed(config, base, ids).astype(jnp.float32)
+        flat["embed/prompt"] = embed(config, base, ids).astype(jnp.float32)
     return tree.nested(flat)
 
 

@@ -1,9 +1,8 @@
 """The decoder: GPT-2 exactly, and the Llama family by config.
 
-`apply` turns tokens into hidden states; head.py turns those into logits, scores or a loss; init.py
-makes the parameters, kv_cache.py the cache that `apply` takes and returns. The Linen modules
-describe one block; `apply` runs it over the layers. What computes an op is looked up in
-`ops.implementations` by `config.implementation`.
+`apply` turns tokens into hidden states: the Linen modules describe one block, `apply` runs it over
+the layers. head.py turns hidden states into logits, scores or a loss; init.py makes the parameters,
+kv_cache.py the cache that `apply` takes and returns; layers.py and embed.py have the parts.
 
 Dims: B batch, T time, S keys, D width, H query heads, K key/value heads, G = H / K, C head width,
 F MLP width, V vocabulary, L layers.
@@ -18,83 +17,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from gptjax.config.schema import ModelConfig
 from gptjax.core import tree
-from gptjax.core.types import Array, Params
+from gptjax.core.types import Params
+from gptjax.model.embed import embed
+from gptjax.model.layers import Linear, Module, Norm
 from gptjax.model.rope import rope_tables, rotate
 from gptjax.ops.attention.mask import Mask
-from gptjax.ops.implementations import IMPLEMENTATIONS, Ops
-
-
-class Module(nn.Module):
-    """A Linen module with the model's config and the ops that it asks for."""
-
-    config: ModelConfig
-
-    @property
-    def ops(self) -> Ops:
-        return IMPLEMENTATIONS[self.config.implementation]
-
-
-class Norm(Module):
-    """LayerNorm or RMSNorm over the last axis, in float32."""
-
-    per_head: bool = False  # of queries and keys: always RMSNorm
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        c, ops = self.config, self.ops
-        center = c.norm == "layernorm" and not self.per_head
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        if c.norm_plus_one:
-            scale = 1 + scale
-        bias = None
-        if center and c.bias == "all":
-            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        norm = ops.head_norm if self.per_head else ops.norm
-        return norm(x, scale, bias, eps=c.norm_eps, center=center)
-
-
-class Linear(Module):
-    """Contracts the last `inputs` axes of x with a kernel [*inputs, *features].
-
-    Where the parameters hold `rows` (see `model.quantize`) instead of a kernel, those are used; an
-    adapter next to them (see `model.lora`) adds its part.
-    """
-
-    features: tuple[int, ...] = ()
-    bias: bool = False
-    inputs: int = 1
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        shape = (*x.shape[-self.inputs :], *self.features)
-        rows, columns = math.prod(shape[: self.inputs]), math.prod(self.features)
-        x_ND = x.reshape(-1, rows)
-        if self.has_variable("params", "rows"):
-            y = self.ops.quantized_matmul(x_ND, self.variables["params"]).astype(x.dtype)
-        else:
-            kernel = self.param("kernel", nn.initializers.zeros, shape)
-            y = self.ops.matmul(x_ND, kernel.reshape(rows, columns))
-        if self.has_variable("params", "lora_a"):
-            y = self._add_adapter(x_ND, y, self.variables["params"])
-        if self.bias:
-            bias = self.param("bias", nn.initializers.zeros, self.features)
-            y = self.ops.bias_add(y, bias.reshape(columns))
-        return y.reshape(*x.shape[: -self.inputs], *self.features)
-
-    def _add_adapter(self, x: Array, y: Array, params: Any) -> Array:
-        """y [N, F] + (x [N, D] A) B, rescaled where the adapter is DoRA's."""
-        a, b = params["lora_a"].astype(x.dtype), params["lora_b"].astype(x.dtype)
-        if "keep_prob" in params and self.has_rng("dropout"):
-            keep_prob = params["keep_prob"]
-            keep = jax.random.bernoulli(self.make_rng("dropout"), keep_prob, x.shape)
-            x = x * keep / keep_prob.astype(x.dtype)
-        y = y + self.ops.low_rank(x, a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1))
-        if "dora_scale" in params:
-            y = y * params["dora_scale"].astype(y.dtype).reshape(-1)
-        return y
 
 
 class Attention(Module):
@@ -206,14 +137,14 @@ def cast(config: ModelConfig, params: Params) -> Params:
 def apply(
     config: ModelConfig,
     params: Params,
-    tokens_BT: Array,
+    tokens_BT: Int[Array, "B T"],
     *,
-    positions: Array | None = None,
-    segment_ids: Array | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     cache: tuple[Params, ...] | None = None,
-    start_B: Array | None = None,
+    start_B: Int[Array, " B"] | None = None,
     dropout_key: Array | None = None,
-) -> tuple[Array, tuple[Params, ...] | None]:
+) -> tuple[Float[Array, "B T D"], tuple[Params, ...] | None]:
     """Final hidden states [B, T, D] in the compute dtype (normalized, ready for `head.unembed`) and
     the updated cache.
 
@@ -273,30 +204,3 @@ def _unrolled(
         x_BTD, layer_cache = block(x_BTD, layer)
         new_cache.append(layer_cache)
     return x_BTD, None if cache is None else tuple(new_cache)
-
-
-def embed(
-    config: ModelConfig, params: Params, tokens_BT: Array, positions: Array | None = None
-) -> Array:
-    """Embeddings [B, T, D] in the compute dtype.
-
-    Of the tokens alone or, with positions [B, T], with what is learned for those positions: prompt
-    vectors (`lora.prompt_tokens`) in place of the tokens, position embeddings added to them.
-    """
-    c, table = config, params["embed"]
-    if "rows" in table:
-        lookup = IMPLEMENTATIONS[c.implementation].quantized_lookup
-        x_BTD = lookup(table, tokens_BT).astype(c.dtype)
-    else:
-        x_BTD = table["tokens"][tokens_BT]
-    if c.scale_embeddings:
-        x_BTD = x_BTD * jnp.asarray(math.sqrt(c.width), x_BTD.dtype)
-    if positions is None:
-        return x_BTD
-    if "prompt" in table:
-        prompt = table["prompt"]
-        prompt_BTD = prompt[jnp.minimum(positions, len(prompt) - 1)].astype(x_BTD.dtype)
-        x_BTD = jnp.where((positions < len(prompt))[..., None], prompt_BTD, x_BTD)
-    if c.positions == "learned":
-        x_BTD = x_BTD + table["positions"][positions]
-    return x_BTD

@@ -229,7 +229,7 @@ def test_an_answer_does_not_depend_on_the_others_of_its_batch(tmp_path, capsys):
         40,
         5,
         35,
-    ] and "2 prompts leave room for less than" in capsys.readouterr().err
+    ] and "2 prompts leave space for less than" in capsys.readouterr().err
     assert [answers.answer_examples(lm, config, (), [e])[0] for e in examples] == together
 
 

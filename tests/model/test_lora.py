@@ -310,8 +310,8 @@ def test_peft_files_of_other_makers(tmp_path):
 
 
 def test_tuning_goes_on_from_a_tuned_checkpoint(tmp_path, one_device):
-    """A head whose labels agree and prompt vectors are where training starts; a base that has changed
-    is refused."""
+    """A head whose labels agree and prompt vectors are where training starts; a base that has
+    changed is refused."""
     task = dict(task=dict(name="classification"), data=dict(source="jsonl", path="x"))
     config = make_config(
         lora=dict(rank=2), train=dict(init_from="base"), model=dict(labels=["a", "b"]), **task

@@ -65,8 +65,8 @@ def test_whole_logits_never_exist():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_products_by_rows_have_the_gradients_of_any_product(dtype):
-    """What one CPU device does with bfloat16, against what all other devices do; a frozen factor costs
-    nothing to save."""
+    """What one CPU device does with bfloat16, against what all other devices do; a frozen factor
+    costs nothing to save."""
     keys = jax.random.split(jax.random.key(0), 4)
     x, w, b, g = (
         jax.random.normal(k, shape).astype(dtype)

@@ -1,0 +1,86 @@
+"""The layers that blocks are made of: norms and products, as Linen modules.
+
+What computes an op is looked up in `ops.implementations` by `config.implementation`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from gptjax.config.schema import ModelConfig
+from gptjax.core.types import Array
+from gptjax.ops.implementations import IMPLEMENTATIONS, Ops
+
+
+class Module(nn.Module):
+    """A Linen module with the model's config and the ops that it asks for."""
+
+    config: ModelConfig
+
+    @property
+    def ops(self) -> Ops:
+        return IMPLEMENTATIONS[self.config.implementation]
+
+
+class Norm(Module):
+    """LayerNorm or RMSNorm over the last axis, in float32."""
+
+    per_head: bool = False  # of queries and keys: always RMSNorm
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c, ops = self.config, self.ops
+        center = c.norm == "layernorm" and not self.per_head
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        if c.norm_plus_one:
+            scale = 1 + scale
+        bias = None
+        if center and c.bias == "all":
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        norm = ops.head_norm if self.per_head else ops.norm
+        return norm(x, scale, bias, eps=c.norm_eps, center=center)
+
+
+class Linear(Module):
+    """Contracts the last `inputs` axes of x with a kernel [*inputs, *features].
+
+    Where the parameters hold `rows` (see `model.quantize`) instead of a kernel, those are used; an
+    adapter next to them (see `model.lora`) adds its part.
+    """
+
+    features: tuple[int, ...] = ()
+    bias: bool = False
+    inputs: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (*x.shape[-self.inputs :], *self.features)
+        rows, columns = math.prod(shape[: self.inputs]), math.prod(self.features)
+        x_ND = x.reshape(-1, rows)
+        if self.has_variable("params", "rows"):
+            y = self.ops.quantized_matmul(x_ND, self.variables["params"]).astype(x.dtype)
+        else:
+            kernel = self.param("kernel", nn.initializers.zeros, shape)
+            y = self.ops.matmul(x_ND, kernel.reshape(rows, columns))
+        if self.has_variable("params", "lora_a"):
+            y = self._add_adapter(x_ND, y, self.variables["params"])
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features)
+            y = self.ops.bias_add(y, bias.reshape(columns))
+        return y.reshape(*x.shape[: -self.inputs], *self.features)
+
+    def _add_adapter(self, x: Array, y: Array, params: Any) -> Array:
+        """y [N, F] + (x [N, D] A) B, rescaled where the adapter is DoRA's."""
+        a, b = params["lora_a"].astype(x.dtype), params["lora_b"].astype(x.dtype)
+        if "keep_prob" in params and self.has_rng("dropout"):
+            keep_prob = params["keep_prob"]
+            keep = jax.random.bernoulli(self.make_rng("dropout"), keep_prob, x.shape)
+            x = x * keep / keep_prob.astype(x.dtype)
+        y = y + self.ops.low_rank(x, a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1))
+        if "dora_scale" in params:
+            y = y * params["dora_scale"].astype(y.dtype).reshape(-1)
+        return y
