@@ -18,8 +18,11 @@ def embed(
     tokens: Int[Array, "*S"],
     positions: Int[Array, "*P"] | None = None,
 ) -> Float[Array, "*S D"]:
-    """Embeddings [..., D] in the compute dtype: of the tokens [...] alone or, with their positions,
-    of what is there too: learned prompt vectors (`lora.prompt_tokens`), learned positions."""
+    """Embeddings [..., D] in the compute dtype.
+
+    Of the tokens alone or, with positions, with what is learned for those positions: prompt vectors
+    (`lora.prompt_tokens`) in place of the tokens, position embeddings added to them.
+    """
     c, table = config, params["embed"]
     if "rows" in table:
         lookup = IMPLEMENTATIONS[c.implementation].quantized_lookup
