@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import is_quick
 
 from gptjax.config import build
 from gptjax.core import tree
@@ -28,6 +29,12 @@ ROOT = Path(__file__).parent.parent
 SHARED = (
     ROOT.parent / "shared" / "data"
 )  # real data sets on the developers' machines; tests that want it skip without
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_quick(item, ROOT):
+            item.add_marker("quick")
 
 
 @pytest.fixture(scope="session", autouse=True)
