@@ -13,7 +13,6 @@ from conftest import byte_level_tokenizer
 from helpers import CHATML_BY_EXPRESSIONS
 
 import gptjax
-from gptjax.evaluation.harness import GptjaxLM, evaluate_tasks
 from gptjax.tokenizer.pretrained import PretrainedTokenizer, pieces_json
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
