@@ -44,7 +44,7 @@ PUBLIC = (
 )
 NOT_SHOWN = ("compile", "token_logprobs")  # of LanguageModel: parts that other modules use
 TYPES = {
-    "int": "whole number",
+    "int": "integer",
     "float": "number",
     "bool": "True or False",
     "str": "text",

@@ -163,7 +163,7 @@ print(CONFIG.read_text())
 # ## Look at the examples before you train
 #
 # Most mistakes in fine-tuning are mistakes in what is learned, and no loss curve shows them.
-# Here the model reads a whole paragraph, cut where it is longer than its context of 64 tokens,
+# Here the model reads a paragraph, cut where it is longer than its context of 64 tokens,
 # and the last token, on yellow, has the label: what the model has understood by then goes into
 # a new layer that tells the classes apart.
 
