@@ -283,6 +283,8 @@ def block(paragraph: str, *, entries: bool) -> list[str]:
         if entry and not line.startswith(" "):
             names = ", ".join(f"`{name.strip()}`" for name in entry[1].split(","))
             listed.append(f"- {names}: {line[entry.end() :].strip()}")
+        elif listed and not line.startswith(" "):
+            listed.append(f"- {line}")  # more names than fit on a line
         elif listed:
             listed.append(f"  {line.strip()}")
         else:
