@@ -212,6 +212,11 @@ class LoraConfig:
     )
 
     @property
+    def scale(self) -> float:
+        """What the product of A and B is multiplied by."""
+        return self.alpha / self.rank
+
+    @property
     def on(self) -> bool:
         """Whether anything is frozen and something else is trained in its place."""
         return bool(self.rank or self.prompt_tokens)

@@ -91,7 +91,7 @@ def update(lora: LoraConfig, adapter: Params) -> Array:
     a_LIR = a.reshape(len(a), -1, a.shape[-1])
     b_LRO = b.reshape(len(b), b.shape[1], -1)
     product = jnp.einsum("Lir,Lro->Lio", a_LIR, b_LRO)
-    return (lora.alpha / lora.rank) * product.reshape(*a.shape[:-1], *b.shape[2:])
+    return lora.scale * product.reshape(*a.shape[:-1], *b.shape[2:])
 
 
 def apply_adapter(
@@ -128,7 +128,7 @@ def _scaled_adapters(lora: LoraConfig, frozen: Any, trained: Params, dropout: bo
             inner = frozen[name] if isinstance(frozen, dict) else {}
             result[name] = _scaled_adapters(lora, inner, part, dropout)
             continue
-        adapter = {"lora_a": part["lora_a"], "lora_b": part["lora_b"] * (lora.alpha / lora.rank)}
+        adapter = {"lora_a": part["lora_a"], "lora_b": part["lora_b"] * lora.scale}
         if "lora_m" in part:
             kernel = frozen[name]["kernel"].astype(jnp.float32) + update(lora, part)
             # a constant for the gradient (Liu et al. 2024, section 4.3)

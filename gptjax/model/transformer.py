@@ -1,4 +1,4 @@
-"""The decoder: GPT-2 exactly, and the Llama family by config.
+"""The decoder: GPT-2 exactly; GPT-NeoX, Llama and its relatives, Phi-3 and Gemma 2 by config.
 
 `apply` turns tokens into hidden states: the Linen modules describe one block, `apply` runs it over
 the layers. head.py turns hidden states into logits, scores or a loss; init.py makes the parameters,
@@ -120,14 +120,14 @@ class Block(Module):
         return ops.residual_add(attended_BTD, dropout(update_BTD)), cache
 
 
-# Leaves that keep the dtype they are stored in; all others are cast to the compute dtype.
+# Leaves that keep their dtype: scales of norms, the rows of `model.quantize`, parts of adapters.
 _UNCAST = ("scale", "rows", "row_scale", "dora_scale", "keep_prob")
 
 _REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 def cast(config: ModelConfig, params: Params) -> Params:
-    """Weights in the compute dtype; scales of norms, and rows for inference, as they are stored."""
+    """Weights in the compute dtype; what `_UNCAST` names stays as it is stored."""
     dtype = jnp.dtype(config.dtype)
     return jax.tree_util.tree_map_with_path(
         lambda path, p: p if path[-1].key in _UNCAST else p.astype(dtype), params

@@ -43,7 +43,7 @@ class Ops:
     quantized_lookup: Op = quantized.lookup
     cross_entropy: Op = losses.reference
     logprobs: Op = losses.reference_logprobs
-    # What generation asks: tokens that prefill feeds at once, enough to be limited by arithmetic
+    # For generation, not an op: how many tokens prefill feeds at once, enough to be limited by arithmetic
     # rather than by reading weights; the dtype of activations next to bfloat16 and int8 weights.
     prefill_chunk: int = 256
     activation_dtype: str = "bfloat16"
@@ -96,15 +96,16 @@ IMPLEMENTATIONS: dict[str, Ops] = {
     "auto": Ops(),  # not resolved yet: the reference, with the backend of attention asked for
     "cpu": CPU,
     "cpu_sharded": CPU_SHARDED,
-    "gpu": ACCELERATOR,
-    "tpu": ACCELERATOR,
+    "gpu": dataclasses.replace(ACCELERATOR, attention=backends_for("gpu")),
+    "tpu": dataclasses.replace(ACCELERATOR, attention=backends_for("tpu")),
 }
 
 
 def resolve(setting: str, *, platform: str, devices: int) -> str:
     """The row for a mesh of so many devices of a platform ("cpu", "gpu", "tpu").
 
-    setting: `model.implementation`; whatever is not "auto" stays as it is.
+    setting: `model.implementation`; whatever is not "auto" stays as it is. A platform without a row
+    of its own gets that of GPUs, which has nothing that only a GPU can do.
     """
     if setting != "auto":
         return setting

@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from gptjax.config.schema import OptimConfig
 from gptjax.core import tree
 from gptjax.model import init as model_init
+from gptjax.training.optim import Schedule
 from gptjax.training.setup import TrainPlan
 
 MEBIBYTE = 2**20
@@ -129,7 +132,9 @@ def _of_optimizer(plan: TrainPlan) -> list[Number]:
     last_rate = float(plan.schedule(steps - 1))
     return [
         _integer(
-            "decay begins at step", _decay_start(optim, steps), f"optim.schedule = {optim.schedule}"
+            "decay begins at step",
+            _decay_start(plan.schedule, optim, steps),
+            f"optim.schedule = {optim.schedule}",
         ),
         Number(
             "final learning rate",
@@ -140,14 +145,11 @@ def _of_optimizer(plan: TrainPlan) -> list[Number]:
     ]
 
 
-def _decay_start(optim: OptimConfig, steps: int) -> int:
-    """The first step whose learning rate falls; `steps` where none does."""
-    if optim.schedule == "constant":
-        return steps
-    if optim.schedule == "wsd":
-        after_warmup = steps - 1 - optim.warmup_steps
-        return round(optim.warmup_steps + (1 - optim.decay_fraction) * after_warmup)
-    return optim.warmup_steps
+def _decay_start(schedule: Schedule, optim: OptimConfig, steps: int) -> int:
+    """The last step at the peak before the learning rate falls; `steps` where it never does."""
+    rates = np.asarray(schedule(np.arange(optim.warmup_steps, steps)))
+    lower = np.flatnonzero(rates < optim.lr * (1 - 1e-6))
+    return optim.warmup_steps + max(int(lower[0]) - 1, 0) if len(lower) else steps
 
 
 def _of_generation(plan: TrainPlan) -> Number:

@@ -299,7 +299,7 @@ def setup(
 ) -> Run:
     """Checks everything, then describes the run in its workdir.
 
-    Nothing is written when a check fails. Raises UserError.
+    Nothing in the workdir is written when a check fails. Raises UserError.
     """
     check_installed(config.train.trackers)
     config, source = resolve_checkpoint(config)
