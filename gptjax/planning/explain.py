@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gptjax.config.schema import OptimConfig
+from gptjax.config.optim_config import OptimConfig, Rate
 from gptjax.core import tree
 from gptjax.model import init as model_init
-from gptjax.training.optim import Schedule
 from gptjax.training.setup import TrainPlan
 
 MEBIBYTE = 2**20
@@ -145,7 +144,7 @@ def _of_optimizer(plan: TrainPlan) -> list[Number]:
     ]
 
 
-def _decay_start(schedule: Schedule, optim: OptimConfig, steps: int) -> int:
+def _decay_start(schedule: Rate, optim: OptimConfig, steps: int) -> int:
     """The last step at the peak before the learning rate falls; `steps` where it never does."""
     rates = np.asarray(schedule(np.arange(optim.warmup_steps, steps)))
     lower = np.flatnonzero(rates < optim.lr * (1 - 1e-6))

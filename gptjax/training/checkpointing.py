@@ -46,8 +46,8 @@ def check_same_run(workdir: Path, config: Config, fingerprints: dict[str, str]) 
         listed = "\n  ".join(differences)
         raise UserError(
             f"{workdir} holds a run with other settings (old -> new):\n  {listed}\n"
-            "Use the old ones (see config.json there) or another --workdir; to train further with new "
-            f"ones,\nstart a new run with --config.train.init_from={workdir}."
+            "Use the old ones (see config.json there) or another --workdir; to train further with "
+            f"new ones,\nstart a new run with --config.train.init_from={workdir}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Every attention backend, on every platform that its row names, computes what the reference does."""
+"""Every attention backend, on every platform of its row, computes what the reference does."""
 
 import functools
 
