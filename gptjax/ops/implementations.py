@@ -43,8 +43,9 @@ class Ops:
     quantized_lookup: Op = quantized.lookup
     cross_entropy: Op = losses.reference
     logprobs: Op = losses.reference_logprobs
-    # For generation, not an op: how many tokens prefill feeds at once, enough to be limited by arithmetic
-    # rather than by reading weights; the dtype of activations next to bfloat16 and int8 weights.
+    # For generation, not ops: how many tokens prefill feeds at once, enough to be limited by
+    # arithmetic rather than by reading weights; the dtype of activations next to bfloat16 and int8
+    # weights.
     prefill_chunk: int = 256
     activation_dtype: str = "bfloat16"
 
