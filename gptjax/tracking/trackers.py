@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from gptjax.config.errors import UserError
@@ -35,24 +35,24 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Sends each record to all trackers. One that raises is named on stderr, once, and dropped:
-    the run goes on without it.
+    """Sends each record to metrics.jsonl and all trackers. A tracker that raises is named on
+    stderr, once, and dropped: the run goes on without it. A metrics.jsonl that cannot be written
+    ends the run (OSError): the summary and the report would show old numbers as the last ones.
     """
 
     def __init__(self, names: Sequence[str], run: TrackedRun) -> None:
         """names: of `train.trackers`, in addition to metrics.jsonl."""
+        self._metrics = jsonl.start(run)
         self._trackers: dict[str, Tracker] = {}
-        starts: dict[str, Callable[[TrackedRun], Tracker]] = {"metrics.jsonl": jsonl.start}
         for name in names:
-            starts[name] = _module(name).start
-        for name, start in starts.items():
             try:
-                self._trackers[name] = start(run)
+                self._trackers[name] = _module(name).start(run)
             except Exception as error:
                 _say_dropped(name, error)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Records values by name (`group/name`) at this step."""
+        self._metrics.log(step, values)
         for name, tracker in list(self._trackers.items()):
             try:
                 tracker.log(step, values)
@@ -67,6 +67,7 @@ class Trackers:
             except Exception as error:
                 _say_dropped(name, error)
         self._trackers = {}
+        self._metrics.close()
 
 
 def _say_dropped(name: str, error: Exception) -> None:

@@ -1,10 +1,13 @@
 """Where metrics go: what a tracker keeps, what a resumed run continues, what never stops a run."""
 
+import errno
 import importlib
 import importlib.util
 import json
 import math
+import os
 import sqlite3
+from unittest.mock import Mock
 
 import pytest
 from conftest import TINY, command, make_config
@@ -95,6 +98,18 @@ def test_a_tracker_that_fails_is_named_once_and_dropped(
     )
     assert [r["step"] for r in jsonl.read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
     assert list((tmp_path / "tb").iterdir())
+
+
+def test_a_metrics_file_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
+    (tmp_path / "start" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(OSError):
+        trackers.Trackers([], run_of(tmp_path / "start"))
+    opened = trackers.Trackers([], run_of(tmp_path))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(jsonl.JsonlTracker, "log", Mock(side_effect=full))
+    with pytest.raises(OSError, match="No space left"):
+        opened.log(1, {})
+    opened.close()
 
 
 def test_a_missing_package_is_one_message_before_anything_is_done(tmp_path, monkeypatch):
