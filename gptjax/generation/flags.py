@@ -56,6 +56,7 @@ def read_options(args: cli.Args) -> GenerationOptions:
     options["max_new_tokens"] = args.number("max_new_tokens", MAX_NEW_TOKENS)
     for name, default in (("n", 1), ("num_beams", 1), ("num_speculative_tokens", 0)):
         options[name] = args.number(name, default)
+    options["num_beams"] = max(options["num_beams"], 1)  # 0 is off, too
     options["length_penalty"] = args.number("length_penalty", 1.0)
     greedy = options["num_beams"] > 1 or options["num_speculative_tokens"]
     if greedy and "temperature" not in args:

@@ -32,6 +32,10 @@ def test_every_number_is_a_flag_with_the_default_of_the_options():
         assert getattr(flagged, name) == 1
 
 
+def test_no_beams_is_one_beam():
+    assert read_options(cli.Args({"num_beams": "0"})) == read_options(cli.Args({}))
+
+
 def test_keywords_win_over_options_and_old_names_work():
     options = GenerationOptions(temperature=0.5, n=3)
     merged = merge_options(options, {"n": 2, "speculate_tokens": 4})
