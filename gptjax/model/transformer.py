@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gptjax.config.schema import ModelConfig
-from gptjax.core import tree
 from gptjax.core.types import Params
 from gptjax.model.embed import embed
 from gptjax.model.layers import Linear, Module, Norm
 from gptjax.model.rope import rope_tables, rotate
 from gptjax.ops.attention.mask import Mask
+from gptjax.ops.implementations import IMPLEMENTATIONS
 
 
 class Attention(Module):
@@ -185,21 +185,21 @@ def apply(
     if c.scan_layers and cache is None and isinstance(blocks, dict):
         x_BTD, _ = jax.lax.scan(block, x_BTD, (blocks, jnp.arange(c.layers), None))
     else:
+        if isinstance(blocks, dict):
+            blocks = IMPLEMENTATIONS[c.implementation].unstack(blocks)
+        else:
+            block = jax.jit(block)  # for inference: traced once for all layers
         x_BTD, cache = _unrolled(block, x_BTD, blocks, cache)
     final: Any = Norm(c).apply({"params": params["final_norm"]}, x_BTD)
     return final, cache
 
 
 def _unrolled(
-    block: Any, x_BTD: Array, blocks: Any, cache: tuple[Params, ...] | None
+    block: Any, x_BTD: Array, blocks: tuple[Params, ...], cache: tuple[Params, ...] | None
 ) -> tuple[Array, tuple[Params, ...] | None]:
     """The blocks one after the other, each with its layer of the cache."""
-    if isinstance(blocks, dict):
-        layers = tree.unstack(blocks)
-    else:
-        layers, block = blocks, jax.jit(block)  # for inference: traced once for all layers
     new_cache = []
-    for i, params in enumerate(layers):
+    for i, params in enumerate(blocks):
         layer = (params, jnp.asarray(i), None if cache is None else cache[i])
         x_BTD, layer_cache = block(x_BTD, layer)
         new_cache.append(layer_cache)

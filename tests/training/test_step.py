@@ -18,6 +18,19 @@ from gptjax.training import step as train_step
 from gptjax.training.setup import make_plan
 
 
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_frozen_parameters_and_rematerialisation_in_bfloat16(one_device, remat):
+    def config(remat):
+        return make_config(
+            model=dict(dtype="bfloat16", remat=remat),
+            optim=dict(freeze=("embed/.*", ".*norm.*", ".*/attn/.*")),
+        )
+
+    expected, _, _, _ = run_steps(config("none"), one_device)
+    losses, _, _, _ = run_steps(config(remat), one_device)
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+
+
 def test_micro_batches_equal_one_batch_with_unequal_weights(one_device):
     config = make_config()
     expected, state, _, _ = run_steps(config, one_device)
