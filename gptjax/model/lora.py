@@ -25,6 +25,7 @@ from gptjax.core.types import Array, Params
 from gptjax.model import init as model_init
 from gptjax.model import quantize
 from gptjax.model.embed import embed
+from gptjax.ops.unstack import unstack
 
 Shape = tuple[int, ...]
 
@@ -108,7 +109,7 @@ def apply_adapter(
     adapters = _scaled_adapters(lora, frozen["blocks"], trained.get("blocks", {}), dropout)
     if isinstance(frozen["blocks"], tuple):
         count = len(frozen["blocks"])
-        by_layer = tree.unstack(adapters) if adapters else ({},) * count
+        by_layer = unstack(adapters) if adapters else ({},) * count
         blocks: Any = tuple(map(merge_trees, frozen["blocks"], by_layer))
     else:
         blocks = merge_trees(frozen["blocks"], adapters)

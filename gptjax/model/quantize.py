@@ -11,8 +11,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gptjax.core import tree
 from gptjax.ops.quantized import quantize_rows
+from gptjax.ops.unstack import unstack
 
 
 def input_axes(layer: str) -> int:
@@ -48,7 +48,7 @@ def inference_params(params: dict[str, Any], *, weights: str = "float32") -> dic
     """
     blocks = params["blocks"]
     if isinstance(blocks, dict):
-        blocks = tree.unstack(blocks)
+        blocks = unstack(blocks)
     embed = params["embed"]
     table = embed if "rows" in embed else quantize_rows(embed["tokens"], weights)
     vectors = {}

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from gptjax.core import tree
 from gptjax.core.types import Array
 from gptjax.ops import activation as activations
 from gptjax.ops import cross_entropy as losses
@@ -21,6 +20,7 @@ from gptjax.ops.attention import cache
 from gptjax.ops.attention.backends import backends_for
 from gptjax.ops.attention.reference import reference as reference_attention
 from gptjax.ops.materialize import materialize
+from gptjax.ops.unstack import unstack, unstack_together
 
 Op = Callable[..., Array]
 
@@ -29,7 +29,7 @@ Op = Callable[..., Array]
 class Ops:
     """One function for each op; its reference says what it takes and gives."""
 
-    unstack: Callable[..., tuple] = tree.unstack  # of the parameters of stacked blocks
+    unstack: Callable[..., tuple] = unstack  # of the parameters of stacked blocks
     norm: Op = norms.reference
     head_norm: Op = norms.reference  # of the queries and keys of each head
     activation: dict[str, Op] = dataclasses.field(default_factory=lambda: activations.REFERENCES)
@@ -57,7 +57,7 @@ REFERENCE = Ops(attention=dict.fromkeys(backends_for(""), reference_attention))
 
 # XLA fuses well there, so that only what saves memory differs from the reference.
 ACCELERATOR = Ops(
-    unstack=tree.unstack_together,
+    unstack=unstack_together,
     norm=norms.saving_unit,
     head_norm=norms.saving_unit,
     activation=activations.ACCELERATOR,
@@ -68,7 +68,7 @@ ACCELERATOR = Ops(
 
 # Values with several readers are written to memory: XLA:CPU would compute them once per reader.
 CPU_SHARDED = Ops(
-    unstack=tree.unstack_together,
+    unstack=unstack_together,
     norm=norms.saving_unit_cpu,
     head_norm=functools.partial(norms.saving_unit, barrier=materialize),
     activation=activations.CPU,

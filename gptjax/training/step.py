@@ -139,16 +139,14 @@ def _make_gradient(plan: TrainPlan) -> Any:
     """
     count = plan.micro_batches
 
-    def loss_of(
-        params: Params, frozen: Params, batch: Batch, key: Array
-    ) -> tuple[Array, tuple[Array, Array]]:
+    def loss_of(params: Params, frozen: Params, batch: Batch, key: Array) -> tuple[Array, Array]:
         sums = compute_loss(plan, params, frozen, batch, key, chunk=plan.loss_chunk)
-        return sums.loss, (sums.weight, sums.correct)
+        return sums.loss, sums.weight
 
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
 
     def of_one(params: Params, frozen: Params, batch: Batch, key: Array) -> Any:
-        (total, (weight, _)), grads = value_and_grad(params, frozen, batch, key)
+        (total, weight), grads = value_and_grad(params, frozen, batch, key)
         return total, weight, grads
 
     def of_many(params: Params, frozen: Params, batch: Batch, key: Array) -> Any:
