@@ -1,8 +1,9 @@
 """Makes the pages under "Reference" from the code, so that they cannot be out of date.
 
 A hook of mkdocs (see `mkdocs.yml`): `reference/settings.md` from `gptjax.config.schema`,
-`reference/commands.md` from the help of each command, `reference/python.md` from signatures and
-docstrings. To show another public function, add its name to `PUBLIC`.
+`reference/commands.md` from the help of each command, `reference/foreign-files.md` from the
+tables of keys, `reference/python.md` from signatures and docstrings. To show another public
+function, add its name to `PUBLIC`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import importlib
 import inspect
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import gptjax  # noqa: E402
+from gptjax.checkpoints.foreign_files import KEY_TABLES  # noqa: E402
 from gptjax.config import schema  # noqa: E402
 from gptjax.config.setting import choices_of  # noqa: E402
 from gptjax.core import cli  # noqa: E402
@@ -78,6 +81,14 @@ interrupted after saving, 1 an internal error.
 A `--checkpoint` is a workdir, a step's folder in it, a Hugging Face folder or a `.gguf` file. Where
 a command takes `--config`, every [setting](settings.md) is a flag as well:
 `--config.section.name=value`.
+"""
+FOREIGN_INTRO = """\
+# Foreign files
+
+What becomes of each key of a file that another program wrote. A key that is used is honoured in
+full; one without effect changes no number here and is listed with `--debug`; one that is refused
+ends the command with its name. So does a key that is in no table, unless its value is null.
+`*` stands for any characters.
 """
 PYTHON_INTRO = """\
 # Python
@@ -175,6 +186,24 @@ def help_of(verb: str) -> tuple[str, dict[str, str]]:
         name, _, meaning = line.strip().removeprefix("--").partition(" ")
         flags[name] = meaning.strip()
     return text.strip(), flags
+
+
+# ---- foreign files
+
+
+def foreign_files_page() -> str:
+    """For each type of file: its keys, and what becomes of them."""
+    lines = [FOREIGN_INTRO]
+    for key_table in KEY_TABLES:
+        lines += [f"## {key_table.file}", "", "| key | |", "|---|---|"]
+        rows = [(key, "used") for key in key_table.used]
+        rows += [(key, f"no effect: {why}") for key, why in key_table.no_effect.items()]
+        for key, refusal in key_table.refused.items():
+            allowed = ", ".join(json.dumps(value) for value in (None, *refusal.unless))
+            rows.append((key, f"refused unless {allowed}: {refusal.reason}"))
+        lines += [f"| `{key}` | {escape(text)} |" for key, text in sorted(rows)]
+        lines.append("")
+    return "\n".join(lines)
 
 
 # ---- Python
@@ -295,6 +324,7 @@ def block(paragraph: str, *, entries: bool) -> list[str]:
 PAGES = {
     "reference/settings.md": settings_page,
     "reference/commands.md": commands_page,
+    "reference/foreign-files.md": foreign_files_page,
     "reference/python.md": python_page,
 }
 

@@ -146,6 +146,12 @@ def _print_help(doc: str | None, known: dict[str, str]) -> None:
 def run(main: Callable[[list[str]], None], argv: Sequence[str]) -> None:
     """Runs a command and turns its end into an exit code and, for wrong input, one message."""
     logging.getLogger("absl").setLevel(logging.ERROR)
+    if "--debug" in argv:  # what foreign files hold that has no effect, and the like
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("debug: %(message)s"))
+        log = logging.getLogger("gptjax")
+        log.setLevel(logging.DEBUG)
+        log.addHandler(handler)
     try:
         main(list(argv))
     except BrokenPipeError:  # whoever read our output is gone

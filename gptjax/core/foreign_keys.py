@@ -1,0 +1,93 @@
+"""Keys of files that other programs wrote: each is used, has no effect here, or is refused.
+
+A `KeyTable` says it for one type of file, and `check` holds a file against it, so that nothing
+foreign is ignored without a word. The tables stand beside the code that reads the file; the page
+"Foreign files" of the reference is made from `KEY_TABLES` in `checkpoints/foreign_files.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gptjax.config.errors import UserError
+
+log = logging.getLogger("gptjax")  # shown with --debug
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a key is refused, and the values of it that ask for nothing.
+
+    reason: ends the message "KEY = VALUE is not supported: ...", with a way out where there is one.
+    unless: values that change nothing; None is always one of them.
+    """
+
+    reason: str
+    unless: tuple[Any, ...] = (False,)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyTable:
+    """What becomes of each key of one type of file.
+
+    file: the type, as a heading ("config.json of Llama"). used: keys whose values are honoured.
+    no_effect: {key: why it changes no number}. refused: {key: Refusal}. Keys may be patterns
+    (`*_dropout`); exact names are looked up first. A key that is in no group is refused, unless
+    its value is null.
+    """
+
+    file: str
+    used: frozenset[str]
+    no_effect: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refused: Mapping[str, Refusal] = dataclasses.field(default_factory=dict)
+
+    def check(self, values: Mapping[str, Any], where: str) -> None:
+        """Refuses what cannot be honoured; lists what has no effect at --debug.
+
+        where: the file, which begins the message. Raises UserError.
+        """
+        for key, value in values.items():
+            if value is None or _find(key, self.used) is not None:
+                continue
+            pattern = _find(key, self.refused)
+            refusal = self.refused[pattern] if pattern is not None else None
+            exact_no_effect = key in self.no_effect
+            if refusal and not exact_no_effect:
+                if not _is_one_of(value, refusal.unless):
+                    raise UserError(
+                        f"{where}: {key} = {_short(value)} is not supported: {refusal.reason}"
+                    )
+                log.debug("%s: %s = %s asks for nothing", where, key, _short(value))
+                continue
+            pattern = _find(key, self.no_effect)
+            if pattern is None:
+                raise UserError(
+                    f"{where}: the key {key!r} (= {_short(value)}) is not known here, and it could "
+                    "change the results. If it has no effect on them, remove it from the file"
+                )
+            log.debug("%s: %s has no effect: %s", where, key, self.no_effect[pattern])
+
+
+def _find(key: str, patterns: Iterable[str]) -> str | None:
+    """The entry that names the key: itself, or the first pattern that it matches."""
+    if key in patterns:
+        return key
+    for pattern in patterns:
+        if "*" in pattern and fnmatch.fnmatchcase(key, pattern):
+            return pattern
+    return None
+
+
+def _is_one_of(value: Any, harmless: tuple[Any, ...]) -> bool:
+    """Equality that tells False from 0 and True from 1."""
+    return any(type(value) is type(other) and value == other for other in harmless)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
