@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from gptjax.config.errors import UserError
 from gptjax.core.files import decode
+from gptjax.data.selection import Selection
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -57,6 +58,7 @@ class SplitRecords:
     count: int
     fingerprint: str  # a hash of the content
     read: Callable[[], Iterator[Record]]
+    selection: Selection
 
 
 def subsample_evenly(items: list[Item], limit: int) -> list[Item]:

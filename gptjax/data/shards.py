@@ -21,7 +21,8 @@ import numpy as np
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config
 from gptjax.core import cli, files
-from gptjax.data import sources
+from gptjax.data import selection, sources
+from gptjax.data.selection import Selection
 from gptjax.data.sources import EVAL, TRAIN
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.kinds import create_tokenizer, load_tokenizer
@@ -34,13 +35,17 @@ _SUFFIXES = (".tokens.npy", ".offsets.npy")
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A folder of shards: `splits[name]` lists {"name", "tokens", "documents"}."""
+    """A folder of shards: `splits[name]` lists {"name", "tokens", "documents"}.
+
+    selections: what its documents were taken from; empty in folders of an earlier version.
+    """
 
     folder: Path
     fingerprint: str  # of documents, split rule, tokenizer and shard size together
     source: str  # of documents and split rule
     splits: dict[str, list[dict[str, Any]]]
     tokenizer: Tokenizer
+    selections: dict[str, Selection] = dataclasses.field(default_factory=dict)
 
     def tokens(self, split: str) -> int:
         return sum(shard["tokens"] for shard in self.splits[split])
@@ -79,7 +84,12 @@ def open_prepared(folder: Path) -> Prepared:
     for shards in meta["splits"].values():
         for shard in shards:
             _check_shard(folder, shard)
-    return Prepared(folder, meta["fingerprint"], meta["source"], meta["splits"], tokenizer)
+    selections = {
+        name: Selection.from_json(values) for name, values in meta.get("selections", {}).items()
+    }
+    return Prepared(
+        folder, meta["fingerprint"], meta["source"], meta["splits"], tokenizer, selections
+    )
 
 
 def _check_shard(folder: Path, shard: dict[str, Any]) -> None:
@@ -104,6 +114,7 @@ def prepare(config: Config, folder: Path, *, shard_tokens: int = SHARD_TOKENS) -
             "--config.data.source=jsonl --config.data.path=corpus/"
         )
     source = sources.open_source(config.data)
+    selection.say(source.selections)
     return _prepare(config, source, _make_tokenizer(config, source), folder, shard_tokens)
 
 
@@ -120,14 +131,17 @@ def ensure(config: Config, text_tokenizer: Tokenizer | None = None) -> Prepared:
                 f"{config.data.path} was prepared with another tokenizer than the checkpoint's: "
                 "prepare the documents again"
             )
+        selection.say(prepared.selections)
         return dataclasses.replace(prepared, tokenizer=text_tokenizer or prepared.tokenizer)
     source = sources.open_source(config.data)
+    selection.say(source.selections)
     text_tokenizer = text_tokenizer or _make_tokenizer(config, source)
     key = files.digest(str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint)
     folder = files.cache_dir("data") / key[:32]
     prepared = _prepare(config, source, text_tokenizer, folder, SHARD_TOKENS)
     # the vocabulary is the same, but a chat template is this checkpoint's own
-    return dataclasses.replace(prepared, tokenizer=text_tokenizer)
+    # and so are what was passed over beside the same documents, and their place
+    return dataclasses.replace(prepared, tokenizer=text_tokenizer, selections=source.selections)
 
 
 def _make_tokenizer(config: Config, source: sources.Source) -> Tokenizer:
@@ -183,6 +197,9 @@ def _prepare(
             "tokenizer": text_tokenizer.fingerprint,
             "splits": splits,
             "data": dataclasses.asdict(config.data),
+            "selections": {
+                name: dataclasses.asdict(taken) for name, taken in source.selections.items()
+            },
         }
         files.write_text(folder / "meta.json", json.dumps(meta, indent=1))
     return open_prepared(folder)

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
 from gptjax.core import files
 from gptjax.core.files import decode
 from gptjax.data.readers import csv, datasets, jsonl, lines, parquet, sotu, squad, tfds
-from gptjax.data.readers.files import find_files
+from gptjax.data.readers.finding import Files, find_files, listed_files
 from gptjax.data.records import SplitRecords, is_held_out
+from gptjax.data.selection import Selection
 
 TRAIN, EVAL = "train", "eval"
 
@@ -31,14 +31,19 @@ class Documents:
     count: int
     fingerprint: str
     read: Callable[[], Iterator[str]]
+    selection: Selection
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """`documents("train")` and `documents("eval")`, both deterministic."""
+    """`documents("train")` and `documents("eval")`, both deterministic.
+
+    selections: what was taken and left out, of the data and of held-out data of its own.
+    """
 
     fingerprint: str
     documents: Callable[[str], Iterator[str]]
+    selections: dict[str, Selection] = dataclasses.field(default_factory=dict)
 
 
 def _check_path(config: DataConfig) -> str:
@@ -108,7 +113,10 @@ def open_source(config: DataConfig) -> Source:
             yield from (main if split == TRAIN else held_out).read()
 
     rule = held_out.fingerprint if held_out else f"{config.source} {config.eval_fraction}"
-    return Source(files.digest(main.fingerprint, rule), documents)
+    selections = {"data": main.selection}
+    if held_out:
+        selections["held-out data"] = held_out.selection
+    return Source(files.digest(main.fingerprint, rule), documents, selections)
 
 
 def _split(documents: Documents, split: str, config: DataConfig) -> Iterator[str]:
@@ -124,22 +132,23 @@ def _split(documents: Documents, split: str, config: DataConfig) -> Iterator[str
             yield text
 
 
-def _open_files(paths: list[Path]) -> Documents:
+def _open_files(found: Files) -> Documents:
     def read() -> Iterator[str]:
-        for p in paths:
+        for p in found.paths:
             yield decode(p.read_bytes(), str(p))
 
-    return Documents(len(paths), files.digest(*(files.sha256(p) for p in paths)), read)
+    selection = dataclasses.replace(found.selection, documents=len(found.paths))
+    return Documents(len(found.paths), files.digest(*found.checksums), read, selection)
 
 
 def _open_text(config: DataConfig, path: str, split: str) -> Documents:
-    """Each file is a document; empty ones are left out."""
-    return _open_files([p for p in find_files(path, (".txt", ".md", ".text")) if p.stat().st_size])
+    """Each file is a document."""
+    return _open_files(find_files(path, (".txt", ".md", ".text")))
 
 
 def _open_sotu(config: DataConfig, path: str, split: str) -> Documents:
     """Each message is a document, in order of date."""
-    return _open_files([p for p, _ in sotu.list_messages()])
+    return _open_files(listed_files("sotu", [p for p, _ in sotu.list_messages()]))
 
 
 def _open_field(config: DataConfig, path: str, split: str) -> Documents:
@@ -151,7 +160,8 @@ def _open_field(config: DataConfig, path: str, split: str) -> Documents:
             yield record.text(config.field)
 
     next(read(), "")  # a wrong field is reported before a tokenizer is trained
-    return Documents(records.count, files.digest(config.field, records.fingerprint), read)
+    fingerprint = files.digest(config.field, records.fingerprint)
+    return Documents(records.count, fingerprint, read, records.selection)
 
 
 SOURCES: dict[str, SourceKind] = {

@@ -65,7 +65,8 @@ def compare(
     """
     task = task_of(config.task)
     task.check_package()
-    train_rows, eval_rows, _ = splits.read_splits(config)
+    rows = splits.read_splits(config)
+    train_rows, eval_rows = rows.train, rows.eval
     labels = task.labels(config.task, train_rows)
     if path:
         eval_rows = splits.read_other_rows(config, path)

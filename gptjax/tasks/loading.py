@@ -14,8 +14,10 @@ import numpy as np
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config
 from gptjax.core import cli
+from gptjax.data import selection
 from gptjax.data.packing import PackedExample
 from gptjax.data.records import Record
+from gptjax.data.selection import Selection
 from gptjax.tasks.base import Example, Rendering, TokenBudget
 from gptjax.tasks.rendering import template_texts
 from gptjax.tasks.splits import read_splits
@@ -27,13 +29,17 @@ from gptjax.tokenizer.kinds import create_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Both splits, rendered. fingerprint: of the rows and of how they became examples."""
+    """Both splits, rendered. fingerprint: of the rows and of how they became examples.
+
+    selections: what the rows were taken from.
+    """
 
     train: list[Example]
     eval: list[Example]
     labels: tuple[str, ...]
     tokenizer: Tokenizer
     fingerprint: str
+    selections: dict[str, Selection] = dataclasses.field(default_factory=dict)
 
 
 def load_examples(config: Config, tokenizer: Tokenizer | None = None) -> Examples:
@@ -46,6 +52,7 @@ def load_examples(config: Config, tokenizer: Tokenizer | None = None) -> Example
     if config.task.eval_samples:
         task.check_package()
     splits = read_splits(config)
+    selection.say(splits.selections)
     if tokenizer is None:
         every_row = [*splits.train, *splits.eval]
         tokenizer = create_tokenizer(
@@ -54,7 +61,7 @@ def load_examples(config: Config, tokenizer: Tokenizer | None = None) -> Example
     labels = task.labels(config.task, splits.train)
     train = render(config, tokenizer, splits.train, labels, "training")
     held_out = render(config, tokenizer, splits.eval, labels, "held-out")
-    return Examples(train, held_out, labels, tokenizer, splits.fingerprint)
+    return Examples(train, held_out, labels, tokenizer, splits.fingerprint, splits.selections)
 
 
 def _texts(config: Config, rows: Iterable[Record]) -> Iterator[str]:

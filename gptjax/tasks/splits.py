@@ -11,26 +11,33 @@ from gptjax.config.schema import Config, DataConfig
 from gptjax.core import files
 from gptjax.data import sources
 from gptjax.data.records import Record, SplitRecords, is_held_out, subsample_evenly
+from gptjax.data.selection import Selection
 
 _MAX_WEIGHT = 1e4  # of a file of data.mixture
 
 
 class Splits(NamedTuple):
-    """Rows of both splits. fingerprint: of the files and of how they were split and mixed."""
+    """Rows of both splits. fingerprint: of the files and of how they were split and mixed.
+
+    selections: what they were taken from.
+    """
 
     train: list[Record]
     eval: list[Record]
     fingerprint: str
+    selections: dict[str, Selection]
 
 
 def read_splits(config: Config) -> Splits:
     """The rows that the config names. Raises UserError where there is nothing to train on."""
     d = config.data
     main = sources.read_records(d, d.path, d.train_split)
+    selections = {"data": main.selection}
     fingerprints = [main.fingerprint, str(d.eval_fraction)]
     if d.eval_path or sources.has_eval_split(d):
         held_out = sources.read_records(d, d.eval_path or d.path, d.eval_split)
         fingerprints.append(held_out.fingerprint)
+        selections["held-out data"] = held_out.selection
         train_rows = list(_with_unique_ids(main.read()))
         eval_rows = list(_with_unique_ids(held_out.read()))
     else:
@@ -43,6 +50,7 @@ def read_splits(config: Config) -> Splits:
     for entry in d.mixture:
         path, weight = _mixture_entry(entry)
         extra = sources.read_records(d, path, d.train_split)
+        selections[f"mixture {entry}"] = extra.selection
         fingerprints += [extra.fingerprint, entry.rpartition("=")[2]]
         train_rows += _repeat(list(_with_unique_ids(extra.read())), weight)
     if not train_rows:
@@ -50,7 +58,7 @@ def read_splits(config: Config) -> Splits:
             f"data.path = {d.path!r}: the training split is empty; "
             f"lower data.eval_fraction = {d.eval_fraction}"
         )
-    return Splits(train_rows, eval_rows, files.digest(*fingerprints))
+    return Splits(train_rows, eval_rows, files.digest(*fingerprints), selections)
 
 
 def read_other_rows(config: Config, path: str) -> list[Record]:

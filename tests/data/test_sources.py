@@ -11,7 +11,7 @@ from gptjax.config.build import build_config
 from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
 from gptjax.data import sources
-from gptjax.data.readers import files
+from gptjax.data.readers import files, finding
 from gptjax.data.records import Record
 from gptjax.data.sources import EVAL, TRAIN
 
@@ -67,15 +67,15 @@ def test_fingerprint_follows_content_and_split(corpus):
 
 def read_pipes(config, path, split):
     """A reader as a user would add it: fields with | between them, named by data.columns."""
-    paths = files.find_files(path, (".pipe",))
+    found = finding.find_files(path, (".pipe",))
 
     def read():
-        for p in paths:
+        for p in found.paths:
             for number, line in files.read_lines(p):
                 values = line.decode().rstrip("\n").split("|")
                 yield Record(f"{p}:{number}", dict(zip(config.columns, values, strict=True)))
 
-    return files.records_of_files(paths, read)
+    return files.records_of_files(found, read)
 
 
 def test_a_row_in_the_table_is_a_new_source(tmp_path, monkeypatch):

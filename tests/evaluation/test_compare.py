@@ -239,7 +239,7 @@ def test_a_prompt_is_cut_alike_whatever_the_reference(tmp_path):
         write_jsonl(tmp_path / "rows.jsonl", rows),
         task=dict(name="summarization", truncation="cut_end"),
     )
-    train, _, _ = splits.read_splits(config)
+    train = splits.read_splits(config).train
     examples = loading.render(config, ByteTokenizer(), train, (), "x", answer=16)
     assert [e.prompt for e in examples] == [49, 49]  # the last of 16 is only a target
     assert (

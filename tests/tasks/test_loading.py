@@ -166,7 +166,7 @@ def test_named_splits_of_a_data_set_are_read(monkeypatch):
     config = build.build_config(
         {"data": {"source": "datasets", "name": "x"}, "task": {"name": "classification"}}
     )
-    train, held_out, _ = read_splits(config)
+    train, held_out, *_ = read_splits(config)
     assert [r.fields["text"] for r in held_out] == [f"validation{i}" for i in range(4)] and len(
         train
     ) == 4
@@ -428,7 +428,7 @@ WRONG = {
         r"rows.jsonl:2: no label 'goood'.*'good'",
     ),
     "one class": ([RECORD, RECORD], dict(name="classification"), r"one class only, 'a'"),
-    "empty": ([], dict(name="classification"), r"training split is empty"),
+    "empty": ([], dict(name="classification"), r"passed over 1 empty"),
     "all too long": (
         [{"source": "x" * 99, "target": "y"}] * 2,
         dict(name="translation", truncation="drop"),

@@ -13,7 +13,8 @@ from pathlib import Path
 from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
 from gptjax.core.files import decode
-from gptjax.data.readers.files import find_files, read_lines, records_of_files
+from gptjax.data.readers.files import read_lines, records_of_files
+from gptjax.data.readers.finding import find_files
 from gptjax.data.records import Record, SplitRecords
 
 _LONGEST_FIELD = 1 << 30  # characters; the csv module's own limit is 131,072
@@ -25,13 +26,13 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
     Raises UserError where a line has too few fields or is not valid CSV.
     """
     csv.field_size_limit(_LONGEST_FIELD)
-    paths = find_files(path, (".csv", ".tsv", ".tab", ".csv.gz", ".tsv.gz"))
+    found = find_files(path, (".csv", ".tsv", ".tab"))
 
     def read() -> Iterator[Record]:
-        for p in paths:
+        for p in found.paths:
             yield from _read_file(p, list(config.columns))
 
-    return records_of_files(paths, read, settings=json.dumps(config.columns))
+    return records_of_files(found, read, settings=json.dumps(config.columns))
 
 
 def _read_file(path: Path, columns: list[str]) -> Iterator[Record]:

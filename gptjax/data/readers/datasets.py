@@ -10,6 +10,7 @@ from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
 from gptjax.core import files
 from gptjax.data.records import Record, SplitRecords
+from gptjax.data.selection import Selection
 
 
 def check(config: DataConfig) -> str:
@@ -44,7 +45,8 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
         for i, fields in enumerate(rows):
             yield Record(f"{name} {split} row {i}", dict(fields))
 
-    return SplitRecords(len(rows), files.digest(rows._fingerprint), read)
+    selection = Selection(f"{name} {split}", documents=len(rows))
+    return SplitRecords(len(rows), files.digest(rows._fingerprint), read, selection)
 
 
 def _open_dataset(config: DataConfig, path: str) -> Any:

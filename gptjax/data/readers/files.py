@@ -1,7 +1,8 @@
-"""What readers of files share: finding the files, and reading lines that may be gzipped."""
+"""What readers of files share: reading lines that may be gzipped, and JSON objects."""
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import zlib
@@ -12,39 +13,8 @@ from typing import Any
 from gptjax.config.errors import UserError
 from gptjax.core import files
 from gptjax.core.files import decode
+from gptjax.data.readers.finding import Files
 from gptjax.data.records import Record, SplitRecords
-
-
-def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files of a file name, a folder (with its folders, by suffix) or a glob, sorted.
-
-    Raises UserError where there are none, or where one is no regular file.
-    """
-    root = Path(path).expanduser()
-    if root.is_dir():
-        paths = [p for p in root.rglob("*") if p.is_file() and p.name.endswith(suffixes)]
-    elif root.exists():
-        paths = [root]
-    else:
-        paths = _match_glob(root)
-    if not paths:
-        patterns = " ".join(f"*{suffix}" for suffix in suffixes)
-        raise UserError(
-            f"data.path = {path!r}: no file there (looking for {patterns}); "
-            f"the working directory is {Path.cwd()}"
-        )
-    for p in paths:
-        if not p.is_file():
-            raise UserError(f"data.path = {path!r}: {p} is not a regular file")
-    return sorted(paths)
-
-
-def _match_glob(pattern: Path) -> list[Path]:
-    if not any(c in str(pattern) for c in "*?["):
-        return []
-    anchor = Path(pattern.anchor)  # "/", or "" for a relative pattern
-    relative = pattern.relative_to(anchor) if pattern.is_absolute() else pattern
-    return [p for p in anchor.glob(relative.as_posix()) if p.is_file()]
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -68,7 +38,7 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
 
 
 def records_of_files(
-    paths: list[Path],
+    found: Files,
     read: Callable[[], Iterator[Record]],
     *,
     settings: str = "",
@@ -81,4 +51,5 @@ def records_of_files(
     """
     if count is None:
         count = sum(1 for _ in read())
-    return SplitRecords(count, files.digest(settings, *(files.sha256(p) for p in paths)), read)
+    selection = dataclasses.replace(found.selection, documents=count)
+    return SplitRecords(count, files.digest(settings, *found.checksums), read, selection)

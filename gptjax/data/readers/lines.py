@@ -11,13 +11,21 @@ from collections.abc import Iterator
 from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
 from gptjax.core.files import decode
-from gptjax.data.readers.files import find_files, read_lines, records_of_files
+from gptjax.data.readers.files import read_lines, records_of_files
+from gptjax.data.readers.finding import find_files, listed_files
 from gptjax.data.records import Record, SplitRecords
 
 
 def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
     """Raises UserError where the files have different numbers of lines."""
-    paths = [find_files(part, (".txt", ".gz"))[0] for part in path.split(",")]
+    parts = [find_files(part, (".txt",)) for part in path.split(",")]
+    for part in parts:
+        if len(part.paths) > 1:
+            raise UserError(
+                f"data.path: {part.selection.path!r} is {len(part.paths)} files, such as "
+                f"{part.paths[1]}; name one file for each field"
+            )
+    paths = [part.paths[0] for part in parts]
     names = config.columns
     if len(paths) != len(names):
         raise UserError(
@@ -45,4 +53,4 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
                 fields[name] = decode(line[1], f"{p}:{number}").rstrip("\r\n")
             yield Record(f"{paths[0]}:{number}", fields)
 
-    return records_of_files(paths, read, settings=json.dumps(names))
+    return records_of_files(listed_files(path, paths), read, settings=json.dumps(names))

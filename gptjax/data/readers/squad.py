@@ -12,16 +12,17 @@ from typing import Any
 
 from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
-from gptjax.data.readers.files import find_files, parse_object, read_lines, records_of_files
+from gptjax.data.readers.files import parse_object, read_lines, records_of_files
+from gptjax.data.readers.finding import find_files
 from gptjax.data.records import Record, SplitRecords
 
 
 def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
     """Raises UserError where a file does not have this form."""
-    paths = find_files(path, (".json", ".json.gz"))
+    found = find_files(path, (".json",))
 
     def read() -> Iterator[Record]:
-        for p in paths:
+        for p in found.paths:
             content = parse_object(b"".join(line for _, line in read_lines(p)), str(p))
             try:
                 yield from _flatten(content, p)
@@ -31,7 +32,7 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
                     "(data / paragraphs / qas / answers / text)"
                 ) from None
 
-    return records_of_files(paths, read)
+    return records_of_files(found, read)
 
 
 def _flatten(content: dict[str, Any], path: Path) -> Iterator[Record]:

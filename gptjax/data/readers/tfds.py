@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
 from gptjax.core import files
 from gptjax.core.files import decode
+from gptjax.data.readers.finding import listed_files
 from gptjax.data.records import Record, SplitRecords
 
 
@@ -50,8 +52,9 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
             where = f"{config.name} {split} row {i}"
             yield Record(where, {name: _plain(v, where) for name, v in rows[i].items()})
 
-    checksums = [files.sha256(Path(path)) for path in splits[split].filepaths]
-    return SplitRecords(len(rows), files.digest(*checksums), read)
+    found = listed_files(f"{config.name} {split}", [Path(p) for p in splits[split].filepaths])
+    selection = dataclasses.replace(found.selection, documents=len(rows))
+    return SplitRecords(len(rows), files.digest(*found.checksums), read, selection)
 
 
 def _open_builder(config: DataConfig, path: str) -> Any:

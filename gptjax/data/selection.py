@@ -1,0 +1,100 @@
+"""What was taken of a data set and what was left out; how a run says it.
+
+In: what finding the files of `data.path` met. Out: lines for the log, and plain JSON for
+`meta.json` of prepared shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gptjax.core import cli
+
+_NAMES = 3  # names given for each reason; the rest are counted
+
+
+@dataclasses.dataclass(frozen=True)
+class PassedOver:
+    """Files or folders that were left out for one reason: how many, and the first names."""
+
+    reason: str
+    count: int
+    names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What was taken of one path or split.
+
+    files, size: number of the files read and their bytes on disk; 0 where a data set has none.
+    documents: number of documents or records in them.
+    """
+
+    path: str = ""
+    files: int = 0
+    size: int = 0
+    documents: int = 0
+    passed_over: tuple[PassedOver, ...] = ()
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Selection:
+        """Of what `dataclasses.asdict` made."""
+        passed_over = tuple(
+            PassedOver(entry["reason"], entry["count"], tuple(entry["names"]))
+            for entry in values["passed_over"]
+        )
+        return cls(**{**values, "passed_over": passed_over})
+
+
+def passed_over(names_by_reason: Mapping[str, Iterable[str]]) -> tuple[PassedOver, ...]:
+    """One entry for each reason that has names, the most frequent reason first."""
+    entries = []
+    for reason, names in names_by_reason.items():
+        ordered = sorted(names)
+        if ordered:
+            entries.append(PassedOver(reason, len(ordered), tuple(ordered[:_NAMES])))
+    return tuple(sorted(entries, key=lambda entry: (-entry.count, entry.reason)))
+
+
+def describe(selections: Mapping[str, Selection]) -> list[str]:
+    """Lines that say what was taken. selections: by the name of the split or part."""
+    lines = []
+    for name, selection in selections.items():
+        taken = []
+        if selection.files:
+            taken.append(f"{_counted(selection.files, 'file')} of {_size(selection.size)}")
+        taken.append(_counted(selection.documents, "document"))
+        lines.append(f"{name}: {selection.path}: {', '.join(taken)}")
+        if selection.passed_over:
+            lines.append(f"{name}: passed over {say_passed_over(selection.passed_over)}")
+    return lines
+
+
+def say(selections: Mapping[str, Selection]) -> None:
+    """The lines of `describe`, as progress."""
+    for line in describe(selections):
+        cli.say(line)
+
+
+def say_passed_over(entries: Iterable[PassedOver]) -> str:
+    """Such as "2 hidden (.git, .DS_Store), 1 empty (a.txt)"."""
+    parts = []
+    for entry in entries:
+        more = ", ..." if entry.count > len(entry.names) else ""
+        parts.append(f"{entry.count:,} {entry.reason} ({', '.join(entry.names)}{more})")
+    return ", ".join(parts)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB"
