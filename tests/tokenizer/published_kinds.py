@@ -41,14 +41,15 @@ TEXT = [
     "def add(first, second):\n    return first + second  # sum\n\nfor i in range(10):\n\tprint(i)",
     "🎉 emoji 👩‍👩‍👧 here 😀 नमस्ते दुनिया 안녕하세요 세계",
 ]
-WORDS = (
+_WORDS = (
     "the king said people The KING don't They'LL playing played. camelCase a_b_c x "
     "Grüße château e\u0301te\u0301 ﬁne ＡＢＣ Ⅷ naïve İstanbul ß Σας Привет שלום مرحبا नमस्ते ไทย "
     "我 喜欢 天下没有 日本語 テキスト 안녕하세요 𝔘𝔫𝔦 🎉 😀 👩\u200d👩\u200d👧 🏽 🇩🇪 ☃\ufe0f "
     "\u200b \ufeff \u2581 \x00 \x7f \x85 \u2028 0 7 42 2024 1234567 3.14159 1,000 0x1F １２ "
     "def return x+1; if(a&&b){ } </div> #include <a.h> <0x41> \\n . , ! ? ... -- \" ' ( ) [ ] "
     "##ing < > | @ </w>"
-).split(" ")
+)
+WORDS = _WORDS.split(" ")
 SPACES = [*("", "", " ", " ", " ", "  ", "    ", "\n", "\n\n"), *("\r\n", "\t", " \n ")]
 SPACES += [" ", "\u00a0", "\u3000", "\u2003"]
 
