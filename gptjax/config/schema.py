@@ -40,9 +40,12 @@ class DataConfig:
         "",
         "A file, folder or glob. lines: parallel files with a comma between them; tfds: its "
         "data_dir; shards: the prepared folder.",
+        shapes=False,  # a run may find its files elsewhere: their content is compared on resume
     )
     eval_path: str = setting(
-        "", "Held-out data; empty = hold some of the training data out (see eval_fraction)."
+        "",
+        "Held-out data; empty = hold some of the training data out (see eval_fraction).",
+        shapes=False,
     )
     field: str = setting("text", "Records: the field that holds a document's text.")
     columns: tuple[str, ...] = setting(
@@ -52,6 +55,7 @@ class DataConfig:
         (),
         "Tasks: more training files as PATH=WEIGHT; the examples of each are taken WEIGHT times "
         "an epoch.",
+        shapes=False,
     )
     train_limit: int = setting(
         0, "Tasks: number of training examples, spread evenly over the data; 0 = all.", low=0
@@ -81,6 +85,7 @@ class DataConfig:
         "",
         "File of the tokenizer. sentencepiece: an existing .model, empty = train one; gpt2: "
         "vocab.bpe or gpt2.tiktoken; cl100k, o200k: .tiktoken, empty = look in the usual places.",
+        shapes=False,
     )
     mask_documents: bool = setting(
         True, "Documents that are packed into one row cannot see one another."

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 
 from gptjax.config.errors import UserError
-from gptjax.core import files
+from gptjax.core import cli, files
+from gptjax.tokenizer import training_text
 from gptjax.tokenizer.base import END, Tokenizer
 
 # Sentencepiece writes a space as this character, so the character itself needs its three bytes.
 _SP_SPACE = "\u2581"
 # what normalisation and rules for white space would change
 _PROBE = " a  b\n\nc\r\n\t\ufb01 \u00e9e\u0301 \uff21"
-_TRAINING_CHARACTERS = 8 << 20  # a BPE is trained on about the first so many
-_LONGEST_LINE = 4096  # characters; the trainer drops very long lines
+_COVERAGE = 0.9999  # of the text's characters; rarer ones are written as bytes
+# sentencepiece learns nothing from lines with the first and has no piece for the second; both are
+# written as bytes.
+_SP_RESERVED, _NO_PIECE = "\u2585", "\0"
 
 
 class ByteTokenizer(Tokenizer):
@@ -137,54 +140,37 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-        """BPE of `vocab_size` pieces, trained on the beginning of the texts; cached by content.
+        """BPE of `vocab_size` pieces, fewer where the texts give no more; cached by content.
 
-        Raises UserError where there is no text, or too little for so many pieces.
+        Trained on a sample that is spread over all texts, whose size is said. Raises UserError
+        where there is no text, or the vocabulary is too small for its characters.
         """
         import sentencepiece
 
-        lines = _training_lines(texts)
-        if not lines:
+        sample = training_text.sample_texts(texts, training_text.LIMIT)
+        if not sample.all_characters:
             raise UserError(
                 "the training split has no text to train a tokenizer on; check data.path"
             )
-        options: dict[str, Any] = {
-            "model_type": "bpe",
-            "vocab_size": vocab_size,
-            "normalization_rule_name": "identity",
-            "remove_extra_whitespaces": False,
-            "add_dummy_prefix": False,
-            "byte_fallback": True,
-            "split_digits": True,
-            "allow_whitespace_only_pieces": True,
-            "user_defined_symbols": ["\n"],
-            "bos_id": -1,
-            "pad_id": -1,
-            "unk_id": 0,
-            "eos_id": 1,
-            "max_sentence_length": 1 << 20,
-            "hard_vocab_limit": False,
-            "character_coverage": 0.9999,
-        }
+        lines = [line for line in sample.lines(without=_SP_SPACE) if _SP_RESERVED not in line]
+        if not any(lines):
+            raise UserError(
+                "the training split has nothing that sentencepiece learns from (line ends, U+2581 "
+                "and lines with U+2585 are not): set data.tokenizer = 'bytes'"
+            )
+        options = _trainer_options(lines, vocab_size)
         key = files.digest(sentencepiece.__version__, json.dumps(options), "\n".join(lines))
         cached = files.cache_dir("tokenizers") / f"{key[:32]}.model"
         if not cached.exists():
-            writer = io.BytesIO()
-            try:
-                sentencepiece.SentencePieceTrainer.train(
-                    sentence_iterator=iter(lines),
-                    model_writer=writer,
-                    minloglevel=2,
-                    num_threads=os.cpu_count(),
-                    **options,
-                )
-            except RuntimeError as error:
-                raise UserError(
-                    f"data.tokenizer_vocab = {vocab_size}: sentencepiece cannot train it on this "
-                    f"text ({str(error)[:120]}); try a smaller vocabulary"
-                ) from None
-            files.write_bytes(cached, writer.getvalue())
-        return cls(cached.read_bytes())
+            files.write_bytes(cached, _train(lines, options))
+        tokenizer = cls(cached.read_bytes())
+        cli.say(f"tokenizer: trained on {sample}")
+        if tokenizer.vocab_size < vocab_size:
+            cli.say(
+                f"data.tokenizer_vocab = {vocab_size}: this text gives at most "
+                f"{tokenizer.vocab_size} pieces, so the vocabulary has that many"
+            )
+        return tokenizer
 
     def _encode(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         lines: list[str] = []
@@ -206,16 +192,74 @@ class SentencePieceTokenizer(Tokenizer):
             yield np.concatenate(ids) if ids else np.zeros(0, np.int32)
 
 
-def _training_lines(texts: Iterable[str]) -> list[str]:
-    """Lines of the first _TRAINING_CHARACTERS, without U+2581; longer lines are cut."""
-    lines: list[str] = []
-    left = _TRAINING_CHARACTERS
-    for text in texts:
-        text.encode()  # refuses half of a UTF-16 pair
-        for line in text[:left].replace(_SP_SPACE, "").splitlines():
-            for start in range(0, len(line), _LONGEST_LINE):
-                lines.append(line[start : start + _LONGEST_LINE])
-        left -= len(text)
-        if left <= 0:
+def _trainer_options(lines: Iterable[str], vocab_size: int) -> dict[str, Any]:
+    """What sentencepiece is told. Raises UserError where not every character has a place."""
+    options: dict[str, Any] = {
+        "model_type": "bpe",
+        "vocab_size": vocab_size,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        "byte_fallback": True,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "user_defined_symbols": ["\n"],
+        "bos_id": -1,
+        "pad_id": -1,
+        "unk_id": 0,
+        "eos_id": 1,
+        "max_sentence_length": 1 << 20,
+        "hard_vocab_limit": False,
+        "character_coverage": _COVERAGE,
+    }
+    alphabet = _alphabet(lines)
+    characters = len(alphabet)
+    if _SP_SPACE not in alphabet:
+        # else a space has only the bytes of U+2581, and comes back as that
+        options["required_chars"] = _SP_SPACE
+        alphabet.add(_SP_SPACE)
+    lowest = len(alphabet) + 256 + 3  # bytes; unknown, the end symbol, the line end
+    if vocab_size < lowest:
+        raise UserError(
+            f"data.tokenizer_vocab = {vocab_size} is too small: the text has {characters:,} "
+            "characters, each of which needs a piece beside the 256 bytes.\n"
+            f"Set data.tokenizer_vocab to at least {lowest}, or data.tokenizer = 'bytes'."
+        )
+    return options
+
+
+def _alphabet(lines: Iterable[str]) -> set[str]:
+    """The characters that get a piece each, as sentencepiece chooses them: the most frequent."""
+    counts = training_text.count_characters(line.replace(" ", _SP_SPACE) for line in lines)
+    total = sum(counts.values())
+    alphabet: set[str] = set()
+    covered = 0
+    for character, count in counts.items():
+        if np.float32(covered / total) >= np.float32(_COVERAGE):
             break
-    return lines
+        covered += count
+        if character != _NO_PIECE:
+            alphabet.add(character)
+    return alphabet
+
+
+def _train(lines: Iterable[str], options: dict[str, Any]) -> bytes:
+    """The model file. Raises UserError with sentencepiece's reason."""
+    import sentencepiece
+
+    writer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=writer,
+            minloglevel=2,
+            num_threads=os.cpu_count(),
+            **options,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2] or str(error)
+        raise UserError(
+            f"data.tokenizer_vocab = {options['vocab_size']}: sentencepiece cannot train on this "
+            f"text ({reason.strip()[:200]}); set data.tokenizer = 'bytes'"
+        ) from None
+    return writer.getvalue()

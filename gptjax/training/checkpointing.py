@@ -20,6 +20,8 @@ from gptjax.config.build import changes, from_stored
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config
 from gptjax.core.types import Array, Params, TrainState
+from gptjax.tokenizer.base import Tokenizer
+from gptjax.tokenizer.kinds import load_tokenizer
 
 _FINGERPRINTS = {
     "data": "text or its split",
@@ -35,10 +37,13 @@ def check_same_run(workdir: Path, config: Config, fingerprints: dict[str, str]) 
         if fault(folder, ("meta/",)):
             continue  # `restore` will name it
         meta = read_meta(folder)
-        differences = changes(from_stored(meta["config"]), config)
+        stored = from_stored(meta["config"])
+        differences = changes(stored, config)
         for name, what in _FINGERPRINTS.items():
             if meta.get(name, "") != fingerprints[name]:
                 differences.append(f"{name}: the {what} changed since the run began")
+                if name == "data" and stored.data.path != config.data.path:
+                    differences[-1] += f" ({stored.data.path!r} -> {config.data.path!r})"
         if not differences:
             return
         if len(differences) > 4:
@@ -49,6 +54,25 @@ def check_same_run(workdir: Path, config: Config, fingerprints: dict[str, str]) 
             "Use the old ones (see config.json there) or another --workdir; to train further with "
             f"new ones,\nstart a new run with --config.train.init_from={workdir}."
         )
+
+
+def kept_tokenizer(workdir: Path, config: Config) -> Tokenizer | None:
+    """The tokenizer that a run trained on its text and keeps in its workdir, to go on with.
+
+    None where none was trained, the settings differ, or it cannot be read: it is then made again,
+    and `check_same_run` compares the two.
+    """
+    steps = steps_in(workdir / "checkpoints")
+    data = config.data
+    if not steps or data.tokenizer != "sentencepiece" or data.tokenizer_path:
+        return None
+    try:
+        stored = from_stored(read_meta(workdir / "checkpoints" / str(steps[-1]))["config"]).data
+        if (stored.tokenizer, stored.tokenizer_vocab) != (data.tokenizer, data.tokenizer_vocab):
+            return None
+        return load_tokenizer(workdir / "tokenizer")
+    except (UserError, OSError, ValueError, KeyError):
+        return None
 
 
 @jax.jit

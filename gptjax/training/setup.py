@@ -44,7 +44,7 @@ from gptjax.tracking.throughput import flops_per_token
 from gptjax.tracking.trackers import check_installed
 from gptjax.training import objectives, optim, report
 from gptjax.training import state as train_state
-from gptjax.training.checkpointing import check_same_run
+from gptjax.training.checkpointing import check_same_run, kept_tokenizer
 
 Data = shards.Prepared | loading.Examples
 
@@ -218,13 +218,16 @@ def _shape_of(model: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(model).items() if name not in own}
 
 
-def load_data(config: Config, source: pretrained.Pretrained | None) -> Data:
+def load_data(
+    config: Config, source: pretrained.Pretrained | None, tokenizer: Tokenizer | None = None
+) -> Data:
     """Examples of a task, or shards of documents.
 
+    tokenizer: in place of the one that the config names; a checkpoint's own comes before both.
     Shards that do not exist yet are made by the first process; the others wait and then open them
     (or make their own).
     """
-    tokenizer = source.tokenizer if source else None
+    tokenizer = source.tokenizer if source else tokenizer
     if config.task.name:
         return loading.load_examples(config, tokenizer)
     if jax.process_count() == 1:
@@ -303,7 +306,7 @@ def setup(
     """
     check_installed(config.train.trackers)
     config, source = resolve_checkpoint(config)
-    data = load_data(config, source)
+    data = load_data(config, source, kept_tokenizer(workdir, config))
     config = resolve_config(config, data)
     if source:
         fit_head(config, source)

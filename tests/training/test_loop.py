@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -129,7 +130,8 @@ def test_resume_refuses_what_would_change_the_run(finished, tmp_path):
             f"--config.data.path={text} --config.data.tokenizer=chars",
             "tokenizer: the vocabulary changed",
         ),
-        (f"--config.data.path={changed}", "data: the text or its split changed"),
+        (f"--config.data.path={changed}", "data: the text or its split changed since the run "),
+        (f"--config.data.path={changed}", f"({str(text)!r} -> {str(changed)!r})"),
     ):
         done = command(*args, *extra.split(), check=False)
         assert done.returncode == 2, done.stderr
@@ -141,6 +143,20 @@ def test_resume_refuses_what_would_change_the_run(finished, tmp_path):
     text.write_text(before)
     assert done.returncode == 2
     assert "data: the text or its split changed" in done.stderr
+
+
+def test_text_that_only_moved_continues_the_run(finished, tmp_path):
+    workdir, _, _, text = finished
+    (tmp_path / "elsewhere.txt").write_bytes(text.read_bytes())
+    shutil.copytree(workdir, tmp_path / "run", symlinks=True)
+    done = command(
+        "gptjax.train",
+        *TINY,
+        *QUICK,
+        f"--config.data.path={tmp_path / 'elsewhere.txt'}",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    assert "continue after step 6" in done.stderr
 
 
 def test_generate_continues_greedily_and_by_seed(finished):
