@@ -131,7 +131,8 @@ TINY = (
 def byte_level_tokenizer(template=""):
     """A byte-level BPE with a few merges and three control tokens, as a checkpoint brings it."""
     from gptjax.tokenizer.openai import byte_letters
-    from gptjax.tokenizer.pretrained import PretrainedTokenizer, byte_level_json
+    from gptjax.tokenizer.pretrained import PretrainedTokenizer
+    from gptjax.tokenizer.rewriting import byte_level_json
 
     letters = list(byte_letters())
     merges = ["t h", "th e", "Ġ the", "Ġ a", "i n"]

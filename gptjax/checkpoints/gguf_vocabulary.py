@@ -9,7 +9,8 @@ from typing import Any
 
 from gptjax.config.errors import UserError, unknown_name
 from gptjax.tokenizer.base import Tokenizer
-from gptjax.tokenizer.pretrained import PretrainedTokenizer, byte_level_json, pieces_json
+from gptjax.tokenizer.pretrained import PretrainedTokenizer
+from gptjax.tokenizer.rewriting import byte_level_json, pieces_json
 
 # llama.cpp's types of tokens.
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5

@@ -18,6 +18,15 @@ from typing import Any
 from gptjax.config.errors import UserError
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.openai import OpenAITokenizer, byte_letters
+from gptjax.tokenizer.rewriting import (
+    BYTE,
+    CONTROL,
+    SPACE,
+    TEXT,
+    UNKNOWN,
+    byte_level_json,
+    pieces_json,
+)
 
 FILES = (
     "tokenizer.json",
@@ -28,7 +37,6 @@ FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-_SPACE = "\u2581"
 _ROLES = "roles.json"  # next to Hugging Face's files: {"stops": the ids that end a text}
 _LARGEST_ID = 1 << 24
 
@@ -205,7 +213,7 @@ def _bytes_of_piece(token: str) -> bytes:
     """The bytes of a piece of sentencepiece, which writes byte 65 as <0x41>."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes([int(token[3:5], 16)])
-    return token.replace(_SPACE, " ").encode()
+    return token.replace(SPACE, " ").encode()
 
 
 def _rewrite_older_files(content: dict[str, bytes]) -> dict[str, bytes]:
@@ -231,116 +239,12 @@ def _rewrite_older_files(content: dict[str, bytes]) -> dict[str, bytes]:
     return {}
 
 
-# types of sentencepiece's pieces, as its model files and GGUF number them
-TEXT, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-
-
 def _piece_type(sp: Any, i: int) -> int:
     if sp.is_control(i):
         return CONTROL
     if sp.is_unknown(i):
         return UNKNOWN
     return BYTE if sp.is_byte(i) else TEXT
-
-
-def byte_level_json(
-    vocabulary: dict[str, int],
-    merges: Sequence[str],
-    *,
-    control: Sequence[str],
-    digits: bool,
-    pattern: str = "",
-    bos: int = -1,
-    uncut: Sequence[str] = (),
-) -> bytes:
-    """A `tokenizer.json` of byte-level BPE.
-
-    control: tokens that text never becomes. digits: whether each digit is a token. pattern: the
-    rule that cuts text, where it is not GPT-2's. bos: id before every text; -1 = none. uncut:
-    tokens that are never cut.
-    """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    pairs = []
-    for merge in merges:
-        first, _, second = merge.partition(" ")
-        pairs.append((first, second))
-    result = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-    cuts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    if pattern:
-        cuts.append(pre_tokenizers.Split(Regex(pattern), "isolated", invert=False))
-    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern))
-    result.pre_tokenizer = pre_tokenizers.Sequence(cuts)
-    result.decoder = decoders.ByteLevel()
-
-    def added(names: Sequence[str], *, special: bool) -> list[AddedToken]:
-        return [
-            AddedToken(name, special=special, normalized=False)
-            for name in names
-            if name in vocabulary
-        ]
-
-    result.add_special_tokens(added(control, special=True))
-    result.add_tokens(added(uncut, special=False))
-    name = next((name for name, i in vocabulary.items() if i == bos), "")
-    return _with_bos(result, name, bos)
-
-
-def pieces_json(
-    pieces: Sequence[str], scores: Sequence[float], types: Sequence[int], *, bos: int
-) -> bytes:
-    """A `tokenizer.json` of sentencepiece-like BPE with byte fallback.
-
-    types: TEXT, UNKNOWN, ... of each piece. Sentencepiece merges the pair whose union has the best
-    score: each way to cut a piece into two known ones is such a merge.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    texts = [i for i, kind in enumerate(types) if kind == TEXT]
-    merges: list[tuple[str, str]] = []
-    for i in sorted(texts, key=lambda i: -scores[i]):
-        merges += _cuts(pieces[i], ids)
-    unknown = next((p for p, kind in zip(pieces, types, strict=True) if kind == UNKNOWN), None)
-    result = Tokenizer(
-        models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    result.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
-    )
-    result.decoder = decoders.Sequence(
-        [
-            decoders.Replace(_SPACE, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(content=" ", left=1, right=0),
-        ]
-    )
-    control = [
-        piece for piece, kind in zip(pieces, types, strict=True) if kind in (UNKNOWN, CONTROL)
-    ]
-    result.add_special_tokens(
-        [AddedToken(piece, special=True, normalized=False) for piece in control]
-    )
-    return _with_bos(result, pieces[bos] if bos >= 0 else "", bos)
-
-
-def _cuts(piece: str, ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The ways to cut a piece into two known ones, in the order of their ids."""
-    cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
-    known = [(first, second) for first, second in cuts if first in ids and second in ids]
-    return sorted(known, key=lambda cut: (ids[cut[0]], ids[cut[1]]))
-
-
-def _with_bos(result: Any, name: str, bos: int) -> bytes:
-    """The tokenizer's JSON, with the token `name` before every text where there is one."""
-    if name:
-        from tokenizers import processors
-
-        result.post_processor = processors.TemplateProcessing(
-            single=f"{name} $A", pair=None, special_tokens=[(name, bos)]
-        )
-    return result.to_str().encode()
 
 
 def from_gpt2(tokenizer: OpenAITokenizer) -> PretrainedTokenizer:

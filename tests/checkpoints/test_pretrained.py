@@ -500,7 +500,7 @@ def test_typed_text_never_becomes_a_control_token():
 
 def test_sentencepiece_like_vocabulary_round_trips():
     """Llama 2's kind: a space before the first word, bytes for what is unknown."""
-    from gptjax.tokenizer.pretrained import pieces_json
+    from gptjax.tokenizer.rewriting import pieces_json
 
     pieces = [
         "<unk>",

@@ -13,7 +13,8 @@ from conftest import byte_level_tokenizer
 from helpers import CHATML_BY_EXPRESSIONS
 
 import gptjax
-from gptjax.tokenizer.pretrained import PretrainedTokenizer, pieces_json
+from gptjax.tokenizer.pretrained import PretrainedTokenizer
+from gptjax.tokenizer.rewriting import pieces_json
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 pytestmark = [
