@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,11 +32,14 @@ def held_out_scores(
     eval_step: Any,
     params: Any,
     frozen: Any,
+    *,
+    before_batch: Callable[[], None],
 ) -> dict[str, float]:
     """Means over the held-out split, each target once.
 
     Of text: loss (nats), perplexity, bits per byte. Of classes and preferences: loss, accuracy. Of
     numbers: loss. eval_step: (params, batch, frozen) to sums of loss, weight, correct predictions.
+    before_batch: called before each; it may raise, to end the evaluation.
     """
     labels, batch_size = config.model.labels, config.train.batch_size
     byte_lengths = np.array([len(text) for text in tokenizer.token_bytes])
@@ -48,6 +51,7 @@ def held_out_scores(
         rows=range(batch_size),
         limit=config.train.eval_batches,
     ):
+        before_batch()
         if not labels:
             # of all rows, whichever process computes them
             byte_count += float((byte_lengths[batch.targets] * batch.loss_weights).sum())

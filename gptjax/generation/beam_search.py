@@ -32,6 +32,7 @@ from gptjax.model.kv_cache import take_rows
 from gptjax.runtime import executables
 
 _OUT = -1e9  # added to the score of what may not be chosen
+_STEPS = 32  # between looks at the device: a signal is heard there
 
 
 @jax.tree_util.register_dataclass
@@ -98,16 +99,18 @@ def search(model: InferenceModel, request: Request, options: GenerationOptions) 
     settings = sampling.stack_settings(
         request.samplings, model.config.vocab_size, request.eos_ids, beams
     )
-    state = search_beams(
-        model.config,
-        model.params,
-        begin(loop.start(model, batch), beams),
-        settings,
-        np.float32(options.length_penalty),
-        active=sampling.active_processors(request.samplings),
-        beams=beams,
-        early_stopping=options.early_stopping,
-    )
+    state = begin(loop.start(model, batch), beams)
+    while not np.asarray(state.over).all():
+        state = search_beams(
+            model.config,
+            model.params,
+            state,
+            settings,
+            np.float32(options.length_penalty),
+            active=sampling.active_processors(request.samplings),
+            beams=beams,
+            early_stopping=options.early_stopping,
+        )
     tokens, lengths = np.asarray(state.best_tokens), np.asarray(state.best_length)
     scores = np.asarray(state.best_scores)
     hypotheses = []
@@ -164,9 +167,10 @@ def search_beams(
     beams: int,
     early_stopping: bool | str,
 ) -> BeamState:
-    """Steps until every request is over; requests must not sample."""
+    """Up to _STEPS steps, or until every request is over; requests must not sample."""
 
-    def step(state: BeamState) -> BeamState:
+    def step(carry: tuple[Array, BeamState]) -> tuple[Array, BeamState]:
+        i, state = carry
         live = state.live
         x, cache = loop.feed(config, params, live.tokens, live.length, live.cache)
         logp = jax.nn.log_softmax(head.unembed(config, params, x[:, 0]))
@@ -177,12 +181,13 @@ def search_beams(
         over = _is_over(state, changed, candidates, length_penalty, early_stopping)
         rows = parent + jnp.arange(len(parent))[:, None] * beams
         cache = take_rows(cache, rows.reshape(-1), rows.size)
-        return _commit(state, changed, cache, over)
+        return i + 1, _commit(state, changed, cache, over)
 
-    def unfinished(state: BeamState) -> Array:
-        return ~state.over.all()
+    def unfinished(carry: tuple[Array, BeamState]) -> Array:
+        return (carry[0] < _STEPS) & ~carry[1].over.all()
 
-    return jax.lax.while_loop(unfinished, step, state)
+    _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
+    return state
 
 
 def _candidates(state: BeamState, logp: Array, eos_ids: Array) -> Candidates:

@@ -48,7 +48,7 @@ from gptjax.tokenizer.base import Tokenizer
 # tokens between looks at the device: the first at once, later ones in larger pieces
 _STREAM_STEPS = (1, 2, 4, 8)
 _STOP_TEXT_STEPS = (16,)  # where a stop text may end the completion before its length
-_ALL_STEPS = (1 << 30,)
+_STEPS = (32,)  # otherwise: a signal is heard between the pieces
 
 
 class LanguageModel:
@@ -416,7 +416,7 @@ class LanguageModel:
 
     def _run(self, request: Request, options: GenerationOptions) -> None:
         """Fills the request's sequences to their ends."""
-        steps = _STOP_TEXT_STEPS if request.has_stop_text else _ALL_STEPS
+        steps = _STOP_TEXT_STEPS if request.has_stop_text else _STEPS
         speculation = self._speculation(request, options)
         for _ in engine.run(self._model, request, steps=steps, speculation=speculation):
             pass

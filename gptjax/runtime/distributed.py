@@ -1,10 +1,11 @@
-"""The start of a process that is one of several."""
+"""What a process needs that is one of several: its start, and agreement."""
 
 from __future__ import annotations
 
 import os
 
 import jax
+import numpy as np
 
 from gptjax.config.errors import UserError
 
@@ -34,3 +35,12 @@ def start_distributed(requested: bool) -> None:
                 f"--distributed: no cluster found ({reason}); under SLURM start with srun, else "
                 "set JAX_COORDINATOR_ADDRESS"
             ) from None
+
+
+def of_first_process(value: bool) -> bool:
+    """The value that process 0 has, in all processes."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))

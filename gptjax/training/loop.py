@@ -2,13 +2,15 @@
 
 `train` starts a new run or resumes one from its newest intact checkpoint, steps until the last
 step or a signal, and returns the summary that the command prints. What happens after a step, and
-in which order, is `Loop.run_until`.
+in which order, is `Loop.run_until`. An evaluation or a sample that a step was due for and that was
+not finished, because the run was stopped or killed, is owed: a resumed run begins with it.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
@@ -23,7 +25,9 @@ from gptjax.evaluation import answers
 from gptjax.evaluation.held_out import held_out_scores, summary_line
 from gptjax.generation.language_model import LanguageModel
 from gptjax.model import lora
+from gptjax.runtime import distributed
 from gptjax.runtime.devices import memory, peak_flops
+from gptjax.runtime.interrupt import Interrupted
 from gptjax.tasks import loading
 from gptjax.tasks.table import task_of
 from gptjax.tracking import progress
@@ -47,7 +51,7 @@ def train(run: Run) -> dict[str, Any]:
     checkpoints = RunCheckpoints(run.workdir, run.meta, max_to_keep=settings.max_to_keep)
     state, frozen = start_or_resume(run, checkpoints)
     start, last = int(state.step), min(settings.steps, settings.stop_at or settings.steps)
-    if start >= last:
+    if start >= last and not any(owed(run, start, last)):
         checkpoints.close()
         return finish(run, start, status="finished" if start >= settings.steps else "stopped")
     loop = Loop(run, state, frozen, checkpoints)
@@ -127,7 +131,6 @@ class Loop:
         self.run, self.state, self.frozen, self.checkpoints = run, state, frozen, checkpoints
         self.step = int(state.step)  # steps done
         self.batches = rollouts.make_batches(run, self.step, state.params, frozen)
-        self.fetch_batch()
         began = time.monotonic()
         # Compiled ahead of time, from shapes: no second compilation can happen.
         self.train_step = train_step.lower(run.plan).compile()
@@ -149,46 +152,57 @@ class Loop:
     def run_until(self, last: int) -> str:
         """Steps until `last` or until stopped. Returns the run's status."""
         train, stop = self.run.config.train, self.run.stop
-        held_out = batches.with_reference(
+        self.held_out = batches.with_reference(
             self.run, self.run.split(EVAL), EVAL, self.step, self.state.params, self.frozen
         )
         profiler = Profiler(self.run)
         stop.grace = True
-        self.progress.begin()
-        self.metrics.restart_clock()
-        self.waited = 0.0  # the first batch was fetched before the clock started
-        while self.step < last:
-            profiler.before_step(self.step + 1)
-            self.train_one_step()
-            at_end = self.step == last
-            stopping = stop.now(self.step)
-            profiler.after_step(self.step, self.state, ends=stopping or at_end)
-            log = at_end or is_due(self.step, train.log_every)
-            save = at_end or is_due(self.step, train.save_every)
-            evaluate = at_end or is_due(self.step, train.eval_every)
-            sample = at_end or is_due(self.step, train.sample_every)
-            if log or save or evaluate or sample or stopping:
-                self.log()
-            # Saved before anything that takes long or may fail.
-            saving = save or stopping
-            if saving and not self.checkpoints.save(self.state, wait=stopping or at_end):
-                return "failed to save"
-            if stopping:
-                return "interrupted"
-            if evaluate and held_out.count:
-                self.evaluate(held_out, at_end=at_end)
-            if sample:
-                self.sample()
-            if not at_end:
+        try:
+            self.do(owed(self.run, self.step, last), at_end=self.step >= last)
+            if self.step < last:
                 self.fetch_batch()
-            if evaluate or sample:
-                self.metrics.restart_clock()
+            self.progress.begin()
+            self.metrics.restart_clock()
+            self.waited = 0.0  # the first batch was fetched before the clock started
+            while self.step < last:
+                profiler.before_step(self.step + 1)
+                self.train_one_step()
+                at_end = self.step == last
+                stopping = stop.now()
+                profiler.after_step(self.step, self.state, ends=stopping or at_end)
+                log = at_end or is_due(self.step, train.log_every)
+                save = at_end or is_due(self.step, train.save_every)
+                due = due_at(self.run, self.step, last)
+                if log or save or any(due) or stopping:
+                    self.log()
+                # Saved before anything that takes long or may fail.
+                saving = save or stopping
+                if saving and not self.checkpoints.save(self.state, wait=stopping or at_end):
+                    return "failed to save"
+                if stopping:
+                    return "interrupted"
+                self.do(due, at_end=at_end)
+                if not at_end:
+                    self.fetch_batch()
+                if any(due):
+                    self.metrics.restart_clock()
+        except Interrupted:  # in what changes no state, so this is the state after a step
+            saved = self.checkpoints.save(self.state, wait=True)
+            return "interrupted" if saved else "failed to save"
         return "finished" if self.step == train.steps else "stopped"
+
+    def do(self, due: Due, *, at_end: bool) -> None:
+        """What is due after a step. Raises Interrupted where the run is to stop."""
+        if due.evaluate and self.held_out.count:
+            self.evaluate(self.held_out, at_end=at_end)
+        if due.sample:
+            self.sample()
 
     def fetch_batch(self) -> None:
         """The next batch, and what is recorded with its step: the seconds it took, a reward."""
         began = time.monotonic()
-        self.batch, self.recorded = self.batches.next(self.step, self.state.params)
+        with self.run.stop.interruptible():
+            self.batch, self.recorded = self.batches.next(self.step, self.state.params)
         self.waited = time.monotonic() - began
 
     def train_one_step(self) -> None:
@@ -218,25 +232,34 @@ class Loop:
         run, config, params = self.run, self.run.config, self.state.params
         task = task_of(config.task)
         values = {}
-        if not task.samples_rollouts:  # whose objective needs answers
-            values = held_out_scores(
-                config, run.mesh, held_out, run.tokenizer, self.eval_step, params, self.frozen
-            )
-        answered = config.task.eval_samples and isinstance(run.data, loading.Examples)
-        if (at_end or task.samples_rollouts) and answered and jax.process_count() == 1:
-            values |= evaluate_task(run, self.step, self.all_params())
-        self.progress.note(self.step, summary_line(values))
-        if self.tracker:
-            self.tracker.log(self.step, values)
+        with run.stop.interruptible():
+            if not task.samples_rollouts:  # whose objective needs answers
+                values = held_out_scores(
+                    config,
+                    run.mesh,
+                    held_out,
+                    run.tokenizer,
+                    self.eval_step,
+                    params,
+                    self.frozen,
+                    before_batch=run.stop.poll,
+                )
+            if answers_due(run, at_end=at_end):
+                values |= evaluate_task(run, self.step, self.all_params())
+        # The record comes last: what has one is not owed.
         if config.train.keep_best:
             headline = values.get(f"answers/{task.headline}", 0.0)
             self.checkpoints.save_best(self.state, values.get("eval/loss", -headline))
+        self.progress.note(self.step, summary_line(values))
+        if self.tracker:
+            self.tracker.log(self.step, values)
 
     def sample(self) -> None:
         """Text of a language model; tasks show answers instead (`evaluate`)."""
-        config = self.run.config
-        if config.train.sample_tokens and not config.task.name and jax.process_count() == 1:
-            self.progress.note(self.step, sample_text(self.run, self.step, self.all_params()))
+        with self.run.stop.interruptible():
+            text = sample_text(self.run, self.all_params())
+        self.progress.note(self.step, text)
+        write_sample(self.run, self.step, text)
 
     def all_params(self) -> Params:
         """The parameters of the model: adapters are applied to the frozen ones."""
@@ -250,13 +273,63 @@ class Loop:
             self.tracker.close()
 
 
+class Due(NamedTuple):
+    """What follows a step."""
+
+    evaluate: bool
+    sample: bool
+
+
 def is_due(step: int, every: int) -> bool:
     """every: 0 is never."""
     return bool(every) and step % every == 0
 
 
-def sample_text(run: Run, step: int, params: Params) -> str:
-    """What the parameters write after train.sample_prompt, also in samples/<step>.txt."""
+def due_at(run: Run, step: int, last: int) -> Due:
+    """What the settings ask for after `step`, and after the last one in any case."""
+    train = run.config.train
+    # of a language model; tasks show answers instead (`evaluate_task`)
+    samples = train.sample_tokens and not run.config.task.name and jax.process_count() == 1
+    data, at_end = run.data, step >= last
+    held_out = data.tokens(EVAL) if isinstance(data, shards.Prepared) else len(data.eval)
+    return Due(
+        bool(held_out) and (at_end or is_due(step, train.eval_every)),
+        bool(samples) and (at_end or is_due(step, train.sample_every)),
+    )
+
+
+def answers_due(run: Run, *, at_end: bool) -> bool:
+    """Whether an evaluation has the task's answers too."""
+    answered = run.config.task.eval_samples and isinstance(run.data, loading.Examples)
+    in_time = at_end or task_of(run.config.task).samples_rollouts
+    return bool(answered) and in_time and jax.process_count() == 1
+
+
+def owed(run: Run, step: int, last: int) -> Due:
+    """What was due after the step that a run resumes from, and left no record."""
+    if not step:
+        return Due(False, False)
+    due, recorded = due_at(run, step, last), recorded_at(run.workdir, step)
+    groups = ["eval/"] if not task_of(run.config.task).samples_rollouts else []
+    if answers_due(run, at_end=step >= last):
+        groups.append("answers/")
+    evaluated = all(any(name.startswith(group) for name in recorded) for group in groups)
+    evaluated = distributed.of_first_process(evaluated)  # which alone writes records
+    return Due(due.evaluate and not evaluated, due.sample and not sample_path(run, step).exists())
+
+
+def recorded_at(workdir: Path, step: int) -> dict[str, Any]:
+    """All values that metrics.jsonl has of a step."""
+    path = workdir / "metrics.jsonl"
+    values: dict[str, Any] = {}
+    for record in read_jsonl(path) if path.exists() else []:
+        if record["step"] == step:
+            values |= record
+    return values
+
+
+def sample_text(run: Run, params: Params) -> str:
+    """What the parameters write after train.sample_prompt."""
     config, train = run.config, run.config.train
     lm = LanguageModel(config.model, params, run.tokenizer)
     fits = config.model.context + 1 - len(lm.encode(train.sample_prompt))
@@ -267,9 +340,19 @@ def sample_text(run: Run, step: int, params: Params) -> str:
         top_p=0.9,
         seed=train.seed,
     )
-    text = train.sample_prompt + completion.text
-    files.write_text(run.workdir / "samples" / f"{step}.txt", text + "\n")
-    return text
+    return train.sample_prompt + completion.text
+
+
+def sample_path(run: Run, step: int) -> Path:
+    return run.workdir / "samples" / f"{step}.txt"
+
+
+def write_sample(run: Run, step: int, text: str) -> None:
+    """Keeps a sample. It only reports, so a disk without space is said and ends nothing."""
+    try:
+        files.write_text(sample_path(run, step), text + "\n")
+    except OSError as error:
+        cli.say(f"warning: the sample of step {step} was not written: {error}")
 
 
 def evaluate_task(run: Run, step: int, params: Params) -> dict[str, float]:
@@ -283,7 +366,7 @@ def evaluate_task(run: Run, step: int, params: Params) -> dict[str, float]:
         answers.format_answer(run.tokenizer, example, answer)
         for example, answer in zip(examples[:20], answered, strict=False)
     )
-    files.write_text(run.workdir / "samples" / f"{step}.txt", text + "\n")
+    write_sample(run, step, text)
     scores = task_of(config.task).evaluate(config.task, labels, examples, answered)
     return {f"answers/{name}": metric.value for name, metric in scores.items()}
 
@@ -295,10 +378,15 @@ def finish(run: Run, step: int, *, status: str) -> dict[str, Any]:
         return summary
     path = run.workdir / "metrics.jsonl"
     latest: dict[str, Any] = {}
+    evaluated = 0
     for record in read_jsonl(path) if path.exists() else []:
         latest |= record
+        if any(name.startswith(progress.SCORE_GROUPS) for name in record):
+            evaluated = record["step"]
     scores = ("train/loss", *progress.SCORE_GROUPS)
     summary |= {name: value for name, value in latest.items() if name.startswith(scores)}
+    if 0 < evaluated < step:
+        summary["evaluated_step"] = evaluated  # the scores are not of the last step
     report.mark(run.workdir, status=status, step=step)
     if status != "interrupted":  # a scheduler's grace period is short
         report.write(run.workdir, run.data if isinstance(run.data, shards.Prepared) else None)

@@ -147,7 +147,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(text, tmp_path, uninterrupte
     process.send_signal(signal.SIGTERM)
     stderr = process.stderr.read()
     assert process.wait(120) == 130, stderr[-2000:]
-    assert "saving after this step" in stderr
+    assert "SIGTERM: saving" in stderr
     losses, step, _ = outcome(tmp_path / "run")
     assert max(losses) == int(step) < STEPS  # every finished step is in the checkpoint
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
