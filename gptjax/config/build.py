@@ -56,6 +56,8 @@ def from_stored(content: Mapping[str, Mapping[str, Any]]) -> Config:
             current[section] = {
                 RENAMED.get(f"{section}.{name}", name): value for name, value in values.items()
             }
+            if section == "data" and values.get("eval_split") == "validation":
+                current[section]["eval_split"] = ""  # as the former default was read
     return build_config(current)
 
 

@@ -123,8 +123,21 @@ def _mesh_checks(c: Config) -> list[str]:
 
 
 def _data_checks(c: Config) -> list[str]:
-    fault = load_table(SOURCE_TABLE)[c.data.source].check(c.data)
-    return [fault] if fault else []
+    data, source = c.data, load_table(SOURCE_TABLE)[c.data.source]
+    fault = source.check(data)
+    faults = [fault] if fault else []
+    if not source.split_names:
+        if data.train_split != "train":
+            faults.append(
+                f"data.train_split = {data.train_split!r} names a split of tfds or datasets, and "
+                f"data.source = {data.source!r} has none: leave it out"
+            )
+        if data.eval_split:
+            faults.append(
+                f"data.eval_split = {data.eval_split!r} names a split of tfds or datasets, and "
+                f"data.source = {data.source!r} has none: name held-out files with data.eval_path"
+            )
+    return faults
 
 
 def _task_checks(c: Config) -> list[str]:

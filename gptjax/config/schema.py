@@ -66,7 +66,12 @@ class DataConfig:
     length: int = setting(0, "Tokens in a row of a batch; 0 = model.context.", low=0, high=1 << 30)
     name: str = setting("", "tfds, datasets: name of the data set, such as c4/en:3.1.0.")
     train_split: str = setting("train", "tfds, datasets: name of the training split.")
-    eval_split: str = setting("validation", "tfds, datasets: name of the held-out split.")
+    eval_split: str = setting(
+        "",
+        "tfds, datasets: name of the held-out split; empty = validation where the data set has it, "
+        "else some of the training split (see eval_fraction).",
+        shapes=False,  # its content is compared on resume
+    )
     eval_fraction: float = setting(
         0.1,
         "Fraction of the documents that is held out; of a single document, its end.",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from gptjax.config.errors import UserError
+from gptjax.config.errors import UserError, nearest
 from gptjax.config.schema import DataConfig
 from gptjax.core import files
 from gptjax.core.files import decode
@@ -63,18 +63,14 @@ class SourceKind:
     read_records: records with named fields; None where there are none.
     open_documents: documents; None = the field `data.field` of each record.
     check: what the config lacks, in a sentence, or "".
-    has_eval_split: whether a data set with named splits has a held-out one; None = it has no names.
+    split_names: the splits of a data set, () where it has one alone; None = splits are files. Takes
+        (config, path).
     """
 
     read_records: Callable[[DataConfig, str, str], SplitRecords] | None = None
     open_documents: Callable[[DataConfig, str, str], Documents] | None = None
     check: Callable[[DataConfig], str] = _check_path
-    has_eval_split: Callable[[DataConfig], bool] | None = None
-
-    @property
-    def has_named_splits(self) -> bool:
-        """Whether splits are names within a data set, and not files."""
-        return self.has_eval_split is not None
+    split_names: Callable[[DataConfig, str], tuple[str, ...]] | None = None
 
 
 def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
@@ -84,10 +80,66 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
     return read(config, path, split)
 
 
-def has_eval_split(config: DataConfig) -> bool:
-    """Whether the data set has named splits, and a held-out one among them."""
-    has_split = SOURCES[config.source].has_eval_split
-    return has_split is not None and has_split(config)
+def training_split(config: DataConfig, path: str) -> str:
+    """The name of the split at `path` that is trained on, "" where it has no named ones.
+
+    Raises UserError where it has other names than data.train_split.
+    """
+    names_of = SOURCES[config.source].split_names
+    if names_of is None:
+        return ""
+    names = names_of(config, path)
+    if not names and config.train_split == "train":
+        return ""
+    return _existing_split(config, path, names, "data.train_split", config.train_split)
+
+
+def held_out_split(config: DataConfig) -> tuple[str, str] | None:
+    """(path, split) of held-out data of its own; None where training data are held out.
+
+    Raises UserError where the split that data.eval_split names is not there.
+    """
+    path, asked = config.eval_path or config.path, config.eval_split
+    names_of = SOURCES[config.source].split_names
+    if names_of is None:
+        return (path, "") if config.eval_path else None
+    names = names_of(config, path)
+    if asked:
+        return path, _existing_split(config, path, names, "data.eval_split", asked)
+    if "validation" in names:
+        return path, "validation"
+    if not config.eval_path:
+        return None
+    if len(names) > 1:
+        raise UserError(
+            f"data.eval_path = {path!r} has the splits {', '.join(names)}: "
+            "name one with data.eval_split"
+        )
+    return path, names[0] if names else ""
+
+
+def other_split(config: DataConfig, name: str) -> str:
+    """`name` where the data set has a split of that name. Raises UserError."""
+    names_of = SOURCES[config.source].split_names
+    assert names_of is not None, config.source
+    return _existing_split(config, config.path, names_of(config, config.path), "--path", name)
+
+
+def _existing_split(
+    config: DataConfig, path: str, names: tuple[str, ...], setting: str, split: str
+) -> str:
+    if split in names:
+        return split
+    data_set = config.name or path
+    if not names:
+        raise UserError(
+            f"{data_set} has no splits, and {setting} = {split!r} names one: leave it out"
+        )
+    near = nearest(split, list(names))
+    hint = f"did you mean {near!r}?" if near else "name one of these"
+    raise UserError(
+        f"{data_set} has no split {split!r}: it has {', '.join(names)}; {setting}: {hint}"
+    )
 
 
 def open_source(config: DataConfig) -> Source:
@@ -97,14 +149,13 @@ def open_source(config: DataConfig) -> Source:
     not there.
     """
     open_documents = SOURCES[config.source].open_documents or _open_field
-    main = open_documents(config, config.path, config.train_split)
+    main = open_documents(config, config.path, training_split(config, config.path))
     if not main.count:
         raise UserError(
             f"data.path = {config.path!r}: no documents in it; check the path and data.field"
         )
-    held_out = None
-    if config.eval_path or has_eval_split(config):
-        held_out = open_documents(config, config.eval_path or config.path, config.eval_split)
+    place = held_out_split(config)
+    held_out = open_documents(config, *place) if place else None
 
     def documents(split: str) -> Iterator[str]:
         if held_out is None:
@@ -172,9 +223,9 @@ SOURCES: dict[str, SourceKind] = {
     "lines": SourceKind(lines.read_records),
     "squad": SourceKind(squad.read_records),
     "parquet": SourceKind(parquet.read_records),
-    "tfds": SourceKind(tfds.read_records, check=tfds.check, has_eval_split=tfds.has_eval_split),
+    "tfds": SourceKind(tfds.read_records, check=tfds.check, split_names=tfds.split_names),
     "datasets": SourceKind(
-        datasets.read_records, check=datasets.check, has_eval_split=datasets.has_eval_split
+        datasets.read_records, check=datasets.check, split_names=datasets.split_names
     ),
     "shards": SourceKind(),  # prepared before: `shards.py` opens them
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -31,11 +32,11 @@ class Splits(NamedTuple):
 def read_splits(config: Config) -> Splits:
     """The rows that the config names. Raises UserError where there is nothing to train on."""
     d = config.data
-    main = sources.read_records(d, d.path, d.train_split)
+    main = sources.read_records(d, d.path, sources.training_split(d, d.path))
     selections = {"data": main.selection}
     fingerprints = [main.fingerprint, str(d.eval_fraction)]
-    if d.eval_path or sources.has_eval_split(d):
-        held_out = sources.read_records(d, d.eval_path or d.path, d.eval_split)
+    if place := sources.held_out_split(d):
+        held_out = sources.read_records(d, *place)
         fingerprints.append(held_out.fingerprint)
         selections["held-out data"] = held_out.selection
         train_rows = list(_with_unique_ids(main.read()))
@@ -49,7 +50,7 @@ def read_splits(config: Config) -> Splits:
     eval_rows = subsample_evenly(eval_rows, d.eval_limit)
     for entry in d.mixture:
         path, weight = _mixture_entry(entry)
-        extra = sources.read_records(d, path, d.train_split)
+        extra = sources.read_records(d, path, sources.training_split(d, path))
         selections[f"mixture {entry}"] = extra.selection
         fingerprints += [extra.fingerprint, entry.rpartition("=")[2]]
         train_rows += _repeat(list(_with_unique_ids(extra.read())), weight)
@@ -76,9 +77,11 @@ def read_other_rows(config: Config, path: str) -> list[Record]:
 
 
 def _open_other(d: DataConfig, path: str) -> SplitRecords:
-    if sources.SOURCES[d.source].has_named_splits and not Path(path).exists():
-        return sources.read_records(d, d.path, path)
-    return sources.read_records(d, path, d.eval_split)
+    if sources.SOURCES[d.source].split_names and not Path(path).exists():
+        return sources.read_records(d, d.path, sources.other_split(d, path))
+    place = sources.held_out_split(dataclasses.replace(d, eval_path=path))
+    assert place is not None, path
+    return sources.read_records(d, *place)
 
 
 def _mixture_entry(entry: str) -> tuple[str, float]:

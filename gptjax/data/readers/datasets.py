@@ -23,29 +23,25 @@ def check(config: DataConfig) -> str:
     )
 
 
-def has_eval_split(config: DataConfig) -> bool:
-    """Whether the data set has the split data.eval_split."""
-    splits = _open_dataset(config, config.path)
-    return isinstance(splits, dict) and config.eval_split in splits
+def split_names(config: DataConfig, path: str) -> tuple[str, ...]:
+    """The names of the splits; () for a folder with one data set that is not split."""
+    splits = _open_dataset(config, path)
+    return tuple(splits) if isinstance(splits, dict) else ()
 
 
 def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
-    """Raises UserError where there is no such split."""
+    """The rows of a split; of all where the data set is not split (see `split_names`)."""
     rows = _open_dataset(config, path)
     name = config.name or path
     if isinstance(rows, dict):
-        if split not in rows:
-            raise UserError(
-                f"{name} has no split {split!r}: it has {', '.join(rows)}; "
-                "see data.train_split and data.eval_split"
-            )
         rows = rows[split]
+
+    selection = Selection(f"{name} {split}".rstrip(), documents=len(rows))
 
     def read() -> Iterator[Record]:
         for i, fields in enumerate(rows):
-            yield Record(f"{name} {split} row {i}", dict(fields))
+            yield Record(f"{selection.path} row {i}", dict(fields))
 
-    selection = Selection(f"{name} {split}", documents=len(rows))
     return SplitRecords(len(rows), files.digest(rows._fingerprint), read, selection)
 
 

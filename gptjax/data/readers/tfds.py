@@ -25,20 +25,20 @@ def check(config: DataConfig) -> str:
     return "data.name is empty and data.source = 'tfds' needs it: --config.data.name=c4/en:3.1.0"
 
 
-def has_eval_split(config: DataConfig) -> bool:
-    """Whether the data set has the split data.eval_split."""
-    return config.eval_split in _open_builder(config, config.path).info.splits
+def split_names(config: DataConfig, path: str) -> tuple[str, ...]:
+    """The names of the splits. Raises UserError where there is none."""
+    names = tuple(_open_builder(config, path).info.splits)
+    if not names:
+        raise UserError(
+            f"data.name = {config.name!r} in data.path = {path!r} has no splits: is it prepared?"
+        )
+    return names
 
 
 def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
-    """Raises UserError where there is no such split, or where it needs TensorFlow."""
+    """The rows of a split (see `split_names`). Raises UserError where it needs TensorFlow."""
     builder = _open_builder(config, path)
     splits = builder.info.splits
-    if split not in splits:
-        raise UserError(
-            f"data.train_split = {split!r}: {config.name} has the splits "
-            f"{', '.join(splits) or 'none (is it prepared?)'}"
-        )
     try:
         rows = builder.as_data_source(split)
     except (NotImplementedError, OSError, ValueError) as error:
