@@ -6,7 +6,8 @@
     harness.evaluate_tasks(lm, ["lambada_openai", "piqa"], limit=100)["results"]
 
 Requests of text come in, log-probabilities (nats) and texts go out, equal to those of the
-harness's own model of transformers ("hf", at its default batch size of 1) on the same weights.
+harness's own model of transformers ("hf", at its default batch size of 1) on the same weights, but
+where a token spans the border of context and continuation: "hf" scores what is left behind it.
 Neither torch nor transformers is needed. Where "hf" ends in an assertion this one raises
 UserError, but for an empty text to go on from: that begins after the prefix token.
 
@@ -21,6 +22,7 @@ from typing import Any
 
 from gptjax.config.errors import UserError, nearest, unknown_name
 from gptjax.generation.language_model import LanguageModel, load
+from gptjax.generation.pairs import Pair, align
 from gptjax.tokenizer import chat_template as chat_template_lib
 
 try:
@@ -149,33 +151,64 @@ class GptjaxLM(TemplateLM):
         vocab_size = self.tokenizer.vocab_size
         return self.tokenizer.decode_by_file([i for i in tokens if i < vocab_size])
 
-    def _loglikelihood_tokens(
-        self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether greedy decoding would write it) of each.
 
-        requests: (key of the cache, context ids, continuation ids).
+        Where a token spans the border of context and continuation, the harness would score what
+        is left of the continuation behind it, or nothing; here it is the text, as
+        `LanguageModel.score` has it.
+        """
+        pairs = [(request.args, self._pair(*request.args)) for request in requests]
+        return self._score(pairs, disable_tqdm)
+
+    def _pair(self, context: str, continuation: str) -> Pair:
+        """The ids of a pair of texts. An empty context is the prefix token."""
+        if context:
+            head = context.rstrip()
+            prompt, whole = self.tok_encode(head), self.tok_encode(context + continuation)
+            return align(prompt, whole, start=self.prefix_token_id)
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        if ids[:1] == [self.prefix_token_id]:
+            return Pair(ids[:1], ids[1:])
+        return Pair([self.prefix_token_id], ids)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """`loglikelihood` of (key of the cache, context ids, continuation ids)."""
+        pairs = [(key, Pair(context, continuation)) for key, context, continuation in requests]
+        return self._score(pairs, disable_tqdm)
+
+    def _score(
+        self, pairs: Sequence[tuple[Any, Pair]], disable_tqdm: bool
+    ) -> list[tuple[float, bool]]:
+        """The scores of (key of the cache, pair), the context cut at its start where both are too
+        long. Raises UserError.
         """
         rows = []
-        for _, context, continuation in requests:
-            if not 1 <= len(continuation) <= self.max_length:
+        for _, pair in pairs:
+            if not 1 <= len(pair.completion) <= self.max_length:
                 raise UserError(
-                    f"a continuation has {len(continuation)} tokens: "
+                    f"a continuation has {len(pair.completion)} tokens: "
                     f"it must have from 1 to max_length = {self.max_length}"
                 )
-            places = self.max_length + 1 - len(continuation)  # the last token is only a target
-            rows.append(((context or [self.prefix_token_id])[-places:], continuation))
+            # the last token is only a target
+            places = self.max_length + 1 - max(len(pair.completion), len(pair.replaced))
+            context = (pair.context or [self.prefix_token_id])[-places:]
+            rows.append(Pair(context, pair.completion, pair.replaced))
         # slowest first: the bar's estimate only falls
-        order = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i])))
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
         results = [(0.0, False)] * len(rows)
         with tqdm(total=len(rows), desc="loglikelihood", disable=disable_tqdm) as bar:
             for first in range(0, len(order), _SCORED_ROWS):
                 part = order[first : first + _SCORED_ROWS]
-                scores = self.lm.score([rows[i][0] for i in part], [rows[i][1] for i in part])
+                scores = self.lm.score_pairs([rows[i] for i in part])
                 for i, score in zip(part, scores, strict=True):
                     results[i] = score
-                    if requests[i][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
+                    if pairs[i][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", pairs[i][0], score)
                 bar.update(len(part))
         return results
 

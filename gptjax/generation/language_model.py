@@ -26,7 +26,7 @@ from gptjax.checkpoints.safetensors import LazyParams
 from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Params
-from gptjax.generation import beam_search, engine, requests, scoring, speculative
+from gptjax.generation import beam_search, engine, pairs, requests, scoring, speculative
 from gptjax.generation.loop import InferenceModel
 from gptjax.generation.options import (
     BatchKeywords,
@@ -34,6 +34,7 @@ from gptjax.generation.options import (
     GenerationOptions,
     merge_options,
 )
+from gptjax.generation.pairs import Pair
 from gptjax.generation.requests import Completion, Prompt, Request
 from gptjax.generation.scoring import TokenScores
 from gptjax.generation.weights import (
@@ -227,42 +228,39 @@ class LanguageModel:
         """Of each pair: the log-probability of the completion after the prompt (nats), and whether
         greedy decoding would write it.
 
-        Two texts are encoded together, so that the border is cut as in running text (trailing
-        spaces of a prompt go to its completion). Raises UserError for a pair that is too long.
+        Two texts are encoded together, so that the border is cut as in running text; where a token
+        spans it, the score is that of the characters which the completion adds (`pairs.py`).
+        Raises UserError for a completion that is empty and a pair that is too long.
 
         >>> (fox, is_greedy), (cat, _) = lm.score(["brown"] * 2, [" fox", " cat"])
         >>> fox > cat, is_greedy
         (True, True)
         """
-        rows, starts = [], []
+        encoded = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            ids, start = self._encode_pair(prompt, completion)
-            if len(ids) > self.config.context + 1:
+            encoded.append(self._encode_pair(prompt, completion))
+        return self.score_pairs(encoded)
+
+    def score_pairs(self, encoded: Sequence[Pair]) -> list[tuple[float, bool]]:
+        """`score` of pairs that are ids already. Raises UserError for one that is too long."""
+        self._require_text_model()
+        for pair in encoded:
+            if pair.positions > self.config.context:
                 raise UserError(
-                    f"prompt and completion have {len(ids)} tokens and the model's context is "
+                    f"prompt and completion have {pair.positions + 1} tokens and the model's context is "
                     f"{self.config.context}: shorten the prompt"
                 )
-            rows.append(ids)
-            starts.append(start)
-        scores = []
-        for row, start in zip(self.token_logprobs(rows), starts, strict=True):
-            total = float(row.logprobs[start - 1 :].sum(dtype=np.float64))
-            scores.append((total, bool(row.greedy[start - 1 :].all())))
-        return scores
+        token_bytes = self.tokenizer.token_bytes if self.tokenizer else []
+        return pairs.score_pairs(self._model, token_bytes, encoded)
 
-    def _encode_pair(self, prompt: Prompt, completion: Prompt) -> tuple[list[int], int]:
-        """Ids of prompt and completion, and where the completion starts."""
+    def _encode_pair(self, prompt: Prompt, completion: Prompt) -> Pair:
+        if not len(completion):
+            raise UserError(f"the completion after {str(prompt)[-40:]!r} is empty: no text, no score")
         if isinstance(prompt, str) and isinstance(completion, str):
-            head = prompt.rstrip()
-            start = self.encode(head)
-            if head:
-                ids = self.encode(prompt + completion)
-            else:
-                ids = [*start, *self._ids(prompt + completion)]
-        else:
-            start = self.encode(prompt)
-            ids = [*start, *self._ids(completion)]
-        return ids, min(len(start), len(ids))
+            return pairs.text_pair(self.encode, self.text_tokenizer, prompt, completion)
+        if isinstance(completion, str):
+            completion = pairs.encode_inside(self.text_tokenizer, completion)
+        return Pair(self.encode(prompt), self._ids(completion))
 
     def token_logprobs(self, rows: Sequence[Sequence[int]]) -> list[TokenScores]:
         """For each row of ids: (log-probabilities, greedy flags) of its tokens but the first."""

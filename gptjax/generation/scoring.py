@@ -54,6 +54,14 @@ def token_logprobs(config: ModelConfig, params: Any, tokens_BT: Array) -> tuple[
 
 
 @functools.partial(executables.jit, static_argnames=("config",))
+def logprobs_at(config: ModelConfig, params: Any, tokens_BT: Array, places_BJ: Array) -> Array:
+    """float32 [B, J, V]: log-probabilities of all tokens that may follow some of the places."""
+    x, _ = transformer.apply(config, params, tokens_BT)
+    hidden = jnp.take_along_axis(x, places_BJ[:, :, None], 1)
+    return jax.nn.log_softmax(head.unembed(config, params, hidden))
+
+
+@functools.partial(executables.jit, static_argnames=("config",))
 def head_scores(config: ModelConfig, params: Any, tokens_BT: Array, length_B: Array) -> Array:
     """float32 [B, labels]: what the classifier head says of each row's last token."""
     x, _ = transformer.apply(config, params, tokens_BT)
@@ -78,6 +86,22 @@ def score_rows(model: InferenceModel, rows: Sequence[Sequence[int]]) -> list[Tok
             end = len(rows[i]) - 1
             scores[i] = TokenScores(logprobs[k, :end], greedy[k, :end])
     return scores
+
+
+def next_logprobs(
+    model: InferenceModel, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]
+) -> list[np.ndarray]:
+    """float32 [places, V]: of each row, log-probabilities of what follows the tokens at its places."""
+    logprobs: list[Any] = [None] * len(rows)
+    width = 1 << (max(map(len, places)) - 1).bit_length()
+    for group, tokens in _groups(model, rows, extra=0):
+        padded = np.zeros((len(tokens), width), np.int32)
+        for k, i in enumerate(group):
+            padded[k, : len(places[i])] = places[i]
+        group_logprobs = np.asarray(logprobs_at(model.config, model.params, tokens, padded))
+        for k, i in enumerate(group):
+            logprobs[i] = group_logprobs[k, : len(places[i])]
+    return logprobs
 
 
 def classify_rows(model: InferenceModel, rows: Sequence[Sequence[int]]) -> np.ndarray:
