@@ -247,15 +247,17 @@ class LanguageModel:
         for pair in encoded:
             if pair.positions > self.config.context:
                 raise UserError(
-                    f"prompt and completion have {pair.positions + 1} tokens and the model's context is "
-                    f"{self.config.context}: shorten the prompt"
+                    f"prompt and completion have {pair.positions + 1} tokens and the model's "
+                    f"context is {self.config.context}: shorten the prompt"
                 )
         token_bytes = self.tokenizer.token_bytes if self.tokenizer else []
         return pairs.score_pairs(self._model, token_bytes, encoded)
 
     def _encode_pair(self, prompt: Prompt, completion: Prompt) -> Pair:
         if not len(completion):
-            raise UserError(f"the completion after {str(prompt)[-40:]!r} is empty: no text, no score")
+            raise UserError(
+                f"the completion after {str(prompt)[-40:]!r} is empty: no text, no score"
+            )
         if isinstance(prompt, str) and isinstance(completion, str):
             return pairs.text_pair(self.encode, self.text_tokenizer, prompt, completion)
         if isinstance(completion, str):

@@ -91,7 +91,7 @@ def score_rows(model: InferenceModel, rows: Sequence[Sequence[int]]) -> list[Tok
 def next_logprobs(
     model: InferenceModel, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]
 ) -> list[np.ndarray]:
-    """float32 [places, V]: of each row, log-probabilities of what follows the tokens at its places."""
+    """float32 [places, V] of each row: log-probabilities of what follows the tokens there."""
     logprobs: list[Any] = [None] * len(rows)
     width = 1 << (max(map(len, places)) - 1).bit_length()
     for group, tokens in _groups(model, rows, extra=0):

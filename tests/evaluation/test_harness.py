@@ -74,6 +74,16 @@ def test_wrong_models_requests_and_tasks(harness):
         harness.evaluate_tasks(lm, "helaswag")
 
 
+def test_a_pair_whose_token_spans_the_border_has_the_score_of_its_text(harness):
+    """The harness's own way of cutting such a pair leaves nothing of the completion."""
+    lm = handle()
+    pairs = [("x th", "e"), ("x th", "a"), ("x t", "he in"), ("x th ", "the")]
+    requests = [ask(pair, "loglikelihood")[0] for pair in pairs]
+    scores = harness.GptjaxLM(lm).loglikelihood(requests, disable_tqdm=True)
+    assert scores == lm.score([p for p, _ in pairs], [c for _, c in pairs])
+    assert all(score < 0 for score, _ in scores)
+
+
 def test_sampled_texts_depend_on_the_seed_of_their_place_alone(harness):
     requests = ask(("the", dict(max_gen_toks=12, do_sample=True, temperature=1.0))) * 5
     texts = [
