@@ -5,6 +5,7 @@ To add a type of file, write a `KeyTable` beside the code that reads it and add 
 
 from __future__ import annotations
 
+from gptjax.checkpoints import gguf_keys
 from gptjax.core.foreign_keys import KeyTable
 
-KEY_TABLES: tuple[KeyTable, ...] = ()
+KEY_TABLES: tuple[KeyTable, ...] = (*gguf_keys.KEY_TABLES,)

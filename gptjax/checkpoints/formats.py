@@ -71,6 +71,7 @@ def write_checkpoint(
                 _hf_tokenizer(checkpoint.tokenizer),
                 dtype=dtype,
                 name=path.stem,
+                generation=checkpoint.generation,
             )
         elif form == "hf":
             _write_hf(temporary, checkpoint, dtype, shard_bytes, path.name)

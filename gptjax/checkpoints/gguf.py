@@ -1,44 +1,29 @@
 """GGUF files, read as if they were Hugging Face checkpoints and written from our parameters.
 
 `read_gguf` gives what `safetensors.LazyParams` needs: a config, tensors under Hugging Face's names,
-and the tokenizer in the file. The package `gguf` knows the format and its quantisations; here only
-names, settings and the order of a few axes are translated. Written are f32, f16 and q8_0.
-
-A family says how GGUF names it (`GgufNames` in `families/common.py`); gguf_vocabulary.py has the
-tokenizer.
+and the tokenizer in the file. Here names and the order of a few axes are translated; gguf_file.py
+has the container, gguf_keys.py the settings, gguf_vocabulary.py the tokenizer. Written are f32, f16
+and q8_0. A family says how GGUF names it (`GgufNames` in `families/common.py`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from gptjax.checkpoints import huggingface, mapping
+from gptjax.checkpoints import gguf_file, gguf_keys, huggingface, mapping
 from gptjax.checkpoints.families.common import Family
+from gptjax.checkpoints.gguf_file import Shape
+from gptjax.checkpoints.gguf_keys import ARCHITECTURES, ROPE_DIVISORS
 from gptjax.checkpoints.gguf_vocabulary import read_tokenizer, write_vocabulary
 from gptjax.checkpoints.safetensors import StoredTensors
-from gptjax.checkpoints.tensor_map import RawConfig
 from gptjax.config.errors import UserError, unknown_name
 from gptjax.config.schema import ModelConfig
-from gptjax.model.rope import rope_tables
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.pretrained import PretrainedTokenizer
-
-# {GGUF's architecture: our family}
-ARCHITECTURES: dict[str, Family] = {
-    family.gguf.architecture: family for family in huggingface.FAMILIES.values() if family.gguf
-}
-
-# A file with llama3 scaling holds what each RoPE frequency is divided by.
-_ROPE_DIVISORS = "rope_freqs.weight"
-
-Shape = tuple[int, ...]
 
 
 class GgufFile(NamedTuple):
@@ -48,14 +33,7 @@ class GgufFile(NamedTuple):
     family: Family
     tensors: StoredTensors
     tokenizer: Tokenizer | None
-
-
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("GGUF files need the package gguf: pip install 'gptjax[gguf]'") from None
-    return gguf
+    generation: dict[str, Any]
 
 
 class _Translation:
@@ -111,213 +89,68 @@ class _Translation:
         return split.swapaxes(1, 2).reshape(array.shape)
 
 
-# Reading
+# ---- Reading
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Opens a GGUF file; its tensors are read later. Raises UserError."""
-    gguf = _package()
-    try:
-        reader = gguf.GGUFReader(path)
-        meta = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # for damage the reader raises whatever NumPy does
-        reason = f"{type(error).__name__}: {str(error)[:150]}"
-        raise UserError(f"{path} is no readable GGUF file: {reason}") from None
-    architecture = meta.get("general.architecture")
+    """Opens a GGUF file, or all parts of a split one; its tensors are read later.
+
+    Raises UserError.
+    """
+    header = gguf_file.read_header(path)
+    architecture = header.meta.get("general.architecture")
     if architecture not in ARCHITECTURES:
         problem = unknown_name("GGUF architecture", str(architecture), list(ARCHITECTURES))
         raise UserError(f"{path}: {problem}")
+    gguf_keys.check_keys(header.meta, architecture, str(path))
     family = ARCHITECTURES[architecture]
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    read = gguf_file.reader(header.tensors)
     try:
-        raw = _hf_config(meta, architecture, family, stored)
+        raw = gguf_keys.read_config(header.meta, architecture, shapes, read)
     except (TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: a setting is of a wrong type: {error}") from None
     config = huggingface.read_config(raw)
     # before names are spelled out: a damaged number of layers can be huge
-    if config.layers > len(stored):
-        raise UserError(f"{path} names {config.layers:,} layers and holds {len(stored):,} tensors")
-    tensors = _stored_tensors(gguf, reader, stored, _Translation(config, family), config, family)
-    return GgufFile(config, family, tensors, read_tokenizer(meta, path))
+    if config.layers > len(shapes):
+        raise UserError(f"{path} names {config.layers:,} layers and holds {len(shapes):,} tensors")
+    tensors = _stored_tensors(shapes, read, _Translation(config, family), config, family)
+    tokenizer = read_tokenizer(header.meta, path)
+    generation = gguf_keys.read_generation(header.meta)
+    return GgufFile(config, family, tensors, tokenizer, generation)
 
 
 def _stored_tensors(
-    gguf: Any,
-    reader: Any,
-    stored: Mapping[str, Any],
+    stored: Mapping[str, Shape],
+    read: Callable[[str], np.ndarray],
     translation: _Translation,
     config: ModelConfig,
     family: Family,
 ) -> StoredTensors:
-    """The file's tensors under Hugging Face's names; unknown ones keep their own."""
+    """The file's tensors under Hugging Face's names. Raises UserError for unknown ones."""
     hf_names = {}
     for group in mapping.hf_tensors(config, family):
         for hf_name in group.shapes:
             hf_names[translation.gguf_name(hf_name)] = hf_name
+    unknown = [name for name in stored if name not in hf_names and name != ROPE_DIVISORS]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise UserError(
+            f"the tensor {unknown[0]}{more} has no place in a {family.model_type} model of these "
+            "settings, so it is not read"
+        )
     shapes = {}
-    for name, tensor in stored.items():
-        if name != _ROPE_DIVISORS:
-            hf_name = hf_names.get(name, name)
-            shapes[hf_name] = translation.shape(hf_name, _numpy_shape(tensor))
-    mapped = getattr(reader.data, "_mmap", None)
+    for name, shape in stored.items():
+        if name != ROPE_DIVISORS:
+            shapes[hf_names[name]] = translation.shape(hf_names[name], shape)
 
-    def read(hf_name: str) -> np.ndarray:
-        tensor = stored[translation.gguf_name(hf_name)]
-        # what was read before leaves memory, which would hold the file next to the model
-        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.madvise(mmap.MADV_DONTNEED)
-        array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        return translation.from_gguf(hf_name, array.reshape(_numpy_shape(tensor)))
+    def read_translated(hf_name: str) -> np.ndarray:
+        return translation.from_gguf(hf_name, read(translation.gguf_name(hf_name)))
 
-    return StoredTensors(shapes, read)
+    return StoredTensors(shapes, read_translated)
 
 
-def _numpy_shape(tensor: Any) -> Shape:
-    """GGUF counts axes from the innermost."""
-    return tuple(int(n) for n in tensor.shape[::-1])
-
-
-# {Hugging Face's setting: (GGUF's, default or None)}; a setting without a default must be there.
-_GPT2_SETTINGS = {
-    "n_layer": ("block_count", None),
-    "n_embd": ("embedding_length", None),
-    "n_head": ("attention.head_count", None),
-    "n_inner": ("feed_forward_length", None),
-    "n_positions": ("context_length", None),
-    "layer_norm_epsilon": ("attention.layer_norm_epsilon", None),
-}
-_SETTINGS = {
-    "num_hidden_layers": ("block_count", None),
-    "hidden_size": ("embedding_length", None),
-    "num_attention_heads": ("attention.head_count", None),
-    "intermediate_size": ("feed_forward_length", None),
-    "max_position_embeddings": ("context_length", None),
-    "rms_norm_eps": ("attention.layer_norm_rms_epsilon", None),
-    "rope_theta": ("rope.freq_base", 10_000.0),
-}
-
-
-def _hf_config(
-    meta: Mapping[str, Any], architecture: str, family: Family, stored: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The file's settings in the words of Hugging Face's config.json. Raises UserError."""
-
-    def get(name: str, default: Any = None) -> Any:
-        value = meta.get(f"{architecture}.{name}", default)
-        if value is None:
-            raise UserError(f"the GGUF file has no {architecture}.{name}")
-        return value
-
-    is_gpt2 = family.model_type == "gpt2"
-    settings = _GPT2_SETTINGS if is_gpt2 else _SETTINGS
-    raw = {key: get(name, default) for key, (name, default) in settings.items()}
-    table = stored.get("token_embd.weight")
-    raw["model_type"] = family.model_type
-    raw["vocab_size"] = int(table.shape[-1]) if table is not None else 0
-    raw["tie_word_embeddings"] = "output.weight" not in stored
-    if is_gpt2:
-        return raw
-    heads = raw["num_attention_heads"]
-    raw["num_key_value_heads"] = get("attention.head_count_kv", heads)
-    raw["head_dim"] = get("attention.key_length", raw["hidden_size"] // heads)
-    # Qwen2's biases on q, k and v go without saying
-    raw["attention_bias"] = family.model_type == "llama" and "blk.0.attn_q.bias" in stored
-    rotated = get("rope.dimension_count", raw["head_dim"])
-    if rotated != raw["head_dim"]:
-        raw["partial_rotary_factor"] = rotated / raw["head_dim"]
-    if family.gguf is not None and family.gguf.sliding_window:
-        raw["sliding_window"] = get("attention.sliding_window", 0)
-    scaling, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0)
-    if scaling in ("linear", "yarn") and factor != 1.0:
-        context = raw["max_position_embeddings"]
-        raw["rope_scaling"] = {
-            "rope_type": scaling,
-            "factor": factor,
-            "original_max_position_embeddings": get(
-                "rope.scaling.original_context_length", context
-            ),
-        }
-    elif _ROPE_DIVISORS in stored:
-        divisors = np.asarray(stored[_ROPE_DIVISORS].data, np.float32)
-        raw["rope_scaling"] = _llama3_scaling(divisors, raw)
-    return raw
-
-
-def _llama3_scaling(divisors: np.ndarray, raw: RawConfig) -> dict[str, Any]:
-    """Which published Llama 3 scaling has these divisors of frequencies. Raises UserError."""
-    for factor in (8.0, 32.0):
-        scaling = {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-        config = huggingface.read_config({**raw, "rope_scaling": scaling})
-        if np.allclose(_rope_divisors(config), divisors, rtol=1e-3):
-            return scaling
-    raise UserError(
-        f"the GGUF file scales RoPE by {_ROPE_DIVISORS} in a way that no published Llama 3 does: "
-        "not supported"
-    )
-
-
-def _rope_divisors(config: ModelConfig) -> np.ndarray:
-    """What the scaling divides each RoPE frequency by, float32 [R/2]."""
-    unscaled = _first_angles(dataclasses.replace(config, rope_scaling="none"))
-    return (unscaled / _first_angles(config)).astype(np.float32)
-
-
-def _first_angles(config: ModelConfig) -> np.ndarray:
-    """The angles [R/2] at position 1, which are the frequencies, from their cos and sin."""
-    cos, sin = rope_tables(config, jnp.ones((1, 1), jnp.int32))
-    return np.arctan2(np.asarray(sin)[0, 0], np.asarray(cos)[0, 0])
-
-
-# Writing
-
-
-def _settings_to_write(config: ModelConfig) -> Iterator[tuple[str, Any]]:
-    """(key below the architecture, value) of the settings that `_hf_config` reads."""
-    yield "block_count", config.layers
-    yield "context_length", config.context
-    yield "embedding_length", config.width
-    yield "feed_forward_length", config.mlp_width
-    yield "attention.head_count", config.heads
-    if config.positions == "learned":  # GPT-2
-        yield "attention.layer_norm_epsilon", config.norm_eps
-        return
-    yield "attention.head_count_kv", config.kv
-    yield "attention.layer_norm_rms_epsilon", config.norm_eps
-    yield "rope.freq_base", config.rope_theta
-    yield "attention.key_length", config.head_width
-    yield "attention.value_length", config.head_width
-    yield "rope.dimension_count", config.rotary_width
-    yield "vocab_size", config.vocab_size
-    if config.sliding_window:
-        yield "attention.sliding_window", config.sliding_window
-    if config.rope_scaling in ("linear", "yarn"):
-        yield "rope.scaling.type", config.rope_scaling
-        yield "rope.scaling.factor", config.rope_factor
-        yield "rope.scaling.original_context_length", config.rope_original_context
-
-
-def _refuse_what_is_lost(config: ModelConfig, family: Family) -> None:
-    """Raises UserError for what a GGUF file has no setting for."""
-    has_window = family.gguf is not None and family.gguf.sliding_window
-    usual_yarn = (32.0, 1.0, 0.0)
-    yarn = (config.rope_beta_fast, config.rope_beta_slow, config.rope_attention_factor)
-    lost = []
-    if config.labels:
-        lost.append("a classification head")
-    if config.sliding_window and not has_window:
-        lost.append("a sliding window")
-    if config.positions == "learned" and config.mlp != "gelu":
-        lost.append("exact GELU")
-    if config.rope_scaling == "yarn" and yarn != usual_yarn:
-        lost.append("YaRN's beta or attention factor")
-    if lost:
-        raise UserError(f"a GGUF file does not carry {', '.join(lost)}: use --format=hf")
+# ---- Writing
 
 
 class _PlannedTensor(NamedTuple):
@@ -336,51 +169,82 @@ def write_gguf(
     *,
     dtype: str,
     name: str,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes one GGUF file; tensors are made and written one by one. Raises UserError.
 
     dtype: float32, float16 or q8_0, of matrices; vectors stay float32. name: `general.name`.
+    generation: as in generation_config.json; the sampling in it is written.
     """
-    gguf = _package()
+    gguf = gguf_file.package()
     family = huggingface.family_of(config)
     types = {
         "float32": gguf.GGMLQuantizationType.F32,
         "float16": gguf.GGMLQuantizationType.F16,
         "q8_0": gguf.GGMLQuantizationType.Q8_0,
     }
-    _refuse_what_is_lost(config, family)
     if family.gguf is None:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"GGUF export knows {known}, not {family.model_type}: use --format=hf")
     if dtype not in types:
         raise UserError(f"--dtype={dtype}: GGUF files are written as {', '.join(types)}")
-    writer = gguf.GGUFWriter(path, family.gguf.architecture)
-    writer.add_name(name)
-    for key, value in _settings_to_write(config):
-        _add_setting(writer, f"{family.gguf.architecture}.{key}", value)
-    if isinstance(tokenizer, PretrainedTokenizer):
-        write_vocabulary(writer, tokenizer, config.vocab_size)
+    architecture = family.gguf.architecture
+    divisors = gguf_keys.rope_divisors(config) if config.rope_scaling == "llama3" else None
     translation = _Translation(config, family)
-    plan = []
-    for hf_name, shape, make in mapping.from_params(config, params):
-        # q8_0 quantises 32 neighbours at a time
-        fits = len(shape) > 1 and (dtype != "q8_0" or shape[-1] % 32 == 0)
-        quantisation = types[dtype if fits else "float32"]
-        plan.append(_PlannedTensor(hf_name, make, quantisation))
-        gguf_shape = translation.shape(hf_name, shape)
-        _announce(writer, gguf, translation.gguf_name(hf_name), gguf_shape, quantisation)
-    divisors = _rope_divisors(config) if config.rope_scaling == "llama3" else None
-    if divisors is not None:
-        writer.add_tensor_info(_ROPE_DIVISORS, divisors.shape, divisors.dtype, divisors.nbytes)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in plan:
-        array = translation.to_gguf(tensor.hf_name, tensor.make().astype(np.float32, copy=False))
-        writer.write_tensor_data(gguf.quantize(np.ascontiguousarray(array), tensor.quantisation))
-    if divisors is not None:
-        writer.write_tensor_data(divisors)
-    writer.close()
+    tensors = list(mapping.from_params(config, params))
+    shapes = {translation.gguf_name(n): translation.shape(n, shape) for n, shape, _ in tensors}
+    _refuse_what_is_lost(config, architecture, shapes, divisors)
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        writer.add_name(name)
+        for key, value in gguf_keys.write_settings(config):
+            _add_setting(writer, f"{architecture}.{key}", value)
+        for key, value in gguf_keys.write_generation(generation or {}):
+            _add_setting(writer, key, value)
+        if isinstance(tokenizer, PretrainedTokenizer):
+            write_vocabulary(writer, tokenizer, config.vocab_size, name)
+        plan = []
+        for hf_name, shape, make in tensors:
+            # q8_0 quantises 32 neighbours at a time
+            fits = len(shape) > 1 and (dtype != "q8_0" or shape[-1] % 32 == 0)
+            quantisation = types[dtype if fits else "float32"]
+            plan.append(_PlannedTensor(hf_name, make, quantisation))
+            gguf_name = translation.gguf_name(hf_name)
+            _announce(writer, gguf, gguf_name, shapes[gguf_name], quantisation)
+        if divisors is not None:
+            writer.add_tensor_info(ROPE_DIVISORS, divisors.shape, divisors.dtype, divisors.nbytes)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in plan:
+            array = translation.to_gguf(
+                tensor.hf_name, tensor.make().astype(np.float32, copy=False)
+            )
+            array = np.ascontiguousarray(array)
+            writer.write_tensor_data(gguf.quantize(array, tensor.quantisation))
+        if divisors is not None:
+            writer.write_tensor_data(divisors)
+    finally:
+        writer.close()
+
+
+def _refuse_what_is_lost(
+    config: ModelConfig,
+    architecture: str,
+    shapes: Mapping[str, Shape],
+    divisors: np.ndarray | None,
+) -> None:
+    """Reads the settings as a reader of the file would. Raises UserError for what is another."""
+    meta = {f"{architecture}.{key}": value for key, value in gguf_keys.write_settings(config)}
+    contents = {} if divisors is None else {ROPE_DIVISORS: divisors}
+    shapes = {**shapes, **{name: array.shape for name, array in contents.items()}}
+    try:
+        raw = gguf_keys.read_config(meta, architecture, shapes, contents.__getitem__)
+        lost = gguf_keys.find_lost_settings(config, huggingface.read_config(raw))
+    except UserError as error:
+        lost = [str(error)]
+    if lost:
+        raise UserError(f"a GGUF file does not carry {', '.join(lost)}: use --format=hf")
 
 
 def _add_setting(writer: Any, key: str, value: str | float | int) -> None:

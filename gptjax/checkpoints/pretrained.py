@@ -155,14 +155,13 @@ def _download(name: str) -> Path:
 
 
 def _open_gguf(path: Path) -> Pretrained:
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"{path} is neither a folder nor a GGUF file")
     contents = gguf.read_gguf(path)
     _check_vocabulary(contents.config, contents.tokenizer)
     params = safetensors.LazyParams(path, contents.config, contents.family, contents.tensors)
     keep = _special_ids({}, contents.tokenizer)
-    return Pretrained(contents.config, params, contents.tokenizer, keep=keep)
+    return Pretrained(
+        contents.config, params, contents.tokenizer, generation=contents.generation, keep=keep
+    )
 
 
 def _open_hf(folder: Path) -> Pretrained:

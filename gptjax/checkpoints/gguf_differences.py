@@ -1,0 +1,130 @@
+"""What of a tokenizer.json is lost in another one that was rebuilt from the fields of a GGUF file.
+
+The two are compared part by part, each in one spelling, so that no list of known tokenizers is
+needed: what is not equal is named.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_FLAGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+
+
+def find_differences(
+    source: Mapping[str, Any], rebuilt: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """(what is lost, notes on what stays without effect on most texts), both in words."""
+    lost: list[str] = []
+    notes: list[str] = []
+    model, other = source["model"], rebuilt["model"]
+    for flag in _FLAGS:
+        if (model.get(flag) or None) != (other.get(flag) or None):
+            lost.append(f"{flag} = {json.dumps(model.get(flag))}")
+    lost += _different_vocabulary(source, rebuilt)
+    lost += _different_added_tokens(source, rebuilt, notes)
+    if other["byte_fallback"]:
+        lost += _different_pieces(source, rebuilt)
+        steps, wanted = _piece_steps(source), _piece_steps(rebuilt)
+    else:
+        steps, wanted = _steps(source.get("normalizer"), "normalizers"), []
+        if steps == [{"type": "NFC"}]:
+            steps = []
+            notes.append(
+                "the tokenizer normalises text to NFC, which a GGUF file cannot say: text with "
+                "characters that are not composed is cut otherwise"
+            )
+    if steps != wanted:
+        lost.append(f"the normalisation {_named(steps)} instead of {_named(wanted)}")
+    if _pairs(model) != _pairs(other):
+        lost.append("merges in another order than scores of pieces can say")
+    return lost, notes
+
+
+def _named(steps: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(_short(step) for step in steps) or "none"
+
+
+def _short(step: Mapping[str, Any]) -> str:
+    details = {k: v for k, v in step.items() if k != "type"}
+    text = step["type"] + (f" {json.dumps(details, ensure_ascii=False)}" if details else "")
+    return text if len(text) < 70 else text[:67] + "..."
+
+
+def _steps(described: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    """A step, or the steps of a sequence of them."""
+    if not described:
+        return []
+    if described["type"] != "Sequence":
+        return [described]
+    return list(itertools.chain.from_iterable(_steps(step, key) for step in described[key]))
+
+
+def _piece_steps(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What is done to a text before sentencepiece's merging, pre-tokenizers included."""
+    steps = _steps(described.get("normalizer"), "normalizers")
+    for step in _steps(described.get("pre_tokenizer"), "pretokenizers"):
+        never_splits = not step.get("split", True) and step.get("prepend_scheme") == "never"
+        if step["type"] == "Metaspace" and never_splits and step["replacement"] == "\u2581":
+            steps.append(_REPLACE)
+        # no space is left to split at once all are replaced
+        elif step["type"] != "Split" or step["pattern"] != {"String": " "} or _REPLACE not in steps:
+            steps.append(step)
+    return steps
+
+
+def _ids(described: Mapping[str, Any]) -> dict[str, int]:
+    ids = dict(described["model"]["vocab"])
+    return ids | {token["content"]: token["id"] for token in described.get("added_tokens", [])}
+
+
+def _different_vocabulary(source: Mapping[str, Any], rebuilt: Mapping[str, Any]) -> list[str]:
+    ids, others = _ids(source), _ids(rebuilt)
+    different = [token for token in ids if ids[token] != others.get(token)]
+    return [f"the token {different[0]!r}, whose id is taken"] if different else []
+
+
+def _different_added_tokens(
+    source: Mapping[str, Any], rebuilt: Mapping[str, Any], notes: Sequence[str]
+) -> list[str]:
+    """Flags of added tokens that their type in GGUF does not imply."""
+    others = {token["id"]: token for token in rebuilt["added_tokens"]}
+    own = {token["id"]: token for token in source.get("added_tokens", [])}
+    normalizes = bool(source.get("normalizer"))
+    lost = []
+    for i, token in own.items():
+        name, other = token["content"], others[i]
+        for flag in ("single_word", "lstrip", "rstrip", "special"):
+            if bool(token.get(flag)) != other[flag]:
+                value = str(bool(token.get(flag))).lower()
+                lost.append(f"{flag} = {value} of the token {name!r}")
+        in_nfc = _steps(source.get("normalizer"), "normalizers") == [{"type": "NFC"}]
+        is_same = in_nfc and unicodedata.normalize("NFC", name) == name
+        if token.get("normalized") and normalizes and not is_same:
+            lost.append(f"normalized = true of the token {name!r}")
+    names = [token["content"] for i, token in others.items() if i not in own]
+    if names:
+        lost.append(f"the plain token {names[0]!r}, which GGUF's readers match before all others")
+    return lost if len(lost) < 4 else [*lost[:3], f"{len(lost) - 3} more like that"]
+
+
+def _different_pieces(source: Mapping[str, Any], rebuilt: Mapping[str, Any]) -> list[str]:
+    vocabulary = source["model"]["vocab"]
+    missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary]
+    return [f"no token for {len(missing)} of the 256 bytes"] if missing else []
+
+
+def _pairs(model: Mapping[str, Any]) -> Any:
+    """The merges, those that make the same piece together: their order is that of the pieces."""
+    pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    if not model.get("byte_fallback"):
+        return pairs
+    by_piece: dict[str, set[tuple[str, str]]] = {}
+    for first, second in pairs:
+        by_piece.setdefault(first + second, set()).add((first, second))
+    return list(by_piece.items())
