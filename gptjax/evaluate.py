@@ -23,6 +23,7 @@ from gptjax.config.errors import UserError
 from gptjax.config.schema import Config
 from gptjax.core import cli, files
 from gptjax.data.readers.finding import find_files
+from gptjax.data.readers.opening import read_text
 from gptjax.data.records import subsample_evenly
 from gptjax.evaluation.compare import Comparison, compare, run_config, table, to_json
 from gptjax.evaluation.held_out import text_scores
@@ -90,8 +91,7 @@ def task_config(checkpoint: str) -> Config:
 
 def _compare_on_text(names: list[str], pattern: str, limit: int) -> list[Comparison]:
     paths = find_files(pattern, (".txt", ".md", ".text")).paths
-    documents = subsample_evenly([path.read_bytes() for path in paths], limit)
-    texts = [files.decode(document, pattern) for document in documents]
+    texts = [read_text(path) for path in subsample_evenly(paths, limit)]
     return [Comparison(name, text_scores(language_model.load(name), iter(texts))) for name in names]
 
 

@@ -68,7 +68,7 @@ CASES = {
         "is not UTF-8: byte 0xe9 at offset 3",
     ),
     "no such file": ("train", ["--config.data.path={dir}/nothing.txt"], "no file there"),
-    "empty data": ("train", ["--config.data.path={dir}/empty.txt"], "no documents"),
+    "empty data": ("train", ["--config.data.path={dir}/empty.txt"], "empty.txt is empty"),
     "text shorter than the context": ("train", ["--config.data.path={dir}/tiny.txt"], "needs 17"),
     "bad json": (
         "train",

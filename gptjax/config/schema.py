@@ -42,6 +42,12 @@ class DataConfig:
         "data_dir; shards: the prepared folder.",
         shapes=False,  # a run may find its files elsewhere: their content is compared on resume
     )
+    duplicates: str = setting(
+        "drop",
+        "Files of a folder or glob that hold the same: drop takes the first alone, keep takes all.",
+        choices=("drop", "keep"),
+        shapes=False,  # what is trained on decides, and that has a fingerprint
+    )
     eval_path: str = setting(
         "",
         "Held-out data; empty = hold some of the training data out (see eval_fraction).",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 from gptjax.config.errors import UserError
@@ -22,10 +22,15 @@ Item = TypeVar("Item")
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One record. where: its place for error messages: file and line, or data set and row."""
+    """One record.
+
+    where: its place for error messages: file and line, or data set and row. problems: fields that
+    the file has and that cannot be used, with the reason; it is said where one is asked for.
+    """
 
     where: str
     fields: dict[str, Any]
+    problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def text(self, name: str, *, setting: str = "data.field") -> str:
         """A field as text; a list of texts is joined with spaces.
@@ -34,6 +39,10 @@ class Record:
         field is missing or is no text.
         """
         value = self.fields.get(name)
+        if name in self.problems:
+            raise UserError(f"{self.where}: {setting} = {name!r} {self.problems[name]}")
+        if value is None and name in self.fields:
+            raise UserError(f"{self.where}: {setting} = {name!r} is null; fill it or drop the row")
         if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
             value = " ".join(value)
         if isinstance(value, bytes):
@@ -53,12 +62,26 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class SplitRecords:
-    """The records of one split. `read()` gives the same records in the same order each time."""
+    """The records of one split. `read()` gives the same records in the same order each time.
+
+    read_fields: `read()` with the named fields only, where that spares reading the others.
+    """
 
     count: int
     fingerprint: str  # a hash of the content
     read: Callable[[], Iterator[Record]]
     selection: Selection
+    read_fields: Callable[[Collection[str]], Iterator[Record]] | None = None
+
+    def read_only(self, names: Collection[str]) -> Iterator[Record]:
+        """The records with these fields at least; of a table by columns, with no others."""
+        return self.read_fields(names) if self.read_fields else self.read()
+
+
+def missing_columns(names: Collection[str] | None, columns: Collection[str]) -> dict[str, str]:
+    """Problems of the records that lack fields which were asked for."""
+    lacking = [name for name in names or () if name not in columns]
+    return dict.fromkeys(lacking, f"is not there; fields are {', '.join(columns)}")
 
 
 def subsample_evenly(items: list[Item], limit: int) -> list[Item]:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from gptjax.config.errors import UserError, nearest
 from gptjax.config.schema import DataConfig
 from gptjax.core import files
-from gptjax.core.files import decode
 from gptjax.data.readers import csv, datasets, jsonl, lines, parquet, sotu, squad, tfds
 from gptjax.data.readers.finding import Files, find_files, listed_files
+from gptjax.data.readers.opening import read_text
 from gptjax.data.records import SplitRecords, is_held_out
 from gptjax.data.selection import Selection
 
@@ -186,7 +186,7 @@ def _split(documents: Documents, split: str, config: DataConfig) -> Iterator[str
 def _open_files(found: Files) -> Documents:
     def read() -> Iterator[str]:
         for p in found.paths:
-            yield decode(p.read_bytes(), str(p))
+            yield read_text(p)
 
     selection = dataclasses.replace(found.selection, documents=len(found.paths))
     return Documents(len(found.paths), files.digest(*found.checksums), read, selection)
@@ -194,7 +194,8 @@ def _open_files(found: Files) -> Documents:
 
 def _open_text(config: DataConfig, path: str, split: str) -> Documents:
     """Each file is a document."""
-    return _open_files(find_files(path, (".txt", ".md", ".text")))
+    found = find_files(path, (".txt", ".md", ".text"), keep_duplicates=config.duplicates == "keep")
+    return _open_files(found)
 
 
 def _open_sotu(config: DataConfig, path: str, split: str) -> Documents:
@@ -207,7 +208,7 @@ def _open_field(config: DataConfig, path: str, split: str) -> Documents:
     records = read_records(config, path, split)
 
     def read() -> Iterator[str]:
-        for record in records.read():
+        for record in records.read_only([config.field]):
             yield record.text(config.field)
 
     next(read(), "")  # a wrong field is reported before a tokenizer is trained

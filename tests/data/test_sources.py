@@ -11,7 +11,7 @@ from gptjax.config.build import build_config
 from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
 from gptjax.data import sources
-from gptjax.data.readers import files, finding
+from gptjax.data.readers import files, finding, opening
 from gptjax.data.records import Record
 from gptjax.data.sources import EVAL, TRAIN
 
@@ -71,7 +71,7 @@ def read_pipes(config, path, split):
 
     def read():
         for p in found.paths:
-            for number, line in files.read_lines(p):
+            for number, line in opening.read_lines(p):
                 values = line.decode().rstrip("\n").split("|")
                 yield Record(f"{p}:{number}", dict(zip(config.columns, values, strict=True)))
 

@@ -428,7 +428,7 @@ WRONG = {
         r"rows.jsonl:2: no label 'goood'.*'good'",
     ),
     "one class": ([RECORD, RECORD], dict(name="classification"), r"one class only, 'a'"),
-    "empty": ([], dict(name="classification"), r"passed over 1 empty"),
+    "empty": ([], dict(name="classification"), r"rows.jsonl is empty"),
     "all too long": (
         [{"source": "x" * 99, "target": "y"}] * 2,
         dict(name="translation", truncation="drop"),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
 from gptjax.core import files
-from gptjax.data.records import Record, SplitRecords
+from gptjax.data.records import Record, SplitRecords, missing_columns
 from gptjax.data.selection import Selection
 
 
@@ -38,11 +38,15 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
 
     selection = Selection(f"{name} {split}".rstrip(), documents=len(rows))
 
-    def read() -> Iterator[Record]:
-        for i, fields in enumerate(rows):
-            yield Record(f"{selection.path} row {i}", dict(fields))
+    def read(names: Collection[str] | None = None) -> Iterator[Record]:
+        selected, problems = rows, {}
+        if names is not None:  # others may hold pictures or sound, which are decoded when read
+            selected = rows.select_columns([c for c in rows.column_names if c in names])
+            problems = missing_columns(names, rows.column_names)
+        for i, fields in enumerate(selected):
+            yield Record(f"{selection.path} row {i}", dict(fields), problems)
 
-    return SplitRecords(len(rows), files.digest(rows._fingerprint), read, selection)
+    return SplitRecords(len(rows), files.digest(rows._fingerprint), read, selection, read)
 
 
 def _open_dataset(config: DataConfig, path: str) -> Any:

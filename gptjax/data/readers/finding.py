@@ -19,9 +19,9 @@ from pathlib import Path
 
 from gptjax.config.errors import UserError
 from gptjax.core import files
+from gptjax.data.readers.opening import COMPRESSED, content_checksum, is_empty
 from gptjax.data.selection import Selection, passed_over, say_passed_over
 
-COMPRESSED = ("", ".gz")  # after the suffix of any format of text
 _EDITOR_COPIES = ("*~", "#*#", "*.bak", "*.orig", "*.swp", "*.swo")
 _MAGIC = "*?["  # characters that make a path a glob
 
@@ -36,31 +36,42 @@ class Files:
 
 
 def find_files(
-    path: str, suffixes: Sequence[str], *, compressed: bool = True, keep_duplicates: bool = False
+    path: str,
+    suffixes: Sequence[str],
+    *,
+    compressed: bool = True,
+    keep_duplicates: bool = False,
+    second_choice: Sequence[str] = (),
 ) -> Files:
     """The files of a file name, a folder or a glob.
 
     suffixes: in lower case; compressed: those with a compression's suffix behind them too.
-    keep_duplicates: files with equal content are all taken, and not the first alone. Raises
-    UserError where no file is left, or where a folder or file cannot be read.
+    keep_duplicates: files with equal content are all taken, and not the first alone.
+    second_choice: suffixes of a folder that has none of the others.
+
+    Raises UserError where no file is left, or where a folder or file cannot be read.
     """
     root = Path(path).expanduser()
-    if compressed:
-        suffixes = [suffix + ending for suffix in suffixes for ending in COMPRESSED]
+    endings = COMPRESSED if compressed else ("",)
+    choices = [
+        tuple(suffix + ending for suffix in choice for ending in endings)
+        for choice in (suffixes, second_choice)
+    ]
     left_out: dict[str, list[str]] = collections.defaultdict(list)
     try:
         if root.is_dir():
-            paths = _in_folder(root, tuple(suffixes), left_out)
+            paths = _in_folder(root, choices, left_out)
         elif root.exists():
             paths = [files.require_regular_file(root)]
         else:
-            paths = _matching(root, left_out)
-        paths, checksums = _without_copies(sorted(paths), left_out, keep_duplicates)
+            root, patterns = _split_glob(root)
+            paths = list(_walk(root, patterns, left_out)) if patterns and root.is_dir() else []
+        paths, checksums = _without_copies(root, sorted(paths), left_out, keep_duplicates)
     except OSError as error:
-        raise UserError(f"data.path = {path!r}: {error.filename}: {error.strerror}") from None
+        raise UserError(f"{error.filename or path}: {error.strerror}") from None
     entries = passed_over(left_out)
     if not paths:
-        raise UserError(_no_files(path, suffixes, say_passed_over(entries)))
+        raise UserError(_no_files(path, [*suffixes, *second_choice], say_passed_over(entries)))
     size = sum(p.stat().st_size for p in paths)
     return Files(paths, checksums, Selection(path, len(paths), size, 0, entries))
 
@@ -72,35 +83,36 @@ def listed_files(name: str, paths: list[Path]) -> Files:
 
 
 def _no_files(path: str, suffixes: Sequence[str], left_out: str) -> str:
+    if Path(path).expanduser().is_file():
+        return f"{path} is empty"
     if left_out:
-        return f"data.path = {path!r}: no file to read there; passed over {left_out}"
-    patterns = " ".join(f"*{suffix}" for suffix in suffixes if not suffix.endswith(COMPRESSED[1:]))
+        return f"{path}: no file to read there; passed over {left_out}"
+    patterns = " ".join(f"*{suffix}" for suffix in suffixes)
     return (
-        f"data.path = {path!r}: no file there (looking for {patterns}); "
-        f"the working directory is {Path.cwd()}"
+        f"{path!r}: no file there (looking for {patterns}); the working directory is {Path.cwd()}"
     )
 
 
-def _in_folder(root: Path, suffixes: tuple[str, ...], left_out: dict[str, list[str]]) -> list[Path]:
-    paths = []
-    for p in _walk(root, ("**",), left_out):
-        if p.name.lower().endswith(suffixes):
-            paths.append(p)
-        else:
-            left_out["of another suffix"].append(str(p.relative_to(root)))
-    return paths
+def _in_folder(
+    root: Path, choices: Sequence[tuple[str, ...]], left_out: dict[str, list[str]]
+) -> list[Path]:
+    """Files below a folder with one of the first choice of suffixes, or else of the next."""
+    paths = list(_walk(root, ("**",), left_out))
+    for suffixes in choices:
+        taken = [p for p in paths if p.name.lower().endswith(suffixes)]
+        if taken:
+            break
+    names = {str(p.relative_to(root)) for p in paths} - {str(p.relative_to(root)) for p in taken}
+    left_out["of another suffix"] += names
+    return taken
 
 
-def _matching(pattern: Path, left_out: dict[str, list[str]]) -> list[Path]:
-    """The files of a glob; none where the path has no magic characters."""
-    is_magic = [any(c in part for c in _MAGIC) for part in pattern.parts]
-    if not any(is_magic):
-        return []
-    first = is_magic.index(True)
-    root, patterns = Path(*pattern.parts[:first]), pattern.parts[first:]
-    if not root.is_dir():
-        return []
-    return list(_walk(root, patterns, left_out))
+def _split_glob(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """(the folder that a glob begins in, the rest); no rest where the path is no glob."""
+    for i, part in enumerate(path.parts):
+        if any(character in part for character in _MAGIC):
+            return Path(*path.parts[:i]), path.parts[i:]
+    return path, ()
 
 
 def _walk(root: Path, patterns: tuple[str, ...], left_out: dict[str, list[str]]) -> Iterator[Path]:
@@ -185,19 +197,27 @@ def _may_hold(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
 
 
 def _without_copies(
-    paths: list[Path], left_out: dict[str, list[str]], keep_duplicates: bool
+    root: Path, paths: list[Path], left_out: dict[str, list[str]], keep_duplicates: bool
 ) -> tuple[list[Path], list[str]]:
     """(the files without empty ones and second copies, their checksums)."""
+    plain_names = collections.Counter(_without_compression(p) for p in paths)
     first_of: dict[str, Path] = {}
     taken = []
     for p in paths:
-        if not p.stat().st_size:
-            left_out["empty"].append(p.name)
+        name = str(p.relative_to(root)) if p.is_relative_to(root) and p != root else p.name
+        if is_empty(p):
+            left_out["empty"].append(name)
             continue
-        checksum = files.sha256(p)
-        first = first_of.setdefault(checksum, p)
+        checksum = content = files.sha256(p)
+        if plain_names[_without_compression(p)] > 1:  # a.txt and a.txt.gz
+            content = content_checksum(p)
+        first = first_of.setdefault(content, p)
         if first is p or keep_duplicates:
             taken.append((p, checksum))
         else:
-            left_out["copies of another file"].append(f"{p.name} = {first.name}")
+            left_out["copies of another file"].append(f"{name} = {first.name}")
     return [p for p, _ in taken], [checksum for _, checksum in taken]
+
+
+def _without_compression(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED[1:] else path

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
 from gptjax.core.files import decode
-from gptjax.data.readers.files import read_lines, records_of_files
+from gptjax.data.readers.files import records_of_files
 from gptjax.data.readers.finding import find_files, listed_files
+from gptjax.data.readers.opening import read_lines
 from gptjax.data.records import Record, SplitRecords
 
 

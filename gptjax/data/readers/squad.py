@@ -12,18 +12,19 @@ from typing import Any
 
 from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
-from gptjax.data.readers.files import parse_object, read_lines, records_of_files
+from gptjax.data.readers.files import records_of_files
 from gptjax.data.readers.finding import find_files
+from gptjax.data.readers.json_objects import parse_object
 from gptjax.data.records import Record, SplitRecords
 
 
 def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
     """Raises UserError where a file does not have this form."""
-    found = find_files(path, (".json",))
+    found = find_files(path, (".json",), keep_duplicates=config.duplicates == "keep")
 
     def read() -> Iterator[Record]:
         for p in found.paths:
-            content = parse_object(b"".join(line for _, line in read_lines(p)), str(p))
+            content = parse_object(p)
             try:
                 yield from _flatten(content, p)
             except (KeyError, TypeError, IndexError) as error:
