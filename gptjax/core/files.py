@@ -148,7 +148,13 @@ def decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        wrong = f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}"
+        if error.reason == "unexpected end of data":
+            raise UserError(
+                f"{wrong} begins a character and ends the text: is it cut off?"
+            ) from None
+        around = data[max(error.start - 12, 0) : error.start + 12].decode("latin-1")
         raise UserError(
-            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
-            "convert it, for example with iconv"
+            f"{wrong}, which is {around!r} in Latin-1; convert it, such as with "
+            "iconv -f LATIN1 -t UTF-8"
         ) from None

@@ -12,7 +12,16 @@ from gptjax.data.sources import EVAL, TRAIN
 
 
 class Table(list):
+    """What we use of a `datasets.Dataset`."""
+
     _fingerprint = "f"
+
+    @property
+    def column_names(self):
+        return list(self[0])
+
+    def select_columns(self, names):
+        return Table({name: row[name] for name in names} for row in self)
 
 
 def table(name, count):

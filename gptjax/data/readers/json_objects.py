@@ -175,10 +175,10 @@ def _parse(text: str, start: int, path: Path, line: int) -> tuple[Any, int]:
         line += text.count("\n", start, error.pos)
         column = error.pos - text.rfind("\n", 0, error.pos)
         hint = ""
-        if error.pos >= len(text.rstrip()):
+        if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
             hint = ": it breaks off there"
         elif text.startswith("'", error.pos):
             hint = ": JSON has double quotes"
         raise UserError(
-            f"{path}:{line} is not JSON: {error.msg} at column {column}{hint}"
+            f"{path}:{line} is not JSON: {error.msg.removesuffix(' at')} at column {column}{hint}"
         ) from None

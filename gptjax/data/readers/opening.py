@@ -26,13 +26,12 @@ _HEAD = 4096  # decompressed bytes that tell what a file is
 
 
 def _zstd_decompressor() -> Any:
+    """Raises ImportError."""
     try:
         from compression import zstd  # Python 3.14
     except ImportError:
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError("a file in zstd's format needs: pip install 'gptjax[zstd]'") from None
+        import zstandard
+
         return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
     return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 31})
 
@@ -147,9 +146,15 @@ class _Decompressed(io.RawIOBase):
     """What a compressed file holds, all its members one after the other."""
 
     def __init__(self, path: Path, compression: _Compression) -> None:
+        try:
+            self._decompressor = compression.decompressor()
+        except ImportError:
+            extra = compression.name
+            raise UserError(
+                f"{path} is compressed with {extra}: pip install 'gptjax[{extra}]'"
+            ) from None
         self._file = open(path, "rb")  # noqa: SIM115
         self._path, self._kind = path, compression
-        self._decompressor = compression.decompressor()
         self._rest = b""  # decompressed, and not yet read
         self._count = 0  # decompressed bytes so far
 
@@ -157,7 +162,8 @@ class _Decompressed(io.RawIOBase):
         return True
 
     def close(self) -> None:
-        self._file.close()
+        if not self.closed and hasattr(self, "_file"):  # it has none where opening it failed
+            self._file.close()
         super().close()
 
     def readinto(self, buffer: Any) -> int:
@@ -185,8 +191,6 @@ class _Decompressed(io.RawIOBase):
                     self._decompressor = self._kind.decompressor()
                 parts.append(self._decompressor.decompress(chunk))
                 chunk = self._decompressor.unused_data if self._decompressor.eof else b""
-        except UserError:
-            raise
         except Exception as error:  # each library has its own
             raise self._damaged(str(error)) from None
         return b"".join(parts)
