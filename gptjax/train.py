@@ -56,10 +56,12 @@ def main(argv: list[str]) -> None:
         run = setup(config, workdir, args.overrides, stop, compiles)
         with jax.set_mesh(run.mesh):
             summary = train(run)
-    if jax.process_index() == 0:
-        cli.result(summary, args)
-    if summary["status"] == "interrupted":
-        raise SystemExit(130)
+    try:
+        if jax.process_index() == 0:
+            cli.result(summary, args)
+    finally:  # that it was interrupted matters more than a summary that could not be written
+        if summary["status"] == "interrupted":
+            raise SystemExit(130)
 
 
 if __name__ == "__main__":

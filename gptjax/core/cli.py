@@ -1,8 +1,10 @@
 """What all commands share: flags, `--config` with its overrides, progress, results, exit codes.
 
 A command calls `run(main, argv)`, and its `main` calls `parse`. Progress goes to stderr, results to
-stdout. Exit codes: 0 done; 2 the user's input is wrong (the message alone, with `--debug` the
-traceback); 130 interrupted; 1 an error of ours. To add a command, add its name to `VERBS`.
+stdout. Progress that cannot be written ends nothing (`streams.py`). Exit codes: 0 done; 2 the
+user's input is wrong (the message alone, with `--debug` the traceback too); 130 interrupted; 141
+whoever read stdout went away, as with `| head`; 1 an error of ours, or a result that could not be
+written. To add a command, add its name to `VERBS`.
 """
 
 from __future__ import annotations
@@ -14,16 +16,21 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import ml_collections
 
 from gptjax.config import build, schema
 from gptjax.config.errors import UserError, unknown_name
 from gptjax.config.schema import Config
+from gptjax.core import files, streams
+from gptjax.core.streams import OutputLostError, say, say_once
+
+__all__ = ["Args", "main", "parse", "progress", "reporting", "result", "run", "say", "say_once"]
 
 VERBS = ("train", "generate", "evaluate", "convert", "plan", "data.prepare", "data.preview")
 _COMMON_FLAGS = {
@@ -31,6 +38,8 @@ _COMMON_FLAGS = {
     "json": "machine-readable results on stdout",
     "debug": "show tracebacks",
 }
+EXIT_READER_LEFT = 141  # 128 + SIGPIPE: what a shell shows for `cat` in `cat FILE | head`
+GIVEN_UP = "given up: "  # how the names of threads begin that nobody waits for
 _PROGRESS_SECONDS = 10  # between lines of progress where stderr is no terminal
 
 
@@ -145,67 +154,103 @@ def _print_help(doc: str | None, known: dict[str, str]) -> None:
 
 def run(main: Callable[[list[str]], None], argv: Sequence[str]) -> None:
     """Runs a command and turns its end into an exit code and, for wrong input, one message."""
+    with streams.guarded():
+        code = _exit_code(main, list(argv))
+    _end(code)
+
+
+def _exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    debug = "--debug" in argv
     logging.getLogger("absl").setLevel(logging.ERROR)
-    if "--debug" in argv:  # what foreign files hold that has no effect, and the like
+    if debug:  # what foreign files hold that has no effect, and the like
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("debug: %(message)s"))
         log = logging.getLogger("gptjax")
         log.setLevel(logging.DEBUG)
         log.addHandler(handler)
     try:
-        main(list(argv))
-    except BrokenPipeError:  # whoever read our output is gone
-        sys.stderr.close()
-        _exit(0)
+        return _code_of_main(main, argv)
+    except OutputLostError as lost:
+        if lost.reader_left:
+            return EXIT_READER_LEFT
+        say(f"error: the result could not be written to stdout: {lost}")
+        return 1
     except (UserError, OSError) as error:
         # OSError: a file that cannot be read or written, a disk without space
-        if "--debug" in argv:
-            raise
-        print(f"error: {_message(error)}", file=sys.stderr)
-        _exit(2)
+        if debug:
+            traceback.print_exc()
+        say(f"error: {error if isinstance(error, UserError) else files.explain(error)}")
+        return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        _exit(130)
+        say("interrupted")
+        return 130
     except Exception:
         traceback.print_exc()
-        _exit(1)
+        return 1
 
 
-def _message(error: UserError | OSError) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    return f"{error.filename or 'input or output'}: {error.strerror or error}"
+def _code_of_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """0, or the code of a SystemExit: it says more than a result that could not be written."""
+    try:
+        main(argv)
+        sys.stdout.flush()
+    except SystemExit as end:
+        if end.code:
+            if isinstance(end.code, str):
+                say(end.code)
+            with contextlib.suppress(OutputLostError):
+                sys.stdout.flush()
+            return end.code if isinstance(end.code, int) else 1
+        sys.stdout.flush()
+    return 0
 
 
-def _exit(code: int) -> NoReturn:
-    """Ends the process. Where other processes wait for this one in a collective, it ends at once:
-    JAX would hold it back for minutes.
+def _end(code: int) -> None:
+    """Ends the process with this code.
+
+    At once where other processes wait for this one in a collective, because JAX would hold it back
+    for minutes, and where a tracker hangs that was given up on.
     """
     jax = sys.modules.get("jax")
-    if jax is not None and jax.distributed.is_initialized():
-        sys.stdout.flush()
+    waited_for = code and jax is not None and jax.distributed.is_initialized()
+    hangs = any(thread.name.startswith(GIVEN_UP) for thread in threading.enumerate())
+    if waited_for or hangs:
         os._exit(code)
-    raise SystemExit(code)
-
-
-def say(text: str) -> None:
-    """One line of progress, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if code:
+        raise SystemExit(code)
 
 
 def result(data: dict[str, Any], args: Args) -> None:
-    """The command's result, on stdout: JSON with --json, else `name: value` lines."""
+    """The command's result, on stdout: JSON with --json, else `name: value` lines.
+
+    The work is done and on disk, so that a reader who left is told of as any other loss.
+    """
     if "json" in args:
-        print(json.dumps(data))
-        return
-    for name, value in data.items():
-        print(f"{name}: {value}")
+        text = json.dumps(data)
+    else:
+        text = "\n".join(f"{name}: {value}" for name, value in data.items())
+    try:
+        print(text, flush=True)
+    except OutputLostError as lost:
+        raise OutputLostError(str(lost)) from None
+
+
+@contextlib.contextmanager
+def reporting(what: str) -> Iterator[None]:
+    """Around work that only reports: what goes wrong in it is said (with --debug in full), and
+    the block is left.
+    """
+    try:
+        yield
+    except Exception as error:
+        logging.getLogger("gptjax").debug("%s", what, exc_info=True)
+        say(f"warning: {what}: {type(error).__name__}: {files.reason(error)}; the run goes on")
 
 
 @contextlib.contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Yields `advance(n)`: n more are done. A bar on a terminal, a line now and then elsewhere."""
-    show = _progress_bar if sys.stderr.isatty() else _progress_lines
+    show = _progress_bar if streams.stderr_is_terminal() else _progress_lines
     with show(what, total) as advance:
         yield advance
 
@@ -246,11 +291,12 @@ def _progress_lines(what: str, total: int | None) -> Iterator[Callable[[int], No
 def main() -> None:
     """The console script: `gptjax <verb> ...` is `python -m gptjax.<verb> ...`."""
     verb, *rest = sys.argv[1:] or ["--help"]
-    if verb in ("--help", "-h"):
-        print(f"gptjax <verb> [flags]; verbs: {', '.join(VERBS)}. gptjax <verb> --help says more.")
-        return
 
     def start(argv: list[str]) -> None:
+        if verb in ("--help", "-h"):
+            verbs = ", ".join(VERBS)
+            print(f"gptjax <verb> [flags]; verbs: {verbs}. gptjax <verb> --help says more.")
+            return
         if verb not in VERBS:
             raise UserError(unknown_name("verb", verb, list(VERBS)))
         importlib.import_module(f"gptjax.{verb}").main(argv)

@@ -1,12 +1,19 @@
-"""Files: the cache folder, atomic writes, checksums, and the lock of a workdir."""
+"""Files: the cache folder, atomic writes, checksums, what is set aside, and the lock of a workdir.
+
+What only reports or saves time (records, caches) blocks nothing: `report_text` and `write_cached`
+give up with a word, `read_cached` gives back whole content or nothing, and `set_aside` moves what
+is damaged out of the way.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 import stat
 import tempfile
@@ -15,7 +22,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gptjax.config.errors import UserError
+from gptjax.core.streams import say, say_once
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 def cache_path(*parts: str) -> Path:
@@ -34,21 +48,59 @@ def cache_dir(*parts: str) -> Path:
     return path
 
 
+def reason(error: BaseException) -> str:
+    """An error in a line, such as `No space left on device`."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error) or repr(error)).splitlines()[0][:300]
+
+
+def explain(error: OSError) -> str:
+    """What could not be read or written, why, and a way out."""
+    path = str(error.filename or "input or output")
+    lines = [f"{path}: {reason(error)}"]
+    if error.errno in _NO_SPACE:
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(_existing(Path(path))).free
+            lines[0] += f" ({free / 2**20:,.1f} MiB free)"
+        lines.append("Free some space and run the same command again.")
+    elif error.errno == errno.EFBIG:
+        lines.append("This shell limits the size of files: ulimit -f unlimited.")
+    in_cache = Path(path).is_relative_to(cache_path())
+    if in_cache and error.errno in (*_NO_SPACE, *_NO_WRITE):
+        lines.append("Or name another folder for the cache: export GPTJAX_CACHE=FOLDER.")
+    return "\n".join(lines)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path next to `path`, and renames it to `path` if the block succeeds.
 
-    So a reader never sees half a file.
+    So a reader never sees half a file. An OSError of the writing names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
+    name = ""
     try:
+        prefix = f".{path.name}."
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
+        os.close(handle)
         yield Path(name)
         os.chmod(name, 0o644)
         os.replace(name, path)
+    except OSError as error:
+        if name and error.filename not in (None, name):  # another file, that the block reads
+            raise
+        raise OSError(error.errno, reason(error), str(path)) from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        if name:
+            Path(name).unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,6 +113,80 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Writes atomically."""
     with atomic(path) as temporary:
         temporary.write_bytes(data)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes a .npy file, atomically."""
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        # not by np.save, whose error on a full disk names neither disk nor file
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def report_text(path: Path, text: str) -> bool:
+    """Whether a file that only reports was written; if not, that is said, once a file and reason.
+
+    What is in its place and no file is set aside.
+    """
+    if path.is_dir() or (path.is_symlink() and not path.exists()):
+        set_aside(path, "not a file")
+    try:
+        write_text(path, text)
+    except OSError as error:
+        say_once(f"warning: {path} could not be written: {reason(error)}; the run goes on without")
+        return False
+    return True
+
+
+def set_aside(path: Path, why: str) -> bool:
+    """Moves what is damaged to `damaged/` beside it, under its name and the time, and says so.
+
+    False where it cannot be moved, which is said too.
+    """
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6}"
+    target = path.parent / "damaged" / f"{path.name}-{stamp}"
+    try:
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+    except OSError as error:
+        say(f"warning: {path}: {why}; it cannot be set aside: {reason(error)}")
+        return False
+    say(f"warning: {path}: {why}; set aside as {target}")
+    return True
+
+
+def read_cached(path: Path) -> bytes | None:
+    """What `write_cached` wrote, or None where it is missing or damaged (then it is set aside)."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        set_aside(path, reason(error))
+        return None
+    checksum, data = content[:64], content[64:]
+    if digest(data).encode() == checksum:
+        return data
+    set_aside(path, "damaged")
+    return None
+
+
+def write_cached(path: Path, data: bytes) -> bool:
+    """Whether the data is in the cache, with its checksum; if not, that is said once a folder."""
+    try:
+        write_bytes(path, digest(data).encode() + data)
+    except OSError as error:
+        say_uncached(path.parent, error)
+        return False
+    return True
+
+
+def say_uncached(folder: Path, error: OSError) -> None:
+    """Says, once, that a cache cannot be used."""
+    say_once(
+        f"warning: {folder} cannot be written ({reason(error)}): it goes without this cache, and "
+        "the next start takes longer; GPTJAX_CACHE names another folder"
+    )
 
 
 def require_regular_file(path: Path) -> Path:
@@ -98,10 +224,13 @@ def sha256_once(path: Path, expected: str) -> bool:
     """
     status = path.stat()
     key = digest(str(path.resolve()), str(status.st_size), str(status.st_mtime_ns), expected)
-    marker = cache_dir("verified") / key[:32]
-    if not marker.exists():
-        if sha256(path) != expected:
-            return False
+    marker = cache_path("verified", key[:32])
+    if os.path.lexists(marker):
+        return True
+    if sha256(path) != expected:
+        return False
+    with contextlib.suppress(OSError):  # then it is read again next time
+        marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
     return True
 
@@ -121,25 +250,32 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
     If another process holds it, raises UserError with its host and pid, or waits.
     """
+    path = folder / ".lock"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    if os.path.lexists(path) and not path.is_file():
+        set_aside(path, "not a file")
+    with open(path, "ab+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "unknown"
+            holder = file.read().decode(errors="replace").strip() or "unknown"
             raise UserError(
                 f"{folder} is in use by another run: {holder}\n"
                 "Wait for it, stop it, or pick another --workdir."
             ) from None
-        file.truncate(0)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            say(f"warning: {folder}: its disk has no locks; nothing keeps a second run out")
         this_process = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        file.write(json.dumps(this_process))
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk: who holds it is then unknown
+            file.truncate(0)
+            file.write(json.dumps(this_process).encode())
         yield
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ SHARD_TOKENS = 1 << 26
 _BATCH_CHARACTERS = 1 << 22  # text encoded at once: enough to keep every core busy
 _FORMAT = 2
 _SUFFIXES = (".tokens.npy", ".offsets.npy")
+# What reading a damaged JSON file, or one with other content, raises; UserError is a ValueError.
+_DAMAGES = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,30 +60,42 @@ class Prepared:
             yield np.load(f"{base}.tokens.npy", mmap_mode="r"), np.load(f"{base}.offsets.npy")
 
 
+class DamagedError(UserError):
+    """A folder of shards that is not as it was written. In the cache it is made anew."""
+
+
 def open_prepared(folder: Path) -> Prepared:
     """Opens a folder of shards.
 
-    Raises UserError where it is no finished preparation, or a shard differs from its checksum.
+    Raises UserError where it is no finished preparation, DamagedError where it differs from what
+    was written.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        return _open_prepared(folder)
     except FileNotFoundError:
         raise UserError(
             f"{folder} holds no prepared data (no meta.json); "
             f"make it with python -m gptjax.data.prepare --out={folder}"
         ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{folder}/meta.json is damaged ({error}); prepare the data again"
-        ) from None
+    except DamagedError:
+        raise
+    except (*_DAMAGES, OSError) as error:
+        problem = str(error) if isinstance(error, UserError) else f"meta.json is damaged: {error!r}"
+        raise DamagedError(f"{folder}: {problem}; prepare the data again") from None
+
+
+def _open_prepared(folder: Path) -> Prepared:
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     if meta["format"] != _FORMAT:
-        raise UserError(
+        raise DamagedError(
             f"{folder} is of format {meta['format']}, this version reads {_FORMAT}; "
             "prepare the data again"
         )
     tokenizer = load_tokenizer(folder / "tokenizer")
     if tokenizer.fingerprint != meta["tokenizer"]:
-        raise UserError(f"{folder}: the tokenizer is not the one that the data was prepared with")
+        raise DamagedError(
+            f"{folder}: the tokenizer is not the one that the data was prepared with"
+        )
     for shards in meta["splits"].values():
         for shard in shards:
             _check_shard(folder, shard)
@@ -96,7 +111,7 @@ def _check_shard(folder: Path, shard: dict[str, Any]) -> None:
     for suffix, checksum in shard["sha256"].items():
         path = folder / f"{shard['name']}{suffix}"
         if not path.is_file() or not files.sha256_once(path, checksum):
-            raise UserError(
+            raise DamagedError(
                 f"{path} is damaged or was changed after it was written; "
                 "prepare the data again, in another folder"
             )
@@ -138,10 +153,27 @@ def ensure(config: Config, text_tokenizer: Tokenizer | None = None) -> Prepared:
     text_tokenizer = text_tokenizer or _make_tokenizer(config, source)
     key = files.digest(str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint)
     folder = files.cache_dir("data") / key[:32]
-    prepared = _prepare(config, source, text_tokenizer, folder, SHARD_TOKENS)
+    try:
+        prepared = _prepare(config, source, text_tokenizer, folder, SHARD_TOKENS)
+    except DamagedError:
+        _clear(folder)
+        prepared = _prepare(config, source, text_tokenizer, folder, SHARD_TOKENS)
     # the vocabulary is the same, but a chat template is this checkpoint's own
     # and so are what was passed over beside the same documents, and their place
     return dataclasses.replace(prepared, tokenizer=text_tokenizer, selections=source.selections)
+
+
+def _clear(folder: Path) -> None:
+    """Sets damaged data of the cache aside, if no other process has made it anew meanwhile."""
+    with files.lock(folder.parent, wait=True):
+        try:
+            if os.path.lexists(folder / "meta.json"):
+                open_prepared(folder)
+                return
+            damage = "a preparation that cannot be continued"
+        except DamagedError as error:
+            damage = str(error)
+        files.set_aside(folder, f"{damage}; it is prepared anew")
 
 
 def _make_tokenizer(config: Config, source: sources.Source) -> Tokenizer:
@@ -162,19 +194,21 @@ def _prepare(
     key = files.digest(
         str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint, str(shard_tokens)
     )
-    if (folder / "meta.json").exists():
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise DamagedError(f"{folder} is not a folder; remove it or pick another folder")
+    if os.path.lexists(folder / "meta.json"):
         prepared = open_prepared(folder)
         if prepared.fingerprint != key:
-            raise UserError(
+            raise DamagedError(
                 f"{folder} holds other data or another tokenizer (fingerprint "
                 f"{prepared.fingerprint[:12]} instead of {key[:12]}); pick another folder"
             )
         return prepared
     with files.lock(folder, wait=True):  # another run may be preparing the same data
-        if (folder / "meta.json").exists():
+        if os.path.lexists(folder / "meta.json"):
             return _prepare(config, source, text_tokenizer, folder, shard_tokens)
-        if (folder / "key").exists() and (folder / "key").read_text() != key:
-            raise UserError(
+        if (folder / "key").exists() and (folder / "key").read_bytes() != key.encode():
+            raise DamagedError(
                 f"{folder} holds an unfinished preparation of other data; "
                 "remove it or pick another folder"
             )
@@ -228,7 +262,7 @@ def _write_split(
     """
     number = 0
     while (finished := folder / f"{split}-{number:05d}.json").exists():
-        shard = json.loads(finished.read_text(encoding="utf-8"))
+        shard = _finished_shard(finished)
         for _ in range(shard["documents"]):
             next(documents)
         number += 1
@@ -248,6 +282,20 @@ def _write_split(
             yield _write_shard(pending, text_tokenizer, folder, f"{split}-{number:05d}")
 
 
+def _finished_shard(path: Path) -> dict[str, Any]:
+    """What `_write_shard` said of a shard. Raises DamagedError if it or the shard is not whole."""
+    try:
+        shard = json.loads(path.read_text(encoding="utf-8"))
+        _check_shard(path.parent, shard)
+        if {"name", "tokens", "documents"} <= shard.keys():
+            return shard
+    except (*_DAMAGES, OSError):
+        pass
+    raise DamagedError(
+        f"{path}: this unfinished preparation is damaged; remove {path.parent} and prepare again"
+    )
+
+
 def _write_shard(
     documents: list[np.ndarray], text_tokenizer: Tokenizer, folder: Path, name: str
 ) -> dict[str, Any]:
@@ -262,8 +310,7 @@ def _write_shard(
         tokens[start] = text_tokenizer.eot
         tokens[start + 1 : start + 1 + len(ids)] = ids
     for suffix, array in zip(_SUFFIXES, (tokens, offsets), strict=True):
-        with files.atomic(folder / f"{name}{suffix}") as temporary, open(temporary, "wb") as file:
-            np.save(file, array)
+        files.write_array(folder / f"{name}{suffix}", array)
     shard = {"name": name, "tokens": len(tokens), "documents": len(documents)}
     shard["sha256"] = {suffix: files.sha256(folder / f"{name}{suffix}") for suffix in _SUFFIXES}
     files.write_text(folder / f"{name}.json", json.dumps(shard))

@@ -20,7 +20,6 @@ import os
 import pickle
 import platform
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -227,9 +226,8 @@ def _load(call: Call, path: Path) -> bool:
     if call.key in call.jitted.executables:
         return True
     try:
-        content = path.read_bytes()
-        checksum, data = content[:64], content[64:]
-        if files.digest(data).encode() != checksum:
+        data = files.read_cached(path)
+        if data is None:
             return False
         executable = serialize_executable.deserialize_and_load(*pickle.loads(data))
         call.jitted.executables[call.key] = executable
@@ -245,12 +243,7 @@ def _store(executable: Any, path: Path, name: str) -> None:
     JAX's cache, which nobody will look up, and the executables that were used longest ago.
     """
     data = pickle.dumps(serialize_executable.serialize(executable))
-    try:
-        files.write_bytes(path, files.digest(data).encode() + data)
-    except OSError as error:
-        warnings.warn(
-            f"a compiled program could not be stored for the next start: {error}", stacklevel=1
-        )
+    files.write_cached(path, data)
     with contextlib.suppress(OSError):  # another process may do the same
         jax_cache = Path(jax.config.values["jax_compilation_cache_dir"] or path.parent)
         for copy in jax_cache.glob(f"*{name}*"):

@@ -160,10 +160,12 @@ class SentencePieceTokenizer(Tokenizer):
             )
         options = _trainer_options(lines, vocab_size)
         key = files.digest(sentencepiece.__version__, json.dumps(options), "\n".join(lines))
-        cached = files.cache_dir("tokenizers") / f"{key[:32]}.model"
-        if not cached.exists():
-            files.write_bytes(cached, _train(lines, options))
-        tokenizer = cls(cached.read_bytes())
+        cached = files.cache_path("tokenizers", f"{key[:32]}.sentencepiece")
+        model = files.read_cached(cached)
+        if model is None:
+            model = _train(lines, options)
+            files.write_cached(cached, model)
+        tokenizer = cls(model)
         cli.say(f"tokenizer: trained on {sample}")
         if tokenizer.vocab_size < vocab_size:
             cli.say(

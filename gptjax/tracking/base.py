@@ -33,7 +33,10 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """Where records of metrics go. Any method may raise: `Trackers` catches it."""
+    """Where records of metrics go. Any method may raise or take long: a run does not wait for it.
+
+    All are called in one thread, which is not the main one.
+    """
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Records values by name (`group/name`) at this step."""
@@ -48,8 +51,10 @@ def stored_run_id(folder: Path, create: Callable[[], str]) -> str:
     A resumed run finds it and continues the same run of the service.
     """
     path = folder / "run_id"
-    if path.exists() and (run_id := path.read_text(encoding="utf-8").strip()):
-        return run_id
+    if path.is_file() and (run_id := path.read_text(encoding="utf-8", errors="replace").strip()):
+        if run_id.isprintable() and "\ufffd" not in run_id:
+            return run_id
+        files.set_aside(path, "holds no run id")
     run_id = create()
     files.write_text(path, run_id + "\n")
     return run_id

@@ -1,5 +1,5 @@
 """`metrics.jsonl` in the workdir: one JSON object a line, always with `step` and `time` (Unix
-seconds). It is always on: the report and the run's summary are made from it.
+seconds). It is always on: the report is made from it.
 """
 
 from __future__ import annotations
@@ -7,49 +7,143 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from gptjax.core import files
+from gptjax.core import cli, files
 from gptjax.tracking.base import TrackedRun
 
 FILE = "metrics.jsonl"
+_MOST_WAITING = 100_000  # records kept in memory while they cannot be written
 
 
 class JsonlTracker:
-    """Appends records to the file. A resumed run drops the records past its start first."""
+    """Appends records to the file. A resumed run drops the records past its start first.
+
+    Records that cannot be written, as on a full disk, wait in memory and are tried again with each
+    that follows.
+    """
 
     def __init__(self, run: TrackedRun) -> None:
-        path = run.workdir / FILE
-        if path.exists():
-            records = [record for record in read_jsonl(path) if record["step"] <= run.start]
-            files.write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._path = run.workdir / FILE
+        self._waiting: list[tuple[int, bytes]] = []  # (step, line)
+        self._has_failed = False
+        _keep_until(self._path, run.start)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        record: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
-        for name, value in values.items():
-            # NaN and infinity are not JSON: they become text
-            is_json = not isinstance(value, float) or math.isfinite(value)
-            record[name] = value if is_json else str(value)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        record = {"step": step, "time": round(time.time(), 3), **as_json(values)}
+        self._waiting.append((step, json.dumps(record).encode() + b"\n"))
+        del self._waiting[:-_MOST_WAITING]
+        self._write()
 
     def close(self) -> None:
-        self._file.close()
+        if self._waiting:
+            self._write()
+        if self._waiting:
+            first, last = self._waiting[0][0], self._waiting[-1][0]
+            cli.say(f"warning: {self._path}: the records of steps {first} to {last} are lost")
+        elif self._has_failed:
+            cli.say(f"{self._path}: all records are written after all")
+
+    def _write(self) -> None:
+        try:
+            _append(self._path, b"".join(line for _, line in self._waiting))
+            self._waiting = []
+        except OSError as error:
+            if not self._has_failed:
+                cli.say(
+                    f"warning: {self._path}: {files.reason(error)}; the run goes on, and the "
+                    f"records of step {self._waiting[0][0]} on wait in memory"
+                )
+            self._has_failed = True
 
 
 def start(run: TrackedRun) -> JsonlTracker:
     return JsonlTracker(run)
 
 
+def as_json(values: dict[str, float]) -> dict[str, Any]:
+    """Values as JSON can hold them: NaN and infinity become text."""
+    return {
+        name: value if not isinstance(value, float) or math.isfinite(value) else str(value)
+        for name, value in values.items()
+    }
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file. Damaged lines are skipped: a killed process leaves one."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if isinstance(record, dict) and "step" in record:
-                records.append(record)
-    return records
+    """The records of a metrics file. Damaged lines, or all of a damaged file, are left out."""
+    try:
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+    except OSError:
+        return []
+    return [record for record in map(_parse, lines) if record is not None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            return record
+    return None
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Writes all of the data at the end of the file, or none."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def _keep_until(path: Path, start: int) -> None:
+    """Leaves in the file the records up to step `start`.
+
+    Damaged lines go, and what is no file; as they were, they are set aside and named.
+    """
+    if not path.is_file():
+        if os.path.lexists(path):
+            files.set_aside(path, "not a file")
+        return
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        files.set_aside(path, files.reason(error))
+        return
+    lines, damaged = [], 0
+    for line in content.splitlines():
+        record = _parse(line)
+        damaged += record is None
+        if record and record["step"] <= start:
+            lines.append(line + b"\n")
+    kept = b"".join(lines)
+    if kept == content:
+        return
+    try:
+        if damaged:
+            _copy_aside(path, damaged)
+        if content.startswith(kept):
+            os.truncate(path, len(kept))  # which a full disk allows
+        else:
+            files.write_bytes(path, kept)
+    except OSError as error:
+        cli.say(f"warning: {path}: lines that do not count stay in it: {files.reason(error)}")
+
+
+def _copy_aside(path: Path, damaged: int) -> None:
+    copy = path.parent / "damaged" / f"{path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    lines = "1 damaged line is" if damaged == 1 else f"{damaged:,} damaged lines are"
+    try:
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+        cli.say(f"warning: {path}: {lines} left out; the file as it was: {copy}")
+    except OSError:
+        cli.say(f"warning: {path}: {lines} left out")

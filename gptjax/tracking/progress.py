@@ -6,11 +6,10 @@ Names of values are `group/name` (train, eval, answers, perf, mem).
 from __future__ import annotations
 
 import math
-import sys
 import time
 from typing import Any
 
-from gptjax.core import cli
+from gptjax.core import cli, streams
 
 # Groups of scores: of the complete held-out split, and of the answers written to a part of it.
 SCORE_GROUPS = ("eval/", "answers/")
@@ -30,7 +29,7 @@ class Progress:
         self._start = start
         self._start_time = time.monotonic()
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if streams.stderr_is_terminal():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

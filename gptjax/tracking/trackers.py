@@ -2,19 +2,22 @@
 
 To add a tracker, add its name to `TRACKERS` in `config/schema.py`, and a file of that name here
 with PACKAGE (what must be importable), INSTALL (the command that installs it) and
-`start(run) -> Tracker`; see `tensorboard.py`.
+`start(run) -> Tracker`; see `tensorboard.py`. A tracker may raise and may take its time
+(`background.py`).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from gptjax.config.errors import UserError
-from gptjax.core import cli
-from gptjax.tracking import jsonl
+from gptjax.tracking import background, jsonl
+from gptjax.tracking.background import BackgroundTracker
 from gptjax.tracking.base import TrackedRun, Tracker
 
 
@@ -35,41 +38,41 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Sends each record to metrics.jsonl and all trackers. A tracker that raises is named on
-    stderr, once, and dropped: the run goes on without it. A metrics.jsonl that cannot be written
-    ends the run (OSError): the summary and the report would show old numbers as the last ones.
+    """Sends each record to metrics.jsonl and all trackers, each in a thread of its own.
+
+    One that fails or hangs is named on stderr, once, and the run goes on without it.
     """
 
     def __init__(self, names: Sequence[str], run: TrackedRun) -> None:
         """names: of `train.trackers`, in addition to metrics.jsonl."""
-        self._metrics = jsonl.start(run)
-        self._trackers: dict[str, Tracker] = {}
+        self._latest: dict[frozenset[str], dict[str, Any]] = {}
+        path = run.workdir / jsonl.FILE
+        self._trackers = [BackgroundTracker(str(path), lambda: jsonl.start(run))]
         for name in names:
-            try:
-                self._trackers[name] = _module(name).start(run)
-            except Exception as error:
-                _say_dropped(name, error)
+            starts = functools.partial(_start, name, run)
+            self._trackers.append(BackgroundTracker(f"tracker {name}", starts))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Records values by name (`group/name`) at this step."""
-        self._metrics.log(step, values)
-        for name, tracker in list(self._trackers.items()):
-            try:
-                tracker.log(step, values)
-            except Exception as error:
-                del self._trackers[name]
-                _say_dropped(name, error)
+        """Records values by name (`group/name`) at this step. Never waits, never raises."""
+        self._latest.pop(names := frozenset(values), None)
+        self._latest[names] = {"step": step, **jsonl.as_json(values)}
+        for tracker in self._trackers:
+            tracker.log(step, values)
+
+    @property
+    def latest(self) -> list[dict[str, Any]]:
+        """The newest record of each kind, whatever became of the files: for the run's summary."""
+        return list(self._latest.values())
 
     def close(self) -> None:
-        for name, tracker in self._trackers.items():
-            try:
-                tracker.close()
-            except Exception as error:
-                _say_dropped(name, error)
-        self._trackers = {}
-        self._metrics.close()
+        """Waits a while for what is left to be written."""
+        for tracker in self._trackers:
+            tracker.end()
+        deadline = time.monotonic() + background.CLOSE_SECONDS
+        for tracker in self._trackers:
+            tracker.join(deadline)
+        self._trackers = []
 
 
-def _say_dropped(name: str, error: Exception) -> None:
-    reason = (str(error) or repr(error)).splitlines()[0]
-    cli.say(f"tracker {name}: {type(error).__name__}: {reason}; the run goes on without it")
+def _start(name: str, run: TrackedRun) -> Tracker:
+    return _module(name).start(run)

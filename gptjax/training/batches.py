@@ -7,7 +7,6 @@ that the model writes itself are in `rollouts.py`.
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -82,7 +81,7 @@ def with_reference(
     if not start:
         # A file that is there may be of a run that was given up before its first checkpoint.
         logprobs = _answer_logprobs(run, split, params, frozen)
-        _write_array(path, logprobs)
+        files.write_array(path, logprobs)
         return split.with_reference(logprobs)
     answers = sum(len(example.parts) for example in split.examples)
     stored = np.load(path) if path.exists() else None
@@ -92,11 +91,6 @@ def with_reference(
             "trained since: start in a new --workdir"
         )
     return split.with_reference(stored)
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    with files.atomic(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
 
 
 def _answer_logprobs(run: Run, split: Packed, params: Params, frozen: Params) -> np.ndarray:

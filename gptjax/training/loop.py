@@ -9,6 +9,7 @@ not finished, because the run was stopped or killed, is owed: a resumed run begi
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +69,8 @@ def train(run: Run) -> dict[str, Any]:
             f"the checkpoint of step {loop.step} could not be written to {run.workdir} (see "
             "above): free some space and run the same command again"
         )
-    return finish(run, loop.step, status=status)
+    records = loop.tracker.latest if loop.tracker else ()
+    return finish(run, loop.step, status=status, records=records)
 
 
 def start_or_resume(run: Run, checkpoints: RunCheckpoints) -> train_step.StateAndFrozen:
@@ -110,15 +112,17 @@ class Profiler:
 
     def before_step(self, step: int) -> None:
         if self._range and step == self._range[0]:
-            jax.profiler.start_trace(str(self._folder))
-            self._tracing = True
+            with cli.reporting(f"{self._folder}"):
+                jax.profiler.start_trace(str(self._folder))
+                self._tracing = True
 
     def after_step(self, step: int, state: TrainState, *, ends: bool) -> None:
         """ends: no step follows in this process."""
         if self._tracing and self._range and (ends or step == self._range[1]):
             jax.block_until_ready(state)
-            jax.profiler.stop_trace()
             self._tracing = False
+            with cli.reporting(f"{self._folder}"):
+                jax.profiler.stop_trace()
 
 
 class Loop:
@@ -349,10 +353,7 @@ def sample_path(run: Run, step: int) -> Path:
 
 def write_sample(run: Run, step: int, text: str) -> None:
     """Keeps a sample. It only reports, so a disk without space is said and ends nothing."""
-    try:
-        files.write_text(sample_path(run, step), text + "\n")
-    except OSError as error:
-        cli.say(f"warning: the sample of step {step} was not written: {error}")
+    files.report_text(sample_path(run, step), text + "\n")
 
 
 def evaluate_task(run: Run, step: int, params: Params) -> dict[str, float]:
@@ -371,24 +372,32 @@ def evaluate_task(run: Run, step: int, params: Params) -> dict[str, float]:
     return {f"answers/{name}": metric.value for name, metric in scores.items()}
 
 
-def finish(run: Run, step: int, *, status: str) -> dict[str, Any]:
-    """Marks the run, writes its report, returns the summary."""
+def finish(
+    run: Run, step: int, *, status: str, records: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """Marks the run, writes its report, returns the summary.
+
+    records: the newest of this process, whether metrics.jsonl has them or not.
+    """
     summary: dict[str, Any] = {"workdir": str(run.workdir), "step": step, "status": status}
     if jax.process_index() > 0:
         return summary
-    path = run.workdir / "metrics.jsonl"
-    latest: dict[str, Any] = {}
+    newest: dict[str, Any] = {}
     evaluated = 0
-    for record in read_jsonl(path) if path.exists() else []:
-        latest |= record
+    for record in [*read_jsonl(run.workdir / "metrics.jsonl"), *records]:
+        newest |= record
         if any(name.startswith(progress.SCORE_GROUPS) for name in record):
             evaluated = record["step"]
     scores = ("train/loss", *progress.SCORE_GROUPS)
-    summary |= {name: value for name, value in latest.items() if name.startswith(scores)}
+    summary |= {name: value for name, value in newest.items() if name.startswith(scores)}
     if 0 < evaluated < step:
         summary["evaluated_step"] = evaluated  # the scores are not of the last step
     report.mark(run.workdir, status=status, step=step)
     if status != "interrupted":  # a scheduler's grace period is short
-        report.write(run.workdir, run.data if isinstance(run.data, shards.Prepared) else None)
+        written = report.write(
+            run.workdir, run.data if isinstance(run.data, shards.Prepared) else None
+        )
+        if not written:
+            return summary
     summary["report"] = str(run.workdir / "report.html")
     return summary

@@ -19,7 +19,8 @@ import jax
 
 import gptjax
 from gptjax.config import build, schema
-from gptjax.core import files, pages
+from gptjax.config.errors import UserError
+from gptjax.core import cli, files, pages
 from gptjax.data.shards import Prepared
 from gptjax.tracking import progress
 from gptjax.tracking.jsonl import read_jsonl
@@ -27,6 +28,9 @@ from gptjax.training.baselines import baselines
 from gptjax.training.charts import Chart, Drawing, Point, draw, make_chart
 
 _THIS_MODEL = "this model"
+# Records and copies in a workdir: made anew at each start, they keep no run from going on.
+_FILES = ("config.json", "overrides.json", "run.json", "metrics.jsonl", "report.html")
+_FOLDERS = ("tokenizer", "samples", "tb", "profile")
 _SAMPLES = 3  # newest samples on the page
 
 
@@ -56,26 +60,58 @@ def environment() -> dict[str, Any]:
     }
 
 
-def mark(workdir: Path, **values: Any) -> None:
-    """Updates run.json."""
-    path = workdir / "run.json"
-    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    files.write_text(path, json.dumps({**data, **values}, indent=1))
-
-
-def write(workdir: Path, prepared: Prepared | None) -> None:
-    """Writes `report.html`. prepared: the data of a language model, which is compared with simpler
-    ones; these baselines are computed once for a step and kept in run.json.
+def clear_way(workdir: Path) -> None:
+    """Sets aside what is in the place of the workdir's records and is of another kind, such as a
+    folder called `config.json`.
     """
-    run = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
+    for name in _FILES:
+        if os.path.lexists(workdir / name) and not (workdir / name).is_file():
+            files.set_aside(workdir / name, "not a file")
+    for name in _FOLDERS:
+        if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
+            files.set_aside(workdir / name, "not a folder")
+
+
+def read_record(workdir: Path) -> dict[str, Any]:
+    """The content of run.json; one that is damaged is set aside and begun anew."""
+    path = workdir / "run.json"
+    if not os.path.lexists(path):
+        return {}
+    try:
+        return files.read_json(path)
+    except (UserError, OSError) as error:
+        files.set_aside(path, f"damaged ({files.reason(error)})")
+        return {}
+
+
+def mark(workdir: Path, **values: Any) -> None:
+    """Updates run.json. Where it cannot be written, that is said, once."""
+    files.report_text(
+        workdir / "run.json", json.dumps({**read_record(workdir), **values}, indent=1)
+    )
+
+
+def write(workdir: Path, prepared: Prepared | None) -> bool:
+    """Writes `report.html`. Whether that went well; if not, it is said: the run is done anyhow.
+
+    prepared: the data of a language model, which is compared with simpler ones; these baselines
+    are computed once for a step and kept in run.json.
+    """
+    path = workdir / "report.html"
+    with cli.reporting(f"{path} is not made"):
+        return files.report_text(path, _page(workdir, prepared))
+    return False
+
+
+def _page(workdir: Path, prepared: Prepared | None) -> str:
+    run = read_record(workdir)
     config = build.from_json((workdir / "config.json").read_text(encoding="utf-8"))
-    metrics = workdir / "metrics.jsonl"
-    records = read_jsonl(metrics) if metrics.exists() else []
+    records = read_jsonl(workdir / "metrics.jsonl")
     if prepared and run.get("baselines_step") != run.get("step"):
         step = run.get("step", 0)
         run["baselines"] = baselines(prepared, config, step=step)
         run["baselines_step"] = step
-        files.write_text(workdir / "run.json", json.dumps(run, indent=1))
+        mark(workdir, baselines=run["baselines"], baselines_step=step)
     levels = run.get("baselines", {})
     bits = _points(records, "eval/bits_per_byte")
     compared = dict(levels)
@@ -85,7 +121,7 @@ def write(workdir: Path, prepared: Prepared | None) -> None:
     for section, values in schema.to_dict(config).items():
         settings += [(f"{section}.{name}", json.dumps(value)) for name, value in values.items()]
     hidden = ("baselines", "baselines_step")
-    page = pages.render(
+    return pages.render(
         Path(__file__).with_name("templates"),
         "report.html",
         run_name=workdir.resolve().name,
@@ -98,7 +134,6 @@ def write(workdir: Path, prepared: Prepared | None) -> None:
         settings=settings,
         environment=[(key, json.dumps(value)) for key, value in run.items() if key not in hidden],
     )
-    files.write_text(workdir / "report.html", page)
 
 
 def _points(records: list[dict[str, Any]], name: str) -> list[Point]:
@@ -148,5 +183,6 @@ def _last_samples(folder: Path) -> list[tuple[int, str]]:
     """(step, text) of the newest samples, the newest first."""
     steps = sorted((int(p.stem) for p in folder.glob("*.txt") if p.stem.isdigit()), reverse=True)
     return [
-        (step, (folder / f"{step}.txt").read_text(encoding="utf-8")) for step in steps[:_SAMPLES]
+        (step, (folder / f"{step}.txt").read_text(encoding="utf-8", errors="replace"))
+        for step in steps[:_SAMPLES]
     ]

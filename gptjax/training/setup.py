@@ -319,8 +319,9 @@ def setup(
     digests = fingerprints(config, data, source)
     check_same_run(workdir, config, digests)
     if jax.process_index() == 0:
+        report.clear_way(workdir)
         files.write_text(workdir / "config.json", schema.to_json(config))
-        files.write_text(workdir / "overrides.json", json.dumps(overrides))
+        files.report_text(workdir / "overrides.json", json.dumps(overrides))
         data.tokenizer.save(workdir / "tokenizer")
         report.mark(
             workdir,

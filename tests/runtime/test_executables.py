@@ -131,7 +131,7 @@ def test_a_ready_executable_is_for_its_settings():
         twice.executables.clear()
 
 
-def test_the_executables_used_longest_ago_are_removed(tmp_path, monkeypatch):
+def test_the_executables_used_longest_ago_are_removed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(executables, "_MAX_CACHED", 2)
     (tmp_path / "thesis.txt").touch()
     compiled = jax.jit(lambda x: x + 1).lower(np.float32(1)).compile()
@@ -143,5 +143,5 @@ def test_the_executables_used_longest_ago_are_removed(tmp_path, monkeypatch):
         "d.executable",
         "thesis.txt",
     ]
-    with pytest.warns(UserWarning, match="could not be stored"):
-        executables._store(compiled, tmp_path / "thesis.txt" / "e.executable", "no name")
+    executables._store(compiled, tmp_path / "thesis.txt" / "e.executable", "no name")
+    assert "thesis.txt cannot be written" in capsys.readouterr().err

@@ -6,7 +6,10 @@ import importlib.util
 import json
 import math
 import os
+import resource
 import sqlite3
+import threading
+import time
 from unittest.mock import Mock
 
 import pytest
@@ -14,7 +17,8 @@ from conftest import TINY, command, make_config
 
 from gptjax.config import schema
 from gptjax.config.errors import UserError
-from gptjax.tracking import jsonl, trackers
+from gptjax.core import cli, files
+from gptjax.tracking import background, base, jsonl, trackers
 from gptjax.tracking.base import TrackedRun
 
 RECORDS = {1: {"train/loss": 2.5, "train/lr": 1e-3}, 2: {"train/loss": 2.25}}
@@ -78,8 +82,8 @@ class Broken:
     ("where", "calls"),
     [
         ("start", ["start"]),
-        ("log", ["start", "log"]),
-        ("close", ["start", "log", "log", "close"]),
+        ("log", ["start", "log", "close"]),
+        ("close", ["start", "log", "log", "close", "close"]),
         ("never", ["start", "log", "log", "close"]),
     ],
 )
@@ -90,26 +94,145 @@ def test_a_tracker_that_fails_is_named_once_and_dropped(
     monkeypatch.setattr(trackers, "_module", lambda n: broken if n == "broken" else module(n))
     log_all(trackers.Trackers(["broken", "tensorboard"], run_of(tmp_path)))
     assert broken.calls == calls
+    lost = {"start": "it has no records", "log": "records of step 1 on are lost"}
+    lost["close"] = "records of step 2 on are lost"
     lines = capsys.readouterr().err.splitlines()
-    assert lines == (
-        []
-        if where == "never"
-        else ["tracker broken: ConnectionError: the server is away; the run goes on without it"]
-    )
+    message = "tracker broken: ConnectionError: the server is away; the run goes on without it"
+    assert lines == ([] if where == "never" else [f"{message} ({lost[where]})"])
     assert [r["step"] for r in jsonl.read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
     assert list((tmp_path / "tb").iterdir())
 
 
-def test_a_metrics_file_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch):
-    (tmp_path / "start" / "metrics.jsonl").mkdir(parents=True)
-    with pytest.raises(OSError):
-        trackers.Trackers([], run_of(tmp_path / "start"))
-    opened = trackers.Trackers([], run_of(tmp_path))
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(jsonl.JsonlTracker, "log", Mock(side_effect=full))
-    with pytest.raises(OSError, match="No space left"):
-        opened.log(1, {})
+class Hanging(Broken):
+    """A tracker that waits for ever where it is told to, until `released`."""
+
+    def __init__(self, where):
+        super().__init__(where)
+        self.released = threading.Event()
+
+    def _maybe(self, where):
+        self.calls.append(where)
+        if where == self.where:
+            self.released.wait(20)
+
+
+@pytest.mark.parametrize("where", ["start", "log", "close"])
+def test_a_tracker_that_hangs_holds_nothing_up(where, tmp_path, monkeypatch, capsys):
+    hanging, module = Hanging(where), trackers._module
+    monkeypatch.setattr(trackers, "_module", lambda n: hanging if n == "hanging" else module(n))
+    monkeypatch.setattr(background, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(background, "MOST_WAITING", 50)
+    began = time.monotonic()
+    opened = trackers.Trackers(["hanging"], run_of(tmp_path))
+    for step in range(1, 101):
+        opened.log(step, {"train/loss": 1.0})
+        time.sleep(0.0005)
     opened.close()
+    assert time.monotonic() - began < 5
+    message = capsys.readouterr().err
+    assert message.count("tracker hanging: ") == message.count("\n") == 1
+    assert ("50 records wait" in message) == (where != "close")
+    assert "records of step" in message or where == "start"
+    assert [r["step"] for r in jsonl.read_jsonl(tmp_path / "metrics.jsonl")] == list(range(1, 101))
+    left = [t for t in threading.enumerate() if t.name.startswith(cli.GIVEN_UP)]
+    assert len(left) == 1  # by which the process's end knows
+    hanging.released.set()
+    left[0].join(5)
+    assert not left[0].is_alive()
+
+
+def test_a_full_disk_never_stops_tensorboard_for_ever(tmp_path, monkeypatch, capsys):
+    module = importlib.import_module("gptjax.tracking.tensorboard")
+    monkeypatch.setattr(module, "_FLUSH_SECONDS", -1)
+    opened = trackers.Trackers(["tensorboard"], run_of(tmp_path))
+    opened.log(1, {"train/loss": 1.0})
+    while not list(tmp_path.glob("tb/*")):
+        time.sleep(0.01)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
+        for step in range(2, 202):
+            opened.log(step, {"train/loss": 1.0, "train/lr": 1.0})
+        opened.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    message = capsys.readouterr().err
+    assert message.count("tracker tensorboard: OSError: File too large") == 1
+    assert opened.latest[-1] == {"step": 201, "train/loss": 1.0, "train/lr": 1.0}
+    assert "the records of steps" in message  # of metrics.jsonl, at the end
+
+
+def test_records_wait_in_memory_while_a_disk_is_full(tmp_path, monkeypatch, capsys):
+    path, append = tmp_path / "metrics.jsonl", jsonl._append
+    tracker = jsonl.start(run_of(tmp_path))
+    tracker.log(1, {"train/loss": 1.0})
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(jsonl, "_append", Mock(side_effect=full))
+    tracker.log(2, {"train/loss": 2.0})
+    tracker.log(3, {"train/loss": 3.0})
+    message = capsys.readouterr().err
+    assert message.count("No space left on device") == 1 and "step 2 on wait in memory" in message
+    monkeypatch.setattr(jsonl, "_append", append)
+    tracker.log(4, {"train/loss": 4.0})
+    tracker.close()
+    assert [r["step"] for r in jsonl.read_jsonl(path)] == [1, 2, 3, 4]
+    assert "all records are written after all" in capsys.readouterr().err
+
+
+def test_half_a_record_is_taken_back_and_what_is_lost_is_named(tmp_path, capsys):
+    tracker = jsonl.start(run_of(tmp_path))
+    tracker.log(1, {"train/loss": 1.0})
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, limit[1]))
+        tracker.log(2, {"train/loss": 2.0})
+        tracker.log(3, {"train/loss": 3.0})
+        tracker.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+    assert "the records of steps 2 to 3 are lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop", "pipe", "bytes", "torn", "middle"])
+def test_a_damaged_metrics_file_is_set_aside_and_begun_anew(kind, tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    first = b'{"step": 1, "time": 1, "train/loss": 2.5}\n'
+    content = {
+        "bytes": b"\xff\xfe\x00\n",
+        "torn": first + b'{"step": 2, "ti',
+        "middle": b'\xff\n{"step": "1"}\n' + first,
+    }
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "pipe":
+        os.mkfifo(path)  # reading it would never end
+    else:
+        path.write_bytes(content[kind])
+    opened = trackers.Trackers([], run_of(tmp_path, start=1))
+    opened.log(2, {"train/loss": 2.25})
+    opened.close()
+    kept = [1, 2] if kind in ("torn", "middle") else [2]
+    assert [json.loads(line)["step"] for line in path.read_bytes().splitlines()] == kept
+    (aside,) = (tmp_path / "damaged").iterdir()
+    assert str(aside) in capsys.readouterr().err
+    assert kind not in content or aside.read_bytes() == content[kind]
+
+
+def test_records_past_the_start_go_without_any_space(tmp_path, monkeypatch):
+    log_all(jsonl.start(run_of(tmp_path)))
+    monkeypatch.setattr(files, "write_bytes", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    jsonl.start(run_of(tmp_path, start=1)).close()
+    assert [r["step"] for r in jsonl.read_jsonl(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_a_run_id_that_is_none_is_made_anew(tmp_path):
+    (tmp_path / "run_id").write_bytes(b"\xff\xfe\n")
+    assert base.stored_run_id(tmp_path, lambda: "new") == "new"
+    assert base.stored_run_id(tmp_path, lambda: "newer") == "new"
 
 
 def test_a_missing_package_is_one_message_before_anything_is_done(tmp_path, monkeypatch):
