@@ -64,8 +64,8 @@ def describe(selections: Mapping[str, Selection]) -> list[str]:
     for name, selection in selections.items():
         taken = []
         if selection.files:
-            taken.append(f"{_counted(selection.files, 'file')} of {_size(selection.size)}")
-        taken.append(_counted(selection.documents, "document"))
+            taken.append(f"{counted(selection.files, 'file')} of {_size(selection.size)}")
+        taken.append(counted(selection.documents, "document"))
         lines.append(f"{name}: {selection.path}: {', '.join(taken)}")
         if selection.passed_over:
             lines.append(f"{name}: passed over {say_passed_over(selection.passed_over)}")
@@ -87,7 +87,8 @@ def say_passed_over(entries: Iterable[PassedOver]) -> str:
     return ", ".join(parts)
 
 
-def _counted(count: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
+    """Such as "1 file" or "1,200 files"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 

@@ -53,6 +53,19 @@ class Prepared:
     def tokens(self, split: str) -> int:
         return sum(shard["tokens"] for shard in self.splits[split])
 
+    def summary(self) -> str:
+        """A line that says how many tokens and documents there are, and how many are empty."""
+        parts = []
+        for split, name in ((TRAIN, "training"), (EVAL, "held out")):
+            documents = empty = 0
+            for _, offsets in self.arrays(split):
+                documents += len(offsets) - 1
+                empty += int((np.diff(offsets) == 1).sum())  # the token before it alone
+            of_them = f", {empty:,} of them empty" if empty else ""
+            number = selection.counted(documents, "document")
+            parts.append(f"{name} {self.tokens(split):,} tokens ({number}{of_them})")
+        return "; ".join(parts)
+
     def arrays(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(tokens, offsets) of each shard, memory-mapped."""
         for shard in self.splits[split]:

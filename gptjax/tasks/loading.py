@@ -41,6 +41,16 @@ class Examples:
     fingerprint: str
     selections: dict[str, Selection] = dataclasses.field(default_factory=dict)
 
+    def summary(self) -> str:
+        """A line that says how many examples and tokens there are."""
+        parts = []
+        for name, examples in (("training", self.train), ("held out", self.eval)):
+            tokens = sum(len(example.ids) for example in examples)
+            parts.append(
+                f"{name} {tokens:,} tokens ({selection.counted(len(examples), 'example')})"
+            )
+        return "; ".join(parts)
+
 
 def load_examples(config: Config, tokenizer: Tokenizer | None = None) -> Examples:
     """The examples that the config names.

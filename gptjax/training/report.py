@@ -120,7 +120,7 @@ def _page(workdir: Path, prepared: Prepared | None) -> str:
     settings = []
     for section, values in schema.to_dict(config).items():
         settings += [(f"{section}.{name}", json.dumps(value)) for name, value in values.items()]
-    hidden = ("baselines", "baselines_step")
+    hidden = ("baselines", "baselines_step", "selection")
     return pages.render(
         Path(__file__).with_name("templates"),
         "report.html",
@@ -131,6 +131,7 @@ def _page(workdir: Path, prepared: Prepared | None) -> str:
         compared=sorted(compared.items(), key=lambda row: -row[1]),
         this_model=_THIS_MODEL,
         samples=_last_samples(workdir / "samples"),
+        selection=run.get("selection", []),
         settings=settings,
         environment=[(key, json.dumps(value)) for key, value in run.items() if key not in hidden],
     )

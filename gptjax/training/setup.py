@@ -25,9 +25,9 @@ from gptjax.config import checks, schema
 from gptjax.config.errors import UserError
 from gptjax.config.optim_config import Rate
 from gptjax.config.schema import Config, ModelConfig
-from gptjax.core import files
+from gptjax.core import cli, files
 from gptjax.core.types import Batch, Params, TrainState
-from gptjax.data import loader, shards
+from gptjax.data import loader, selection, shards
 from gptjax.data.packing import Packed
 from gptjax.data.sources import TRAIN
 from gptjax.model import init as model_init
@@ -227,7 +227,12 @@ def load_data(
     Shards that do not exist yet are made by the first process; the others wait and then open them
     (or make their own).
     """
-    tokenizer = source.tokenizer if source else tokenizer
+    data = _load_data(config, source.tokenizer if source else tokenizer)
+    cli.say(data.summary())
+    return data
+
+
+def _load_data(config: Config, tokenizer: Tokenizer | None) -> Data:
     if config.task.name:
         return loading.load_examples(config, tokenizer)
     if jax.process_count() == 1:
@@ -329,6 +334,7 @@ def setup(
             argv=sys.argv,
             seed=config.train.seed,
             mesh=dict(plan.mesh.shape),
+            selection=[*selection.describe(data.selections), data.summary()],
             **report.environment(),
             **digests,
         )
