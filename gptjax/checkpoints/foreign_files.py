@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from gptjax.checkpoints import gguf_keys
 from gptjax.core.foreign_keys import KeyTable
+from gptjax.tokenizer.file_keys import TOKENIZER_TABLES
 
-KEY_TABLES: tuple[KeyTable, ...] = (*gguf_keys.KEY_TABLES,)
+KEY_TABLES: tuple[KeyTable, ...] = (*gguf_keys.KEY_TABLES, *TOKENIZER_TABLES)

@@ -204,7 +204,4 @@ def _special_ids(raw: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[st
 
 def _check_vocabulary(config: ModelConfig, tokenizer: Tokenizer | None) -> None:
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size:,} tokens and the model "
-            f"{config.vocab_size:,}: they do not belong together"
-        )
+        tokenizer.restrict(config.vocab_size)

@@ -52,7 +52,10 @@ class KeyTable:
         where: the file, which begins the message. Raises UserError.
         """
         for key, value in values.items():
-            if value is None or _find(key, self.used) is not None:
+            exact_elsewhere = key in self.no_effect or key in self.refused
+            if value is None or key in self.used:
+                continue
+            if not exact_elsewhere and _find(key, self.used) is not None:
                 continue
             pattern = _find(key, self.refused)
             refusal = self.refused[pattern] if pattern is not None else None

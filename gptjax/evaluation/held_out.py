@@ -42,7 +42,6 @@ def held_out_scores(
     before_batch: called before each; it may raise, to end the evaluation.
     """
     labels, batch_size = config.model.labels, config.train.batch_size
-    byte_lengths = np.array([len(text) for text in tokenizer.token_bytes])
     local_rows = sharding.local_rows(mesh, batch_size)
     total = weight = correct = byte_count = 0.0
     for batch in loader.eval_batches(
@@ -54,7 +53,8 @@ def held_out_scores(
         before_batch()
         if not labels:
             # of all rows, whichever process computes them
-            byte_count += float((byte_lengths[batch.targets] * batch.loss_weights).sum())
+            byte_lengths = tokenizer.byte_counts(batch.targets)
+            byte_count += float((byte_lengths * batch.loss_weights).sum())
         local = jax.tree.map(lambda array: array[local_rows], batch)
         sums = eval_step(params, sharding.to_global(mesh, local), frozen)
         batch_total, batch_weight, batch_correct = map(float, sums)

@@ -39,13 +39,19 @@ class Completion:
 class SequenceState:
     """One completion as it grows, token by token."""
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], eos_ids: Sequence[int]):
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        stop: Sequence[str],
+        eos_ids: Sequence[int],
+        prompt: Sequence[int] = (),
+    ):
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.text = ""
         self.reason = ""  # why it is finished; empty while it grows
         self.end: int | None = None
-        self._decoder = StreamDecoder(tokenizer) if tokenizer else None
+        self._decoder = StreamDecoder(tokenizer, prompt) if tokenizer else None
         self._size = tokenizer.vocab_size if tokenizer else 0
         self._stop, self._eos_ids = stop, set(eos_ids)
 
@@ -152,7 +158,7 @@ def build_request(
         seed = (options.seed + i) % 2**32
         samplings.append(dataclasses.replace(options, banned=banned, seed=seed))
         for _ in range(options.n):
-            sequences.append(SequenceState(tokenizer, stop, eos_ids))
+            sequences.append(SequenceState(tokenizer, stop, eos_ids, prompt))
     return Request(
         prompts=fitting,
         samplings=samplings,

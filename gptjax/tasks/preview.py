@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gptjax.core import pages
 from gptjax.tasks.base import Example
-from gptjax.tokenizer.base import Tokenizer
+from gptjax.tokenizer.base import StreamDecoder, Tokenizer
 
 # dim; black on green; black on yellow
 _COLOURS = {"seen": "\033[2m", "learned": "\033[30;42m", "label": "\033[30;43m"}
@@ -27,10 +27,14 @@ def pieces(tokenizer: Tokenizer, example: Example) -> list[tuple[str, str]]:
         kinds[-1] = "label"
     ids = example.ids.tolist()
     parts = []
+    decoder = StreamDecoder(tokenizer)
     unfinished = b""  # bytes of a character whose other tokens follow
     for k, (i, kind) in enumerate(zip(ids, kinds, strict=True)):
         if i in names:
             parts.append((names[i], kind))
+            continue
+        if not tokenizer.joins_bytes:
+            parts.append((decoder.feed(i), kind))
             continue
         unfinished += tokenizer.token_bytes[i]
         is_last = k + 1 == len(ids) or ids[k + 1] in names or kinds[k + 1] != kind

@@ -1,8 +1,10 @@
-"""What every tokenizer is: a table from ids to bytes, and a way to encode.
+"""What every tokenizer is: a way to encode, and to decode.
 
-Decoding joins bytes, so it is the same code for all tokenizers, and streaming can hold back half
-a character. Id `eot` begins each document and separates it from the one before. Control tokens
-(`eot`, `<|im_end|>`, ...) stand for no bytes, and no text is encoded to them.
+Nearly all are a table from ids to bytes, and decoding joins bytes, so that streaming can hold back
+half a character. Where a text is more than the bytes of its ids (words with spaces between them),
+`joins_bytes` is False, and an id has a text only beside other ids. Id `eot` begins each document
+and separates it from the one before. Control tokens (`eot`, `<|im_end|>`, ...) stand for no bytes,
+and no text is encoded to them.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class Tokenizer:
     """Encodes texts, decodes ids, and is saved in a folder."""
 
     kind: ClassVar[str]
-    token_bytes: list[bytes]  # what each id stands for; control tokens: nothing
+    joins_bytes = True  # whether a text is the bytes of its ids, one after another
     eot: int  # begins each document
     eos_ids: tuple[int, ...]  # ids that end a generated text; the first is the one to write
     bos_ids: tuple[int, ...] = ()  # ids before every prompt, such as Llama's <s>
@@ -36,10 +38,36 @@ class Tokenizer:
     chat_template: str = ""
     leading_space = False  # whether a space is written before the first word; `decode` removes it
 
+    _token_bytes: list[bytes]
+
+    @property
+    def token_bytes(self) -> list[bytes]:
+        """What each id stands for; control tokens: nothing. Raises UserError without such bytes."""
+        if not self.joins_bytes:
+            raise UserError(
+                "this checkpoint's tokenizer decodes words, not bytes: no single token has a text "
+                "of its own"
+            )
+        return self._token_bytes
+
+    @token_bytes.setter
+    def token_bytes(self, table: list[bytes]) -> None:
+        self._token_bytes = table
+
     @property
     def vocab_size(self) -> int:
         """Number of ids, with `eot`."""
         return len(self.token_bytes)
+
+    def restrict(self, rows: int) -> None:
+        """Takes a model's table of so many rows, fewer than ids: those past it become unreachable.
+
+        Raises UserError where text needs them.
+        """
+        raise UserError(
+            f"the tokenizer has {self.vocab_size:,} tokens and the model {rows:,}: "
+            "they do not belong together"
+        )
 
     def files(self) -> dict[str, bytes]:
         """All that defines the vocabulary, by file name."""
@@ -89,13 +117,31 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """What the ids stand for."""
+        """What the ids stand for, in UTF-8."""
+        if not self.joins_bytes:
+            return self.decode(ids).encode()
         return b"".join(self.token_bytes[i] for i in ids)
+
+    def byte_counts(self, ids_BT: np.ndarray) -> np.ndarray:
+        """int [B, T]: how many bytes of text each id adds to those before it in its row."""
+        if self.joins_bytes:
+            return np.array([len(text) for text in self.token_bytes])[ids_BT]
+        counts = np.zeros(ids_BT.shape, np.int64)
+        for row, ids in enumerate(ids_BT):
+            decoder = StreamDecoder(self)
+            for column, token in enumerate(ids.tolist()):
+                counts[row, column] = len(decoder.feed(token).encode())
+            counts[row, -1:] += len(decoder.finish().encode())
+        return counts
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
         text = self.decode_bytes(ids).decode("utf-8", errors="replace")
         return text[1:] if self.leading_space and text.startswith(" ") else text
+
+    def count_settled(self, text: str) -> int:
+        """How many characters at the beginning of a decoded text no further id can change."""
+        return len(text.rstrip("\ufffd"))
 
     def decode_by_file(self, ids: Iterable[int]) -> str:
         """Text of the ids without control tokens, by the decoder of the checkpoint's own file.
@@ -130,16 +176,35 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns ids into text one at a time and never emits half a character."""
+    """Turns ids into text one at a time and never emits half a character.
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._bytes = tokenizer.token_bytes
+    before: ids that stand before the text, such as a prompt's.
+    """
+
+    _CONTEXT = 16  # ids before a token that its text can depend on
+    _LONGEST = 64  # ids that are decoded again with each token, at most
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
+        self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._ids = list(before)[-self._CONTEXT :]
+        self._written = "" if tokenizer.joins_bytes else tokenizer.decode(self._ids)
 
     def feed(self, token: int) -> str:
         """The text that is complete with this id; may be empty."""
-        return self._utf8.decode(self._bytes[token])
+        if self._tokenizer.joins_bytes:
+            return self._utf8.decode(self._tokenizer.token_bytes[token])
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        new = text[len(self._written) : self._tokenizer.count_settled(text)]
+        self._written += new
+        if len(self._ids) >= self._LONGEST and self._written == text:
+            self._ids = self._ids[-self._CONTEXT :]
+            self._written = self._tokenizer.decode(self._ids)
+        return new
 
     def finish(self) -> str:
         """The rest: U+FFFD where half a character is left."""
-        return self._utf8.decode(b"", final=True)
+        if self._tokenizer.joins_bytes:
+            return self._utf8.decode(b"", final=True)
+        return self._tokenizer.decode(self._ids)[len(self._written) :]

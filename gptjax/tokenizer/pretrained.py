@@ -1,32 +1,28 @@
 """Tokenizers that come with a checkpoint.
 
-In: Hugging Face's `tokenizer.json` (or the older files), or the vocabulary in a GGUF file, which
-is rewritten as a `tokenizer.json` first. All are run by the library `tokenizers`. Byte-level BPE
-(GPT-2, NeoX, Llama 3, Qwen, SmolLM2) and sentencepiece-like BPE with byte fallback (Llama 2,
-Mistral) become the same table of bytes.
+In: Hugging Face's `tokenizer.json` or the older files, or the vocabulary in a GGUF file, which is
+rewritten as a `tokenizer.json` first. `LibraryReader` runs a tokenizer.json, and `PieceReader` a
+tokenizer.model that stands alone. Ids and text are those of their libraries; what is not honoured
+is refused by name, by the tables in `file_keys.py`.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gptjax.config.errors import UserError
+from gptjax.core import cli
+from gptjax.tokenizer import older_files
+from gptjax.tokenizer.added_tokens import read_added, read_settings, roles
 from gptjax.tokenizer.base import Tokenizer
+from gptjax.tokenizer.library import LibraryReader, complete
 from gptjax.tokenizer.openai import OpenAITokenizer, byte_letters
-from gptjax.tokenizer.rewriting import (
-    BYTE,
-    CONTROL,
-    SPACE,
-    TEXT,
-    UNKNOWN,
-    byte_level_json,
-    pieces_json,
-)
+from gptjax.tokenizer.pieces import PieceReader
+from gptjax.tokenizer.rewriting import byte_level_json
 
 FILES = (
     "tokenizer.json",
@@ -36,57 +32,69 @@ FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "added_tokens.json",
+    "vocab.txt",
 )
-_ROLES = "roles.json"  # next to Hugging Face's files: {"stops": the ids that end a text}
-_LARGEST_ID = 1 << 24
+_OLDER = ("added_tokens.json", "vocab.txt")  # read where there is no tokenizer.json
+_ROLES = "roles.json"  # next to Hugging Face's files: what the checkpoint's other files say
 
 
 class PretrainedTokenizer(Tokenizer):
     """Made of Hugging Face's files by name, and of the ids that end a text, the most usual first.
 
-    Without such ids, the files name one. Raises UserError where the files are damaged or name none.
+    Without such ids, the files name one. rows: of the model's table, where those are fewer than
+    ids. Raises UserError where the files are damaged, name none or are not honoured.
     """
 
     kind = "pretrained"
+    _rows = 0  # of the model's table, where those are fewer than ids
 
-    def __init__(self, content: dict[str, bytes], eos_ids: Sequence[int]):
-        import tokenizers
-
+    def __init__(self, content: Mapping[str, bytes], eos_ids: Sequence[int], rows: int = 0):
         self._content = {name: content[name] for name in FILES if name in content}
         try:
-            self._plain = tokenizers.Tokenizer.from_buffer(content["tokenizer.json"])
-            settings = json.loads(content.get("tokenizer_config.json", b"{}"))
-            self._read_tokens(settings)
+            settings = read_settings(self._content)
+            self._read(settings)
             self._set_eos(settings, eos_ids)
+            self._check_suffix()
             self.chat_template = _chat_template(content, settings)
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exception, and damage can be anywhere
             raise UserError(
-                "tokenizer.json is damaged or of an unknown kind: "
+                f"{self._main_file} is damaged or of an unknown kind: "
                 f"{type(error).__name__}: {str(error)[:200]}"
             ) from None
+        if rows:
+            self.restrict(rows)
 
-    def _read_tokens(self, settings: dict[str, Any]) -> None:
-        self._plain.no_truncation()
-        self._plain.no_padding()
-        self._plain.encode_special_tokens = True  # names of control tokens in a text stay text
-        self.special = {}
-        for name, token in settings.items():
-            if name.endswith("_token") and isinstance(token, str | Mapping):
-                self.special[name] = _text_of(token)
-        added = self._plain.get_added_tokens_decoder()
-        self.control = {token.content: i for i, token in added.items() if token.special}
-        self._fill_table(added)
-        plain = self._plain.encode("a", add_special_tokens=False).ids
-        with_bos = self._plain.encode("a", add_special_tokens=True).ids
-        self.bos_ids = ()
-        if with_bos[-1:] == plain[-1:]:  # else the tokenizer adds something at the end
-            self.bos_ids = tuple(with_bos[: len(with_bos) - len(plain)])
+    @property
+    def _main_file(self) -> str:
+        return "tokenizer.json" if "tokenizer.json" in self._content else "tokenizer.model"
+
+    def _read(self, settings: dict[str, Any]) -> None:
+        older_files.check_settings(self._content, settings)
+        added = read_added(self._content, settings)
+        self._reader: LibraryReader | PieceReader
+        if "tokenizer.json" in self._content:
+            self._reader = LibraryReader(self._content["tokenizer.json"], added)
+            _say_other_prefix(settings, bool(self._reader.prefix))
+        else:
+            self._reader = PieceReader(self._content["tokenizer.model"], added, settings)
+        self.special = roles(settings)
+        self.control = self._reader.control
+        self.bos_ids = tuple(self._reader.prefix)
+        self._size = self._reader.size
+        self._cleans_up = not self._reader.is_bpe and bool(
+            settings.get("clean_up_tokenization_spaces")
+        )
+        table = self._reader.token_bytes
+        self.joins_bytes = table is not None and not self._cleans_up
+        self.leading_space = self.joins_bytes and self._reader.leading_space
+        self.token_bytes = table or []
 
     def _set_eos(self, settings: dict[str, Any], eos_ids: Sequence[int]) -> None:
         if not eos_ids:
-            name = _text_of(settings.get("eos_token"))
+            name = roles(settings).get("eos_token", "")
             usual = ("<|endoftext|>", "</s>")
             if name in self.control:
                 eos_ids = [self.control[name]]
@@ -102,149 +110,199 @@ class PretrainedTokenizer(Tokenizer):
                 "the tokenizer names no end-of-text token: set eos_token_id in config.json"
             )
         self.eos_ids, self.eot = tuple(eos_ids), eos_ids[0]
-        for i in self.eos_ids:
-            self.token_bytes[i] = b""
+        if self.joins_bytes:
+            for i in self.eos_ids:
+                self.token_bytes[i] = b""
 
-    def decode_by_file(self, ids: Iterable[int]) -> str:
-        return self._with_control.decode(list(ids))
+    def _check_suffix(self) -> None:
+        """Refuses a template that ends a text with anything but its end.
 
-    @functools.cached_property
-    def _with_control(self) -> Any:
-        """A second reader of the same file, which makes control tokens of their names in a text.
-
-        Only chat templates and the harness of evaluation tasks need it.
+        A prompt is the beginning of a text, so the end token that such a template writes is left
+        out.
         """
-        import tokenizers
+        names = {i: name for name, i in self.control.items()}
+        ends = {"</s>", "<|endoftext|>", "[SEP]"}
+        ends |= {self.special.get(role, "") for role in ("eos_token", "sep_token")}
+        for i in self._reader.suffix:
+            if i not in self.eos_ids and names.get(i) not in ends:
+                raise UserError(
+                    f"tokenizer.json writes {names.get(i, i)!r} after every text "
+                    "(post_processor), which is no end token, and a prompt is not the end of a "
+                    "text: take it out of the post-processor and write it into the prompts"
+                )
 
-        reader = tokenizers.Tokenizer.from_buffer(self._content["tokenizer.json"])
-        reader.no_truncation()
-        reader.no_padding()
-        return reader
+    @property
+    def vocab_size(self) -> int:
+        return self._rows or self._size
 
-    def _fill_table(self, added: dict[int, Any]) -> None:
-        """Sets `token_bytes` and `leading_space`. added: the tokens that are not in the model."""
-        vocabulary = self._plain.get_vocab(with_added_tokens=True)
-        largest = max(vocabulary.values(), default=-1)
-        if largest > _LARGEST_ID:
-            raise UserError(f"tokenizer.json gives a token the id {largest:,}: it is damaged")
-        self.token_bytes = [b""] * (largest + 1)
-        byte_level = "ByteLevel(" in f"{self._plain.decoder} {self._plain.pre_tokenizer}"
-        bytes_of = _bytes_of_letters() if byte_level else _bytes_of_piece
-        for token, i in vocabulary.items():
-            if i in added:
-                self.token_bytes[i] = b"" if added[i].special else added[i].content.encode()
-            else:
-                self.token_bytes[i] = bytes_of(token)
-        plain = self._plain.encode("a", add_special_tokens=False).ids
-        self.leading_space = not byte_level and self.decode_bytes(plain) == b" a"
+    def restrict(self, rows: int) -> None:
+        """See `Tokenizer`. Only added tokens may be past the table: a text is never cut to them."""
+        if self._reader.base_size > rows:
+            raise UserError(
+                f"the tokenizer cuts text into {self._reader.base_size:,} tokens and the model's "
+                f"table has {rows:,} rows: they do not belong together"
+            )
+        for name, ids in (("end", self.eos_ids), ("first", self.bos_ids)):
+            if outside := [i for i in ids if i >= rows]:
+                raise UserError(
+                    f"the {name} token's id {outside[0]} is past the model's table of {rows:,} "
+                    f"rows: {self._name_of(outside[0])!r} was added to the tokenizer and not to "
+                    "the model"
+                )
+        self._rows = rows
+        if self.joins_bytes:
+            self.token_bytes = self.token_bytes[:rows]
+
+    def _name_of(self, token: int) -> str:
+        names = {token["id"]: token["content"] for token in self.described()["added_tokens"]}
+        return names.get(token, str(token))
+
+    def described(self) -> dict[str, Any]:
+        """The tokenizer.json with all added tokens of the other files, as an object.
+
+        Raises UserError for a tokenizer.model, which has none.
+        """
+        if "tokenizer.json" not in self._content:
+            raise UserError("the checkpoint holds a tokenizer.model and no tokenizer.json")
+        settings = read_settings(self._content)
+        return complete(self._content["tokenizer.json"], read_added(self._content, settings))
 
     def files(self) -> dict[str, bytes]:
-        return {**self._content, _ROLES: json.dumps({"stops": list(self.eos_ids)}).encode()}
+        said: dict[str, Any] = {"stops": list(self.eos_ids)}
+        if self._rows:
+            said["rows"] = self._rows
+        return {**self._content, _ROLES: json.dumps(said).encode()}
 
     @classmethod
     def from_files(cls, content: dict[str, bytes]) -> PretrainedTokenizer:
-        return cls(content, json.loads(content[_ROLES])["stops"])
+        said = json.loads(content[_ROLES])
+        return cls(content, said["stops"], said.get("rows", 0))
 
     @classmethod
     def from_folder(cls, folder: Path, eos_ids: Sequence[int]) -> PretrainedTokenizer | None:
         """The tokenizer in the folder of a Hugging Face checkpoint; None where it has none.
 
-        Raises UserError where its files are damaged.
+        Raises UserError where its files are damaged or not honoured.
         """
         content = {}
         for name in FILES:
             if (folder / name).is_file():
                 content[name] = (folder / name).read_bytes()
-        if "tokenizer.json" not in content:
-            try:
-                content |= _rewrite_older_files(content)
-            except UserError:
-                raise
-            except Exception as error:  # JSON, UTF-8, and whatever the libraries raise
-                raise UserError(
-                    f"{folder}: the tokenizer's files are damaged: "
-                    f"{type(error).__name__}: {str(error)[:150]}"
-                ) from None
-        return cls(content, eos_ids) if "tokenizer.json" in content else None
+        try:
+            if "tokenizer.json" in content:
+                content = {name: data for name, data in content.items() if name not in _OLDER}
+            else:
+                config_file = folder / "config.json"
+                config = json.loads(config_file.read_bytes()) if config_file.is_file() else {}
+                content = _of_older_files(content, config)
+        except UserError:
+            raise
+        except Exception as error:  # JSON, UTF-8, and whatever the libraries raise
+            raise UserError(
+                f"{folder}: the tokenizer's files are damaged: "
+                f"{type(error).__name__}: {str(error)[:150]}"
+            ) from None
+        return cls(content, eos_ids) if content else None
 
     def _encode(self, texts: Sequence[str]) -> Iterator[Sequence[int]]:
-        for encoded in self._plain.encode_batch_fast(list(texts), add_special_tokens=False):
-            yield encoded.ids
+        for ids in self._reader.encode_batch(texts):
+            self._require_rows(ids)
+            yield ids
+
+    def _require_rows(self, ids: Sequence[int]) -> None:
+        """Refuses ids past the model's table. Raises UserError."""
+        if self._rows and max(ids, default=0) >= self._rows:
+            token = max(ids)
+            raise UserError(
+                f"the text holds {self._name_of(token)!r}, token {token}, and the model's table "
+                f"has {self._rows:,} rows: the token was added to the tokenizer and the model "
+                "knows nothing of it. Take it out of the text"
+            )
 
     def encode_template(self, text: str, guard: str = "") -> list[int]:
-        if guard and guard in text:
-            return super().encode_template(text, guard)
-        return self._with_control.encode(text, add_special_tokens=False).ids
+        ids = self._reader.encode_template(text, guard)
+        self._require_rows(ids)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        if self.joins_bytes and self._reader.decodes_by_bytes:
+            return super().decode(ids)
+        return self.decode_by_file([i for i in ids if i not in self.eos_ids])
+
+    def decode_by_file(self, ids: Iterable[int]) -> str:
+        text = self._reader.decode(list(ids))
+        return _clean_up(text) if self._cleans_up else text
+
+    def count_settled(self, text: str) -> int:
+        settled = super().count_settled(text)
+        if self._cleans_up:  # the next characters may take a space near the end away
+            space = text.rfind(" ", max(0, settled - 3), settled)
+            settled = space if space >= 0 else settled
+        return settled
 
 
-def _text_of(token: Any) -> str:
-    """A token of tokenizer_config.json: a text, a mapping with its content, or nothing."""
-    return token.get("content", "") if isinstance(token, Mapping) else token or ""
+def _clean_up(text: str) -> str:
+    """What transformers does for clean_up_tokenization_spaces."""
+    for ending in (" .", " ?", " !", " ,"):
+        text = text.replace(ending, ending[1:])
+    text = text.replace(" ' ", "'")
+    for ending in (" n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(ending, ending[1:])
+    return text
 
 
-def _chat_template(content: dict[str, bytes], settings: dict[str, Any]) -> str:
-    """The template of the files, or "". Raises UserError where it is no text."""
-    template: Any = content.get("chat_template.jinja", b"").decode()
-    template = template or settings.get("chat_template") or ""
-    if isinstance(template, list):  # several named templates
-        template = next((t["template"] for t in template if t["name"] == "default"), "")
-    if not isinstance(template, str):
-        raise UserError(f"the chat template is a {type(template).__name__} instead of a text")
-    return template
+def _say_other_prefix(settings: Mapping[str, Any], has_prefix: bool) -> None:
+    """Tells where the settings ask for a first token and the post-processor writes none."""
+    asked = settings.get("add_bos_token")
+    if asked is None or asked == has_prefix:
+        return
+    does = "writes tokens before a text" if has_prefix else "writes none"
+    cli.say(
+        f"note: tokenizer_config.json says add_bos_token = {str(asked).lower()} and the "
+        f"post-processor of tokenizer.json {does}: the post-processor is followed"
+    )
 
 
-def _bytes_of_letters() -> Callable[[str], bytes]:
-    """A function from a token, as byte-level BPE files write it, to its bytes."""
-    table = {chr(b): "\uffff" for b in range(256)}  # not of the alphabet: fails to encode
-    for letter, byte in byte_letters().items():
-        table[letter] = chr(byte)
-    letters = str.maketrans(table)
+def _of_older_files(content: dict[str, bytes], config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The content with a `tokenizer.json` made of the older files, or with a tokenizer.model.
 
-    def bytes_of(token: str) -> bytes:
-        try:
-            return token.translate(letters).encode("latin-1")
-        except UnicodeEncodeError:  # not written in that alphabet
-            return token.encode()
-
-    return bytes_of
-
-
-def _bytes_of_piece(token: str) -> bytes:
-    """The bytes of a piece of sentencepiece, which writes byte 65 as <0x41>."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace(SPACE, " ").encode()
-
-
-def _rewrite_older_files(content: dict[str, bytes]) -> dict[str, bytes]:
-    """A `tokenizer.json` made of the older files; nothing where there are none."""
-    if "vocab.json" in content and "merges.txt" in content:
-        lines = content["merges.txt"].decode().splitlines()
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        vocabulary = json.loads(content["vocab.json"])
-        rewritten = byte_level_json(vocabulary, merges, control=["<|endoftext|>"], digits=False)
-        return {"tokenizer.json": rewritten}
+    Nothing where there is neither. Raises UserError.
+    """
+    settings = read_settings(content)
+    name = older_files.tokenizer_class(settings, config)
+    if "vocab.txt" in content and ("merges.txt" in content or "tokenizer.model" in content):
+        del content["vocab.txt"]
+    rewritten = older_files.rewrite(content, settings, name)
+    if rewritten is not None:
+        older_files.check_settings(content, settings)
+        completed = complete(rewritten, read_added(content, settings))
+        if completed["added_tokens"] != json.loads(rewritten)["added_tokens"]:
+            rewritten = json.dumps(completed, ensure_ascii=False).encode()
+        kept = {name: data for name, data in content.items() if name not in _OLDER}
+        return {"tokenizer.json": rewritten, **kept}
     if "tokenizer.model" in content:
-        import sentencepiece
-
-        sp = sentencepiece.SentencePieceProcessor(model_proto=content["tokenizer.model"])
-        ids = range(sp.vocab_size())
-        rewritten = pieces_json(
-            [sp.id_to_piece(i) for i in ids],
-            [sp.get_score(i) for i in ids],
-            [_piece_type(sp, i) for i in ids],
-            bos=sp.bos_id(),
-        )
-        return {"tokenizer.json": rewritten}
+        older_files.require_sentencepiece_class(name)
+        return content
     return {}
 
 
-def _piece_type(sp: Any, i: int) -> int:
-    if sp.is_control(i):
-        return CONTROL
-    if sp.is_unknown(i):
-        return UNKNOWN
-    return BYTE if sp.is_byte(i) else TEXT
+def _chat_template(content: Mapping[str, bytes], settings: dict[str, Any]) -> str:
+    """The template of the files, or "". Raises UserError where it is no text."""
+    template: Any = content.get("chat_template.jinja", b"").decode()
+    template = template or settings.get("chat_template") or ""
+    if isinstance(template, list):  # [{"name": ..., "template": ...}, ...]
+        for entry in template:
+            if not isinstance(entry, Mapping) or {"name", "template"} - set(entry):
+                raise UserError(
+                    f"tokenizer_config.json: an entry of chat_template is {str(entry)[:80]}: "
+                    "each is {'name': ..., 'template': ...}"
+                )
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, Mapping):
+        template = template.get("default", "")
+    if not isinstance(template, str):
+        raise UserError(f"the chat template is a {type(template).__name__} instead of a text")
+    return template
 
 
 def from_gpt2(tokenizer: OpenAITokenizer) -> PretrainedTokenizer:

@@ -20,24 +20,37 @@ def byte_level_json(
     pattern: str = "",
     bos: int = -1,
     uncut: Sequence[str] = (),
+    nfc: bool = False,
+    prefix_space: bool = False,
 ) -> bytes:
     """A `tokenizer.json` of byte-level BPE.
 
     control: tokens that text never becomes. digits: whether each digit is a token. pattern: the
     rule that cuts text, where it is not GPT-2's. bos: id before every text; -1 = none. uncut:
-    tokens that are never cut.
+    tokens that are never cut. nfc: whether characters are composed first. prefix_space: whether
+    a space is written before every text.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+    )
 
     pairs = []
     for merge in merges:
         first, _, second = merge.partition(" ")
         pairs.append((first, second))
     result = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    if nfc:
+        result.normalizer = normalizers.NFC()
     cuts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     if pattern:
         cuts.append(pre_tokenizers.Split(Regex(pattern), "isolated", invert=False))
-    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern))
+    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=not pattern))
     result.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     result.decoder = decoders.ByteLevel()
 

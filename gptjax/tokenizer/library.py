@@ -1,0 +1,250 @@
+"""A `tokenizer.json`, run by the library `tokenizers`: whatever it says is honoured.
+
+Control tokens get unguessable names inside (see `_rename`), so that one reader takes templates,
+which write control tokens, and texts of users, which cannot.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from gptjax.config.errors import UserError
+from gptjax.tokenizer import file_keys
+from gptjax.tokenizer.added_tokens import Added
+from gptjax.tokenizer.openai import byte_letters
+
+_LARGEST_ID = 1 << 24
+_PIECE_STEPS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+
+
+def complete(data: bytes, added: Sequence[Added]) -> dict[str, Any]:
+    """tokenizer.json with the tokens that the other files add or make control tokens.
+
+    Raises UserError for keys that are not honoured and ids that are not those of the library.
+    """
+    described = json.loads(data)
+    file_keys.check_tokenizer_json(described)
+    vocabulary = vocabulary_of(described)
+    entries = {token["content"]: token for token in described.get("added_tokens") or []}
+    largest = max((vocabulary | {t: e["id"] for t, e in entries.items()}).values(), default=-1)
+    if largest > _LARGEST_ID:
+        raise UserError(f"tokenizer.json gives a token the id {largest:,}: it is damaged")
+    for token in added:
+        if token.content in entries:
+            if token.special:
+                entries[token.content]["special"] = True
+            known = entries[token.content]["id"]
+        else:
+            known = vocabulary.get(token.content, largest + 1)
+            entries[token.content] = token.described(known)
+            largest = max(largest, known)
+        if token.id not in (None, known):
+            raise UserError(
+                f"the tokenizer's files give {token.content!r} the ids {token.id} and {known}"
+            )
+    described["added_tokens"] = sorted(entries.values(), key=lambda token: token["id"])
+    return described
+
+
+def vocabulary_of(described: Mapping[str, Any]) -> dict[str, int]:
+    """{token: id} of the model in a tokenizer.json, without added tokens."""
+    vocabulary = described["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: [[piece, score], ...]
+        return {piece: i for i, (piece, _) in enumerate(vocabulary)}
+    return dict(vocabulary)
+
+
+class LibraryReader:
+    """Encodes and decodes as the file says.
+
+    size: ids, with the added tokens'. base_size: those of the model in the file. control: {name:
+    id} of the control tokens. token_bytes: what each id stands for, or None where a text is not
+    the bytes of its ids one after another. leading_space: whether decoding removes the first
+    space. prefix, suffix: ids that the file writes round every text.
+    """
+
+    def __init__(self, data: bytes, added: Sequence[Added]):
+        import tokenizers
+
+        described = complete(data, added)
+        entries = described["added_tokens"]
+        vocabulary = vocabulary_of(described)
+        self.base_size = max(vocabulary.values(), default=-1) + 1
+        self.size = max([self.base_size - 1, *(token["id"] for token in entries)]) + 1
+        self.control = {token["content"]: token["id"] for token in entries if token["special"]}
+        self.is_bpe = described["model"].get("type", "BPE") == "BPE"
+        self._secrets = {name: f"zq{secrets.token_hex(16)}" for name in self.control}
+        self._pattern = _pattern_of_names([token for token in entries if token["special"]])
+        renamed = _rename(described, self._secrets)
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(renamed))
+        for token in entries:
+            name = self._secrets.get(token["content"], token["content"])
+            if (found := self._tokenizer.token_to_id(name)) != token["id"]:
+                raise UserError(
+                    f"tokenizer.json gives {token['content']!r} the id {token['id']}, and it reads "
+                    f"as {found}: ids of added tokens must follow the vocabulary's without a gap"
+                )
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.prefix, self.suffix = self._read_template(vocabulary)
+        self.token_bytes, self.leading_space = _byte_table(described, vocabulary, self.size)
+        kinds = [step.get("type") for step in _steps(described.get("decoder"))]
+        self.decodes_by_bytes = self.token_bytes is not None and "Metaspace" not in kinds
+
+    def _read_template(self, vocabulary: Mapping[str, int]) -> tuple[list[int], list[int]]:
+        """Ids that the post-processor writes before and after a text."""
+        for probe in ("a", *vocabulary):
+            encoding = self._tokenizer.encode(probe, add_special_tokens=True)
+            texts = [k for k, mark in enumerate(encoding.special_tokens_mask) if not mark]
+            if texts:
+                return encoding.ids[: texts[0]], encoding.ids[texts[-1] + 1 :]
+        return [], []
+
+    def encode_batch(self, texts: Sequence[str]) -> Iterable[Sequence[int]]:
+        """Ids of texts, in which names of control tokens stay text."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_template(self, text: str, guard: str) -> list[int]:
+        """Ids of a text in which names of control tokens, without the guard, are those tokens."""
+        if self._pattern:
+            text = self._pattern.sub(lambda match: self._secrets[match[0]], text)
+        if guard:
+            text = text.replace(guard, "")
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids without control tokens, by the file's own decoder."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def _pattern_of_names(tokens: Sequence[Mapping[str, Any]]) -> re.Pattern[str] | None:
+    names = []
+    for token in sorted(tokens, key=lambda token: len(token["content"]), reverse=True):
+        name = re.escape(token["content"])
+        names.append(rf"(?<!\w){name}(?!\w)" if token.get("single_word") else name)
+    return re.compile("|".join(names)) if names else None
+
+
+def _rename(described: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The file with other names for some tokens.
+
+    A text that spells a control token must stay text. The library has a switch that does not look
+    for such tokens, and models that know their names (Unigram, words) find them all the same.
+    """
+    model = dict(described["model"])
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+    else:
+        model["vocab"] = {names.get(token, token): i for token, i in vocabulary.items()}
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    entries = [
+        {**token, "content": names.get(token["content"], token["content"])}
+        for token in described["added_tokens"]
+    ]
+    return {**described, "model": model, "added_tokens": entries}
+
+
+def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of a normaliser, pre-tokenizer or decoder, sequences laid flat."""
+    if not part:
+        return []
+    if part.get("type") != "Sequence":
+        return [part]
+    inner = next(value for key, value in part.items() if isinstance(value, list))
+    return [step for item in inner for step in _steps(item)]
+
+
+def _byte_table(
+    described: Mapping[str, Any], vocabulary: Mapping[str, int], size: int
+) -> tuple[list[bytes] | None, bool]:
+    """(what each id stands for, whether decoding removes the first space).
+
+    The table is None for a decoder that does more than join the bytes of tokens.
+    """
+    steps = _steps(described.get("decoder"))
+    kinds = [step["type"] for step in steps]
+    leading_space = False
+    bytes_of: Callable[[str], bytes]
+    cuts = [step["type"] for step in _steps(described.get("pre_tokenizer"))]
+    byte_level = set(kinds) <= {"ByteLevel", "Fuse"} and "ByteLevel" in (kinds or cuts)
+    if byte_level:
+        bytes_of = _bytes_of_letters()
+    elif steps and set(kinds) <= _PIECE_STEPS and _joins_pieces(steps):
+        bytes_of = _bytes_of_pieces(steps)
+        leading_space = any(_removes_first_space(step) for step in steps)
+    else:
+        return None, False
+    table = [b""] * size
+    for token, i in vocabulary.items():
+        table[i] = bytes_of(token)
+    for token in described["added_tokens"]:
+        text = token["content"]
+        table[token["id"]] = text.encode() if byte_level else bytes_of(text)
+        if token["special"]:
+            table[token["id"]] = b""
+    return table, leading_space
+
+
+def _joins_pieces(steps: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether each step of a decoder changes a token in a way that no other token matters to."""
+    kinds = [step["type"] for step in steps]
+    for k, step in enumerate(steps):
+        after_fuse = "Fuse" in kinds[:k]
+        if step["type"] == "Replace":
+            pattern = step["pattern"].get("String", "")
+            if not pattern or after_fuse or "ByteFallback" in kinds[:k]:
+                return False
+        if step["type"] == "Metaspace" and ("ByteFallback" in kinds[:k] or after_fuse):
+            return False
+        if step["type"] == "ByteFallback" and after_fuse:
+            return False
+        if step["type"] == "Strip":
+            is_first_space = step["content"] == " " and step["start"] <= 1 and not step["stop"]
+            if not is_first_space or (step["start"] and not after_fuse):
+                return False
+    return True
+
+
+def _removes_first_space(step: Mapping[str, Any]) -> bool:
+    if step["type"] == "Metaspace":
+        return step.get("prepend_scheme", "always") != "never"
+    return step["type"] == "Strip" and step["start"] == 1
+
+
+def _bytes_of_letters() -> Callable[[str], bytes]:
+    """A function from a token, as byte-level BPE files write it, to its bytes."""
+    table = {chr(b): "\uffff" for b in range(256)}  # not of the alphabet: fails to encode
+    for letter, byte in byte_letters().items():
+        table[letter] = chr(byte)
+    letters = str.maketrans(table)
+
+    def bytes_of(token: str) -> bytes:
+        try:
+            return token.translate(letters).encode("latin-1")
+        except UnicodeEncodeError:  # not written in that alphabet
+            return token.encode()
+
+    return bytes_of
+
+
+def _bytes_of_pieces(steps: Sequence[Mapping[str, Any]]) -> Callable[[str], bytes]:
+    """A function from a token to its bytes after all steps of the decoder."""
+
+    def bytes_of(token: str) -> bytes:
+        for step in steps:
+            if step["type"] == "Replace":
+                token = token.replace(step["pattern"]["String"], step["content"])
+            elif step["type"] == "Metaspace":
+                token = token.replace(step["replacement"], " ")
+            elif step["type"] == "ByteFallback" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+                return bytes([int(token[3:5], 16)])
+        return token.encode()
+
+    return bytes_of
