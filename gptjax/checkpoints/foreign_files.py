@@ -5,8 +5,12 @@ To add a type of file, write a `KeyTable` beside the code that reads it and add 
 
 from __future__ import annotations
 
-from gptjax.checkpoints import gguf_keys
+from gptjax.checkpoints import gguf_keys, peft_config
 from gptjax.core.foreign_keys import KeyTable
 from gptjax.tokenizer.file_keys import TOKENIZER_TABLES
 
-KEY_TABLES: tuple[KeyTable, ...] = (*gguf_keys.KEY_TABLES, *TOKENIZER_TABLES)
+KEY_TABLES: tuple[KeyTable, ...] = (
+    *gguf_keys.KEY_TABLES,
+    *TOKENIZER_TABLES,
+    *peft_config.KEY_TABLES,
+)

@@ -85,6 +85,7 @@ class LanguageModel:
         self.weights = weights
         self.cache_dtype = cache_dtype
         self.source = source
+        self._adapted_by = ""  # the folder of its adapter
         self._inference_config = inference_config(config, weights)
         self._params: Any = params  # or a function that makes them at the first look
         self._weights = self._read_weights() if read else weight_shapes(config, weights)
@@ -172,8 +173,8 @@ class LanguageModel:
     def with_adapter(self, path: str | Path) -> LanguageModel:
         """This model with the adapters of a run or of a PEFT folder.
 
-        Both models share the base's weights; only DoRA, whose norms need them, takes a copy.
-        Raises UserError.
+        Both models share the base's weights; only DoRA, whose norms need them, and adapters that
+        replace some of them take a copy. Raises UserError.
 
         >>> lm.with_adapter("runs/adapter").generate("The quick", max_new_tokens=6).text
         ' brown'
@@ -181,22 +182,29 @@ class LanguageModel:
         from gptjax.checkpoints import peft
 
         folder = Path(path).expanduser()
-        settings, trained, template = peft.find(folder, self.config)
+        if self._adapted_by:
+            raise UserError(
+                f"this model has the adapter {self._adapted_by} already: "
+                f"load its base again for {folder}"
+            )
+        adapter = peft.find(folder, self.config, lambda: self.params)
         other = copy.copy(self)
-        if template and self.tokenizer:
+        other._adapted_by = str(folder)
+        if adapter.chat_template and self.tokenizer:
             other.tokenizer = copy.copy(self.tokenizer)
-            other.tokenizer.chat_template = template  # what the adapters were trained to follow
-        if "score" in trained:
-            labels = peft.labels_of(folder, len(trained["score"]["kernel"]))
-            other.config = dataclasses.replace(self.config, labels=labels)
-            other._inference_config = dataclasses.replace(self._inference_config, labels=labels)
-        # only DoRA, and whoever looks, needs the parameters
-        other._params = lambda: lora.apply_adapter(settings, self.params, trained)
-        if settings.dora:
-            other._weights = other._read_weights()
+            other.tokenizer.chat_template = adapter.chat_template  # what the adapter follows
+        other.config = adapter.adapted_config(self.config)
+        other._inference_config = adapter.adapted_config(self._inference_config)
+        other._params = lambda: adapter.merged_params(self.params)  # for who looks, and for `save`
+        if adapter.needs_params:
+            params = adapter.adapted_params(self.params)
+            other._weights = read_weights(other.config, params, self.weights)
         else:
-            other._weights = lora.apply_adapter(settings, self._weights, trained)
-        other.source = None
+            other._weights = lora.apply_adapter(adapter.settings, self._weights, adapter.trained)
+        if self.source:
+            other.source = dataclasses.replace(
+                self.source, config=other.config, tokenizer=other.tokenizer
+            )
         return other
 
     def logits(self, tokens: Any, lengths: Sequence[int] | None = None) -> np.ndarray:

@@ -185,7 +185,8 @@ def test_peft_files_come_back(tmp_path, family, dora):
     base = random_params(config.model)
     trained = adapters_for(config, base)
     peft.write_adapter(tmp_path / "a", config.model, config.lora, trained, "somewhere")
-    settings, found = peft.read_adapter(tmp_path / "a", config.model)
+    adapter = peft.read_adapter(tmp_path / "a", config.model, lambda: base)
+    settings, found = adapter.settings, adapter.trained
     a, b = (
         logits(config, lora.merge(c, base, p))
         for c, p in ((config.lora, trained), (settings, found))
@@ -211,7 +212,8 @@ def test_a_handle_takes_several_adapters(tmp_path):
     one, two = (lm.with_adapter(tmp_path / name) for name in ("one", "two"))
     found = [h.generate([[5, 6, 7]], max_new_tokens=8)[0] for h in (lm, one, two)]
     assert len({tuple(c.logprobs) for c in found}) == 3
-    settings, trained = peft.read_adapter(tmp_path / "two", config.model)
+    adapter = peft.read_adapter(tmp_path / "two", config.model, lambda: base.params)
+    settings, trained = adapter.settings, adapter.trained
     merged = LanguageModel(base.config, lora.merge(settings, base.params, trained), base.tokenizer)
     np.testing.assert_allclose(
         two.logits(TOKENS), merged.logits(TOKENS), atol=1e-5 * np.abs(merged.logits(TOKENS)).max()
@@ -256,31 +258,32 @@ def test_wrong_adapters_are_refused(tmp_path):
         model=dict(vocab_size=264, context=64, **{**FAMILIES["llama"], "mlp_dim": 128})
     ).model
     with pytest.raises(UserError, match="do not fit a layer of"):
-        peft.read_adapter(tmp_path / "a", other)
+        peft.read_adapter(tmp_path / "a", other, lambda: base)
     with pytest.raises(UserError, match="fit no layer of this gpt2 model"):
-        peft.read_adapter(tmp_path / "a", adapter_config("gpt2", rank=2).model)
+        peft.read_adapter(tmp_path / "a", adapter_config("gpt2", rank=2).model, lambda: base)
     raw = json.loads((tmp_path / "a" / peft.CONFIG).read_text())
     (tmp_path / "a" / peft.CONFIG).write_text(json.dumps({**raw, "peft_type": "IA3"}))
-    with pytest.raises(UserError, match="'IA3'"):
-        peft.read_adapter(tmp_path / "a", config.model)
+    with pytest.raises(UserError, match='"IA3"'):
+        peft.read_adapter(tmp_path / "a", config.model, lambda: base)
+    (tmp_path / "a" / peft.CONFIG).write_text(json.dumps(raw))
     (tmp_path / "a" / peft.WEIGHTS).write_bytes(b"no")
     with pytest.raises(UserError, match="is no PEFT adapter"):
-        peft.read_adapter(tmp_path / "a", config.model)
+        peft.read_adapter(tmp_path / "a", config.model, lambda: base)
 
 
 def test_peft_files_of_other_makers(tmp_path):
-    """alpha by patterns, DoRA on some parts of a layer, a head beside prompt vectors."""
+    """alpha by patterns, DoRA without its magnitudes, a head beside prompt vectors."""
     from safetensors.numpy import load_file, save_file
 
     config = adapter_config("llama", rank=2, alpha=8.0)
     base = random_params(config.model)
     peft.write_adapter(tmp_path / "a", config.model, config.lora, adapters_for(config, base), "x")
-    _, plain = peft.read_adapter(tmp_path / "a", config.model)
+    plain = peft.read_adapter(tmp_path / "a", config.model, lambda: base).trained
     raw = json.loads((tmp_path / "a" / peft.CONFIG).read_text())
     (tmp_path / "a" / peft.CONFIG).write_text(
         json.dumps({**raw, "alpha_pattern": {r"layers\.0\..*down_proj": 32, "up_proj": 16}})
     )
-    _, found = peft.read_adapter(tmp_path / "a", config.model)
+    found = peft.read_adapter(tmp_path / "a", config.model, lambda: base).trained
     ratio = {
         path: array / tree.flatten(plain)[path]
         for path, array in tree.flatten(found).items()
@@ -296,8 +299,8 @@ def test_peft_files_of_other_makers(tmp_path):
         if "q_proj.lora_B" in name
     }
     save_file(tensors, tmp_path / "a" / peft.WEIGHTS)
-    with pytest.raises(UserError, match="DoRA on some layers or parts"):
-        peft.read_adapter(tmp_path / "a", config.model)
+    with pytest.raises(UserError, match=r"use_dora = true and .* has no lora_magnitude_vector"):
+        peft.read_adapter(tmp_path / "a", config.model, lambda: base)
     prompts = dataclasses.replace(config.lora, rank=0, prompt_tokens=3)
     classifier = dataclasses.replace(config.model, labels=("a", "b"))
     given = {
@@ -305,7 +308,8 @@ def test_peft_files_of_other_makers(tmp_path):
         "score": {"kernel": np.full((2, 32), 2.0, np.float32)},
     }
     peft.write_adapter(tmp_path / "p", classifier, prompts, given, "x")
-    settings, found = peft.read_adapter(tmp_path / "p", classifier)
+    adapter = peft.read_adapter(tmp_path / "p", classifier, lambda: base)
+    settings, found = adapter.settings, adapter.trained
     assert settings.prompt_tokens == 3 and (found["score"]["kernel"] == 2).all()
 
 
