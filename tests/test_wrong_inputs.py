@@ -137,7 +137,7 @@ CASES = {
     "cut gzip": (
         "train",
         ["--config.data.source=jsonl", "--config.data.path={dir}/cut.jsonl.gz"],
-        "not a complete gzip file",
+        "is a damaged or incomplete gzip file",
     ),
     "sample prompt too long": (
         "train",

@@ -32,15 +32,19 @@ class Record:
     fields: dict[str, Any]
     problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def value(self, name: str, *, setting: str) -> Any:
+        """A field, or None. Raises UserError where the field is there and cannot be used."""
+        if name in self.problems:
+            raise UserError(f"{self.where}: {setting} = {name!r} {self.problems[name]}")
+        return self.fields.get(name)
+
     def text(self, name: str, *, setting: str = "data.field") -> str:
         """A field as text; a list of texts is joined with spaces.
 
         setting: the setting that names the field, for error messages. Raises UserError where the
         field is missing or is no text.
         """
-        value = self.fields.get(name)
-        if name in self.problems:
-            raise UserError(f"{self.where}: {setting} = {name!r} {self.problems[name]}")
+        value = self.value(name, setting=setting)
         if value is None and name in self.fields:
             raise UserError(f"{self.where}: {setting} = {name!r} is null; fill it or drop the row")
         if isinstance(value, list) and value and all(isinstance(part, str) for part in value):

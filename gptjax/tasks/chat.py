@@ -44,7 +44,7 @@ def messages_of(config: TaskConfig, row: Record) -> list[Message]:
 
     Raises UserError for roles out of order.
     """
-    messages = row.fields.get(config.messages)
+    messages = row.value(config.messages, setting="task.messages")
     if not isinstance(messages, list) or not messages:
         raise UserError(
             f"{row.where} has no messages under task.messages = {config.messages!r}; "

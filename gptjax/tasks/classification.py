@@ -22,7 +22,7 @@ from gptjax.tasks.rendering import completion_example, fill_template, head_examp
 
 def label_of(config: TaskConfig, row: Record) -> str:
     """The row's class as text. Raises UserError where it has none."""
-    value = row.fields.get(config.label)
+    value = row.value(config.label, setting="task.label")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int | bool) or value == "":

@@ -45,7 +45,7 @@ def answered_row(config: TaskConfig, row: Record) -> tuple[Record, list[str]]:
     ):
         return row, [fill_template("{" + name + "}", row, "task.completion")]
     if not isinstance(answer, str | int | float):
-        row = Record(row.where, {**row.fields, name: answers[0] if answers else ""})
+        row = dataclasses.replace(row, fields={**row.fields, name: answers[0] if answers else ""})
     return row, answers
 
 

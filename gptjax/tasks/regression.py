@@ -25,14 +25,13 @@ def check(config: Config) -> list[str]:
 def make_example(rendering: Rendering, row: Record) -> Example | None:
     """The text with its number. Raises UserError where the field is no finite number."""
     name = rendering.config.label
+    value = row.value(name, setting="task.label")
     try:
-        number = float(row.fields.get(name, "nothing"))
+        number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(
-            f"{row.where}: task.label = {name!r} is {row.fields.get(name)!r}, which is no number"
-        )
+        raise UserError(f"{row.where}: task.label = {name!r} is {value!r}, which is no number")
     return head_example(rendering, row, label=number, reference=str(number))
 
 

@@ -5,6 +5,7 @@ Prompt and answer are encoded apart, as they are when the model answers.
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping, Sequence
 
@@ -47,6 +48,8 @@ def fill_template(
     values = {}
     for name in names_in(template, setting):
         value = replacements.get(name, row.fields.get(name))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{row.where}: {setting} has {{{name}}}, which is {value} there")
         if isinstance(value, int | float):
             values[name] = str(value)
         elif name in replacements:

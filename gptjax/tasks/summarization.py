@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ def make_example(rendering: Rendering, row: Record) -> Example | None:
     names = names_in(rendering.config.completion, "task.completion")
     summaries = row.fields.get(names[0]) if names else None
     if isinstance(summaries, list) and summaries and all(isinstance(s, str) for s in summaries):
-        row = Record(row.where, {**row.fields, names[0]: summaries[0]})
+        row = dataclasses.replace(row, fields={**row.fields, names[0]: summaries[0]})
         references = summaries
     else:
         references = [row.text(name, setting="task.completion") for name in names]

@@ -506,3 +506,38 @@ def test_wrong_records_are_named(tmp_path, name):
     with pytest.raises(UserError, match=message) as error:
         load_examples(tmp_path, records, byte_level_tokenizer(CHATML), task=task, data=data)
     assert len(str(error.value).splitlines()) <= 6
+
+
+UNUSABLE = {
+    "class": (
+        '{"text": "x", "label": "a", "label": "b"}',
+        dict(name="classification"),
+        r"rows.jsonl:1: task.label = 'label' is there twice",
+    ),
+    "number": (
+        '{"text": "x", "label": 1, "label": 2}',
+        dict(name="regression"),
+        r"rows.jsonl:1: task.label = 'label' is there twice",
+    ),
+    "messages": (
+        '{"messages": [{"role": "user", "role": "assistant"}]}',
+        dict(name="chat"),
+        r"rows.jsonl:1: task.messages = 'messages' has the key 'role' twice",
+    ),
+    "no number": (
+        '{"source": NaN, "target": "y"}',
+        dict(name="translation"),
+        r"rows.jsonl:1: task.prompt has {source}, which is nan there",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_fields_that_cannot_be_used_are_named(tmp_path, name):
+    line, task, message = UNUSABLE[name]
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    config = make_config(
+        data=dict(source="jsonl", path=f"{tmp_path}/rows.jsonl", eval_fraction=0.0), task=task
+    )
+    with pytest.raises(UserError, match=message):
+        loading.load_examples(config, byte_level_tokenizer(CHATML))
