@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.checkpoints import gguf, huggingface, mapping, safetensors
+from gptjax.checkpoints import gguf, gguf_differences, huggingface, mapping, proof, safetensors
 from gptjax.checkpoints.pretrained import Pretrained, read_checkpoint
 from gptjax.config.errors import UserError, unknown_name
 from gptjax.config.schema import Config, ModelConfig
@@ -154,7 +154,8 @@ def _write_hf(
     files.write_text(folder / "config.json", json.dumps(config, indent=2))
     files.write_text(folder / "generation_config.json", json.dumps(generation, indent=2))
     if tokenizer:
-        _write_tokenizer(folder, tokenizer)
+        pad = config["pad_token_id"] if checkpoint.config.labels else None
+        _write_tokenizer(folder, tokenizer, checkpoint.config.context, pad)
     card = _model_card(name, config, tree.size(checkpoint.params), dtype)
     files.write_text(folder / "README.md", card)
 
@@ -184,16 +185,34 @@ def _write_weights(folder: Path, checkpoint: Pretrained, dtype: str, shard_bytes
     files.write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
 
 
-def _write_tokenizer(folder: Path, tokenizer: PretrainedTokenizer) -> None:
+def _write_tokenizer(
+    folder: Path, tokenizer: PretrainedTokenizer, context: int, pad: int | None
+) -> None:
+    """The tokenizer's files as they came, with the chat template that it has now.
+
+    pad: a classifier's padding token, which transformers asks the tokenizer for when it batches.
+    """
     contents = tokenizer.files()
     for file, data in contents.items():
         if file in FILES:
             files.write_bytes(folder / file, data)
-    if tokenizer.chat_template and "chat_template.jinja" not in contents:
+    settings = json.loads(contents.get("tokenizer_config.json", "{}"))
+    settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    templates = settings.get("chat_template")
+    if isinstance(templates, list):
+        # a file of its own would hide the others, which have names
+        others = [entry for entry in templates if entry["name"] != "default"]
+        default = {"name": "default", "template": tokenizer.chat_template}
+        settings["chat_template"] = [default, *others] if tokenizer.chat_template else others
+    elif tokenizer.chat_template and "chat_template.jinja" not in contents:
         files.write_text(folder / "chat_template.jinja", tokenizer.chat_template)
-    if "tokenizer_config.json" not in contents:
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        files.write_text(folder / "tokenizer_config.json", json.dumps(settings))
+    if pad is not None:
+        names = {i: name for name, i in tokenizer.control.items()}
+        if not settings.get("pad_token") and pad in names:
+            settings["pad_token"] = names[pad]
+        if settings.get("model_max_length", context) >= context:
+            settings["model_max_length"] = context  # else longer texts fail in a pipeline
+    files.write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1))
 
 
 _MODEL_CARD = """\
@@ -269,34 +288,55 @@ def convert(
 ) -> dict[str, Any]:
     """Reads, writes, reads again and compares; the result is a report of all that.
 
-    Raises UserError, and removes what it wrote, where the logits differ by more than `TOLERANCE`.
+    Raises UserError, and removes what it wrote, where the logits differ by more than `TOLERANCE`
+    or the tokenizer does anything else with the texts of `proof.probe_texts`.
     """
     checkpoint = read_checkpoint(source, dtype="")
     dtype = dtype or default_dtype(checkpoint, form)
-    before = probe_logits(checkpoint)
+    before, tokenizer = probe_logits(checkpoint), _probe_tokenizer(checkpoint.tokenizer, form)
     write_checkpoint(target, checkpoint, form=form, dtype=dtype, shard_bytes=shard_bytes)
     count, is_exact = tree.size(checkpoint.params), dtype in ("float32", checkpoint.dtype)
     del checkpoint  # before the copy is read: memory holds the model once
+    report: dict[str, Any] = {"written": str(target), "format": form, "dtype": dtype}
     try:
-        after = probe_logits(read_checkpoint(target, dtype=""))
-        gap, scale = float(np.abs(after - before).max()), float(np.abs(before).max())
+        written = read_checkpoint(target, dtype="")
+        gap, scale = (
+            float(np.abs(probe_logits(written) - before).max()),
+            float(np.abs(before).max()),
+        )
         tolerance = TOLERANCE["float32" if is_exact else dtype]
         if not gap <= tolerance * scale:  # so written that a NaN is a difference
-            raise UserError(
-                f"what was written to {target} gives other logits (by {gap:.3g} of {scale:.3g}), "
-                "so it was removed: please report this"
+            raise UserError(f"other logits (by {gap:.3g} of {scale:.3g})")
+        if tokenizer and written.tokenizer:
+            proof.compare_tokenizers(
+                tokenizer, proof.probe_tokenizer(written.tokenizer, tokenizer.texts)
             )
-    except BaseException:
+            report["texts cut alike"] = len(tokenizer.texts)
+    except BaseException as error:
         _remove(target)
+        if isinstance(error, UserError):
+            raise UserError(
+                f"what was written to {target}, read again, gives {error}.\n"
+                "So it was removed: please report this"
+            ) from None
         raise
     return {
-        "written": str(target),
-        "format": form,
-        "dtype": dtype,
+        **report,
         "parameters": count,
         "largest logit difference": gap,
         "largest logit": scale,
     }
+
+
+def _probe_tokenizer(tokenizer: Tokenizer | None, form: str) -> proof.TokenizerProbe | None:
+    """What the tokenizer does, on texts with which it does the same in this form."""
+    if tokenizer is None:
+        return None
+    texts = proof.probe_texts(tokenizer)
+    described = tokenizer.files().get("tokenizer.json")
+    if form == "gguf" and described and gguf_differences.only_composes(json.loads(described)):
+        texts = proof.composed(texts)  # a note has said that a file cannot ask for it
+    return proof.probe_tokenizer(tokenizer, texts)
 
 
 def export_adapters(source: str | Path, target: Path) -> dict[str, Any]:

@@ -18,7 +18,11 @@ from gptjax.checkpoints import gguf_file, gguf_keys, huggingface, mapping
 from gptjax.checkpoints.families.common import Family
 from gptjax.checkpoints.gguf_file import Shape
 from gptjax.checkpoints.gguf_keys import ARCHITECTURES, ROPE_DIVISORS
-from gptjax.checkpoints.gguf_vocabulary import read_tokenizer, write_vocabulary
+from gptjax.checkpoints.gguf_vocabulary import (
+    read_special_ids,
+    read_tokenizer,
+    write_vocabulary,
+)
 from gptjax.checkpoints.safetensors import StoredTensors
 from gptjax.config.errors import UserError, unknown_name
 from gptjax.config.schema import ModelConfig
@@ -27,13 +31,17 @@ from gptjax.tokenizer.pretrained import PretrainedTokenizer
 
 
 class GgufFile(NamedTuple):
-    """What a GGUF file holds. tensors: under Hugging Face's names, read as float32."""
+    """What a GGUF file holds. tensors: under Hugging Face's names, read as float32.
+
+    generation, special_ids: what generation_config.json and config.json would say.
+    """
 
     config: ModelConfig
     family: Family
     tensors: StoredTensors
     tokenizer: Tokenizer | None
     generation: dict[str, Any]
+    special_ids: dict[str, int]
 
 
 class _Translation:
@@ -117,7 +125,8 @@ def read_gguf(path: Path) -> GgufFile:
     tensors = _stored_tensors(shapes, read, _Translation(config, family), config, family)
     tokenizer = read_tokenizer(header.meta, path)
     generation = gguf_keys.read_generation(header.meta)
-    return GgufFile(config, family, tensors, tokenizer, generation)
+    special_ids = read_special_ids(header.meta) if tokenizer else {}
+    return GgufFile(config, family, tensors, tokenizer, generation, special_ids)
 
 
 def _stored_tensors(

@@ -27,13 +27,13 @@ def find_differences(
         if (model.get(flag) or None) != (other.get(flag) or None):
             lost.append(f"{flag} = {json.dumps(model.get(flag))}")
     lost += _different_vocabulary(source, rebuilt)
-    lost += _different_added_tokens(source, rebuilt, notes)
+    lost += _different_added_tokens(source, rebuilt)
     if other["byte_fallback"]:
         lost += _different_pieces(source, rebuilt)
         steps, wanted = _piece_steps(source), _piece_steps(rebuilt)
     else:
         steps, wanted = _steps(source.get("normalizer"), "normalizers"), []
-        if steps == [{"type": "NFC"}]:
+        if only_composes(source):
             steps = []
             notes.append(
                 "the tokenizer normalises text to NFC, which a GGUF file cannot say: text with "
@@ -44,6 +44,11 @@ def find_differences(
     if _pairs(model) != _pairs(other):
         lost.append("merges in another order than scores of pieces can say")
     return lost, notes
+
+
+def only_composes(described: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json normalises texts to NFC and does nothing else to them."""
+    return _steps(described.get("normalizer"), "normalizers") == [{"type": "NFC"}]
 
 
 def _named(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -89,9 +94,7 @@ def _different_vocabulary(source: Mapping[str, Any], rebuilt: Mapping[str, Any])
     return [f"the token {different[0]!r}, whose id is taken"] if different else []
 
 
-def _different_added_tokens(
-    source: Mapping[str, Any], rebuilt: Mapping[str, Any], notes: Sequence[str]
-) -> list[str]:
+def _different_added_tokens(source: Mapping[str, Any], rebuilt: Mapping[str, Any]) -> list[str]:
     """Flags of added tokens that their type in GGUF does not imply."""
     others = {token["id"]: token for token in rebuilt["added_tokens"]}
     own = {token["id"]: token for token in source.get("added_tokens", [])}
@@ -103,8 +106,7 @@ def _different_added_tokens(
             if bool(token.get(flag)) != other[flag]:
                 value = str(bool(token.get(flag))).lower()
                 lost.append(f"{flag} = {value} of the token {name!r}")
-        in_nfc = _steps(source.get("normalizer"), "normalizers") == [{"type": "NFC"}]
-        is_same = in_nfc and unicodedata.normalize("NFC", name) == name
+        is_same = only_composes(source) and unicodedata.normalize("NFC", name) == name
         if token.get("normalized") and normalizes and not is_same:
             lost.append(f"normalized = true of the token {name!r}")
     names = [token["content"] for i, token in others.items() if i not in own]

@@ -19,6 +19,7 @@ from gptjax.checkpoints import huggingface
 from gptjax.checkpoints.families.common import Family
 from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
+from gptjax.core import cli
 from gptjax.core.foreign_keys import KeyTable, Refusal
 from gptjax.model.rope import rope_tables
 
@@ -162,7 +163,11 @@ def read_generation(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_generation(generation: Mapping[str, Any]) -> Iterator[tuple[str, float | int]]:
-    """(key, value) of the sampling that a file can recommend."""
+    """(key, value) of the sampling that a file can recommend; the rest is said."""
+    known = {*_SAMPLING.values(), "do_sample", "transformers_version", "_from_model_config"}
+    values = {k: v for k, v in generation.items() if v is not None and not k.endswith("_token_id")}
+    if others := sorted(values.keys() - known):
+        cli.say(f"note: a GGUF file has no place for {', '.join(others)} of the generation config")
     if generation.get("do_sample") is False:
         return
     for key, name in _SAMPLING.items():

@@ -89,6 +89,13 @@ def read_tokenizer(meta: Fields, path: Path) -> PretrainedTokenizer | None:
     return PretrainedTokenizer(contents, list(dict.fromkeys(i for i in eos_ids if i >= 0)))
 
 
+def read_special_ids(meta: Fields) -> dict[str, int]:
+    """The ids that config.json would name, of those that the file names."""
+    names = {"bos_token_id": "bos", "pad_token_id": "padding"}
+    ids = {name: _token_id(meta, gguf_name) for name, gguf_name in names.items()}
+    return {name: i for name, i in ids.items() if i >= 0}
+
+
 def _token_id(meta: Fields, name: str) -> int:
     """The id of a role, or -1 where there is none."""
     model = meta[_PREFIX + "model"]
@@ -328,8 +335,8 @@ def vocabulary_fields(tokenizer: PretrainedTokenizer, size: int, name: str) -> d
         raise _refusal(lost)
     if not is_pieces and PRE_TOKENIZERS[fields[_PREFIX + "pre"]].ascii_case:
         notes.append(
-            "llama.cpp knows upper and lower case of A to Z alone in this pre-tokenizer, so it may "
-            "cut words with other capitals elsewhere"
+            f"llama.cpp's own pattern for {fields[_PREFIX + 'pre']!r} tells upper from lower case "
+            "in A to Z alone and knows no combining marks: it may cut other words elsewhere"
         )
     for note in notes:
         cli.say(f"note: {note}")

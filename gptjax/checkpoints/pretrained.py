@@ -158,7 +158,7 @@ def _open_gguf(path: Path) -> Pretrained:
     contents = gguf.read_gguf(path)
     _check_vocabulary(contents.config, contents.tokenizer)
     params = safetensors.LazyParams(path, contents.config, contents.family, contents.tensors)
-    keep = _special_ids({}, contents.tokenizer)
+    keep = {**_special_ids({}, contents.tokenizer), **contents.special_ids}
     return Pretrained(
         contents.config, params, contents.tokenizer, generation=contents.generation, keep=keep
     )
