@@ -196,15 +196,17 @@ def _write_tokenizer(
     for file, data in contents.items():
         if file in FILES:
             files.write_bytes(folder / file, data)
-    settings = json.loads(contents.get("tokenizer_config.json", "{}"))
-    settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    came = json.loads(contents.get("tokenizer_config.json", "{}"))
+    settings = dict(came)
+    if not came:
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     templates = settings.get("chat_template")
     if isinstance(templates, list):
         # a file of its own would hide the others, which have names
         others = [entry for entry in templates if entry["name"] != "default"]
         default = {"name": "default", "template": tokenizer.chat_template}
         settings["chat_template"] = [default, *others] if tokenizer.chat_template else others
-    elif tokenizer.chat_template and "chat_template.jinja" not in contents:
+    elif tokenizer.chat_template:  # which a run may have brought
         files.write_text(folder / "chat_template.jinja", tokenizer.chat_template)
     if pad is not None:
         names = {i: name for name, i in tokenizer.control.items()}
@@ -212,7 +214,8 @@ def _write_tokenizer(
             settings["pad_token"] = names[pad]
         if settings.get("model_max_length", context) >= context:
             settings["model_max_length"] = context  # else longer texts fail in a pipeline
-    files.write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1))
+    if settings != came:
+        files.write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1))
 
 
 _MODEL_CARD = """\

@@ -53,7 +53,6 @@ FILE_KEYS = KeyTable(
     ),
     no_effect={
         "general.*": _ABOUT_FILE,
-        "general.type": "a model, where it is not refused",
         "quantize.*": _ABOUT_FILE,
         "imatrix.*": _ABOUT_FILE,
         "tokenizer.chat_templates": "the names of the templates, which have keys of their own",
@@ -91,7 +90,6 @@ def _settings_table(architecture: str) -> KeyTable:
     no_effect = {
         "rope.scaling.finetuned": "says how the model was trained",
         "tensor_data_layout": "says how the file was converted",
-        "rope.scaling.yarn_ext_factor": "1, as YaRN has it, where it is not refused",
     }
     refused = {
         "expert_*": Refusal("mixtures of experts are not", unless=_OFF),
@@ -298,9 +296,8 @@ def _read_scaling(
 
 def _llama3_scaling(divisors: np.ndarray, raw: dict[str, Any]) -> dict[str, Any]:
     """The Llama 3 scaling that has these divisors of frequencies. Raises UserError."""
-    published = [(8.0, 8192), (32.0, 8192)]
-    fitted = _fit_llama3(divisors, raw)
-    for factor, original in [*published, *([fitted] if fitted else [])]:
+    factor = float(divisors.max(initial=1.0))
+    for original in (8192, *_original_contexts(divisors, factor, raw["rope_theta"])):
         scaling = {
             "rope_type": "llama3",
             "factor": factor,
@@ -316,20 +313,20 @@ def _llama3_scaling(divisors: np.ndarray, raw: dict[str, Any]) -> dict[str, Any]
     )
 
 
-def _fit_llama3(divisors: np.ndarray, raw: dict[str, Any]) -> tuple[float, int] | None:
-    """(factor, original context) of the divisors, if one lies between 1 and the largest.
+def _original_contexts(divisors: np.ndarray, factor: float, theta: float) -> Iterator[int]:
+    """Original contexts that could have given these divisors.
 
-    Between the two, 1 / divisor goes in a line from 1 / factor at 1 turn over the original
-    context to 1 at 4 turns.
+    A frequency that makes 4 turns over it is not divided, one that makes 1 turn is divided by the
+    factor, and between the two 1 / divisor goes in a line.
     """
-    factor = float(divisors.max(initial=1.0))
-    between = np.flatnonzero((divisors > 1.001) & (divisors < factor * 0.999))
-    if not len(between):
-        return None
-    i = between[0]
-    frequency = raw["rope_theta"] ** (-i / len(divisors))
-    unscaled = (1 / divisors[i] - 1 / factor) / (1 - 1 / factor)
-    return factor, round(2 * math.pi * (1 + 3 * unscaled) / frequency)
+    frequencies = theta ** (-np.arange(len(divisors)) / len(divisors))
+    for i in np.flatnonzero((divisors > 1.001) & (divisors < factor * 0.999)):
+        unscaled = (1 / divisors[i] - 1 / factor) / (1 - 1 / factor)
+        yield round(2 * math.pi * (1 + 3 * unscaled) / frequencies[i])
+    least = 2 * math.pi * 4 / frequencies[divisors < 1.001].min(initial=np.inf)
+    most = 2 * math.pi / frequencies[divisors > 1.001].max(initial=1e-9)
+    yield from (2**k for k in range(31) if least <= 2**k <= most)
+    yield max(math.ceil(least), 1)
 
 
 def rope_divisors(config: ModelConfig) -> np.ndarray:

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 
 class PreTokenizer(NamedTuple):
-    """patterns: each cuts what those before it left. ignore_merges: a piece that is a token is left
-    whole. bos: whether texts begin with it where the file does not say. ascii_case: llama.cpp's
-    own pattern knows upper and lower case of A to Z alone."""
+    """patterns: each cuts what those before it left, as in the tokenizers that the name stands for.
+    ignore_merges: a piece that is a token is left whole. bos: whether texts begin with it where the
+    file does not say. unlike: how llama.cpp's own rewriting of the pattern is not quite that."""
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
     bos: bool = False
-    ascii_case: bool = False
+    unlike: str = ""
 
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # of ByteLevel
@@ -40,10 +40,12 @@ _DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_NO_CASE = "tells upper from lower case in A to Z alone and knows no combining marks"
+_NO_SPACE = "leaves white space out of a range of characters that has some"
 _BLOOM = " ?[^(\\s|.,!?…。，、।۔،)]+"
 
 
-def _rows(names: str, *patterns: str, **flags: bool) -> dict[str, PreTokenizer]:
+def _rows(names: str, *patterns: str, **flags: Any) -> dict[str, PreTokenizer]:
     return dict.fromkeys(names.split(), PreTokenizer(patterns, **flags))
 
 
@@ -65,8 +67,8 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
         r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
     **_rows("ufakzeka", rf"{_WORDS}|\p{{N}}|{_REST}"),
-    **_rows("gpt-4o llama4 kanana2 talkie minimax-m2", _GPT4O, ascii_case=True),
-    **_rows("tekken", _TEKKEN, ignore_merges=True, bos=True, ascii_case=True),
+    **_rows("gpt-4o llama4 kanana2 talkie minimax-m2", _GPT4O, unlike=_NO_CASE),
+    **_rows("tekken", _TEKKEN, ignore_merges=True, bos=True, unlike=_NO_CASE),
     **_rows(
         "minicpm5",
         r"\p{N}{1,3}",
@@ -85,7 +87,10 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
         r"| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
     **_rows("deepseek-v3 hunyuan-dense joyai-llm hy_v4", r"\p{N}{1,3}", _KANA, _DEEPSEEK3),
-    **_rows("deepseek-coder", r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN, DIGIT),
+    **_rows(
+        *("deepseek-coder", r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN, DIGIT),
+        unlike=_NO_SPACE,
+    ),
     **_rows("falcon", r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"),
     **_rows("bloom poro-chat gpt3-finnish", _BLOOM),
     **_rows("viking", _BLOOM, DIGIT),

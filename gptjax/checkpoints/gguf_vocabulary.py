@@ -333,10 +333,11 @@ def vocabulary_fields(tokenizer: PretrainedTokenizer, size: int, name: str) -> d
     lost, notes = find_differences(source, rebuilt)
     if lost:
         raise _refusal(lost)
-    if not is_pieces and PRE_TOKENIZERS[fields[_PREFIX + "pre"]].ascii_case:
+    pre = fields.get(_PREFIX + "pre", "")
+    if not is_pieces and PRE_TOKENIZERS[pre].unlike:
         notes.append(
-            f"llama.cpp's own pattern for {fields[_PREFIX + 'pre']!r} tells upper from lower case "
-            "in A to Z alone and knows no combining marks: it may cut other words elsewhere"
+            f"llama.cpp's own pattern for {pre!r} {PRE_TOKENIZERS[pre].unlike}, so it may cut some "
+            "words elsewhere"
         )
     for note in notes:
         cli.say(f"note: {note}")
