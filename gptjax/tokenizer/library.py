@@ -39,7 +39,8 @@ def complete(data: bytes, added: Sequence[Added]) -> dict[str, Any]:
                 entries[token.content]["special"] = True
             known = entries[token.content]["id"]
         else:
-            known = vocabulary.get(token.content, largest + 1)
+            free = largest + 1 if token.id is None else token.id
+            known = vocabulary.get(token.content, free)
             entries[token.content] = token.described(known)
             largest = max(largest, known)
         if token.id not in (None, known):
@@ -47,7 +48,32 @@ def complete(data: bytes, added: Sequence[Added]) -> dict[str, Any]:
                 f"the tokenizer's files give {token.content!r} the ids {token.id} and {known}"
             )
     described["added_tokens"] = sorted(entries.values(), key=lambda token: token["id"])
+    _keep_ids(described, vocabulary)
     return described
+
+
+def _keep_ids(described: dict[str, Any], vocabulary: Mapping[str, int]) -> None:
+    """Writes added tokens into the model's vocabulary where the library would number them anew.
+
+    It gives those that the vocabulary lacks the ids after it, whatever the file says. Raises
+    UserError where two tokens have one id, or the vocabulary is a list without gaps.
+    """
+    entries = described["added_tokens"]
+    lacking = {e["content"]: e["id"] for e in entries if e["content"] not in vocabulary}
+    owners = {i: token for token, i in vocabulary.items()}
+    for token, i in lacking.items():
+        if i in owners:
+            raise UserError(f"the tokenizer's files give {owners[i]!r} and {token!r} one id, {i}")
+    first = len(vocabulary)
+    if list(lacking.values()) == list(range(first, first + len(lacking))):
+        return
+    if isinstance(described["model"]["vocab"], list):
+        token, i = next(iter(lacking.items()))
+        raise UserError(
+            f"the tokenizer's files give {token!r} the id {i}: ids of added tokens must follow the "
+            f"vocabulary's {first:,} without a gap"
+        )
+    described["model"]["vocab"] = {**vocabulary, **lacking}
 
 
 def vocabulary_of(described: Mapping[str, Any]) -> dict[str, int]:
@@ -61,7 +87,7 @@ def vocabulary_of(described: Mapping[str, Any]) -> dict[str, int]:
 class LibraryReader:
     """Encodes and decodes as the file says.
 
-    size: ids, with the added tokens'. base_size: those of the model in the file. control: {name:
+    size: ids, with the added tokens'. base_size: those that text is cut to. control: {name:
     id} of the control tokens. token_bytes: what each id stands for, or None where a text is not
     the bytes of its ids one after another. leading_space: whether decoding removes the first
     space. prefix, suffix: ids that the file writes round every text.
@@ -73,7 +99,8 @@ class LibraryReader:
         described = complete(data, added)
         entries = described["added_tokens"]
         vocabulary = vocabulary_of(described)
-        self.base_size = max(vocabulary.values(), default=-1) + 1
+        names = {token["content"] for token in entries}
+        self.base_size = max([-1, *(i for t, i in vocabulary.items() if t not in names)]) + 1
         self.size = max([self.base_size - 1, *(token["id"] for token in entries)]) + 1
         self.control = {token["content"]: token["id"] for token in entries if token["special"]}
         self.is_bpe = described["model"].get("type", "BPE") == "BPE"

@@ -315,7 +315,13 @@ def llama_legacy() -> Kind:
         add_bos_token=True,
         add_eos_token=False,
         legacy=True,
-        bos_token={"content": "<s>", "lstrip": False, "rstrip": False, "normalized": True},
+        bos_token={
+            "__type": "AddedToken",
+            "content": "<s>",
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": True,
+        },
         pad_token=None,
         sp_model_kwargs={},
     )
@@ -489,6 +495,59 @@ def clip() -> Kind:
     )
     tokenizer.decoder = decoders.ByteLevel()
     return _of_library("clip", _end_of_word(tokenizer), end="<|endoftext|>")
+
+
+# ---- the files before tokenizer.json
+
+
+def _older(name: str, kind: Kind, tokenizer_class: str, **settings: object) -> Kind:
+    """The same tokenizer as vocab.json, merges.txt, added_tokens.json and names of tokens."""
+    described = json.loads(kind.files["tokenizer.json"])
+    added = {token["content"]: token["id"] for token in described["added_tokens"]}
+    special = [token["content"] for token in described["added_tokens"] if token["special"]]
+    vocabulary = {t: i for t, i in described["model"]["vocab"].items() if t not in added}
+    merges = [
+        pair if isinstance(pair, str) else " ".join(pair) for pair in described["model"]["merges"]
+    ]
+    config = {"tokenizer_class": tokenizer_class, "eos_token": kind.end, **settings}
+    files = {
+        "vocab.json": _json(vocabulary),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
+        "added_tokens.json": _json(added),
+        "special_tokens_map.json": _json(
+            {"eos_token": kind.end, "additional_special_tokens": special}
+        ),
+        "tokenizer_config.json": _json(config),
+    }
+    return dataclasses.replace(kind, name=name, files=files)
+
+
+@_kind
+def gpt2_older_files() -> Kind:
+    return _older("gpt2_older_files", gpt2(), "GPT2Tokenizer", errors="replace")
+
+
+@_kind
+def qwen2_older_files() -> Kind:
+    return _older("qwen2_older_files", qwen2(), "Qwen2Tokenizer", unk_token=None)
+
+
+@_kind
+def neox_older_files() -> Kind:
+    return _older("neox_older_files", neox(), "GPTNeoXTokenizer")
+
+
+@_kind
+def bert_older_files() -> Kind:
+    kind = bert_chinese()
+    vocabulary = json.loads(kind.files["tokenizer.json"])["model"]["vocab"]
+    files = {
+        "vocab.txt": "\n".join(sorted(vocabulary, key=vocabulary.__getitem__)).encode(),
+        "tokenizer_config.json": _json(
+            {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "eos_token": "[SEP]"}
+        ),
+    }
+    return dataclasses.replace(kind, name="bert_older_files", files=files)
 
 
 # ---- sentencepiece's own files
