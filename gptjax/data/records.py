@@ -54,7 +54,7 @@ class Record:
         if not isinstance(value, str):
             raise UserError(
                 f"{self.where} has no text under {setting} = {name!r}; "
-                f"fields are {', '.join(map(str, self.fields))}"
+                f"fields are {', '.join(map(str, self.fields))}{_records_within(self.fields)}"
             )
         if _SURROGATE.search(value):
             raise UserError(
@@ -62,6 +62,16 @@ class Record:
                 "character; correct or drop the row"
             )
         return value
+
+
+def _records_within(fields: Mapping[str, Any]) -> str:
+    """A hint where one of the fields is a list of records."""
+    for name, value in fields.items():
+        if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+            if "paragraphs" in value[0]:
+                return "; SQuAD's form is read with data.source = 'squad'"
+            return f"; {name!r} is a list of objects: for one record each, jq -c '.{name}[]'"
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,6 +90,11 @@ WRONG = {
     "laid out, wrong": ('{\n"text": "a",\n"id": x\n}', r"a.jsonl:3 is not JSON: .* at column 7"),
     "null": ('{"text": null}\n', r"a.jsonl:1: data.field = 'text' is null; fill it or drop"),
     "half a pair": ('{"text": "\\ud800"}\n', r"a.jsonl:1: .* holds half of a UTF-16 pair"),
+    "all in one": (
+        '{"version": 1, "rows": [{"text": "a"}]}',
+        r"a.jsonl:1 has no text .* version, rows; 'rows' is a list of objects: .*jq -c '.rows",
+    ),
+    "squad": ('{"data": [{"paragraphs": []}]}', r"SQuAD's form is read with data.source = 'squad'"),
     "zeros": ('{"text": "a\0"}\n', r"a.jsonl:1 is not JSON: Invalid control character at c"),
 }
 

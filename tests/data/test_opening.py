@@ -4,6 +4,8 @@ import bz2
 import gzip
 import io
 import lzma
+import shutil
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -154,6 +156,10 @@ def test_what_is_no_text_is_named_with_a_way_out(tmp_path, name):
     with pytest.raises(UserError, match="a.txt " + message) as error:
         documents("text", tmp_path)
     assert len(str(error.value).splitlines()) == 1
+    if "iconv -f UTF" in str(error.value) and shutil.which("iconv"):  # it works
+        command = str(error.value).partition("such as with ")[2]
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        assert documents("text", tmp_path / "converted.txt")[0].startswith("plain")
 
 
 def test_text_that_looks_odd_is_text(tmp_path):
