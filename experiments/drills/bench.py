@@ -146,9 +146,9 @@ class Bench:
             **options,
         )
 
-    def begin(self) -> None:
-        """A run that stopped after 20 of its 60 steps."""
-        running = self.train("--config.train.stop_at=20")
+    def begin(self, *, steps: int = 60) -> None:
+        """A run that stopped after 20 of its steps."""
+        running = self.train("--config.train.stop_at=20", steps=steps)
         code = running.end()
         assert code == 0 and self.saved() == 20, running.text
 

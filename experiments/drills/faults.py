@@ -150,8 +150,8 @@ def generate_full(bench: Bench) -> str:
 
 @drill("a limit on the size of files, which TensorBoard's meets first")
 def tensorboard_limit(bench: Bench) -> str:
-    running = bench.train(*_EVERY_STEP, steps=500, shell=_SHORT_LIMIT)
-    return trained(bench, running, steps=500, says="tracker tensorboard: OSError: File too large")
+    running = bench.train(*_EVERY_STEP, steps=1500, shell=_SHORT_LIMIT)
+    return trained(bench, running, steps=1500, says="tracker tensorboard: OSError: File too large")
 
 
 @drill("SIGTERM after TensorBoard's disk is full")
@@ -174,7 +174,7 @@ def tensorboard_disk(bench: Bench) -> str:
 @drill("the disk of the run fills up, and is freed for the next start", disk=True)
 def run_disk(bench: Bench) -> str:
     with small_disk(bench.run, 4) as disk:
-        bench.begin()
+        bench.begin(steps=3000)
         running = bench.train(*_EVERY_STEP, steps=3000)
         running.wait_for("step 30/")
         filler = fill(disk)
@@ -355,6 +355,7 @@ def tokenizer_torn(bench: Bench) -> str:
     assert bench.train(*flags, "--config.train.stop_at=20").end() == 0
     cached = _only(bench.folder / "cache" / "tokenizers")
     os.truncate(cached, 3000)
+    shutil.rmtree(bench.run)  # which has its own
     return trained(bench, bench.train(*flags), says=": damaged; set aside as")
 
 
@@ -435,7 +436,7 @@ def run_drill(name: str, folder: Path, cache: Path) -> tuple[bool, str]:
     except HangError as hang:
         return False, f"HANGS: {hang}"
     except AssertionError as error:
-        return False, f"FAILS: {error}"
+        return False, f"FAILS: {str(error)[:200]} ... {str(error)[-1500:]}"
 
 
 def run_all(names: list[str], *, jobs: int = 1) -> dict[str, tuple[bool, str]]:

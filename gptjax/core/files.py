@@ -44,8 +44,18 @@ def cache_path(*parts: str) -> Path:
 def cache_dir(*parts: str) -> Path:
     """The folder `cache_path`, created."""
     path = cache_path(*parts)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     return path
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it. One that is there will do; a file there is named."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(
+            errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename
+        ) from None
 
 
 def reason(error: BaseException) -> str:
@@ -74,7 +84,7 @@ def explain(error: OSError) -> str:
 
 def _existing(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:
         path = path.parent
     return path
 
@@ -85,9 +95,9 @@ def atomic(path: Path) -> Iterator[Path]:
 
     So a reader never sees half a file. An OSError of the writing names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     name = ""
     try:
+        make_folder(path.parent)
         prefix = f".{path.name}."
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=path.suffix)
         os.close(handle)
@@ -128,7 +138,7 @@ def report_text(path: Path, text: str) -> bool:
 
     What is in its place and no file is set aside.
     """
-    if path.is_dir() or (path.is_symlink() and not path.exists()):
+    if os.path.isdir(path) or (os.path.islink(path) and not os.path.exists(path)):
         set_aside(path, "not a file")
     try:
         write_text(path, text)
@@ -251,8 +261,8 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     If another process holds it, raises UserError with its host and pid, or waits.
     """
     path = folder / ".lock"
-    folder.mkdir(parents=True, exist_ok=True)
-    if os.path.lexists(path) and not path.is_file():
+    make_folder(folder)
+    if os.path.lexists(path) and not os.path.isfile(path):
         set_aside(path, "not a file")
     with open(path, "ab+", buffering=0) as file:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +52,8 @@ def stored_run_id(folder: Path, create: Callable[[], str]) -> str:
     A resumed run finds it and continues the same run of the service.
     """
     path = folder / "run_id"
-    if path.is_file() and (run_id := path.read_text(encoding="utf-8", errors="replace").strip()):
+    stored = path.read_text(encoding="utf-8", errors="replace") if os.path.isfile(path) else ""
+    if run_id := stored.strip():
         if run_id.isprintable() and "\ufffd" not in run_id:
             return run_id
         files.set_aside(path, "holds no run id")

@@ -76,7 +76,7 @@ def as_json(values: dict[str, float]) -> dict[str, Any]:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file. Damaged lines, or all of a damaged file, are left out."""
     try:
-        lines = path.read_bytes().splitlines() if path.is_file() else []
+        lines = path.read_bytes().splitlines() if os.path.isfile(path) else []
     except OSError:
         return []
     return [record for record in map(_parse, lines) if record is not None]
@@ -109,7 +109,7 @@ def _keep_until(path: Path, start: int) -> None:
 
     Damaged lines go, and what is no file; as they were, they are set aside and named.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         if os.path.lexists(path):
             files.set_aside(path, "not a file")
         return

@@ -26,7 +26,7 @@ class TensorBoardTracker:
         from tensorboardX.record_writer import RecordWriter
 
         folder = run.workdir / "tb"
-        if os.path.lexists(folder) and not folder.is_dir():
+        if os.path.lexists(folder) and not os.path.isdir(folder):
             files.set_aside(folder, "not a folder")
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"

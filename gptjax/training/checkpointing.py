@@ -19,6 +19,7 @@ from gptjax.checkpoints.workdir import fault, read_meta, steps_in
 from gptjax.config.build import changes, from_stored
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config
+from gptjax.core import cli, files
 from gptjax.core.types import Array, Params, TrainState
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.kinds import load_tokenizer
@@ -71,7 +72,8 @@ def kept_tokenizer(workdir: Path, config: Config) -> Tokenizer | None:
         if (stored.tokenizer, stored.tokenizer_vocab) != (data.tokenizer, data.tokenizer_vocab):
             return None
         return load_tokenizer(workdir / "tokenizer")
-    except (UserError, OSError, ValueError, KeyError):
+    except (UserError, OSError, ValueError, KeyError) as error:
+        cli.say(f"warning: the run's own tokenizer: {files.reason(error)}; it is made again")
         return None
 
 

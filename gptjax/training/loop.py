@@ -8,6 +8,7 @@ not finished, because the run was stopped or killed, is owed: a resumed run begi
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -319,14 +320,15 @@ def owed(run: Run, step: int, last: int) -> Due:
         groups.append("answers/")
     evaluated = all(any(name.startswith(group) for name in recorded) for group in groups)
     evaluated = distributed.of_first_process(evaluated)  # which alone writes records
-    return Due(due.evaluate and not evaluated, due.sample and not sample_path(run, step).exists())
+    sampled = os.path.exists(sample_path(run, step))  # False where it may not be looked at
+    return Due(due.evaluate and not evaluated, due.sample and not sampled)
 
 
 def recorded_at(workdir: Path, step: int) -> dict[str, Any]:
     """All values that metrics.jsonl has of a step."""
     path = workdir / "metrics.jsonl"
     values: dict[str, Any] = {}
-    for record in read_jsonl(path) if path.exists() else []:
+    for record in read_jsonl(path):
         if record["step"] == step:
             values |= record
     return values

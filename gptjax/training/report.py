@@ -65,10 +65,10 @@ def clear_way(workdir: Path) -> None:
     folder called `config.json`.
     """
     for name in _FILES:
-        if os.path.lexists(workdir / name) and not (workdir / name).is_file():
+        if os.path.lexists(workdir / name) and not os.path.isfile(workdir / name):
             files.set_aside(workdir / name, "not a file")
     for name in _FOLDERS:
-        if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
+        if os.path.lexists(workdir / name) and not os.path.isdir(workdir / name):
             files.set_aside(workdir / name, "not a folder")
 
 

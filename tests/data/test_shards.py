@@ -2,12 +2,14 @@
 
 import itertools
 import multiprocessing
+import shutil
 
 import numpy as np
 import pytest
 from conftest import make_config
 
 from gptjax.config.errors import UserError
+from gptjax.core import files
 from gptjax.data import shards
 from gptjax.data.sources import TRAIN
 from gptjax.tokenizer.trained import ByteTokenizer
@@ -113,3 +115,65 @@ def test_a_folder_in_use_is_refused_by_name(tmp_path):
     other.join()
     with files.lock(tmp_path):
         assert (tmp_path / ".lock").exists()
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "meta is empty": lambda folder: (folder / "meta.json").write_text(""),
+    "meta is something else": lambda folder: (folder / "meta.json").write_text("{}"),
+    "meta is a list": lambda folder: (folder / "meta.json").write_text("[]"),
+    "meta is no UTF-8": lambda folder: (folder / "meta.json").write_bytes(b"{\xff}"),
+    "a shard is cut": lambda folder: _cut(folder / "train-00000.tokens.npy"),
+    "a shard is gone": lambda folder: (folder / "train-00000.offsets.npy").unlink(),
+    "no tokenizer": lambda folder: shutil.rmtree(folder / "tokenizer"),
+    "a file for a folder": lambda folder: (shutil.rmtree(folder), folder.write_text("")),
+}
+HALF_MADE = {
+    "its shard is gone": lambda folder: (folder / "train-00000.tokens.npy").unlink(),
+    "its record is cut": lambda folder: _cut(folder / "train-00000.json"),
+    "its record is no object": lambda folder: (folder / "train-00000.json").write_text("7"),
+    "its key is no UTF-8": lambda folder: (folder / "key").write_bytes(b"\xff"),
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, *HALF_MADE])
+def test_damaged_data_of_the_cache_is_set_aside_and_prepared_anew(
+    damage, tmp_path, corpus, monkeypatch, capsys
+):
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
+    config = config_for(corpus, eval_fraction=0.1)
+    prepared = shards.ensure(config)
+    before = next(prepared.arrays(TRAIN))[0].tolist()
+    if damage in HALF_MADE:
+        (prepared.folder / "meta.json").unlink()
+    (DAMAGES | HALF_MADE)[damage](prepared.folder)
+    capsys.readouterr()
+    again = shards.ensure(config)
+    assert next(again.arrays(TRAIN))[0].tolist() == before
+    assert capsys.readouterr().err.count("it is prepared anew; set aside as") == 1
+    assert shards.ensure(config).folder == prepared.folder
+    assert "anew" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, *HALF_MADE])
+def test_damaged_data_of_the_user_is_refused(damage, tmp_path, corpus):
+    config = config_for(corpus, eval_fraction=0.1)
+    folder = tmp_path / "own"
+    shards.prepare(config, folder)
+    if damage in HALF_MADE:
+        (folder / "meta.json").unlink()
+    (DAMAGES | HALF_MADE)[damage](folder)
+    with pytest.raises(UserError, match=str(folder)):
+        shards.prepare(config, folder)
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_a_way_out(tmp_path, corpus, monkeypatch):
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(OSError) as raised:
+        shards.ensure(config_for(corpus, eval_fraction=0.1))
+    assert "export GPTJAX_CACHE=FOLDER" in files.explain(raised.value)

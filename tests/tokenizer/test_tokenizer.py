@@ -1,5 +1,7 @@
 """Tokenizers lose nothing, keep control tokens out of text, and survive saving."""
 
+import os
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -122,10 +124,15 @@ def test_lone_surrogates_are_refused(any_text):
         any_text.encode("a\ud800b")
 
 
-def test_training_is_repeatable_and_vocabulary_limits_are_clear(trained, cache):
-    for file in (cache / "tokenizers").glob("*.model"):
-        file.unlink()
+def test_training_is_repeatable_and_vocabulary_limits_are_clear(
+    trained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path))
     assert SentencePieceTokenizer.train([TEXT], 400).fingerprint == trained.fingerprint
+    (cached,) = (tmp_path / "tokenizers").iterdir()
+    os.truncate(cached, cached.stat().st_size - 1)
+    assert SentencePieceTokenizer.train([TEXT], 400).fingerprint == trained.fingerprint
+    assert f"{cached}: damaged; set aside as" in capsys.readouterr().err
     with pytest.raises(UserError, match="no text"):
         SentencePieceTokenizer.train([""], 400)
 

@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from html.parser import HTMLParser
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -235,3 +236,47 @@ def test_a_chart_needs_two_points_and_a_logarithm_positive_ones():
     assert charts.draw(zeros, log=True) is None
     flat = charts.make_chart("t", "u", {"a": [Point(0, 2.0), Point(2, 2.0)]}, log="xy")
     assert charts.draw(flat) and charts.draw(flat, log=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", "folder", "loop"])
+def test_a_damaged_run_json_is_set_aside_and_begun_anew(content, tmp_path, capsys):
+    path = tmp_path / "run.json"
+    if content == "folder":
+        (path / "full").mkdir(parents=True)
+    elif content == "loop":
+        path.symlink_to(path)
+    else:
+        path.write_bytes(content)
+    report.mark(tmp_path, status="running")
+    report.mark(tmp_path, step=3)
+    assert json.loads(path.read_text()) == {"status": "running", "step": 3}
+    (aside,) = (tmp_path / "damaged").iterdir()
+    assert capsys.readouterr().err.count(str(aside)) == 1
+
+
+def test_what_stands_in_the_place_of_records_is_set_aside(tmp_path, capsys):
+    (tmp_path / "config.json").mkdir()
+    (tmp_path / "tb").write_text("")
+    (tmp_path / "samples").symlink_to("samples")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("")
+    report.clear_way(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"damaged", "tokenizer", "metrics.jsonl"}
+    assert capsys.readouterr().err.count("set aside as") == 3
+
+
+@pytest.mark.parametrize("fault", ["page", "file", "sample"])
+def test_a_report_that_cannot_be_made_ends_nothing(fault, tmp_path, prepared, monkeypatch, capsys):
+    config, data = prepared
+    folder = workdir_of(tmp_path / "run", config, [(12, {"eval/bits_per_byte": 2.0})])
+    if fault == "page":
+        (folder / "config.json").write_text("")
+    elif fault == "file":
+        full = OSError(28, "No space left on device")
+        monkeypatch.setattr(report.files, "write_text", Mock(side_effect=full))
+    else:
+        (folder / "samples" / "13.txt").write_bytes(b"\xff text")
+    assert report.write(folder, data) == (fault == "sample")
+    message = capsys.readouterr().err
+    assert ("report.html" in message) == (fault != "sample")
