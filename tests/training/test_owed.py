@@ -7,7 +7,7 @@ import signal
 import pytest
 from conftest import TINY
 
-from gptjax.core import cli
+from gptjax.core import cli, files
 from gptjax.runtime.compile_cache import Compiles
 from gptjax.runtime.interrupt import SIGNALS, Interrupted, Stop
 from gptjax.tracking.jsonl import read_jsonl
@@ -205,8 +205,25 @@ def test_a_second_signal_ends_at_once():
         os.kill(os.getpid(), signal.SIGHUP)
 
 
-def test_a_sample_that_cannot_be_written_ends_nothing(corpus, tmp_path, capsys):
+def test_a_file_in_the_place_of_samples_is_set_aside(corpus, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "samples").write_text("in its place")
     assert run(corpus, tmp_path / "run")["status"] == "finished"
-    assert "the sample of step 3 was not written" in capsys.readouterr().err
+    assert "samples: not a folder; set aside as" in capsys.readouterr().err
+    assert (tmp_path / "run" / "samples" / "3.txt").is_file()
+
+
+def test_a_sample_for_which_there_is_no_space_ends_nothing(corpus, tmp_path, capsys, monkeypatch):
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(files, "write_text", only_for("samples", full, files.write_text))
+    assert run(corpus, tmp_path / "run")["status"] == "finished"
+    assert "3.txt could not be written: No space left on device" in capsys.readouterr().err
+
+
+def only_for(folder, error, write):
+    def write_or_raise(path, text):
+        if path.parent.name == folder:
+            raise error
+        write(path, text)
+
+    return write_or_raise
