@@ -126,6 +126,11 @@ def _data_checks(c: Config) -> list[str]:
     data, source = c.data, load_table(SOURCE_TABLE)[c.data.source]
     fault = source.check(data)
     faults = [fault] if fault else []
+    if data.separator and data.source != "text":
+        faults.append(
+            f"data.separator = {data.separator!r} cuts files of data.source = 'text', and "
+            f"data.source = {data.source!r} has documents already: leave it out"
+        )
     if not source.split_names:
         if data.train_split != "train":
             faults.append(

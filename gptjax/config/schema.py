@@ -53,6 +53,11 @@ class DataConfig:
         "Held-out data; empty = hold some of the training data out (see eval_fraction).",
         shapes=False,
     )
+    separator: str = setting(
+        "",
+        "text: where a file is cut into documents, such as <|endoftext|>; it belongs to none of "
+        "them. Empty = a file is a document.",
+    )
     field: str = setting("text", "Records: the field that holds a document's text.")
     columns: tuple[str, ...] = setting(
         (), "lines, and csv without a header line: the names of the fields."
@@ -80,9 +85,17 @@ class DataConfig:
     )
     eval_fraction: float = setting(
         0.1,
-        "Fraction of the documents that is held out; of a single document, its end.",
+        "Share of the text that is held out, give or take a fifth of it: documents spread over the "
+        "set, or the ends of long ones. Tasks: the share of the rows.",
         low=0.0,
         high=0.5,
+    )
+    overlap: str = setting(
+        "drop",
+        "Training documents or rows with the content of held-out ones: drop leaves them out of "
+        "training, keep trains on them, refuse is an error.",
+        choices=("drop", "keep", "refuse"),
+        shapes=False,  # what it leaves out is compared on resume
     )
     tokenizer: str = setting(
         "sentencepiece",

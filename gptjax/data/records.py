@@ -109,5 +109,10 @@ def is_held_out(i: int, *, count: int, fraction: float) -> bool:
     """Whether record `i` of `count` is held out: every n-th is, with n = 1 / fraction."""
     if not (count and fraction):
         return False
-    every = min(round(1 / fraction), count)
+    every = held_out_every(count, fraction)
     return i % every == every - 1
+
+
+def held_out_every(count: int, fraction: float) -> int:
+    """n, where every n-th of `count` records is held out."""
+    return min(round(1 / fraction), count)

@@ -25,11 +25,46 @@ class PassedOver:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What is held out of training, and what is on both sides.
+
+    how: which, in words. share: of all there is, 0 to 1; size: number of `unit`s (characters of
+    text, rows of a task). overlap: training documents (or rows) with the content of held-out ones,
+    and the first names; None where only ends of documents are held out. policy: what became of
+    them (data.overlap).
+    """
+
+    how: str
+    share: float
+    size: int
+    unit: str = "characters"
+    overlap: int | None = None
+    names: tuple[str, ...] = ()
+    policy: str = "drop"
+
+    def lines(self) -> list[str]:
+        """As a run says it."""
+        if not self.size:
+            return [f"held out: nothing ({self.how}), so there is no evaluation"]
+        noun = "row" if self.unit == "rows" else "document"
+        lines = [f"held out: {100 * self.share:.3g} % ({self.size:,} {self.unit}), {self.how}"]
+        if self.overlap == 0:
+            lines[0] += f"; no training {noun} is the same as a held-out one"
+        if not self.overlap:
+            return lines
+        named = f"{', '.join(self.names)}{', ...' if self.overlap > len(self.names) else ''}"
+        done = "left out of training" if self.policy == "drop" else "warning: trained on"
+        what = f"{counted(self.overlap, noun)} with the content of held-out ones ({named})"
+        lines.append(f"{done}: {what}; data.overlap = {self.policy!r}")
+        return lines
+
+
+@dataclasses.dataclass(frozen=True)
 class Selection:
     """What was taken of one path or split.
 
     files, size: number of the files read and their bytes on disk; 0 where a data set has none.
-    documents: number of documents or records in them.
+    documents: number of documents or records in them. held_out: what of them, or beside them, is.
     """
 
     path: str = ""
@@ -37,6 +72,7 @@ class Selection:
     size: int = 0
     documents: int = 0
     passed_over: tuple[PassedOver, ...] = ()
+    held_out: HeldOut | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Selection:
@@ -45,7 +81,10 @@ class Selection:
             PassedOver(entry["reason"], entry["count"], tuple(entry["names"]))
             for entry in values["passed_over"]
         )
-        return cls(**{**values, "passed_over": passed_over})
+        held_out = values.get("held_out")
+        if held_out:
+            held_out = HeldOut(**{**held_out, "names": tuple(held_out["names"])})
+        return cls(**{**values, "passed_over": passed_over, "held_out": held_out})
 
 
 def passed_over(names_by_reason: Mapping[str, Iterable[str]]) -> tuple[PassedOver, ...]:
@@ -69,6 +108,8 @@ def describe(selections: Mapping[str, Selection]) -> list[str]:
         lines.append(f"{name}: {selection.path}: {', '.join(taken)}")
         if selection.passed_over:
             lines.append(f"{name}: passed over {say_passed_over(selection.passed_over)}")
+        if selection.held_out:
+            lines += selection.held_out.lines()
     return lines
 
 

@@ -146,11 +146,13 @@ def prepare(config: Config, folder: Path, *, shard_tokens: int = SHARD_TOKENS) -
     return _prepare(config, source, _make_tokenizer(config, source), folder, shard_tokens)
 
 
-def ensure(config: Config, text_tokenizer: Tokenizer | None = None) -> Prepared:
+def ensure(
+    config: Config, text_tokenizer: Tokenizer | None = None, *, resumed: str = ""
+) -> Prepared:
     """The shards of `config.data`: an existing folder (`data.source = 'shards'`), or the cache's.
 
     In the cache they are made once. `text_tokenizer` takes the place of the one that the config
-    names. Raises UserError for wrong input.
+    names. resumed: see `sources.open_source`. Raises UserError for wrong input.
     """
     if config.data.source == "shards":
         prepared = open_prepared(Path(config.data.path).expanduser())
@@ -161,7 +163,7 @@ def ensure(config: Config, text_tokenizer: Tokenizer | None = None) -> Prepared:
             )
         selection.say(prepared.selections)
         return dataclasses.replace(prepared, tokenizer=text_tokenizer or prepared.tokenizer)
-    source = sources.open_source(config.data)
+    source = sources.open_source(config.data, resumed)
     selection.say(source.selections)
     text_tokenizer = text_tokenizer or _make_tokenizer(config, source)
     key = files.digest(str(_FORMAT), source.fingerprint, text_tokenizer.fingerprint)

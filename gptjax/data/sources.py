@@ -9,29 +9,22 @@ or one that opens documents. The choices of the setting `data.source` are read f
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 from gptjax.config.errors import UserError, nearest
 from gptjax.config.schema import DataConfig
-from gptjax.core import files
+from gptjax.core import cli, files
+from gptjax.data.held_out import Documents, choose_split
 from gptjax.data.readers import csv, datasets, jsonl, lines, parquet, sotu, squad, tfds
 from gptjax.data.readers.finding import Files, find_files, listed_files
 from gptjax.data.readers.opening import read_text
-from gptjax.data.records import SplitRecords, is_held_out
-from gptjax.data.selection import Selection
+from gptjax.data.records import SplitRecords
+from gptjax.data.selection import Selection, passed_over
 
 TRAIN, EVAL = "train", "eval"
-
-
-@dataclasses.dataclass(frozen=True)
-class Documents:
-    """`count` documents in a fixed order, and a hash of their content."""
-
-    count: int
-    fingerprint: str
-    read: Callable[[], Iterator[str]]
-    selection: Selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +111,17 @@ def held_out_split(config: DataConfig) -> tuple[str, str] | None:
     return path, names[0] if names else ""
 
 
+def say_other_splits(config: DataConfig) -> None:
+    """Says that none of a data set's named splits is held out."""
+    names_of = SOURCES[config.source].split_names
+    names = names_of(config, config.path) if names_of else ()
+    if len(names) > 1 and config.eval_fraction:
+        cli.say(
+            f"{config.name or config.path} has no split 'validation' (it has {', '.join(names)}): "
+            f"some of {config.train_split!r} is held out; data.eval_split names another"
+        )
+
+
 def other_split(config: DataConfig, name: str) -> str:
     """`name` where the data set has a split of that name. Raises UserError."""
     names_of = SOURCES[config.source].split_names
@@ -142,11 +146,12 @@ def _existing_split(
     )
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, resumed: str = "") -> Source:
     """The documents of both splits.
 
-    Raises UserError for a missing path, an empty set, text that is not UTF-8 or a field that is
-    not there.
+    resumed: the fingerprint of a run that goes on; where an earlier version held out other text
+    under the same settings, that is done again. Raises UserError for a missing path, an empty set,
+    text that is not UTF-8 or a field that is not there.
     """
     open_documents = SOURCES[config.source].open_documents or _open_field
     main = open_documents(config, config.path, training_split(config, config.path))
@@ -156,31 +161,24 @@ def open_source(config: DataConfig) -> Source:
         )
     place = held_out_split(config)
     held_out = open_documents(config, *place) if place else None
+    split = choose_split(config, main, held_out, resumed)
+    if not held_out:
+        say_other_splits(config)
 
-    def documents(split: str) -> Iterator[str]:
-        if held_out is None:
-            yield from _split(main, split, config)
-        else:
-            yield from (main if split == TRAIN else held_out).read()
+    def documents(name: str) -> Iterator[str]:
+        if held_out and name == EVAL:
+            yield from held_out.read()
+            return
+        part_of = split.training_part if name == TRAIN else split.held_out_part
+        for i, text in enumerate(main.read()):
+            part = part_of(i, text)
+            if part is not None:
+                yield part
 
-    rule = held_out.fingerprint if held_out else f"{config.source} {config.eval_fraction}"
-    selections = {"data": main.selection}
+    selections = {"data": dataclasses.replace(main.selection, held_out=split.held_out)}
     if held_out:
         selections["held-out data"] = held_out.selection
-    return Source(files.digest(main.fingerprint, rule), documents, selections)
-
-
-def _split(documents: Documents, split: str, config: DataConfig) -> Iterator[str]:
-    """Documents spread evenly over the set are held out; of a single document, its end."""
-    n, fraction = documents.count, config.eval_fraction
-    if n == 1 and fraction:
-        text = next(documents.read())
-        cut = int(len(text) * (1 - fraction))
-        yield text[:cut] if split == TRAIN else text[cut:]
-        return
-    for i, text in enumerate(documents.read()):
-        if is_held_out(i, count=n, fraction=fraction) == (split == EVAL):
-            yield text
+    return Source(split.fingerprint, documents, selections)
 
 
 def _open_files(found: Files) -> Documents:
@@ -189,13 +187,62 @@ def _open_files(found: Files) -> Documents:
             yield read_text(p)
 
     selection = dataclasses.replace(found.selection, documents=len(found.paths))
-    return Documents(len(found.paths), files.digest(*found.checksums), read, selection)
+    return Documents(
+        len(found.paths),
+        files.digest(*found.checksums),
+        read,
+        selection,
+        lambda i: found.paths[i].name,
+    )
 
 
 def _open_text(config: DataConfig, path: str, split: str) -> Documents:
-    """Each file is a document."""
+    """Each file is a document, or several with data.separator between them."""
     found = find_files(path, (".txt", ".md", ".text"), keep_duplicates=config.duplicates == "keep")
-    return _open_files(found)
+    whole = _open_files(found)
+    separator = config.separator
+    if not separator:
+        return whole
+    counts: list[int] = []  # documents of each file
+    blank: list[str] = []
+    for i, text in enumerate(whole.read()):
+        parts = [bool(part.strip()) for part in _split_text(text, separator)]
+        counts.append(sum(parts))
+        blank += [f"{whole.name(i)} part {k}" for k, full in enumerate(parts, 1) if not full]
+    count = sum(counts)
+    if path == config.path and count + len(blank) == whole.count:
+        raise UserError(
+            f"data.separator = {separator!r} stands nowhere in the {whole.count:,} files of "
+            f"data.path = {path!r}: correct it or leave it out"
+        )
+
+    def read() -> Iterator[str]:
+        for text in whole.read():
+            for part in _split_text(text, separator):
+                if part.strip():
+                    yield part
+
+    def name(i: int) -> str:
+        begins = [0, *itertools.accumulate(counts)]
+        file = bisect.bisect_right(begins, i) - 1
+        return f"{whole.name(file)} document {i - begins[file] + 1}"
+
+    left_out = passed_over({"blank between separators": blank})
+    selection = dataclasses.replace(
+        whole.selection,
+        documents=count,
+        passed_over=(*whole.selection.passed_over, *left_out),
+    )
+    fingerprint = files.digest(whole.fingerprint, separator)
+    return Documents(count, fingerprint, read, selection, name)
+
+
+def _split_text(text: str, separator: str) -> Iterator[str]:
+    """The texts between separators; the line end right after one belongs to it."""
+    first, *others = text.split(separator)
+    yield first
+    for part in others:
+        yield part.removeprefix("\r\n").removeprefix("\n") if part[:1] in "\r\n" else part
 
 
 def _open_sotu(config: DataConfig, path: str, split: str) -> Documents:
@@ -213,7 +260,9 @@ def _open_field(config: DataConfig, path: str, split: str) -> Documents:
 
     next(read(), "")  # a wrong field is reported before a tokenizer is trained
     fingerprint = files.digest(config.field, records.fingerprint)
-    return Documents(records.count, fingerprint, read, records.selection)
+    return Documents(
+        records.count, fingerprint, read, records.selection, lambda i: f"record {i + 1}"
+    )
 
 
 SOURCES: dict[str, SourceKind] = {

@@ -35,7 +35,7 @@ def held_out_scores(
     *,
     before_batch: Callable[[], None],
 ) -> dict[str, float]:
-    """Means over the held-out split, each target once.
+    """Means over the held-out split, each target once; empty where it has no target.
 
     Of text: loss (nats), perplexity, bits per byte. Of classes and preferences: loss, accuracy. Of
     numbers: loss. eval_step: (params, batch, frozen) to sums of loss, weight, correct predictions.
@@ -61,6 +61,8 @@ def held_out_scores(
         total += batch_total
         weight += batch_weight
         correct += batch_correct
+    if not weight:
+        return {}
     scores = {"eval/loss": total / weight}
     if len(labels) == 1:
         return scores
@@ -68,7 +70,8 @@ def held_out_scores(
         scores["eval/accuracy"] = correct / weight
         return scores
     scores["eval/perplexity"] = math.exp(min(scores["eval/loss"], _MAX_LOSS))
-    scores["eval/bits_per_byte"] = total / math.log(2) / max(byte_count, 1.0)
+    if byte_count:  # else nothing but ends of empty documents
+        scores["eval/bits_per_byte"] = total / math.log(2) / byte_count
     return scores
 
 

@@ -52,16 +52,18 @@ class Examples:
         return "; ".join(parts)
 
 
-def load_examples(config: Config, tokenizer: Tokenizer | None = None) -> Examples:
+def load_examples(
+    config: Config, tokenizer: Tokenizer | None = None, *, resumed: str = ""
+) -> Examples:
     """The examples that the config names.
 
-    Without a tokenizer, the one that data.tokenizer names is made of the training split. Raises
-    UserError.
+    Without a tokenizer, the one that data.tokenizer names is made of the training split. resumed:
+    the fingerprint of a run that goes on, see `read_splits`. Raises UserError.
     """
     task = task_of(config.task)
     if config.task.eval_samples:
         task.check_package()
-    splits = read_splits(config)
+    splits = read_splits(config, resumed)
     selection.say(splits.selections)
     if tokenizer is None:
         every_row = [*splits.train, *splits.eval]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +14,10 @@ from gptjax.config.schema import Config, DataConfig
 from gptjax.core import files
 from gptjax.data import sources
 from gptjax.data.records import Record, SplitRecords, is_held_out, subsample_evenly
-from gptjax.data.selection import Selection
+from gptjax.data.selection import HeldOut, Selection, counted
 
 _MAX_WEIGHT = 1e4  # of a file of data.mixture
+_NAMES = 3  # places given of rows on both sides; the rest are counted
 
 
 class Splits(NamedTuple):
@@ -29,37 +32,94 @@ class Splits(NamedTuple):
     selections: dict[str, Selection]
 
 
-def read_splits(config: Config) -> Splits:
-    """The rows that the config names. Raises UserError where there is nothing to train on."""
+def read_splits(config: Config, resumed: str = "") -> Splits:
+    """The rows that the config names.
+
+    resumed: the fingerprint of a run that goes on; one that an earlier version began keeps rows
+    that are on both sides. Raises UserError where there is nothing to train on.
+    """
     d = config.data
     main = sources.read_records(d, d.path, sources.training_split(d, d.path))
     selections = {"data": main.selection}
     fingerprints = [main.fingerprint, str(d.eval_fraction)]
-    if place := sources.held_out_split(d):
+    place = sources.held_out_split(d)
+    if place:
         held_out = sources.read_records(d, *place)
         fingerprints.append(held_out.fingerprint)
         selections["held-out data"] = held_out.selection
         train_rows = list(_with_unique_ids(main.read()))
         eval_rows = list(_with_unique_ids(held_out.read()))
+        how = f"{held_out.selection.path} of its own"
     else:
         train_rows, eval_rows = [], []
         for i, row in enumerate(_with_unique_ids(main.read())):
             held_out_row = is_held_out(i, count=main.count, fraction=d.eval_fraction)
             (eval_rows if held_out_row else train_rows).append(row)
-    train_rows = subsample_evenly(train_rows, d.train_limit)
-    eval_rows = subsample_evenly(eval_rows, d.eval_limit)
+        how = f"{len(eval_rows):,} of {main.count:,}"
+        sources.say_other_splits(d)
+    mixture = []
     for entry in d.mixture:
         path, weight = _mixture_entry(entry)
         extra = sources.read_records(d, path, sources.training_split(d, path))
         selections[f"mixture {entry}"] = extra.selection
         fingerprints += [extra.fingerprint, entry.rpartition("=")[2]]
-        train_rows += _repeat(list(_with_unique_ids(extra.read())), weight)
+        mixture.append((list(_with_unique_ids(extra.read())), weight))
+
+    every_row = [*train_rows, *itertools.chain(*(rows for rows, _ in mixture))]
+    same = _on_both_sides(every_row, eval_rows)
+    goes_on = resumed == files.digest(*fingerprints)  # which is what earlier versions give
+    policy = "keep" if goes_on else _overlap_policy(d, every_row, same, own=bool(place))
+    if same and policy == "drop":
+        fingerprints.append("without overlap")
+        train_rows = [row for row in train_rows if row.where not in same]
+        mixture = [([row for row in rows if row.where not in same], w) for rows, w in mixture]
+    share = len(eval_rows) / max(len(eval_rows) + len(every_row), 1)
+    told = HeldOut(
+        how, share, len(eval_rows), "rows", len(same), tuple(list(same)[:_NAMES]), policy
+    )
+    selections["data"] = dataclasses.replace(main.selection, held_out=told)
+
+    train_rows = subsample_evenly(train_rows, d.train_limit)
+    eval_rows = subsample_evenly(eval_rows, d.eval_limit)
+    for rows, weight in mixture:
+        train_rows += _repeat(rows, weight)
     if not train_rows:
         raise UserError(
             f"data.path = {d.path!r}: the training split is empty; "
             f"lower data.eval_fraction = {d.eval_fraction}"
         )
     return Splits(train_rows, eval_rows, files.digest(*fingerprints), selections)
+
+
+def _content(row: Record) -> str:
+    """All fields of a row but its id, which names it."""
+    fields = {name: value for name, value in row.fields.items() if name != "id"}
+    return json.dumps(fields, sort_keys=True, default=repr)
+
+
+def _on_both_sides(train_rows: list[Record], eval_rows: list[Record]) -> dict[str, None]:
+    """The places of training rows with the content of a held-out row, in their order."""
+    held_out = {_content(row) for row in eval_rows}
+    return dict.fromkeys(row.where for row in train_rows if held_out and _content(row) in held_out)
+
+
+def _overlap_policy(d: DataConfig, rows: list[Record], same: dict[str, None], *, own: bool) -> str:
+    """data.overlap. Raises UserError where it refuses, or would leave nothing to train on."""
+    if d.overlap == "refuse" and same:
+        raise UserError(
+            f"{counted(len(same), 'training row')} with the content of held-out ones "
+            f"({', '.join(list(same)[:_NAMES])}): "
+            "remove them, or set data.overlap = 'drop'"
+        )
+    if d.overlap != "drop" or len(same) < len(rows):
+        return d.overlap
+    if own and same:
+        raise UserError(
+            f"every row of data.path = {d.path!r} is held out too: nothing is left to train on.\n"
+            "Leave data.eval_path and data.eval_split out to hold out some of the rows "
+            "(data.eval_fraction), or set data.overlap = 'keep'."
+        )
+    return "keep"  # copies of a few rows, each of which is held out
 
 
 def read_other_rows(config: Config, path: str) -> list[Record]:

