@@ -86,6 +86,11 @@ def read_added(content: Mapping[str, bytes], settings: Mapping[str, Any]) -> lis
     if "added_tokens_decoder" in settings:
         for key, token in settings["added_tokens_decoder"].items():
             flags = {flag: bool(token.get(flag, False)) for flag in _FLAGS}
+            if token["content"] in added:
+                raise UserError(
+                    f"tokenizer_config.json gives {token['content']!r} two ids, "
+                    f"{added[token['content']].id} and {key}: keep one in added_tokens_decoder"
+                )
             added[token["content"]] = Added(token["content"], int(key), **flags)
     else:
         for text, token_id in _read_object(content, "added_tokens.json").items():

@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class Tokenizer:
     control: dict[str, int] = {}  # names of the control tokens in chat templates
     special: dict[str, str] = {}  # {"bos_token": "<s>", ...}: their names by role
     chat_template: str = ""
+    templates: dict[str, str] = {}  # all chat templates of the files by name; "default" is usual
     leading_space = False  # whether a space is written before the first word; `decode` removes it
 
     _token_bytes: list[bytes]
@@ -115,6 +116,13 @@ class Tokenizer:
             else:
                 ids += self.encode(part.replace(guard, "") if guard else part)
         return ids
+
+    def template_for(self, tools: Any) -> str:
+        """The chat template, or the one named "tool_use" where the files have one and there are
+        tools; "" where there is none."""
+        if tools and self.chat_template == self.templates.get("default", ""):
+            return self.templates.get("tool_use", self.chat_template)
+        return self.chat_template
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """What the ids stand for, in UTF-8."""

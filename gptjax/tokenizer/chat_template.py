@@ -200,7 +200,12 @@ def _prepare(
     tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any]
 ) -> tuple[dict[str, Any], str]:
     """(values of the template's variables, guard that keeps names of control tokens text)."""
-    if not tokenizer.chat_template:
+    if not tokenizer.template_for(variables.get("tools")):
+        if tokenizer.templates:
+            raise UserError(
+                f"the checkpoint's chat templates are named {', '.join(tokenizer.templates)}, and "
+                "none is named 'default': rename the one that is meant in tokenizer_config.json"
+            )
         raise UserError(
             "this checkpoint has no chat template, so it is no chat model: use --prompt, or a "
             "checkpoint tuned for dialogue"
@@ -245,7 +250,7 @@ def _free_character(texts: Sequence[str]) -> str:
 def _render(tokenizer: Tokenizer, values: Mapping[str, Any], add_generation_prompt: bool) -> str:
     variables = {name: value for name, value in values.items() if name != "messages"}
     return render(
-        tokenizer.chat_template,
+        tokenizer.template_for(values.get("tools")),
         values["messages"],
         add_generation_prompt=add_generation_prompt,
         **variables,

@@ -243,7 +243,10 @@ WORD_PIECE_SETTINGS = KeyTable(
 SENTENCEPIECE_SETTINGS = KeyTable(
     "tokenizer_config.json beside tokenizer.model",
     used=_USED | {"add_bos_token", "add_prefix_space", "legacy"},
-    no_effect={**_NO_EFFECT, "add_eos_token": "a prompt does not end with the end token"},
+    no_effect={
+        **{key: why for key, why in _NO_EFFECT.items() if key != "sp_model_kwargs"},
+        "add_eos_token": "a prompt does not end with the end token",
+    },
     refused={
         **_OLDER_REFUSED,
         "sp_model_kwargs": Refusal(

@@ -14,7 +14,8 @@ from typing import Any
 from gptjax.config.errors import UserError
 from gptjax.core.foreign_keys import KeyTable
 from gptjax.tokenizer import file_keys
-from gptjax.tokenizer.added_tokens import roles
+from gptjax.tokenizer.added_tokens import read_added, roles
+from gptjax.tokenizer.library import complete
 from gptjax.tokenizer.rewriting import byte_level_json
 
 QWEN2 = (
@@ -77,15 +78,44 @@ def check_settings(content: Mapping[str, bytes], settings: Mapping[str, Any]) ->
 
 
 def rewrite(content: Mapping[str, bytes], settings: Mapping[str, Any], name: str) -> bytes | None:
-    """The `tokenizer.json`, or None where these files are not here.
+    """The `tokenizer.json` with all added tokens, or None where these files are not here.
 
     name: the tokenizer's class. Raises UserError for a class that is not known.
     """
     if "vocab.json" in content and "merges.txt" in content:
-        return _byte_level(content, settings, name)
-    if "vocab.txt" in content and "tokenizer.model" not in content:
-        return _word_piece(content, settings, name)
-    return None
+        rewritten = _byte_level(content, settings, name)
+    elif "vocab.txt" in content and "tokenizer.model" not in content:
+        rewritten = _word_piece(content, settings, name)
+    else:
+        return None
+    check_settings(content, settings)
+    described = json.loads(rewritten)
+    completed = complete(rewritten, read_added(content, settings))
+    if settings.get("add_bos_token"):
+        completed["post_processor"] = _first_token(completed, settings)
+    if completed == described:
+        return rewritten
+    return json.dumps(completed, ensure_ascii=False).encode()
+
+
+def _first_token(described: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A post-processor that writes the first token before a text. Raises UserError."""
+    name = roles(settings).get("bos_token", "<|endoftext|>")
+    ids = {token["content"]: token["id"] for token in described["added_tokens"]}
+    if name not in ids:
+        raise UserError(
+            f"tokenizer_config.json asks for {name!r} before every text (add_bos_token), and the "
+            "vocabulary has no such token"
+        )
+    return {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": name, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [],
+        "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]}},
+    }
 
 
 def _byte_level(content: Mapping[str, bytes], settings: Mapping[str, Any], name: str) -> bytes:
@@ -96,22 +126,12 @@ def _byte_level(content: Mapping[str, bytes], settings: Mapping[str, Any], name:
     cuts = BYTE_LEVEL[name]
     lines = content["merges.txt"].decode().splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
-    bos = -1
-    if settings.get("add_bos_token"):
-        bos_name = roles(settings).get("bos_token", "<|endoftext|>")
-        if bos_name not in vocabulary:
-            raise UserError(
-                f"tokenizer_config.json asks for {bos_name!r} before every text (add_bos_token), "
-                "and vocab.json has no such token"
-            )
-        bos = vocabulary[bos_name]
     return byte_level_json(
         vocabulary,
         merges,
         control=["<|endoftext|>"],
         digits=False,
         pattern=cuts.pattern,
-        bos=bos,
         nfc=cuts.nfc,
         prefix_space=bool(settings.get("add_prefix_space")),
     )

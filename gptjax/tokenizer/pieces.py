@@ -43,7 +43,7 @@ class PieceReader:
         model += _PREFIX_SETTING[bool(prefix)]
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._inner = self._sp  # encodes what follows an added token
-        if not settings.get("legacy", True):
+        if settings.get("legacy") is False:
             self._inner = sentencepiece.SentencePieceProcessor(
                 model_proto=model + _PREFIX_SETTING[False]
             )
@@ -86,7 +86,7 @@ class PieceReader:
         return placed
 
     def _bos(self, settings: Mapping[str, Any]) -> list[int]:
-        if not settings.get("add_bos_token", True):
+        if settings.get("add_bos_token") is False:
             return []
         name = roles(settings).get("bos_token")
         if name is None:

@@ -56,7 +56,8 @@ class PretrainedTokenizer(Tokenizer):
             self._read(settings)
             self._set_eos(settings, eos_ids)
             self._check_suffix()
-            self.chat_template = _chat_template(content, settings)
+            self.templates = _chat_templates(content, settings)
+            self.chat_template = self.templates.get("default", "")
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exception, and damage can be anywhere
@@ -126,7 +127,7 @@ class PretrainedTokenizer(Tokenizer):
         for i in self._reader.suffix:
             if i not in self.eos_ids and names.get(i) not in ends:
                 raise UserError(
-                    f"tokenizer.json writes {names.get(i, i)!r} after every text "
+                    f"tokenizer.json writes {names.get(i, f'token {i}')!r} after every text "
                     "(post_processor), which is no end token, and a prompt is not the end of a "
                     "text: take it out of the post-processor and write it into the prompts"
                 )
@@ -274,10 +275,6 @@ def _of_older_files(content: dict[str, bytes], config: Mapping[str, Any]) -> dic
         del content["vocab.txt"]
     rewritten = older_files.rewrite(content, settings, name)
     if rewritten is not None:
-        older_files.check_settings(content, settings)
-        completed = complete(rewritten, read_added(content, settings))
-        if completed["added_tokens"] != json.loads(rewritten)["added_tokens"]:
-            rewritten = json.dumps(completed, ensure_ascii=False).encode()
         kept = {name: data for name, data in content.items() if name not in _OLDER}
         return {"tokenizer.json": rewritten, **kept}
     if "tokenizer.model" in content:
@@ -286,10 +283,13 @@ def _of_older_files(content: dict[str, bytes], config: Mapping[str, Any]) -> dic
     return {}
 
 
-def _chat_template(content: Mapping[str, bytes], settings: dict[str, Any]) -> str:
-    """The template of the files, or "". Raises UserError where it is no text."""
+def _chat_templates(content: Mapping[str, bytes], settings: dict[str, Any]) -> dict[str, str]:
+    """{name: template} of the files; a template without a name is "default".
+
+    Raises UserError where one is no text.
+    """
     template: Any = content.get("chat_template.jinja", b"").decode()
-    template = template or settings.get("chat_template") or ""
+    template = template or settings.get("chat_template") or {}
     if isinstance(template, list):  # [{"name": ..., "template": ...}, ...]
         for entry in template:
             if not isinstance(entry, Mapping) or {"name", "template"} - set(entry):
@@ -298,11 +298,12 @@ def _chat_template(content: Mapping[str, bytes], settings: dict[str, Any]) -> st
                     "each is {'name': ..., 'template': ...}"
                 )
         template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, Mapping):
-        template = template.get("default", "")
-    if not isinstance(template, str):
-        raise UserError(f"the chat template is a {type(template).__name__} instead of a text")
-    return template
+    templates = template if isinstance(template, Mapping) else {"default": template}
+    for name, text in templates.items():
+        if not isinstance(text, str):
+            which = "" if len(templates) == 1 else f" {name!r}"
+            raise UserError(f"the chat template{which} is a {type(text).__name__}, not a text")
+    return dict(templates)
 
 
 def from_gpt2(tokenizer: OpenAITokenizer) -> PretrainedTokenizer:
