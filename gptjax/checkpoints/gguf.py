@@ -195,6 +195,11 @@ def write_gguf(
     if family.gguf is None:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"GGUF export knows {known}, not {family.model_type}: use --format=hf")
+    if config.labels:
+        raise UserError(
+            f"GGUF export holds language models, and this one tells {', '.join(config.labels)} "
+            "apart: use --format=hf"
+        )
     if dtype not in types:
         raise UserError(f"--dtype={dtype}: GGUF files are written as {', '.join(types)}")
     architecture = family.gguf.architecture

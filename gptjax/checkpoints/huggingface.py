@@ -59,7 +59,7 @@ def read_config(raw: RawConfig) -> ModelConfig:
             f"config.json: {unknown_name('architecture', str(model_type), list(FAMILIES))}"
         )
     try:
-        settings = {**FAMILIES[model_type].read_config(raw), "labels": _read_labels(raw)}
+        settings = {**FAMILIES[model_type].read_config(raw), **_read_head(raw)}
         return build.build_config({"model": settings}).model
     except KeyError as error:
         raise UserError(f"config.json has no {error}, which a {model_type} model needs") from None
@@ -69,13 +69,71 @@ def read_config(raw: RawConfig) -> ModelConfig:
         raise UserError(f"config.json holds a value of a wrong type: {error}") from None
 
 
+# What ends the names of architectures whose heads are read; `Model` has none.
+_HEADS = ("ForCausalLM", "LMHeadModel", "ForSequenceClassification", "Model")
+
+
+def _read_head(raw: RawConfig) -> dict[str, Any]:
+    """The settings of a classifier's head; empty of a language model. Raises UserError."""
+    architectures = [str(name) for name in raw.get("architectures") or []]
+    if not architectures:
+        return {}
+    for name in architectures:
+        if not name.endswith(_HEADS) or name.endswith("DoubleHeadsModel"):
+            raise UserError(
+                f"architectures = {architectures}: a head of this kind is not read here; language "
+                "models (...ForCausalLM) and classifiers of texts (...ForSequenceClassification) "
+                "are.\nThe decoder alone, without the head, may be saved in transformers: "
+                "model.base_model.save_pretrained(FOLDER)"
+            )
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        return {}
+    labels = _read_labels(raw)
+    problem = raw.get("problem_type") or ""
+    known = ("single_label_classification", "multi_label_classification", "regression")
+    if problem and problem not in known:
+        raise UserError(unknown_name("problem_type", str(problem), list(known)))
+    if problem == "single_label_classification" and len(labels) == 1:
+        raise UserError(
+            f"problem_type = 'single_label_classification' with one label, {labels[0]!r}: one of "
+            "one is always certain. A number is problem_type = 'regression'"
+        )
+    return {"labels": labels, "problem_type": problem}
+
+
 def _read_labels(raw: RawConfig) -> list[str]:
-    """Names of the classes of a `...ForSequenceClassification`; none of a language model."""
-    architectures = raw.get("architectures") or []
-    if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
-        return []
-    names = raw.get("id2label") or {str(i): f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}
-    return [str(names[key]) for key in sorted(names, key=int)]
+    """Names of the classes, by their numbers. Raises UserError where they are not clear."""
+    count, names = raw.get("num_labels"), raw.get("id2label")
+    if names is None:
+        return [f"LABEL_{i}" for i in range(2 if count is None else count)]
+    if not isinstance(names, Mapping) or not names:
+        raise UserError(f"id2label = {names!r} is no table of {{number: name}}")
+    try:
+        by_number = {int(number): name for number, name in names.items()}
+    except ValueError:
+        raise UserError(f"id2label = {dict(names)!r} has a key that is no number") from None
+    if sorted(by_number) != list(range(len(names))):
+        raise UserError(
+            f"id2label numbers its {len(names)} labels {sorted(by_number)}: they must be 0 to "
+            f"{len(names) - 1}, each once, as the rows of score.weight"
+        )
+    if count is not None and count != len(names):
+        raise UserError(f"num_labels = {count} and id2label has {len(names)}: make them agree")
+    if wrong := [name for name in by_number.values() if not isinstance(name, str | int)]:
+        raise UserError(f"id2label names a label {wrong[0]!r}, which is no text")
+    labels = [str(by_number[i]) for i in range(len(names))]
+    for i, label in enumerate(labels):
+        if label in labels[:i]:
+            raise UserError(
+                f"id2label gives the name {label!r} to {labels.index(label)} and to {i}: "
+                "give each label a name of its own"
+            )
+        number = (raw.get("label2id") or {}).get(label, i)
+        if number != i:
+            raise UserError(
+                f"id2label gives {label!r} the number {i} and label2id {number}: make them agree"
+            )
+    return labels
 
 
 def write_config(config: ModelConfig, dtype: str, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,11 +161,10 @@ def _classifier_keys(config: ModelConfig, extra: Mapping[str, Any]) -> dict[str,
     transformers takes the last token that is not padding as the end of a row, so it needs one.
     """
     eos = extra.get("eos_token_id")
-    one_number = len(config.labels) == 1
     return {
         "pad_token_id": eos[0] if isinstance(eos, list) else eos,
         **extra,
         "id2label": dict(enumerate(config.labels)),
         "label2id": {name: i for i, name in enumerate(config.labels)},
-        "problem_type": "regression" if one_number else "single_label_classification",
+        "problem_type": config.problem,
     }

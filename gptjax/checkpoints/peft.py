@@ -120,6 +120,7 @@ def _describe_lora(
 # What may differ between the model that adapters were trained on and the one that gets them.
 _MAY_DIFFER: dict[str, Any] = dict(
     labels=(),
+    problem_type="",
     dropout=0.0,
     dtype="float32",
     context=1,
@@ -163,5 +164,6 @@ def find(path: Path, config: ModelConfig, base: Callable[[], Params]) -> Adapter
         run_config.lora,
         adapters,
         labels=run_config.model.labels,
+        problem_type=run_config.model.problem_type,
         chat_template=tokenizer.chat_template,
     )

@@ -47,7 +47,7 @@ class Adapter:
 
     settings: the scale is in lora_b already. trained: adapters as `lora.init` makes them, with a
     head's `score`. replaced: {path: parameter} in place of the base's. untied: whether the head is
-    no longer the table of embeddings. labels: names of a head's classes.
+    no longer the table of embeddings. labels, problem_type: of a head, as in `ModelConfig`.
     """
 
     settings: LoraConfig
@@ -55,6 +55,7 @@ class Adapter:
     replaced: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     untied: bool = False
     labels: tuple[str, ...] = ()
+    problem_type: str = ""
     chat_template: str = ""
 
     def adapted_config(self, config: ModelConfig) -> ModelConfig:
@@ -62,6 +63,7 @@ class Adapter:
         return dataclasses.replace(
             config,
             labels=self.labels or config.labels,
+            problem_type=self.problem_type if self.labels else config.problem_type,
             tie_embeddings=config.tie_embeddings and not self.untied,
         )
 
@@ -147,19 +149,19 @@ def _read_prompt(
         adapters["score"] = {"kernel": score}
     if tensors:
         raise _unused(folder, tensors, config, "the base of this adapter")
-    labels = _labels(score, config)
-    return Adapter(LoraConfig(prompt_tokens=len(prompt)), adapters, labels=labels)
+    settings = LoraConfig(prompt_tokens=len(prompt))
+    return Adapter(settings, adapters, **_head(score, config))
 
 
-def _labels(score: np.ndarray | None, config: ModelConfig) -> tuple[str, ...]:
-    """Names of the classes of a head: PEFT's files have none, so those of the base."""
+def _head(score: np.ndarray | None, config: ModelConfig) -> dict[str, Any]:
+    """Labels and problem of a head: PEFT's files have none, so those of a base with as many."""
     if score is None:
-        return ()
+        return {}
     if score.ndim != 2 or score.shape[1] != config.width:
         raise UserError(f"{SCORE} is {list(score.shape)} and the model's width is {config.width}")
     if len(score) == len(config.labels):
-        return config.labels
-    return tuple(f"LABEL_{i}" for i in range(len(score)))
+        return {"labels": config.labels, "problem_type": config.problem_type}
+    return {"labels": tuple(f"LABEL_{i}" for i in range(len(score)))}
 
 
 def _unused(folder: Path, tensors: Tensors, config: ModelConfig, base_name: str) -> UserError:
@@ -218,8 +220,8 @@ class _LoraReader:
             dora=any(path.endswith("lora_m") for path in flat),
         )
         replaced, untied = self._base.replace(changes)
-        labels = _labels(self._score, self._config)
-        return Adapter(settings, tree.nested(flat), replaced, untied, labels)
+        head = _head(self._score, self._config)
+        return Adapter(settings, tree.nested(flat), replaced, untied, **head)
 
     def _look(self, module: str, leaf: str) -> np.ndarray | None:
         return self._modules.get(module, {}).get(leaf)

@@ -128,7 +128,10 @@ def _with_adapter(config: Config, trained: Any, tokenizer: Tokenizer, *, base: s
         checkpoint.params.pop("head", None)
     merged = jax.tree.map(np.asarray, lora.merge(config.lora, checkpoint.params, trained))
     changed = dataclasses.replace(
-        checkpoint.config, labels=config.model.labels, dropout=config.model.dropout
+        checkpoint.config,
+        labels=config.model.labels,
+        problem_type=config.model.problem_type,
+        dropout=config.model.dropout,
     )
     return dataclasses.replace(
         checkpoint, config=changed, params=merged, tokenizer=tokenizer, dtype="float32"

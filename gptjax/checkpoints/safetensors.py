@@ -96,9 +96,24 @@ def _match_tensors(
         listed = "\n  ".join(faults[:4] if len(faults) > 5 else faults)
         raise UserError(
             f"{len(faults)} tensors do not fit a {family.model_type} model of this config.json:"
-            f"\n  {listed}"
+            f"\n  {listed}{_head_hint(config, stored)}"
         )
     return sources
+
+
+def _head_hint(config: ModelConfig, stored: dict[str, Shape]) -> str:
+    """A line where config.json names another head than the files hold."""
+    if "score.weight" in stored and not config.labels:
+        return (
+            "\nscore.weight is a classifier's head: config.json must name its "
+            "...ForSequenceClassification in architectures"
+        )
+    if config.labels and "score.weight" not in stored:
+        return (
+            "\nconfig.json names a classifier, and its head score.weight is missing: for a "
+            "language model, name its ...ForCausalLM in architectures"
+        )
+    return ""
 
 
 def _differences(

@@ -43,6 +43,16 @@ def _model_checks(c: Config) -> list[str]:
             f"model.rotary_fraction = {m.rotary_fraction} gives {m.rotary_width}: "
             "pick an even number"
         )
+    if m.problem_type and not m.labels:
+        faults.append(
+            f"model.problem_type = {m.problem_type!r} follows from the task: leave it out "
+            "(several labels a text are task.name = 'multi_label')"
+        )
+    if m.problem_type == "single_label_classification" and len(m.labels) == 1:
+        faults.append(
+            "model.problem_type = 'single_label_classification' needs two labels at least: one "
+            "class of one would always be certain (a number is problem_type = 'regression')"
+        )
     if m.alternate_windows and not m.sliding_window:
         faults.append("model.alternate_windows needs a window: set model.sliding_window")
     if m.rope_scaling != "none" and m.positions != "rope":

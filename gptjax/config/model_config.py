@@ -126,8 +126,14 @@ class ModelConfig:
     tie_embeddings: bool = setting(True, "The output head is the token embedding.")
     labels: tuple[str, ...] = setting(
         (),
-        "Classes of a head on the last token; with one label the head gives a number. "
-        "Empty = a language model.",
+        "Classes of a head on the last token. Empty = a language model.",
+    )
+    problem_type: str = setting(
+        "",
+        "What the head gives: one class (single_label_classification), a probability of each label "
+        "on its own (multi_label_classification), or numbers (regression). Empty = a number where "
+        "there is one label, else one class.",
+        choices=("", "single_label_classification", "multi_label_classification", "regression"),
     )
     init_std: float = setting(0.02, "Standard deviation of the initial weights.", low=0.0)
     family: str = setting(
@@ -169,6 +175,12 @@ class ModelConfig:
         choices=("none", "dots", "full"),
         shapes=False,
     )
+
+    @property
+    def problem(self) -> str:
+        """What a head gives: `problem_type`, with what an empty one stands for."""
+        by_count = "regression" if len(self.labels) == 1 else "single_label_classification"
+        return self.problem_type or by_count
 
     @property
     def kv(self) -> int:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from gptjax.config.errors import UserError
-from gptjax.config.schema import TaskConfig
+from gptjax.config.schema import ModelConfig, TaskConfig
 from gptjax.core import cli
 from gptjax.generation.language_model import LanguageModel
-from gptjax.tasks import classification
-from gptjax.tasks.base import Answer, Example
+from gptjax.tasks import classification, multi_label
+from gptjax.tasks.base import Answer, Example, Task
 from gptjax.tasks.table import task_of
 from gptjax.tokenizer.base import Tokenizer
 
@@ -52,23 +52,48 @@ def _answer_by_head(
     examples: Sequence[Example],
     advance: Advance,
 ) -> list[Answer]:
-    """The likeliest class with all probabilities, in the order of `labels`; or the number."""
-    _check_head(lm.config.labels, labels)
-    outputs = lm.classify(_prompts(examples))
+    """The likeliest class, or all that are likelier than not, or the number.
+
+    Probabilities are in the order of `labels`.
+    """
+    _check_head(lm.config, task_of(config), labels)
+    end = lm.classified_end
+    outputs = lm.classify([[*ids, *end] for ids in _prompts(examples)])
     advance(len(examples))
-    if len(labels) == 1:
+    if lm.config.problem == "regression":
         return [Answer(value=float(row[0])) for row in outputs]
     names = lm.config.labels
     if set(names) == set(labels):
         outputs = outputs[:, [names.index(label) for label in labels]]
+    if lm.config.problem == "multi_label_classification":
+        return [multi_label.answer_of(row, labels) for row in outputs]
     return [_likeliest(row, labels) for row in outputs]
 
 
-def _check_head(names: Sequence[str], labels: Sequence[str]) -> None:
+# {what a checkpoint's head gives: the task that evaluates it}
+_TASK_OF_PROBLEM = {
+    "single_label_classification": "classification",
+    "multi_label_classification": "multi_label",
+    "regression": "regression",
+}
+
+
+def _check_head(model: ModelConfig, task: Task, labels: Sequence[str]) -> None:
     """Raises UserError where the checkpoint's head does not tell the task's labels apart."""
-    is_number = len(labels) == 1
-    if not names or (len(names) == 1) != is_number:
+    names = model.labels
+    if not names:
         raise UserError(f"the checkpoint has no head for {', '.join(labels)}: fine-tune it first")
+    if model.problem != task.problem:
+        raise UserError(
+            f"the checkpoint's head is for {model.problem} and the task for {task.problem}: "
+            f"evaluate it with task.name = {_TASK_OF_PROBLEM[model.problem]!r}, or fine-tune it"
+        )
+    is_number = model.problem == "regression"
+    if is_number and len(names) > 1:
+        raise UserError(
+            f"the checkpoint gives {len(names)} numbers ({', '.join(names)}) and the task compares "
+            "one: use classify"
+        )
     # Hugging Face's names for unnamed classes
     unnamed = tuple(f"LABEL_{i}" for i in range(len(labels)))
     if not is_number and set(names) != set(labels) and names != unnamed:

@@ -64,7 +64,7 @@ def held_out_scores(
     if not weight:
         return {}
     scores = {"eval/loss": total / weight}
-    if len(labels) == 1:
+    if labels and config.model.problem == "regression":
         return scores
     if labels or task_of(config.task).counts_correct:
         scores["eval/accuracy"] = correct / weight

@@ -183,10 +183,7 @@ class LanguageModel:
 
         folder = Path(path).expanduser()
         if self._adapted_by:
-            raise UserError(
-                f"this model has the adapter {self._adapted_by} already: "
-                f"load its base again for {folder}"
-            )
+            raise UserError(f"the adapter {self._adapted_by} is there already: load the base again")
         adapter = peft.find(folder, self.config, lambda: self.params)
         other = copy.copy(self)
         other._adapted_by = str(folder)
@@ -201,10 +198,9 @@ class LanguageModel:
             other._weights = read_weights(other.config, params, self.weights)
         else:
             other._weights = lora.apply_adapter(adapter.settings, self._weights, adapter.trained)
-        if self.source:
-            other.source = dataclasses.replace(
-                self.source, config=other.config, tokenizer=other.tokenizer
-            )
+        if source := self.source:
+            new: dict[str, Any] = {"config": other.config, "tokenizer": other.tokenizer}
+            other.source = dataclasses.replace(source, **new)
         return other
 
     def logits(self, tokens: Any, lengths: Sequence[int] | None = None) -> np.ndarray:
@@ -278,9 +274,10 @@ class LanguageModel:
         return scoring.score_rows(self._model, rows)
 
     def classify(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """float32 [N, labels]: probabilities of the classes `config.labels` for each text.
+        """float32 [N, labels]: for each text, probabilities of the classes `config.labels`.
 
-        Where there is one label, [N, 1] numbers. Raises UserError.
+        With problem_type multi_label_classification each label has a probability of its own; with
+        regression (one label) they are numbers. Raises UserError.
 
         >>> classifier.classify(["The quick fox", "The lazy dog"]).shape
         (2, 3)
@@ -290,14 +287,16 @@ class LanguageModel:
                 "this checkpoint is a language model and has no classes: fine-tune it with "
                 "task.name = 'classification'"
             )
-        rows = [self.encode(p) for p in prompts]
-        for row in rows:
-            if len(row) > self.config.context:
-                raise UserError(
-                    f"a text has {len(row)} tokens and the model's context is "
-                    f"{self.config.context}: shorten it"
-                )
-        return scoring.classify_rows(self._model, rows)
+        ends = self.classified_end
+        rows = [[*self.encode(p), *(ends if isinstance(p, str) else ())] for p in prompts]
+        pad = self.source.keep.get("pad_token_id") if self.source else None
+        return scoring.classify_rows(self._model, rows, pad)
+
+    @property
+    def classified_end(self) -> tuple[int, ...]:
+        """Ids that a Hugging Face classifier's tokenizer writes after a text to be classified."""
+        is_theirs = self.source is not None and "pad_token_id" in self.source.keep
+        return self.tokenizer.end_ids if is_theirs and self.tokenizer else ()
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] as well

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array
 from gptjax.generation import sampling
@@ -104,18 +105,39 @@ def next_logprobs(
     return logprobs
 
 
-def classify_rows(model: InferenceModel, rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """float32 [N, labels] probabilities, or [N, 1] numbers where there is one label."""
+def classify_rows(
+    model: InferenceModel, rows: Sequence[Sequence[int]], pad: int | None = None
+) -> np.ndarray:
+    """float32 [N, labels]: what `config.problem` says, probabilities or numbers.
+
+    pad: an id that ends no row, as in transformers: what is read is the last of the others.
+    Raises UserError for a row that is longer than the context.
+    """
+    if too_long := [len(row) for row in rows if len(row) > model.config.context]:
+        raise UserError(
+            f"a text has {max(too_long)} tokens and the model's context is "
+            f"{model.config.context}: shorten it"
+        )
     scores = np.zeros((len(rows), len(model.config.labels)), np.float32)
     for group, tokens in _groups(model, rows, extra=0):
         lengths = np.ones(len(tokens), np.int32)
-        lengths[: len(group)] = [len(rows[i]) for i in group]
+        lengths[: len(group)] = [_length_without(rows[i], pad) for i in group]
         group_scores = np.asarray(head_scores(model.config, model.params, tokens, lengths))
         scores[group] = group_scores[: len(group)]
-    if scores.shape[1] == 1:
+    if model.config.problem == "regression":
         return scores
+    if model.config.problem == "multi_label_classification":
+        return np.exp(-np.logaddexp(0, -scores)).astype(np.float32)
     odds = np.exp(scores - scores.max(1, keepdims=True))
     return odds / odds.sum(1, keepdims=True)
+
+
+def _length_without(row: Sequence[int], pad: int | None) -> int:
+    """Up to the last id that does not pad; 1 where all do."""
+    length = len(row)
+    while length > 1 and row[length - 1] == pad:
+        length -= 1
+    return length
 
 
 def _groups(

@@ -87,6 +87,32 @@ def classification(
     return metrics
 
 
+def multi_label(predicted: Any, actual: Any) -> dict[str, Metric]:
+    """f1_micro, f1_macro and exact_match of sets of labels, bool [N, C]; F1 is 0 of a label that
+    is neither there nor predicted.
+
+    Raises UserError.
+    """
+    predictions, truths = np.asarray(predicted), np.asarray(actual)
+    if predictions.shape != truths.shape or predictions.ndim != 2:
+        raise UserError(
+            f"predicted has shape {predictions.shape} and actual {truths.shape}: "
+            "both must be examples by labels"
+        )
+    stats = np.concatenate([predictions & truths, predictions, truths], 1).astype(np.float64)
+    return {
+        "f1_micro": Metric(stats, functools.partial(_score_counts, _f1_over_all)),
+        "f1_macro": Metric(stats, functools.partial(_score_counts, _f1_macro)),
+        "exact_match": mean_metric((predictions == truths).all(1).astype(np.float64)),
+    }
+
+
+def _f1_over_all(counts: Counts) -> np.ndarray:
+    """F1 of all decisions together, 0 where nothing is there or predicted."""
+    total = counts.predicted.sum(-1) + counts.actual.sum(-1)
+    return ratio(2 * counts.correct.sum(-1), total)
+
+
 def _calibration_error(probabilities: Any, actual: np.ndarray, classes: int) -> Metric:
     """|confidence - accuracy| of 15 equal bins of the top probability, weighted by their sizes.
 

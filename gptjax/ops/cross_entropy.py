@@ -135,6 +135,22 @@ def label_loss(
     return -(weights_BT * target_logp).sum(), (weights_BT * correct).sum()
 
 
+def label_set_loss(
+    logits_BTC: Float32[Array, "B T C"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """(loss sum, sum of sets that are right in all labels) of a head whose labels are independent.
+
+    Bit c of a target says whether it has label c. The loss of a target is the mean of the binary
+    cross-entropies of its labels.
+    """
+    is_set = (targets_BT[..., None] >> jnp.arange(logits_BTC.shape[-1])) & 1 == 1
+    losses = jax.nn.softplus(jnp.where(is_set, -logits_BTC, logits_BTC)).mean(-1)
+    correct = ((logits_BTC > 0) == is_set).all(-1)
+    return (weights_BT * losses).sum(), (weights_BT * correct).sum()
+
+
 def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
     """[B, T, ...] -> [T / chunk, B, chunk, ...]: rows stay on the device that holds them."""
     return tuple(jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), 1, 0) for a in arrays)

@@ -161,6 +161,7 @@ class Task:
     # rows to examples
     labels: Callable[[TaskConfig, Sequence[Record]], tuple[str, ...]] = no_labels
     label_dtype: type[np.number] = np.int32  # of targets of a head
+    problem: str = "single_label_classification"  # what a head gives: `ModelConfig.problem`
     chat: bool = False  # rows are conversations, always written by the chat template
     texts: Callable[[TaskConfig, Record], list[str]] | None = None
     """What a new tokenizer learns from, where that is not the row's prompt and completion."""

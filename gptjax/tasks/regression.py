@@ -71,6 +71,7 @@ REGRESSION = Task(
     check=check,
     labels=_labels,
     label_dtype=np.float32,
+    problem="regression",
     answered_by=_answered_by,
     baselines=_mean,
 )

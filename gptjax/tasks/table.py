@@ -15,6 +15,7 @@ from gptjax.tasks.base import Answer, Example, Rendering, Task
 from gptjax.tasks.chat import CHAT
 from gptjax.tasks.classification import CLASSIFICATION
 from gptjax.tasks.grpo import GRPO
+from gptjax.tasks.multi_label import MULTI_LABEL
 from gptjax.tasks.preference import PREFERENCE
 from gptjax.tasks.qa import QA
 from gptjax.tasks.regression import REGRESSION
@@ -24,6 +25,7 @@ from gptjax.tasks.translation import TRANSLATION
 
 TASKS: dict[str, Task] = {
     "classification": CLASSIFICATION,
+    "multi_label": MULTI_LABEL,
     "regression": REGRESSION,
     "summarization": SUMMARIZATION,
     "translation": TRANSLATION,

@@ -33,6 +33,7 @@ class Tokenizer:
     eot: int  # begins each document
     eos_ids: tuple[int, ...]  # ids that end a generated text; the first is the one to write
     bos_ids: tuple[int, ...] = ()  # ids before every prompt, such as Llama's <s>
+    end_ids: tuple[int, ...] = ()  # ids that its library writes after a whole text
     control: dict[str, int] = {}  # names of the control tokens in chat templates
     special: dict[str, str] = {}  # {"bos_token": "<s>", ...}: their names by role
     chat_template: str = ""

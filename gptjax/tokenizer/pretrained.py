@@ -83,7 +83,7 @@ class PretrainedTokenizer(Tokenizer):
             self._reader = PieceReader(self._content["tokenizer.model"], added, settings)
         self.special = roles(settings)
         self.control = self._reader.control
-        self.bos_ids = tuple(self._reader.prefix)
+        self.bos_ids, self.end_ids = tuple(self._reader.prefix), tuple(self._reader.suffix)
         self._size = self._reader.size
         self._cleans_up = not self._reader.is_bpe and bool(
             settings.get("clean_up_tokenization_spaces")

@@ -80,10 +80,12 @@ def next_token(
 def head(
     model: ModelConfig, task: TaskConfig, params: Params, x_BTD: Array, batch: Batch, chunk: int
 ) -> LossSums:
-    """Cross-entropy of a label, or half the squared error of a number."""
+    """Cross-entropy of a label or of each of a set, or half the squared error of a number."""
     weights = batch.loss_weights
     logits = model_head.score(params, x_BTD)
-    loss, correct = cross_entropy.label_loss(logits, batch.targets, weights)
+    is_set = model.problem == "multi_label_classification"
+    loss_of = cross_entropy.label_set_loss if is_set else cross_entropy.label_loss
+    loss, correct = loss_of(logits, batch.targets, weights)
     return LossSums(loss, weights.sum(), correct)
 
 

@@ -257,7 +257,12 @@ def resolve_config(config: Config, data: Data) -> Config:
             "set 0 to take the tokenizer's"
         )
     labels = data.labels if isinstance(data, loading.Examples) and loading.has_head(config) else ()
-    model = dataclasses.replace(model, vocab_size=model.vocab_size or vocab_size, labels=labels)
+    problem = task_of(config.task).problem if labels else ""
+    # what follows from the number of labels stays unsaid, as in runs of earlier versions
+    said = problem if problem == "multi_label_classification" else ""
+    model = dataclasses.replace(
+        model, vocab_size=model.vocab_size or vocab_size, labels=labels, problem_type=said
+    )
     config = dataclasses.replace(config, model=model)
     epochs = config.train.epochs
     if not epochs:
@@ -293,7 +298,8 @@ def fit_head(config: Config, source: pretrained.Pretrained) -> None:
             )
         return
     params.pop("head", None)
-    if source.config.labels != labels or "score" not in params:
+    same_head = (source.config.labels, source.config.problem) == (labels, config.model.problem)
+    if not same_head or "score" not in params:
         random = np.random.Generator(np.random.Philox(key=config.train.seed))
         kernel = config.model.init_std * random.standard_normal((len(labels), config.model.width))
         params["score"] = {"kernel": kernel.astype(np.float32)}

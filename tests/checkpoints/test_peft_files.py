@@ -140,7 +140,7 @@ def test_a_folder_of_adapters_names_them(tmp_path, llama):
 def test_a_second_adapter_is_refused(tmp_path, llama):
     write(tmp_path / "a", llama)
     lm = LanguageModel(llama[0].model, llama[1], None).with_adapter(tmp_path / "a")
-    with pytest.raises(UserError, match=r"has the adapter .*a already: load its base again"):
+    with pytest.raises(UserError, match=r"the adapter .*a is there already: load the base again"):
         lm.with_adapter(tmp_path / "a")
 
 
