@@ -15,6 +15,7 @@ that fit all of them. --harness runs tasks of lm-evaluation-harness.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from pathlib import Path
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config
 from gptjax.core import cli, files
+from gptjax.data import selection
 from gptjax.data.readers.finding import find_files
 from gptjax.data.readers.opening import read_text
 from gptjax.data.records import subsample_evenly
@@ -90,8 +92,9 @@ def task_config(checkpoint: str) -> Config:
 
 
 def _compare_on_text(names: list[str], pattern: str, limit: int) -> list[Comparison]:
-    paths = find_files(pattern, (".txt", ".md", ".text")).paths
-    texts = [read_text(path) for path in subsample_evenly(paths, limit)]
+    found = find_files(pattern, (".txt", ".md", ".text"))
+    texts = [read_text(path) for path in subsample_evenly(found.paths, limit)]
+    selection.say({"text": dataclasses.replace(found.selection, documents=len(texts))})
     return [Comparison(name, text_scores(language_model.load(name), iter(texts))) for name in names]
 
 

@@ -17,7 +17,7 @@ _NAMES = 3  # names given for each reason; the rest are counted
 
 @dataclasses.dataclass(frozen=True)
 class PassedOver:
-    """Files or folders that were left out for one reason: how many, and the first names."""
+    """Files or parts of them that were left out for one reason: how many, and the first names."""
 
     reason: str
     count: int
@@ -73,6 +73,11 @@ class Selection:
     documents: int = 0
     passed_over: tuple[PassedOver, ...] = ()
     held_out: HeldOut | None = None
+
+    def without(self, reason: str, names: Iterable[str]) -> Selection:
+        """The selection, with what was left out within its files for one more reason."""
+        left_out = passed_over({reason: names})
+        return dataclasses.replace(self, passed_over=(*self.passed_over, *left_out))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Selection:

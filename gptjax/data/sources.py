@@ -20,9 +20,9 @@ from gptjax.core import cli, files
 from gptjax.data.held_out import Documents, choose_split
 from gptjax.data.readers import csv, datasets, jsonl, lines, parquet, sotu, squad, tfds
 from gptjax.data.readers.finding import Files, find_files, listed_files
-from gptjax.data.readers.opening import read_text
+from gptjax.data.readers.opening import begins_as_html, read_text
 from gptjax.data.records import SplitRecords
-from gptjax.data.selection import Selection, passed_over
+from gptjax.data.selection import Selection, counted
 
 TRAIN, EVAL = "train", "eval"
 
@@ -199,6 +199,12 @@ def _open_files(found: Files) -> Documents:
 def _open_text(config: DataConfig, path: str, split: str) -> Documents:
     """Each file is a document, or several with data.separator between them."""
     found = find_files(path, (".txt", ".md", ".text"), keep_duplicates=config.duplicates == "keep")
+    pages = [p for p in found.paths if begins_as_html(p)]
+    if pages:
+        cli.say(
+            f"{counted(len(pages), 'file')} in {path} hold a web page, such as {pages[0].name}: "
+            "its tags are learned as text; take the text out first if you do not want that"
+        )
     whole = _open_files(found)
     separator = config.separator
     if not separator:
@@ -227,12 +233,8 @@ def _open_text(config: DataConfig, path: str, split: str) -> Documents:
         file = bisect.bisect_right(begins, i) - 1
         return f"{whole.name(file)} document {i - begins[file] + 1}"
 
-    left_out = passed_over({"blank between separators": blank})
-    selection = dataclasses.replace(
-        whole.selection,
-        documents=count,
-        passed_over=(*whole.selection.passed_over, *left_out),
-    )
+    selection = whole.selection.without("blank between separators", blank)
+    selection = dataclasses.replace(selection, documents=count)
     fingerprint = files.digest(whole.fingerprint, separator)
     return Documents(count, fingerprint, read, selection, name)
 

@@ -162,6 +162,15 @@ def test_what_is_no_text_is_named_with_a_way_out(tmp_path, name):
         assert documents("text", tmp_path / "converted.txt")[0].startswith("plain")
 
 
+def test_web_pages_are_read_and_named(tmp_path, capsys):
+    page = "\ufeff\n<!DOCTYPE HTML>\n<html><body>words</body></html>"
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"{page}{name}")
+    (tmp_path / "c.txt").write_text("The tag <html> is text here.")
+    assert len(documents("text", tmp_path)) == 3
+    assert f"2 files in {tmp_path} hold a web page, such as a.txt" in capsys.readouterr().err
+
+
 def test_text_that_looks_odd_is_text(tmp_path):
     for content in ("\ufeffmarked", "a\0b zeros in text", "PK is how it begins", "BZh is no bzip2"):
         (tmp_path / "a.txt").write_text(content)

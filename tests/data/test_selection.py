@@ -55,7 +55,7 @@ def test_a_run_says_what_it_took_also_from_the_cache(folder, capsys):
         "training 1,503 tokens (3 documents); held out 501 tokens (1 document)"
     )
     (folder / "b.pdf").write_text("%PDF")  # the documents are the same, and are in the cache
-    shards.ensure(config)
+    assert shards.ensure(config).selections["data"].passed_over[0].count == 2
     assert "2 of another suffix (a.pdf, b.pdf)" in capsys.readouterr().err
 
 

@@ -4,7 +4,8 @@ import pytest
 
 from gptjax.config.build import build_config
 from gptjax.config.errors import UserError
-from gptjax.data import sources
+from gptjax.data import selection, sources
+from gptjax.data.readers import datasets
 
 
 def config(source, path, **data):
@@ -75,6 +76,41 @@ def test_columns_of_one_name_matter_where_they_are_asked_for(tmp_path):
     assert row.fields == {"text": "a"}
     with pytest.raises(UserError, match=r"task.prompt = 'note' is the name of 2 columns"):
         row.text("note", setting="task.prompt")
+
+
+def test_values_that_no_column_names_are_counted(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("I liked it, really,pos\nI did not,neg\n")
+    assert documents("csv", tmp_path, columns=["text", "label"]) == ["I liked it", "I did not"]
+    path = str(tmp_path)
+    taken = sources.read_records(config("csv", path, columns=["text", "label"]), path, "").selection
+    assert selection.describe({"data": taken})[1:] == [
+        f"data: passed over 1 rows' further values ({tmp_path}/a.csv:1)"
+    ]
+
+
+def test_datasets_read_the_column_of_the_documents(monkeypatch):
+    class Table(list):
+        _fingerprint = "f"
+        column_names = ("image", "text")
+
+        def __iter__(self):
+            raise AssertionError("every column is decoded")
+
+        def select_columns(self, names):
+            assert names in (["text"], [])
+            return [dict.fromkeys(names, f"row {i}") for i in range(3)]
+
+    monkeypatch.setattr(datasets, "_open_dataset", lambda config, path: Table([{}] * 3))
+    assert documents("datasets", "x") == ["row 0", "row 1", "row 2"]
+    with pytest.raises(UserError, match=r"x row 0: .* 'body' is not there; fields are image, text"):
+        documents("datasets", "x", field="body")
+
+
+def test_short_paragraphs_of_the_messages_are_counted():
+    taken = sources.read_records(config("sotu", ""), "", "").selection
+    (entry,) = taken.passed_over
+    assert entry.reason == "paragraphs of under 80 characters"
+    assert entry.count > 1000 and taken.documents > 10 * entry.count / 2
 
 
 def test_long_fields(tmp_path):

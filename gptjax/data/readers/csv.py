@@ -7,6 +7,7 @@ it may have another: , ; or tabs.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,21 +27,27 @@ _WITH_TABS = tuple(suffix + ending for suffix in (".tsv", ".tab", ".txt") for en
 
 
 def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
-    """Values after the fields that `data.columns` names are left out.
+    """Values after the fields that `data.columns` names are left out, and counted.
 
     Raises UserError where a line has too few fields or is not valid CSV.
     """
     csv.field_size_limit(_LONGEST_FIELD)
     found = find_files(path, (".csv", ".tsv", ".tab"), keep_duplicates=config.duplicates == "keep")
 
-    def read() -> Iterator[Record]:
+    def read(longer: list[str] | None = None) -> Iterator[Record]:
         for p in found.paths:
-            yield from _read_file(p, list(config.columns))
+            yield from _read_file(p, list(config.columns), [] if longer is None else longer)
 
-    return records_of_files(found, read, settings=json.dumps(config.columns))
+    longer: list[str] = []
+    count = sum(1 for _ in read(longer))
+    found = dataclasses.replace(
+        found, selection=found.selection.without("rows' further values", longer)
+    )
+    return records_of_files(found, read, settings=json.dumps(config.columns), count=count)
 
 
-def _read_file(path: Path, columns: list[str]) -> Iterator[Record]:
+def _read_file(path: Path, columns: list[str], longer: list[str]) -> Iterator[Record]:
+    """longer: gets the places of rows with values after those that `columns` names."""
     separator = _separator(path, len(columns) or 2)
     quoted = not path.name.lower().endswith(_WITH_TABS)
     reader = csv.reader(
@@ -68,6 +75,8 @@ def _read_file(path: Path, columns: list[str]) -> Iterator[Record]:
             too_many = len(values) > len(names) and not columns
             if too_many or len(values) < len(names):
                 raise UserError(_ragged(where, values, names, separator, quoted))
+            if len(values) > len(names):
+                longer.append(where)
             fields = dict(zip(names, values, strict=False))
             for name in problems:
                 del fields[name]

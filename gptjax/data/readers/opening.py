@@ -125,9 +125,20 @@ def content_checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
+def begins_as_html(path: Path) -> bool:
+    """Whether the file is a web page."""
+    with _open_decompressed(path, _compression_of(path)) as file:
+        return is_html(file.read(_HEAD))
+
+
 def is_html(head: bytes) -> bool:
     """Whether text begins as a web page does."""
-    return head.lstrip().lower().startswith((b"<!doctype html", b"<html"))
+    return (
+        head.removeprefix(codecs.BOM_UTF8)
+        .lstrip()
+        .lower()
+        .startswith((b"<!doctype html", b"<html"))
+    )
 
 
 def _compression_of(path: Path) -> _Compression | None:

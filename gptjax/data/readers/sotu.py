@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -41,11 +42,23 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
         for p, metadata in messages:
             year = int(metadata["date"][:4])
             era = f"{year // 50 * 50}-{year // 50 * 50 + 49}"
-            paragraphs = re.split(r"\n\s*\n", decode(p.read_bytes(), str(p)))
-            for number, paragraph in enumerate(paragraphs):
-                text = paragraph.strip()
+            for number, text in _paragraphs(p):
                 if len(text) >= _SHORTEST_PARAGRAPH:
                     fields = {"text": text, **metadata, "year": year, "era": era}
                     yield Record(f"{p.name} paragraph {number}", fields)
 
+    short = [
+        f"{p.name} paragraph {number}"
+        for p, _ in messages
+        for number, text in _paragraphs(p)
+        if len(text) < _SHORTEST_PARAGRAPH
+    ]
+    reason = f"paragraphs of under {_SHORTEST_PARAGRAPH} characters"
+    found = dataclasses.replace(found, selection=found.selection.without(reason, short))
     return records_of_files(found, read)
+
+
+def _paragraphs(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 0, text) of each paragraph of a message."""
+    for number, text in enumerate(re.split(r"\n\s*\n", decode(path.read_bytes(), str(path)))):
+        yield number, text.strip()
