@@ -118,7 +118,7 @@ def read_gguf(path: Path) -> GgufFile:
         raw = gguf_keys.read_config(header.meta, architecture, shapes, read)
     except (TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: a setting is of a wrong type: {error}") from None
-    config = huggingface.read_config(raw)
+    config = huggingface.read_settings(raw)
     # before names are spelled out: a damaged number of layers can be huge
     if config.layers > len(shapes):
         raise UserError(f"{path} names {config.layers:,} layers and holds {len(shapes):,} tensors")
@@ -254,7 +254,7 @@ def _refuse_what_is_lost(
     shapes = {**shapes, **{name: array.shape for name, array in contents.items()}}
     try:
         raw = gguf_keys.read_config(meta, architecture, shapes, contents.__getitem__)
-        lost = gguf_keys.find_lost_settings(config, huggingface.read_config(raw))
+        lost = gguf_keys.find_lost_settings(config, huggingface.read_settings(raw))
     except UserError as error:
         lost = [str(error)]
     if lost:

@@ -305,7 +305,7 @@ def _llama3_scaling(divisors: np.ndarray, raw: dict[str, Any]) -> dict[str, Any]
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": original,
         }
-        config = huggingface.read_config({**raw, "rope_scaling": scaling})
+        config = huggingface.read_settings({**raw, "rope_scaling": scaling})
         if np.allclose(rope_divisors(config), divisors, rtol=1e-3):
             return scaling
     raise UserError(

@@ -16,6 +16,7 @@ from gptjax.checkpoints.families.gpt2 import GPT2
 from gptjax.checkpoints.families.gpt_neox import GPT_NEOX
 from gptjax.checkpoints.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from gptjax.checkpoints.families.phi3 import PHI3
+from gptjax.checkpoints.generation_config import is_generation_key
 from gptjax.checkpoints.tensor_map import RawConfig
 from gptjax.config import build
 from gptjax.config.errors import UserError, unknown_name
@@ -49,24 +50,44 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def read_config(raw: RawConfig) -> ModelConfig:
-    """`config.json` as a ModelConfig.
+    """A file `config.json` as a ModelConfig.
 
-    Raises UserError for an unknown architecture, a missing key or a value that makes no sense.
+    An absent key means what transformers takes for that model type. Raises UserError for an
+    unknown architecture, a key that cannot be honoured or a value that makes no sense.
     """
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(
-            f"config.json: {unknown_name('architecture', str(model_type), list(FAMILIES))}"
-        )
+    family = family_named(raw.get("model_type"))
+    of_the_model = {key: raw[key] for key in raw if not is_generation_key(key)}
+    family.keys.check(of_the_model, "config.json")
+    return read_settings(raw)
+
+
+def read_settings(raw: RawConfig) -> ModelConfig:
+    """`read_config` of the keys that are known, whatever file they come from. Raises UserError."""
+    family = family_named(raw.get("model_type"))
+    raw = {**family.defaults, **raw}
     try:
-        settings = {**FAMILIES[model_type].read_config(raw), **_read_head(raw)}
+        settings = {
+            "vocab_size": raw["vocab_size"],
+            "init_std": raw["initializer_range"],
+            "tie_embeddings": raw["tie_word_embeddings"],
+            **family.read_config(raw),
+            **_read_head(raw),
+        }
         return build.build_config({"model": settings}).model
     except KeyError as error:
-        raise UserError(f"config.json has no {error}, which a {model_type} model needs") from None
+        model = f"a {family.model_type} model"
+        raise UserError(f"config.json has no {error}, which {model} needs") from None
     except UserError as error:
         raise UserError(f"config.json: {error}") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise UserError(f"config.json holds a value of a wrong type: {error}") from None
+
+
+def family_named(model_type: Any) -> Family:
+    """The family of this `model_type`. Raises UserError."""
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    raise UserError(f"config.json: {unknown_name('architecture', str(model_type), list(FAMILIES))}")
 
 
 # What ends the names of architectures whose heads are read; `Model` has none.

@@ -15,7 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.checkpoints import gguf, huggingface, mapping, safetensors
+from gptjax.checkpoints import (
+    foreign_weights,
+    generation_config,
+    gguf,
+    huggingface,
+    mapping,
+    safetensors,
+)
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config, ModelConfig
 from gptjax.core import files, tree
@@ -70,13 +77,31 @@ def open_checkpoint(path: str | Path) -> Pretrained:
             if place.suffix == ".gguf" or place.is_file():
                 return _open_gguf(files.require_regular_file(place))
             config_file = place / "config.json"
-            if config_file.exists() and "model_type" in files.read_json(config_file):
+            raw = files.read_json(config_file) if config_file.exists() else {}
+            if "model_type" in raw:
                 return _open_hf(place)
+            if raw and "model" not in raw:
+                raise UserError(_no_model_type(raw))
+            if not raw:
+                foreign_weights.refuse_other_folder(place)
             return _open_run(place)
     except RecursionError:
         raise UserError(
             f"{place}: a JSON file in it is nested too deeply to be one of a checkpoint"
         ) from None
+
+
+def _no_model_type(raw: Mapping[str, Any]) -> str:
+    """What to say of a config.json that is neither a run's nor names its architecture."""
+    classes = raw.get("architectures") or []
+    known = ", ".join(huggingface.FAMILIES)
+    for family in huggingface.FAMILIES.values():
+        if family.architecture in classes:
+            return (
+                f'config.json has no model_type: add "model_type": "{family.model_type}", '
+                f"which is that of {family.architecture}"
+            )
+    return f"config.json has no model_type, which says what model this is; known: {known}"
 
 
 def _open_run(path: Path) -> Pretrained:
@@ -169,9 +194,11 @@ def _open_gguf(path: Path) -> Pretrained:
 
 def _open_hf(folder: Path) -> Pretrained:
     raw = files.read_json(folder / "config.json")
+    family = huggingface.family_named(raw["model_type"])
+    tensors = safetensors.open_tensors(folder)
+    foreign_weights.refuse_quantised(folder, raw, tensors.shapes, tensors.kinds)
     config = huggingface.read_config(raw)
-    generation_file = folder / "generation_config.json"
-    generation = files.read_json(generation_file) if generation_file.exists() else {}
+    generation = generation_config.read_generation_config(folder, raw)
     eos_ids = generation.get("eos_token_id", raw.get("eos_token_id"))
     if eos_ids is None:
         eos_ids = []
@@ -182,9 +209,16 @@ def _open_hf(folder: Path) -> Pretrained:
     for name in FILES:
         if (folder / name).exists():
             files.require_regular_file(folder / name)
-    tensors = safetensors.open_tensors(folder)
-    family = huggingface.FAMILIES[raw["model_type"]]
-    params = safetensors.LazyParams(folder, config, family, tensors)
+    config, tensors = safetensors.with_own_head(config, family, tensors)
+    try:
+        params = safetensors.LazyParams(folder, config, family, tensors)
+    except UserError as error:
+        taken = {key: value for key, value in family.defaults.items() if key not in raw}
+        sizes = [f"{key} ({taken[key]})" for key in _SIZES if key in taken]
+        if not sizes:
+            raise
+        note = f"config.json has no {', '.join(sizes)}: that is what transformers takes"
+        raise UserError(f"{error}\n({note})") from None
     try:
         tokenizer = PretrainedTokenizer.from_folder(folder, eos_ids)
     except UnicodeDecodeError as error:
@@ -192,6 +226,13 @@ def _open_hf(folder: Path) -> Pretrained:
     _check_vocabulary(config, tokenizer)
     keep = _special_ids(raw, tokenizer)
     return Pretrained(config, params, tokenizer, tensors.dtype, generation, keep)
+
+
+# Settings without which no config.json is complete, as families name them.
+_SIZES = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "vocab_size", "n_layer", "n_embd", "n_head", "n_positions"),
+)
 
 
 def _special_ids(raw: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Pickles (`.bin`, `.pt`) are never read: they can run code.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import json
@@ -15,7 +16,7 @@ import mmap
 import os
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,12 +56,14 @@ class StoredTensors:
     """The tensors of a checkpoint's files.
 
     shapes: {name: shape}. read: name -> array, which may be a view of the file. dtype: the one
-    that most tensors are stored in, a value of `DTYPES`.
+    that most tensors are stored in, a value of `DTYPES`. kinds: {name: dtype} as safetensors names
+    it, where that is the format.
     """
 
     shapes: dict[str, Shape]
     read: Callable[[str], np.ndarray]
     dtype: str = "float32"
+    kinds: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class _Source(NamedTuple):
@@ -210,7 +213,10 @@ class LazyParams:
             arrays = [self._tensors.read(name) for name in names]
             for name, array in zip(names, arrays, strict=True):
                 if array.dtype.kind not in "fV":  # V: bfloat16, which NumPy does not know
-                    raise UserError(f"{name} holds {array.dtype}: the file is damaged")
+                    raise UserError(
+                        f"{name} holds {array.dtype} and no floating-point numbers: the file is "
+                        "damaged, or quantised in a way that is not known here"
+                    )
                 if not _is_finite(array):
                     raise UserError(f"{name} holds values that are not finite: the file is damaged")
             return tensor_map.from_hf(self._config, self._shapes[tensor_map.param_path], *arrays)
@@ -269,6 +275,9 @@ def read_safetensors(paths: list[Path]) -> StoredTensors:
                 (size,) = struct.unpack("<Q", raw.read(8))
                 header = json.loads(raw.read(size))
                 for name in checked.keys():  # noqa: SIM118  (the handle is no dict)
+                    if name in extents:
+                        other = extents[name].path.name
+                        raise UserError(f"{name} is in {other} and in {path.name}: which counts?")
                     entry = header[name]
                     start = 8 + size + entry["data_offsets"][0]
                     shapes[name] = tuple(entry["shape"])
@@ -285,9 +294,10 @@ def read_safetensors(paths: list[Path]) -> StoredTensors:
         raw = np.memmap(path, np.uint8, "r", start, (size,)) if size else np.empty(0, np.uint8)
         return np.asarray(raw).view(dtype).reshape(shapes[name])
 
-    kinds = [extent.dtype for extent in extents.values()]
-    usual = max(set(kinds), key=kinds.count, default="F32")
-    return StoredTensors(shapes, read, DTYPES.get(usual, "float32"))
+    kinds = {name: extent.dtype for name, extent in extents.items()}
+    counts = collections.Counter(kinds.values())
+    usual = max(counts, key=lambda kind: counts[kind], default="F32")
+    return StoredTensors(shapes, read, DTYPES.get(usual, "float32"), kinds)
 
 
 def open_tensors(folder: Path) -> StoredTensors:
@@ -306,6 +316,13 @@ def open_tensors(folder: Path) -> StoredTensors:
             "Convert it where you trust it: transformers' "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors."
         )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        raise UserError(
+            f"{folder} has no model.safetensors and no model.safetensors.index.json, but "
+            f"{', '.join(others[:3])}:\nrename a single file to model.safetensors; parts need the "
+            "index that came with them"
+        )
     raise UserError(
         f"{folder} has a config.json and no weights: "
         "no model.safetensors, no index, no flax_model.msgpack"
@@ -323,7 +340,52 @@ def _indexed_files(index: Path) -> list[Path]:
         if Path(name).name != name or name in ("..", "."):
             raise UserError(f"{index} names {name!r}, which is outside the checkpoint's folder")
     names = sorted(set(weight_map.values()))
+    if missing := [name for name in names if not (index.parent / name).exists()]:
+        raise UserError(
+            f"{len(missing)} of the {len(names)} files that {index} names are missing, "
+            f"{', '.join(missing[:3])} among them: download them again"
+        )
     return [files.require_regular_file(index.parent / name) for name in names]
+
+
+def with_own_head(
+    config: ModelConfig, family: Family, stored: StoredTensors
+) -> tuple[ModelConfig, StoredTensors]:
+    """The config and tensors of a model that says it is tied, after what the file has.
+
+    A file with the head alone has the embedding by that name. One with both, that differ, is not
+    tied, which is said on stderr (as in transformers 5). Raises UserError for a head that is none.
+    """
+    if not config.tie_embeddings or config.labels:
+        return config, stored
+    untied = dataclasses.replace(config, tie_embeddings=False)
+    names = {m.param_path: m.hf_names[0] for m in family.tensor_maps(untied)}
+    head, table = names["head/kernel"], names["embed/tokens"]
+    if not any(name.startswith(family.prefix) for name in stored.shapes):
+        table = table.removeprefix(family.prefix)
+    if head not in stored.shapes:
+        return config, stored
+    if table not in stored.shapes:
+        shapes = {table if name == head else name: s for name, s in stored.shapes.items()}
+        read = lambda name: stored.read(head if name == table else name)
+        return config, dataclasses.replace(stored, shapes=shapes, read=read)
+    if stored.shapes[head] == stored.shapes[table] and _equal(stored, head, table):
+        return config, stored
+    cli.say(
+        f"note: config.json says tie_word_embeddings = true, but {head} and {table} differ: "
+        "the head in the file is used"
+    )
+    return untied, stored
+
+
+def _equal(stored: StoredTensors, one: str, other: str) -> bool:
+    """Whether two matrices hold the same numbers, compared in strips of 64 MiB at most."""
+    a, b = stored.read(one), stored.read(other)
+    step = max(1, (64 << 20) // max(1, a[:1].nbytes))
+    return all(
+        np.array_equal(a[start : start + step], b[start : start + step])
+        for start in range(0, len(a), step)
+    )
 
 
 def _read_msgpack(path: Path) -> StoredTensors:

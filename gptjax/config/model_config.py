@@ -88,19 +88,23 @@ class ModelConfig:
     )
     mlp: str = setting(
         "gelu",
-        "Activation of the MLP: gelu is the tanh form (GPT-2), gelu_exact the erf form; swiglu "
-        "(Llama) and geglu (Gemma, tanh form) are gated.",
+        "Activation of the MLP: gelu is the tanh form (GPT-2), gelu_exact the erf form, quick_gelu "
+        "x sigmoid(1.702 x); relu and silu; swiglu (Llama) and geglu (Gemma, tanh form) are gated.",
         table="gptjax.ops.activation:REFERENCES",
     )
     bias: str = setting(
         "all",
-        "Which layers have a bias: all, those of attention, only q, k and v, or none.",
-        choices=("all", "attention", "qkv", "none"),
+        "Which layers have a bias: all, those of attention, only q, k and v, all but those of "
+        "attention (mlp), or none.",
+        choices=("all", "attention", "qkv", "mlp", "none"),
     )
     parallel: bool = setting(False, "Attention and MLP read the same residual stream (GPT-NeoX).")
     qk_norm: bool = setting(False, "RMSNorm on queries and keys, per head.")
     query_pre_attn_scalar: int = setting(
         0, "Attention scores are divided by its square root; 0 = the width of a head.", low=0
+    )
+    scale_scores_by_layer: bool = setting(
+        False, "Attention scores of layer i = 1, 2, ... are divided by i too (GPT-2, on request)."
     )
     attention_softcap: float = setting(
         0.0, "Attention scores become cap * tanh(scores / cap); 0 = off.", low=0.0

@@ -46,6 +46,10 @@ class KeyTable:
     no_effect: Mapping[str, str] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, Refusal] = dataclasses.field(default_factory=dict)
 
+    def knows(self, key: str) -> bool:
+        """Whether the key is in one of the groups."""
+        return any(_find(key, group) for group in (self.used, self.refused, self.no_effect))
+
     def check(self, values: Mapping[str, Any], where: str) -> None:
         """Refuses what cannot be honoured; lists what has no effect at --debug.
 

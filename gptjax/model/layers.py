@@ -39,7 +39,7 @@ class Norm(Module):
         if c.norm_plus_one:
             scale = 1 + scale
         bias = None
-        if center and c.bias == "all":
+        if center and c.bias in ("all", "mlp"):
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         norm = ops.head_norm if self.per_head else ops.norm
         return norm(x, scale, bias, eps=c.norm_eps, center=center)

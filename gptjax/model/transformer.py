@@ -37,11 +37,18 @@ class Attention(Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, positions: Array, mask: Mask, cache: Params | None, train: bool
+        self,
+        x_BTD: Array,
+        positions: Array,
+        mask: Mask,
+        cache: Params | None,
+        train: bool,
+        layer: Array | int,
     ) -> tuple[Array, Params | None]:
         c, ops = self.config, self.ops
         groups = c.heads // c.kv
-        qkv = Linear(c, (c.kv, groups + 2, c.head_width), c.bias != "none", name="qkv")(x_BTD)
+        biased = c.bias in ("all", "attention", "qkv")
+        qkv = Linear(c, (c.kv, groups + 2, c.head_width), biased, name="qkv")(x_BTD)
         q_BTKGC, k_BTKC, v_BTKC = ops.split_qkv(qkv, groups)
         if c.qk_norm:
             q_BTKGC = Norm(c, per_head=True, name="q_norm")(q_BTKGC)
@@ -52,6 +59,8 @@ class Attention(Module):
             k_BTKC = rotate(k_BTKC, cos[:, :, None], sin[:, :, None])
         if c.query_pre_attn_scalar:  # attention divides by the root of C
             q_BTKGC = q_BTKGC * math.sqrt(c.head_width / c.query_pre_attn_scalar)
+        if c.scale_scores_by_layer:
+            q_BTKGC = q_BTKGC / (layer + 1)
         if cache is None:
             y_BTKGC = ops.attention[c.attention](
                 q_BTKGC,
@@ -78,11 +87,11 @@ class Attention(Module):
 
 
 class MLP(Module):
-    """GELU (tanh form or exact), or a gated unit with gate and up in one kernel [D, 2, F]."""
+    """An activation between two products, or a gate, with gate and up in one kernel [D, 2, F]."""
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
-        c, bias = self.config, self.config.bias == "all"
+        c, bias = self.config, self.config.bias in ("all", "mlp")
         if c.gated:
             h = Linear(c, (2, c.mlp_width), bias, name="gate_up")(x_BTD)
         else:
@@ -105,11 +114,13 @@ class Block(Module):
         mask: Mask,
         cache: Params | None = None,
         train: bool = False,
+        layer: Array | int = 0,
     ) -> tuple[Array, Params | None]:
         c, ops = self.config, self.ops
         dropout = nn.Dropout(c.dropout, deterministic=not train)
         normed_BTD = Norm(c, name="norm1")(x_BTD)
-        update_BTD, cache = Attention(c, name="attn")(normed_BTD, positions, mask, cache, train)
+        attention = Attention(c, name="attn")
+        update_BTD, cache = attention(normed_BTD, positions, mask, cache, train, layer)
         if c.post_norms:
             update_BTD = Norm(c, name="post_norm1")(update_BTD)
         attended_BTD = ops.residual_add(x_BTD, dropout(update_BTD))
@@ -176,7 +187,7 @@ def apply(
         rngs = None if key is None else {"dropout": key}
         variables = {"params": block_params}
         return Block(c).apply(
-            variables, x_BTD, positions, block_mask, block_cache, train, rngs=rngs
+            variables, x_BTD, positions, block_mask, block_cache, train, number, rngs=rngs
         )
 
     if c.remat != "none":

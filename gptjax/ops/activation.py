@@ -28,6 +28,11 @@ def gelu_exact(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     return jax.nn.gelu(x, approximate=False)
 
 
+def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """x sigmoid(1.702 x), GELU's other approximation (Hendrycks & Gimpel 2016)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 def swiglu(gate_up: Float[Array, "*S 2 F"]) -> Float[Array, "*S F"]:
     """silu(gate) * up (Shazeer 2020)."""
     return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
@@ -67,6 +72,9 @@ Activation = Callable[[Array], Array]
 REFERENCES: dict[str, Activation] = {
     "gelu": gelu,
     "gelu_exact": gelu_exact,
+    "quick_gelu": quick_gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
     "swiglu": swiglu,
     "geglu": geglu,
 }
@@ -76,6 +84,9 @@ ACCELERATOR: dict[str, Activation] = {**REFERENCES, "gelu": gelu_recomputed}
 CPU: dict[str, Activation] = {
     "gelu": lambda x: materialize(gelu_recomputed(x, materialize)),
     "gelu_exact": lambda x: materialize(gelu_exact(materialize(x))),
+    "quick_gelu": lambda x: materialize(quick_gelu(materialize(x))),
+    "relu": lambda x: materialize(jax.nn.relu(materialize(x))),
+    "silu": lambda x: materialize(jax.nn.silu(materialize(x))),
     "swiglu": lambda gate_up: materialize(swiglu(materialize(gate_up))),
     "geglu": lambda gate_up: materialize(geglu(materialize(gate_up))),
 }

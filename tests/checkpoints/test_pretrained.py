@@ -324,7 +324,10 @@ HOSTILE = {
         "does not hold a JSON object",
     ),
     "config is deep": (lambda d: (d / "config.json").write_text("[" * 100_000), "JSON"),
-    "config without width": (lambda d: edit_json(d / "config.json", n_embd=None), "no 'n_embd'"),
+    "config without width": (
+        lambda d: edit_json(d / "config.json", n_embd=None),
+        "has no n_embd (768)",
+    ),
     "width is text": (lambda d: edit_json(d / "config.json", n_embd="wide"), "wide"),
     "a billion layers": (lambda d: edit_json(d / "config.json", n_layer=10**9), "at most 10000"),
     "more layers than tensors": (

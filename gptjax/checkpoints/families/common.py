@@ -12,12 +12,14 @@ the tests of round trips work from those. If the model computes something new, a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from gptjax.checkpoints.tensor_map import RawConfig, TensorMap
 from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
+from gptjax.core.foreign_keys import KeyTable, Refusal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,10 @@ class Family:
 
     model_type, architecture: as in config.json; the architecture is the language model's class.
     prefix: begins the names of tensors; absent in files that hold the decoder without a head.
-    read_config: a config.json -> settings of `ModelConfig`. Raises UserError or KeyError.
+    defaults: {key of config.json: what transformers takes where it is absent}.
+    keys: what becomes of every key of config.json (`config_keys.config_table`).
+    read_config: a config.json, completed by `defaults` -> settings of `ModelConfig`. Raises
+        UserError or KeyError.
     write_config: a config -> the keys that `read_config` reads, apart from the common ones.
     tensor_maps: a config -> a map for each parameter, in the order in which files are written.
     matches: whether the family can hold a model of this config. The first one that does is used.
@@ -53,6 +58,8 @@ class Family:
     model_type: str
     architecture: str
     prefix: str
+    defaults: Mapping[str, Any]
+    keys: KeyTable
     read_config: Callable[[RawConfig], dict[str, Any]]
     write_config: Callable[[ModelConfig], dict[str, Any]]
     tensor_maps: Callable[[ModelConfig], list[TensorMap]]
@@ -61,17 +68,41 @@ class Family:
     gguf: GgufNames | None = None
 
 
-# {activation in config.json: setting model.mlp}
-GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact"}
+# {activation in config.json: setting model.mlp}; a setting is written as its first name.
+ACTIVATIONS = {
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_python_tanh": "gelu",
+    "gelu_fast": "gelu",
+    "gelu_accurate": "gelu",
+    "gelu": "gelu_exact",
+    "gelu_python": "gelu_exact",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+GATED_ACTIVATIONS = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu_pytorch_tanh": "geglu",
+    "gelu_new": "geglu",
+    "gelu_fast": "geglu",
+}
 
 
-def choose(raw: RawConfig, key: str, options: Mapping[Any, str], default: Any = None) -> str:
+def choose(raw: RawConfig, key: str, options: Mapping[Any, str]) -> str:
     """The option that `raw[key]` names. Raises UserError, with the known names, for another."""
-    value = raw.get(key, default)
+    value = raw[key]
     if value not in options:
         known = ", ".join(map(str, options))
         raise UserError(f"config.json: {key} = {value!r} is not supported; known: {known}")
     return options[value]
+
+
+def first_name(options: Mapping[str, str], option: str) -> str:
+    """The inverse of `choose`."""
+    return next(name for name, value in options.items() if value == option)
 
 
 def read_sizes(raw: RawConfig) -> dict[str, Any]:
@@ -82,8 +113,6 @@ def read_sizes(raw: RawConfig) -> dict[str, Any]:
         "heads": raw["num_attention_heads"],
         "mlp_dim": raw["intermediate_size"],
         "context": raw["max_position_embeddings"],
-        "vocab_size": raw["vocab_size"],
-        "init_std": raw.get("initializer_range", 0.02),
     }
 
 
@@ -99,32 +128,52 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_rope(raw: RawConfig, *, default_fraction: float = 1.0) -> dict[str, Any]:
+_OTHER_SCALING = "only the scalings default, dynamic, linear, llama3 and yarn are supported"
+
+ROPE_SCALING = KeyTable(
+    "rope_scaling and rope_parameters in config.json",
+    used=frozenset(
+        {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}
+        | {"original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}
+        | {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"}
+    ),
+    no_effect={"finetuned": "who wrote the file"},
+    refused={
+        "truncate": Refusal("yarn rounds its range of dimensions here", unless=(True,)),
+        "extrapolation_factor": Refusal(_OTHER_SCALING, unless=(1, 1.0)),
+        "attn_factor": Refusal(_OTHER_SCALING, unless=(1, 1.0)),
+        "alpha": Refusal(_OTHER_SCALING),
+        "short_factor": Refusal(_OTHER_SCALING),
+        "long_factor": Refusal(_OTHER_SCALING),
+        "short_mscale": Refusal(_OTHER_SCALING),
+        "long_mscale": Refusal(_OTHER_SCALING),
+        "mrope_section": Refusal("positions are those of text"),
+        "mrope_interleaved": Refusal("positions are those of text"),
+        "full_attention": Refusal("all layers share one RoPE here"),
+        "sliding_attention": Refusal("all layers share one RoPE here"),
+    },
+)
+
+
+def read_rope(raw: RawConfig) -> dict[str, Any]:
     """The settings of RoPE. Raises UserError for a scaling of contexts that is not supported.
 
     Both spellings are read: `rope_parameters` (transformers 5), and `rope_theta` with
-    `rope_scaling` (transformers 4; GPT-NeoX has names of its own).
+    `rope_scaling` (transformers 4), which goes first where a file has both.
     """
-    rope = {
-        "rope_theta": raw.get("rope_theta") or raw.get("rotary_emb_base"),
-        **(raw.get("rope_scaling") or {}),
-        **(raw.get("rope_parameters") or {}),
-    }
-    fraction = (
-        rope.get("partial_rotary_factor")
-        or raw.get("partial_rotary_factor")
-        or raw.get("rotary_pct")
-        or default_fraction
-    )
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    scaling = _read_rope_scaling(rope, raw)
+    ROPE_SCALING.check(rope, "config.json: RoPE")
+    fraction = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
     return {
         "positions": "rope",
-        "rope_theta": float(rope["rope_theta"] or 10_000.0),
+        "rope_theta": float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
         "rotary_fraction": float(fraction),
-        **_read_rope_scaling(rope, raw["max_position_embeddings"]),
+        **scaling,
     }
 
 
-def _read_rope_scaling(rope: RawConfig, context: int) -> dict[str, Any]:
+def _read_rope_scaling(rope: RawConfig, raw: RawConfig) -> dict[str, Any]:
     """The settings of an extended context; empty without one."""
     scaling = rope.get("rope_type", rope.get("type", "default"))
     # dynamic scaling changes nothing up to the context, and we refuse longer texts
@@ -135,19 +184,31 @@ def _read_rope_scaling(rope: RawConfig, context: int) -> dict[str, Any]:
             f"config.json: RoPE scaling {scaling!r} is not supported; "
             "known: default, dynamic, linear, llama3, yarn"
         )
-    settings = {"rope_scaling": scaling, "rope_factor": float(rope["factor"])}
+    context = raw["max_position_embeddings"]
+    # beside the scaling or in it, in this order (transformers 5)
+    original = raw.get("original_max_position_embeddings")
+    original = original or rope.get("original_max_position_embeddings") or context
+    factor = rope.get("factor") if scaling == "yarn" else rope["factor"]
+    factor = context / original if factor is None else float(factor)
+    settings = {"rope_scaling": scaling, "rope_factor": factor}
     if scaling != "linear":
-        settings["rope_original_context"] = rope.get("original_max_position_embeddings") or context
+        settings["rope_original_context"] = original
     if scaling == "llama3":
         settings["rope_low_freq_factor"] = float(rope["low_freq_factor"])
         settings["rope_high_freq_factor"] = float(rope["high_freq_factor"])
     if scaling == "yarn":
-        if not rope.get("truncate", True) or rope.get("mscale"):
-            raise UserError("config.json: yarn with truncate = false or mscale is not supported")
         settings["rope_beta_fast"] = float(rope.get("beta_fast") or 32)
         settings["rope_beta_slow"] = float(rope.get("beta_slow") or 1)
-        settings["rope_attention_factor"] = float(rope.get("attention_factor") or 0.0)
+        settings["rope_attention_factor"] = _yarn_attention_factor(rope, factor)
     return settings
+
+
+def _yarn_attention_factor(rope: RawConfig, factor: float) -> float:
+    """What the file says, by itself or by its two `mscale`; 0 for YaRN's usual one."""
+    scale, scale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    if rope.get("attention_factor") is None and scale and scale_all:
+        return (1 + 0.1 * scale * math.log(factor)) / (1 + 0.1 * scale_all * math.log(factor))
+    return float(rope.get("attention_factor") or 0.0)
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
@@ -169,11 +230,10 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
 
 
 def has_gpt2_shape(config: ModelConfig) -> bool:
-    """Whether GPT-2 or GPT-NeoX could hold the model, by all but its positions."""
+    """Whether GPT-2 or GPT-NeoX could hold the model, but for positions, biases and scores."""
     return (
         config.norm == "layernorm"
-        and config.mlp in ("gelu", "gelu_exact")
-        and config.bias == "all"
+        and config.mlp in ACTIVATIONS.values()
         and config.kv == config.heads
         and config.head_width * config.heads == config.width
         and not config.sliding_window
@@ -187,10 +247,16 @@ def has_llama_shape(config: ModelConfig) -> bool:
     return (
         config.positions == "rope"
         and config.norm == "rmsnorm"
-        and config.mlp == "swiglu"
+        and config.mlp in GATED_ACTIVATIONS.values()
         and not config.parallel
+        and not has_other_scores(config)
         and not has_gemma_settings(config)
     )
+
+
+def has_other_scores(config: ModelConfig) -> bool:
+    """Whether scores of attention are divided by more or less than the root of the head's width."""
+    return bool(config.query_pre_attn_scalar or config.scale_scores_by_layer)
 
 
 def has_gemma_settings(config: ModelConfig) -> bool:
@@ -200,7 +266,6 @@ def has_gemma_settings(config: ModelConfig) -> bool:
         or config.post_norms
         or config.scale_embeddings
         or config.alternate_windows
-        or config.query_pre_attn_scalar
         or config.attention_softcap
         or config.logit_softcap
     )

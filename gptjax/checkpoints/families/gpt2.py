@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptjax.checkpoints.families.common import GELUS, Family, GgufNames, choose, has_gpt2_shape
+from gptjax.checkpoints.families.common import (
+    ACTIVATIONS,
+    Family,
+    GgufNames,
+    choose,
+    first_name,
+    has_gpt2_shape,
+)
+from gptjax.checkpoints.families.config_keys import config_table
 from gptjax.checkpoints.tensor_map import (
     RawConfig,
     TensorMap,
@@ -15,14 +23,29 @@ from gptjax.checkpoints.tensor_map import (
     same,
     table,
 )
-from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
 
-# Settings that change what a GPT-2 computes: the only value that is supported.
-_REQUIRED = {
+_DEFAULTS = {
+    "n_layer": 12,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_inner": None,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+}
+
+# The common names of the sizes, which transformers reads in place of GPT-2's own.
+_ALIASES = {
+    "num_hidden_layers": "n_layer",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
 }
 
 
@@ -49,22 +72,17 @@ def _tensor_maps(config: ModelConfig) -> list[TensorMap]:
 
 
 def _read_config(raw: RawConfig) -> dict[str, Any]:
-    for key, value in _REQUIRED.items():
-        if raw.get(key, value) != value:
-            raise UserError(
-                f"config.json: {key} = {raw[key]!r} is not supported; GPT-2 has {value}"
-            )
+    raw = {**raw, **{_ALIASES[key]: value for key, value in raw.items() if key in _ALIASES}}
     return {
         "layers": raw["n_layer"],
         "width": raw["n_embd"],
         "heads": raw["n_head"],
-        "mlp_dim": raw.get("n_inner") or 0,
-        "context": raw.get("n_positions") or raw["n_ctx"],
-        "vocab_size": raw["vocab_size"],
-        "norm_eps": raw.get("layer_norm_epsilon", 1e-5),
-        "mlp": choose(raw, "activation_function", GELUS, "gelu_new"),
-        "tie_embeddings": raw.get("tie_word_embeddings", True),
-        "init_std": raw.get("initializer_range", 0.02),
+        "mlp_dim": raw["n_inner"] or 0,
+        "context": raw["n_positions"],
+        "norm_eps": raw["layer_norm_epsilon"],
+        "mlp": choose(raw, "activation_function", ACTIVATIONS),
+        "query_pre_attn_scalar": 0 if raw["scale_attn_weights"] else 1,
+        "scale_scores_by_layer": raw["scale_attn_by_inverse_layer_idx"],
     }
 
 
@@ -77,7 +95,9 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
         "n_positions": config.context,
         "n_ctx": config.context,
         "layer_norm_epsilon": config.norm_eps,
-        "activation_function": "gelu_new" if config.mlp == "gelu" else "gelu",
+        "activation_function": first_name(ACTIVATIONS, config.mlp),
+        "scale_attn_weights": not config.query_pre_attn_scalar,
+        "scale_attn_by_inverse_layer_idx": config.scale_scores_by_layer,
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
@@ -85,13 +105,30 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _matches(config: ModelConfig) -> bool:
-    return has_gpt2_shape(config) and config.positions == "learned" and not config.parallel
+    return (
+        has_gpt2_shape(config)
+        and config.positions == "learned"
+        and config.bias == "all"
+        and config.query_pre_attn_scalar in (0, 1)
+        and not config.parallel
+    )
 
 
 GPT2 = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
     prefix="transformer.",
+    defaults=_DEFAULTS,
+    keys=config_table(
+        "gpt2",
+        {*_DEFAULTS, *_ALIASES},
+        no_effect={
+            "n_ctx": "n_positions says it",
+            "n_special": "belongs to the tokenizer",
+            "predict_special_tokens": "belongs to the tokenizer",
+            "afn": "activation_function says it",
+        },
+    ),
     read_config=_read_config,
     write_config=_write_config,
     tensor_maps=_tensor_maps,

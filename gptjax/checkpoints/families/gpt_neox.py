@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from gptjax.checkpoints.families.common import (
-    GELUS,
+    ACTIVATIONS,
     Family,
     choose,
+    first_name,
     has_gpt2_shape,
+    has_other_scores,
     read_rope,
     read_sizes,
     write_sizes,
 )
+from gptjax.checkpoints.families.config_keys import ROPE_KEYS, config_table
 from gptjax.checkpoints.tensor_map import (
     RawConfig,
     TensorMap,
@@ -23,8 +26,22 @@ from gptjax.checkpoints.tensor_map import (
     same,
     table,
 )
-from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
+
+_DEFAULTS = {
+    "num_hidden_layers": 44,
+    "hidden_size": 6144,
+    "num_attention_heads": 64,
+    "intermediate_size": 24576,
+    "max_position_embeddings": 2048,
+    "vocab_size": 50432,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "gelu",
+    "attention_bias": True,
+    "use_parallel_residual": True,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+}
 
 
 def _tensor_maps(config: ModelConfig) -> list[TensorMap]:
@@ -35,28 +52,34 @@ def _tensor_maps(config: ModelConfig) -> list[TensorMap]:
         *norm_maps("blocks/norm1", block + "input_layernorm", bias=True),
         *norm_maps("blocks/norm2", block + "post_attention_layernorm", bias=True),
         neox_qkv("blocks/attn/qkv/kernel", block + "attention.query_key_value.weight"),
-        neox_qkv("blocks/attn/qkv/bias", block + "attention.query_key_value.bias"),
     ]
-    for layer, module, inputs in (
-        ("blocks/attn/out", "attention.dense", 2),
-        ("blocks/mlp/up", "mlp.dense_h_to_4h", 1),
-        ("blocks/mlp/down", "mlp.dense_4h_to_h", 1),
+    attention_bias = config.bias == "all"
+    if attention_bias:
+        maps.append(neox_qkv("blocks/attn/qkv/bias", block + "attention.query_key_value.bias"))
+    for layer, module, inputs, bias in (
+        ("blocks/attn/out", "attention.dense", 2, attention_bias),
+        ("blocks/mlp/up", "mlp.dense_h_to_4h", 1, True),
+        ("blocks/mlp/down", "mlp.dense_4h_to_h", 1, True),
     ):
         maps.append(linear(f"{layer}/kernel", f"{block}{module}.weight", inputs=inputs))
-        maps.append(same(f"{layer}/bias", f"{block}{module}.bias"))
+        if bias:
+            maps.append(same(f"{layer}/bias", f"{block}{module}.bias"))
     return maps + head_maps(config, "embed_out.weight")
 
 
 def _read_config(raw: RawConfig) -> dict[str, Any]:
-    if not raw.get("attention_bias", True):
-        raise UserError("config.json: attention_bias = false is not supported in GPT-NeoX")
+    rope = {
+        **raw,
+        "rope_theta": raw.get("rotary_emb_base") or raw.get("rope_theta"),
+        "partial_rotary_factor": raw.get("rotary_pct") or raw.get("partial_rotary_factor") or 0.25,
+    }
     return {
         **read_sizes(raw),
-        **read_rope(raw, default_fraction=0.25),
-        "norm_eps": raw.get("layer_norm_eps", 1e-5),
-        "parallel": raw.get("use_parallel_residual", True),
-        "mlp": choose(raw, "hidden_act", GELUS, "gelu"),
-        "tie_embeddings": raw.get("tie_word_embeddings", False),
+        **read_rope(rope),
+        "norm_eps": raw["layer_norm_eps"],
+        "parallel": raw["use_parallel_residual"],
+        "mlp": choose(raw, "hidden_act", ACTIVATIONS),
+        "bias": "all" if raw["attention_bias"] else "mlp",
     }
 
 
@@ -67,19 +90,26 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
         "rotary_emb_base": config.rope_theta,
         "layer_norm_eps": config.norm_eps,
         "use_parallel_residual": config.parallel,
-        "hidden_act": "gelu_new" if config.mlp == "gelu" else "gelu",
-        "attention_bias": True,
+        "hidden_act": first_name(ACTIVATIONS, config.mlp),
+        "attention_bias": config.bias == "all",
     }
 
 
 def _matches(config: ModelConfig) -> bool:
-    return has_gpt2_shape(config) and config.positions == "rope"
+    return (
+        has_gpt2_shape(config)
+        and config.positions == "rope"
+        and config.bias in ("all", "mlp")
+        and not has_other_scores(config)
+    )
 
 
 GPT_NEOX = Family(
     model_type="gpt_neox",
     architecture="GPTNeoXForCausalLM",
     prefix="gpt_neox.",
+    defaults=_DEFAULTS,
+    keys=config_table("gpt_neox", {*_DEFAULTS, *ROPE_KEYS, "rotary_pct", "rotary_emb_base"}),
     read_config=_read_config,
     write_config=_write_config,
     tensor_maps=_tensor_maps,
