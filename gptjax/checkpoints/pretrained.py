@@ -25,7 +25,7 @@ from gptjax.checkpoints import (
 )
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config, ModelConfig
-from gptjax.core import files, tree
+from gptjax.core import cli, files, tree
 from gptjax.model import lora
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.pretrained import FILES, PretrainedTokenizer
@@ -89,6 +89,20 @@ def open_checkpoint(path: str | Path) -> Pretrained:
         raise UserError(
             f"{place}: a JSON file in it is nested too deeply to be one of a checkpoint"
         ) from None
+
+
+def open_for_generation(path: str | Path) -> Pretrained:
+    """`open_checkpoint`, and a line on stderr of what it suggests for generating texts.
+
+    That is not taken over: a call's own options, or the defaults, always hold.
+    """
+    checkpoint = open_checkpoint(path)
+    if suggested := generation_config.suggestions(checkpoint.generation):
+        cli.say(
+            f"note: {path} suggests {', '.join(suggested)} for generating text; this is not taken "
+            "over: give it as options where you want it"
+        )
+    return checkpoint
 
 
 def _no_model_type(raw: Mapping[str, Any]) -> str:

@@ -22,11 +22,9 @@ from typing import Any, Literal, Unpack, overload
 import numpy as np
 
 from gptjax.checkpoints import formats, pretrained
-from gptjax.checkpoints.generation_config import suggestions
 from gptjax.checkpoints.safetensors import LazyParams
 from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
-from gptjax.core import cli
 from gptjax.core.types import Params
 from gptjax.generation import beam_search, engine, pairs, requests, scoring, speculative
 from gptjax.generation.loop import InferenceModel
@@ -456,7 +454,7 @@ def _refuse(options: GenerationOptions, method: str, *names: str) -> None:
 
 def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> LanguageModel:
     """The model at `path`; see `gptjax.load`. Raises UserError."""
-    checkpoint = _open(path)
+    checkpoint = pretrained.open_for_generation(path)
     return LanguageModel(
         checkpoint.config,
         checkpoint.params,
@@ -465,17 +463,6 @@ def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -
         cache_dtype=cache_dtype,
         source=checkpoint,
     )
-
-
-def _open(path: str | Path) -> pretrained.Pretrained:
-    """The checkpoint; what it suggests for generation is said, since it is not taken over."""
-    checkpoint = pretrained.open_checkpoint(path)
-    if suggested := suggestions(checkpoint.generation):
-        cli.say(
-            f"note: the checkpoint suggests {', '.join(suggested)} for generation; "
-            "that is not taken over: give it as options where you want it"
-        )
-    return checkpoint
 
 
 @contextlib.contextmanager
@@ -487,7 +474,7 @@ def load_lazily(
     Inside the block, while a thread reads them, the model can `encode` and `compile` only.
     Raises UserError.
     """
-    checkpoint = _open(path)
+    checkpoint = pretrained.open_for_generation(path)
     params = checkpoint.params
     in_files = isinstance(params, LazyParams)
     lm = LanguageModel(
