@@ -78,7 +78,7 @@ def read_settings(raw: RawConfig) -> ModelConfig:
         model = f"a {family.model_type} model"
         raise UserError(f"config.json has no {error}, which {model} needs") from None
     except UserError as error:
-        raise UserError(f"config.json: {error}") from None
+        raise UserError(f"config.json: {str(error).removeprefix('config.json: ')}") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise UserError(f"config.json holds a value of a wrong type: {error}") from None
 
