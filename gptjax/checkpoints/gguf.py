@@ -18,11 +18,8 @@ from gptjax.checkpoints import gguf_file, gguf_keys, huggingface, mapping
 from gptjax.checkpoints.families.common import Family
 from gptjax.checkpoints.gguf_file import Shape
 from gptjax.checkpoints.gguf_keys import ARCHITECTURES, ROPE_DIVISORS
-from gptjax.checkpoints.gguf_vocabulary import (
-    read_special_ids,
-    read_tokenizer,
-    write_vocabulary,
-)
+from gptjax.checkpoints.gguf_vocabulary import read_special_ids, read_tokenizer
+from gptjax.checkpoints.gguf_write_vocabulary import write_vocabulary
 from gptjax.checkpoints.safetensors import StoredTensors
 from gptjax.config.errors import UserError, unknown_name
 from gptjax.config.schema import ModelConfig

@@ -12,6 +12,10 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gptjax.tokenizer.added_tokens import Added
+from gptjax.tokenizer.file_keys import read_sentencepiece_fields
+from gptjax.tokenizer.rewriting import BYTE
+
 _FLAGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
 
@@ -42,8 +46,47 @@ def find_differences(
     if steps != wanted:
         lost.append(f"the normalisation {_named(steps)} instead of {_named(wanted)}")
     if _pairs(model) != _pairs(other):
-        lost.append("merges in another order than scores of pieces can say")
+        lost.append("merges that scores of pieces cannot say")
     return lost, notes
+
+
+_KINDS = {1: "a Unigram vocabulary", 3: "a vocabulary of words", 4: "a vocabulary of characters"}
+
+
+def different_model_file(
+    model: bytes,
+    types: Sequence[int],
+    settings: Mapping[str, Any],
+    added: Sequence[Added],
+    *,
+    prefix: bool,
+) -> list[str]:
+    """What of a tokenizer.model is lost among the fields of a file, in words.
+
+    types: of its pieces and added tokens in GGUF. prefix: a space is written before the first word.
+    """
+    fields = read_sentencepiece_fields(model)
+    kind = fields.get("trainer_spec.model_type", 1)
+    if kind in _KINDS:
+        return [_KINDS[kind]]
+    lost = []
+    if types.count(BYTE) < 256:
+        lost.append(f"no token for {256 - types.count(BYTE)} of the 256 bytes")
+    if fields.get("normalizer_spec.precompiled_charsmap"):
+        lost.append("a normalisation of characters (precompiled_charsmap)")
+    if fields.get("normalizer_spec.remove_extra_whitespaces", True):
+        lost.append("remove_extra_whitespaces, without which white space is kept")
+    if not fields.get("normalizer_spec.escape_whitespaces", True):
+        lost.append("escape_whitespaces = false")
+    if prefix and not settings.get("legacy", True):
+        lost.append("legacy = false: no space after a control token")
+    if prefix and fields.get("trainer_spec.user_defined_symbols"):
+        lost.append("user-defined symbols that no space is written after")
+    for token in added:
+        for flag in ("single_word", "lstrip", "rstrip"):
+            if getattr(token, flag):
+                lost.append(f"{flag} = true of the token {token.content!r}")
+    return lost if len(lost) < 4 else [*lost[:3], f"{len(lost) - 3} more like that"]
 
 
 def only_composes(described: Mapping[str, Any]) -> bool:

@@ -52,7 +52,8 @@ class TokenizerProbe:
 def probe_texts(tokenizer: Tokenizer, count: int = TEXTS) -> list[str]:
     """`count` texts: fixed ones, and joints of those with tokens and names of control tokens."""
     generator = np.random.default_rng(0)
-    names = [name for name in sorted(tokenizer.control) if name and _can_encode(tokenizer, name)]
+    names = [name for name, i in sorted(tokenizer.control.items()) if i < tokenizer.vocab_size]
+    names = [name for name in names if name and _can_encode(tokenizer, name)]
     fixed = [text for text in _FIXED if _can_encode(tokenizer, text)]
     joints = [text for text in _JOINTS if _can_encode(tokenizer, text)]
     texts = list(fixed)

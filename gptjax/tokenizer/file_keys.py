@@ -5,6 +5,7 @@ To honour another key, read it in the file that the table's name says and move i
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -386,6 +387,17 @@ def read_sentencepiece_fields(model: bytes) -> dict[str, Any]:
     except (IndexError, ValueError):
         raise UserError("tokenizer.model is damaged, or no model of sentencepiece") from None
     return fields
+
+
+def read_pieces(model: bytes) -> list[tuple[str, float, int]]:
+    """(text, score, type) of each piece of a sentencepiece model; types as in rewriting.py."""
+    pieces: list[tuple[str, float, int]] = []
+    for number, value in _read_message(model):
+        if number == 1 and isinstance(value, bytes):
+            fields: dict[int, Any] = dict(_read_message(value))
+            (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
+            pieces.append((fields[1].decode(), score, fields.get(3, 1)))
+    return pieces
 
 
 def _read_message(data: bytes) -> Iterator[tuple[int, int | bytes]]:

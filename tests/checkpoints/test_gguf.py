@@ -11,7 +11,14 @@ import pytest
 from conftest import byte_level_tokenizer, command, tiny_checkpoint
 from helpers import CHATML
 
-from gptjax.checkpoints import formats, gguf_keys, gguf_vocabulary, pretrained, proof
+from gptjax.checkpoints import (
+    formats,
+    gguf_keys,
+    gguf_vocabulary,
+    gguf_write_vocabulary,
+    pretrained,
+    proof,
+)
 from gptjax.checkpoints.gguf_pre_tokenizers import PRE_TOKENIZERS
 from gptjax.config.errors import UserError
 from gptjax.tokenizer import chat_template
@@ -156,7 +163,7 @@ def test_named_templates_come_and_go():
     templates = {"tokenizer.chat_template": CHATML, "tokenizer.chat_template.tool_use": "tools"}
     tokenizer = tokenizer_of(piece_fields(), **templates)
     assert tokenizer.chat_template == CHATML
-    fields = gguf_vocabulary.vocabulary_fields(tokenizer, len(PIECES), "m")
+    fields = gguf_write_vocabulary.vocabulary_fields(tokenizer, len(PIECES), "m")
     assert {key: fields[key] for key in templates} == templates
 
 
@@ -466,7 +473,7 @@ def test_what_a_file_cannot_hold_of_a_tokenizer_is_refused(changes, message, tmp
     ],
 )
 def test_the_name_that_is_written_is_the_one_that_is_meant(changes, name, capsys):
-    fields = gguf_vocabulary.vocabulary_fields(byte_level_with(**changes), 264, "m")
+    fields = gguf_write_vocabulary.vocabulary_fields(byte_level_with(**changes), 264, "m")
     assert fields["tokenizer.ggml.pre"] == name
     said = capsys.readouterr().err
     assert ("note:" in said) == (name == "gpt-4o" or "normalizer" in changes)
@@ -474,7 +481,7 @@ def test_the_name_that_is_written_is_the_one_that_is_meant(changes, name, capsys
 
 def test_pieces_are_written_with_scores_that_say_the_same_merges():
     tokenizer = tokenizer_of(piece_fields())
-    fields = gguf_vocabulary.vocabulary_fields(tokenizer, len(PIECES) + 2, "m")
+    fields = gguf_write_vocabulary.vocabulary_fields(tokenizer, len(PIECES) + 2, "m")
     assert fields["tokenizer.ggml.token_type"][: len(KINDS)] == [
         3 if name == "<|im_end|>" else kind for name, kind in zip(PIECES, KINDS, strict=True)
     ]
