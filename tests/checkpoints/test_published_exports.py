@@ -22,6 +22,9 @@ HELD = {
     "qwen2": "normalises text to NFC",
     "neox": "normalises text to NFC",
     "o200k": "knows no combining marks",
+    "gpt2_older_files": "",
+    "qwen2_older_files": "normalises text to NFC",
+    "neox_older_files": "normalises text to NFC",
 }
 
 # The others, and what they have that it cannot hold.
@@ -40,6 +43,7 @@ REFUSED = {
     "unigram_t5": "a Unigram vocabulary",
     "unigram_without_metaspace": "a Unigram vocabulary",
     "bert_chinese": "a WordPiece vocabulary",
+    "bert_older_files": "a WordPiece vocabulary",
     "word_level": "a WordLevel vocabulary",
     "word_level_by_spaces": "a WordLevel vocabulary",
     "sentencepiece_user_defined": "user-defined symbols that no space is written after",

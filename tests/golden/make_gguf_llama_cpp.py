@@ -1,7 +1,7 @@
 """Writes gguf_llama_cpp.json: digests of the ids that llama.cpp gives in each pre-tokenizer.
 
-    pip install llama-cpp-python gguf; PYTHONPATH=.:tests:tests/checkpoints python \
-        tests/golden/make_gguf_llama_cpp.py
+    pip install llama-cpp-python gguf pytest sentencepiece
+    PYTHONPATH=.:tests:tests/checkpoints python tests/golden/make_gguf_llama_cpp.py
 
 Made with llama-cpp-python 0.3.36.
 """
@@ -11,15 +11,16 @@ import tempfile
 from pathlib import Path
 
 import gguf
+import published_kinds
 import test_gguf
 from llama_cpp import Llama
 
 from gptjax.checkpoints.gguf_pre_tokenizers import PRE_TOKENIZERS
 
-texts = test_gguf.cutting_texts()
-digests = {}
+texts = [text for text in published_kinds.strings(200) if "\0" not in text and len(text) < 300]
+golden: dict[str, object] = {"texts": texts}
 for name in PRE_TOKENIZERS:
-    fields = test_gguf.cutting_fields(name)
+    fields = test_gguf.cutting_fields(name, texts)
     path = Path(tempfile.mkdtemp()) / "m.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     for key in ("block_count", "context_length", "embedding_length", "feed_forward_length"):
@@ -38,5 +39,7 @@ for name in PRE_TOKENIZERS:
     writer.close()
     library = Llama(str(path), vocab_only=True, verbose=False)
     ids = [library.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
-    digests[name] = test_gguf.digest(ids)
-Path(__file__).with_name("gguf_llama_cpp.json").write_text(json.dumps(digests, indent=0) + "\n")
+    golden[name] = test_gguf.digest(ids)
+Path(__file__).with_name("gguf_llama_cpp.json").write_text(
+    json.dumps(golden, indent=0, ensure_ascii=False) + "\n"
+)

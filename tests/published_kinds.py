@@ -121,13 +121,15 @@ def _of_library(
         tokenizer.post_processor = processors.TemplateProcessing(
             single=template, pair=None, special_tokens=ids
         )
+    text = tokenizer.to_str()
+    tokenizer = Tokenizer.from_str(text)  # with the scores that the file has, to the last bit
     added = tokenizer.get_added_tokens_decoder()
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, **settings}
     return Kind(
         name=name,
         files=files
         or {
-            "tokenizer.json": tokenizer.to_str().encode(),
+            "tokenizer.json": text.encode(),
             "tokenizer_config.json": _json(config),
         },
         encode=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
