@@ -45,7 +45,11 @@ PUBLIC = (
     "Completion",
     "UserError",
 )
-NOT_SHOWN = ("compile", "token_logprobs")  # of LanguageModel: parts that other modules use
+NOT_SHOWN = (
+    "compile",
+    "score_pairs",
+    "token_logprobs",
+)  # of LanguageModel: parts that other modules use
 TYPES = {
     "int": "integer",
     "float": "number",

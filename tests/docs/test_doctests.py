@@ -84,9 +84,10 @@ def test_every_public_name_is_in_the_reference():
 
 
 def test_the_pages_are_made():
-    settings, commands, python = (make() for make in reference.PAGES.values())
+    settings, commands, foreign, python = (make() for make in reference.PAGES.values())
     for path, _, _ in schema.all_settings():
         assert f'\n| <a id="{path}"></a>`{path}` | ' in settings
     assert "| `--workdir` | folder of the run |" in commands
     assert "config.section" not in commands.partition("## gptjax.train")[2]
     assert "## LanguageModel.generate" in python and "lm.generate(" in python
+    assert "| `lora_dropout` | no effect: nothing is dropped at inference |" in foreign
