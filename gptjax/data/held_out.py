@@ -242,7 +242,10 @@ def choose_split(
                 "name other data, or leave data.eval_path and data.eval_split out"
             )
     else:
-        plan = (plan_by_count if goes_on else plan_by_share)(lengths, fraction)
+        plan = plan_by_share(lengths, fraction)
+        if goes_on and plan.rule:
+            plan = plan_by_count(lengths, fraction)
+            plan = dataclasses.replace(plan, how=f"{plan.how}, as when this run began")
         size, hashes = plan.characters(lengths), measured.hashes[plan.cuts == 0]
     same = on_both_sides(measured, hashes, plan)
     policy = "keep" if goes_on else _overlap_policy(config, main, own, same, plan, lengths)

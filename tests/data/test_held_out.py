@@ -147,11 +147,11 @@ def test_two_files_give_their_ends(tmp_path):
     assert "2 of 19 documents; no training document is the same" in said(source)
 
 
-def test_one_long_document_among_short_ones_gives_its_end(tmp_path):
+@pytest.mark.parametrize("name", ["long", "0"])  # after and before the short ones
+def test_one_long_document_among_short_ones_gives_its_end(tmp_path, name):
     texts = {f"{i:03}": t for i, t in enumerate(numbered(300, 40))}
-    source = open_text(
-        write(tmp_path / "c", long="".join(numbered(9000, 8)), **texts), eval_fraction=0.1
-    )
+    texts[name] = "".join(numbered(9000, 8))
+    source = open_text(write(tmp_path / "c", **texts), eval_fraction=0.1)
     train, ends = sides(source)
     assert len(train) == 301 - 30  # a tenth of the short ones is held out whole
     assert sorted(map(len, ends))[-2:] == [40, 7200]
@@ -170,6 +170,7 @@ def test_a_run_that_an_earlier_version_began_goes_on_with_its_split(tmp_path):
     again = sources.open_source(config, earlier)
     assert again.fingerprint == earlier
     assert [len(side) for side in sides(again)] == [1, 1]  # every second document
+    assert "1 of 2 documents, as when this run began" in said(again)
     assert sources.open_source(config, now.fingerprint).fingerprint == now.fingerprint
 
 
@@ -248,8 +249,11 @@ def test_nothing_held_out_is_said(tmp_path):
 def test_a_damaged_survey_is_made_again(tmp_path, cache):
     path = write(tmp_path / "c", **dict(zip("abcdefgh", numbered(8, 70), strict=True)))
     before = sides(open_text(path, eval_fraction=0.25))
-    surveys = list((cache / "surveys").iterdir())
-    assert surveys
-    for survey in surveys:
-        survey.write_bytes(survey.read_bytes()[:40])
-    assert sides(open_text(path, eval_fraction=0.25)) == before
+    surveys = set((cache / "surveys").iterdir())
+    open_text(write(tmp_path / "other", a="another text"))
+    (other,) = set((cache / "surveys").iterdir()) - surveys
+    content = other.read_bytes()
+    for damaged in (content, content[:40], b""):
+        for survey in surveys:
+            survey.write_bytes(damaged)
+        assert sides(open_text(path, eval_fraction=0.25)) == before

@@ -147,3 +147,10 @@ def test_tfds_made_here(tmp_path):
     )
     assert (len(train), len(held_out)) == (18, 2)
     assert sorted(train + held_out) == sorted(f"example {i}" for i in range(20))
+    for setting in ("train_split", "eval_split"):
+        with pytest.raises(UserError, match=r"tiny:1.0.0 has no split 'trian': it has train"):
+            both(
+                DataConfig(
+                    source="tfds", path=str(tmp_path), name="tiny:1.0.0", **{setting: "trian"}
+                )
+            )
