@@ -96,7 +96,7 @@ def passed_over(names_by_reason: Mapping[str, Iterable[str]]) -> tuple[PassedOve
     """One entry for each reason that has names, the most frequent reason first."""
     entries = []
     for reason, names in names_by_reason.items():
-        ordered = sorted(names)
+        ordered = sorted(map(_printable, names))
         if ordered:
             entries.append(PassedOver(reason, len(ordered), tuple(ordered[:_NAMES])))
     return tuple(sorted(entries, key=lambda entry: (-entry.count, entry.reason)))
@@ -110,7 +110,7 @@ def describe(selections: Mapping[str, Selection]) -> list[str]:
         if selection.files:
             taken.append(f"{counted(selection.files, 'file')} of {_size(selection.size)}")
         taken.append(counted(selection.documents, "document"))
-        lines.append(f"{name}: {selection.path}: {', '.join(taken)}")
+        lines.append(f"{name}: {_printable(selection.path)}: {', '.join(taken)}")
         if selection.passed_over:
             lines.append(f"{name}: passed over {say_passed_over(selection.passed_over)}")
         if selection.held_out:
@@ -131,6 +131,12 @@ def say_passed_over(entries: Iterable[PassedOver]) -> str:
         more = ", ..." if entry.count > len(entry.names) else ""
         parts.append(f"{entry.count:,} {entry.reason} ({', '.join(entry.names)}{more})")
     return ", ".join(parts)
+
+
+def _printable(name: str) -> str:
+    """The name without line ends and bytes that are no UTF-8, which a log or page cannot hold."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def counted(count: int, noun: str) -> str:

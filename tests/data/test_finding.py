@@ -126,3 +126,31 @@ def test_what_is_no_file_is_named(tmp_path):
     assert left_out(found) == {"pipes or devices": ("pipe.txt",)}
     with pytest.raises(UserError, match=r"pipe.txt is not a regular file"):
         find_files(str(tmp_path / "pipe.txt"), SUFFIXES)
+
+
+def test_a_folder_below_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt")
+    write(tmp_path / "lost+found" / "b.txt")
+    listdir = os.listdir  # the tests may run as root, whom no permission stops
+
+    def refusing(folder):
+        if folder == refused:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", refusing)
+    refused = tmp_path / "lost+found"
+    found = find_files(str(tmp_path), SUFFIXES)
+    assert names(found, tmp_path) == ["a.txt"]
+    assert left_out(found) == {"folders that may not be read": ("lost+found",)}
+    refused = tmp_path
+    with pytest.raises(UserError, match=r"Permission denied"):
+        find_files(str(tmp_path), SUFFIXES)
+
+
+def test_odd_names_are_said_on_one_line(tmp_path):
+    write(tmp_path / "a.txt")
+    write(tmp_path / "line\nend.pdf")
+    write(tmp_path / "caf\udce9.pdf", "x")  # a byte that is no UTF-8
+    found = find_files(str(tmp_path), SUFFIXES)
+    assert left_out(found) == {"of another suffix": ("caf\\udce9.pdf", "line\\nend.pdf")}

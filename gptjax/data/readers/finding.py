@@ -85,9 +85,9 @@ def listed_files(name: str, paths: list[Path]) -> Files:
 def _no_files(path: str, suffixes: Sequence[str], left_out: str) -> str:
     if Path(path).expanduser().is_file():
         return f"{path} is empty"
-    if left_out:
-        return f"{path}: no file to read there; passed over {left_out}"
     patterns = " ".join(f"*{suffix}" for suffix in suffixes)
+    if left_out:
+        return f"{path}: no file to read there ({patterns}); passed over {left_out}"
     return (
         f"{path!r}: no file there (looking for {patterns}); the working directory is {Path.cwd()}"
     )
@@ -102,8 +102,7 @@ def _in_folder(
         taken = [p for p in paths if p.name.lower().endswith(suffixes)]
         if taken:
             break
-    names = {str(p.relative_to(root)) for p in paths} - {str(p.relative_to(root)) for p in taken}
-    left_out["of another suffix"] += names
+    left_out["of another suffix"] += [_name(p, root) for p in set(paths) - set(taken)]
     return taken
 
 
@@ -120,34 +119,45 @@ def _walk(root: Path, patterns: tuple[str, ...], left_out: dict[str, list[str]])
 
     Linked folders come last, so that a folder is read under its own name where it has one here.
     """
-    folders, links = [root], list[Path]()
+    folders: list[tuple[Path, tuple[str, ...]]] = [(root, ())]
+    links: list[tuple[Path, tuple[str, ...]]] = []
     seen = set()
     while folders or links:
-        folder = folders.pop() if folders else links.pop(0)
+        folder, folder_parts = folders.pop() if folders else links.pop(0)
         place = os.path.realpath(folder)
         if place in seen:
-            left_out["second names of a folder"].append(str(folder.relative_to(root)))
+            left_out["second names of a folder"].append("/".join(folder_parts))
             continue
         seen.add(place)
-        for name in sorted(os.listdir(folder)):
-            p = folder / name
-            relative = p.relative_to(root)
-            is_folder, fault = _kind(p, root)
-            is_wanted = (_may_hold if is_folder else _matches)(relative.parts, patterns)
-            if is_folder and not is_wanted and _matches(relative.parts, patterns):
+        for name in _names_in(folder, folder_parts, left_out):
+            p, parts = folder / name, (*folder_parts, name)
+            is_folder, fault = _kind(p)
+            is_wanted = (_may_hold if is_folder else _matches)(parts, patterns)
+            if is_folder and not is_wanted and _matches(parts, patterns):
                 fault, is_wanted = "folders that the pattern matches (add /**)", True
             if not is_wanted:
                 continue
             fault = _left_alone(name, patterns) or fault
             if fault:
-                left_out[fault].append(str(relative))
+                left_out[fault].append("/".join(parts))
             elif not is_folder:
                 yield p
             else:
-                (links if p.is_symlink() else folders).append(p)
+                (links if p.is_symlink() else folders).append((p, parts))
 
 
-def _kind(path: Path, root: Path) -> tuple[bool, str]:
+def _names_in(folder: Path, parts: tuple[str, ...], left_out: dict[str, list[str]]) -> list[str]:
+    """What is in a folder; nothing of one below the first that may not be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except PermissionError:
+        if not parts:
+            raise
+        left_out["folders that may not be read"].append("/".join(parts))
+        return []
+
+
+def _kind(path: Path) -> tuple[bool, str]:
     """(whether it is a folder, why it cannot be read or "")."""
     try:
         mode = path.stat().st_mode
@@ -204,9 +214,8 @@ def _without_copies(
     first_of: dict[str, Path] = {}
     taken = []
     for p in paths:
-        name = str(p.relative_to(root)) if p.is_relative_to(root) and p != root else p.name
         if is_empty(p):
-            left_out["empty"].append(name)
+            left_out["empty"].append(_name(p, root))
             continue
         checksum = content = files.sha256(p)
         if plain_names[_without_compression(p)] > 1:  # a.txt and a.txt.gz
@@ -215,9 +224,15 @@ def _without_copies(
         if first is p or keep_duplicates:
             taken.append((p, checksum))
         else:
-            left_out["copies of another file"].append(f"{name} = {first.name}")
+            left_out["copies of another file"].append(f"{_name(p, root)} = {first.name}")
     return [p for p, _ in taken], [checksum for _, checksum in taken]
 
 
-def _without_compression(path: Path) -> Path:
-    return path.with_suffix("") if path.suffix.lower() in COMPRESSED[1:] else path
+def _without_compression(path: Path) -> str:
+    name = str(path)
+    return name[: -len(path.suffix)] if name.lower().endswith(COMPRESSED[1:]) else name
+
+
+def _name(path: Path, root: Path) -> str:
+    """The path below the folder or glob that was named."""
+    return path.name if path == root else str(path.relative_to(root))

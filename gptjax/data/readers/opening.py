@@ -219,6 +219,9 @@ def _check_is_text(head: bytes, path: Path, compression: _Compression | None) ->
         ((kind, fix) for at, magic, kind, fix in _NO_TEXT if head[at:].startswith(magic)),
         _utf16_without_mark(head),
     )
+    within = next((kind.name for kind in _COMPRESSIONS if kind.begins.match(head)), "")
+    if compression and within:
+        kind, fix = f"{within} within {compression.name}", "unpack it once"
     if not kind:
         return
     if fix.startswith("UTF"):
