@@ -11,6 +11,7 @@ from gptjax.checkpoints.generation_config import GENERATION_CONFIG
 from gptjax.checkpoints.huggingface import FAMILIES
 from gptjax.core.foreign_keys import KeyTable
 from gptjax.tokenizer.file_keys import TOKENIZER_TABLES
+from gptjax.tokenizer.messages import MESSAGE_KEYS
 
 KEY_TABLES: tuple[KeyTable, ...] = (
     *(family.keys for family in FAMILIES.values()),
@@ -19,4 +20,5 @@ KEY_TABLES: tuple[KeyTable, ...] = (
     *gguf_keys.KEY_TABLES,
     *TOKENIZER_TABLES,
     *peft_config.KEY_TABLES,
+    MESSAGE_KEYS,
 )

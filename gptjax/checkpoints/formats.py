@@ -29,6 +29,7 @@ from gptjax.core import cli, files, tree
 from gptjax.model import head, transformer
 from gptjax.ops.implementations import resolve
 from gptjax.runtime.devices import default_platform
+from gptjax.tokenizer import template_files
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.openai import OpenAITokenizer
 from gptjax.tokenizer.pretrained import FILES, PretrainedTokenizer, from_gpt2
@@ -194,7 +195,7 @@ def _write_tokenizer(
     """
     contents = tokenizer.files()
     for file, data in contents.items():
-        if file in FILES:
+        if file in FILES or file.startswith(template_files.FOLDER):
             files.write_bytes(folder / file, data)
     came = json.loads(contents.get("tokenizer_config.json", "{}"))
     settings = dict(came)

@@ -154,6 +154,9 @@ class TaskConfig:
         choices=("plain", "chat"),
     )
     system: str = setting("", "template = chat: the system message.")
+    chat_template: str = setting(
+        "", "The chat template to fill, by its name, where the checkpoint brings several."
+    )
     rejected: str = setting(
         "", "preference: the answer that is not preferred; empty = '{rejected}'."
     )

@@ -17,6 +17,7 @@ from gptjax.core import cli
 from gptjax.generation.language_model import LanguageModel
 from gptjax.tasks import classification, multi_label
 from gptjax.tasks.base import Answer, Example, Task
+from gptjax.tasks.rendering import end_of_answer
 from gptjax.tasks.table import task_of
 from gptjax.tokenizer.base import Tokenizer
 
@@ -136,7 +137,7 @@ def label_ids(lm: LanguageModel, config: TaskConfig, labels: Sequence[str]) -> l
     tokenizer = lm.text_tokenizer
     space = " " if config.template == "plain" else ""
     return [
-        [*tokenizer.encode(space + word), tokenizer.eos_ids[0]]
+        [*tokenizer.encode(space + word), end_of_answer(config, tokenizer)]
         for word in classification.label_words(config, labels)
     ]
 

@@ -33,6 +33,7 @@ from gptjax.generation.options import (
     GenerationKeywords,
     GenerationOptions,
     merge_options,
+    refuse_options,
 )
 from gptjax.generation.pairs import Pair
 from gptjax.generation.requests import Completion, Prompt, Request
@@ -44,6 +45,7 @@ from gptjax.generation.weights import (
     weight_shapes,
 )
 from gptjax.model import lora
+from gptjax.tokenizer import chat_template
 from gptjax.tokenizer.base import Tokenizer
 
 # tokens between looks at the device: the first at once, later ones in larger pieces
@@ -115,8 +117,8 @@ class LanguageModel:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end a generated text."""
-        return self.tokenizer.eos_ids if self.tokenizer else ()
+        """Ids that end a generated text, the end of an answer in the chat template among them."""
+        return chat_template.end_ids(self.tokenizer) if self.tokenizer else ()
 
     @property
     def text_tokenizer(self) -> Tokenizer:
@@ -234,7 +236,7 @@ class LanguageModel:
 
         Two texts are encoded together, so that the border is cut as in running text; where a token
         spans it, the score is that of the characters which the completion adds (`pairs.py`).
-        Raises UserError for a completion that is empty and a pair that is too long.
+        Nothing has log-probability 0. Raises UserError for a pair that is too long.
 
         >>> (fox, is_greedy), (cat, _) = lm.score(["brown"] * 2, [" fox", " cat"])
         >>> fox > cat, is_greedy
@@ -254,14 +256,9 @@ class LanguageModel:
                     f"prompt and completion have {pair.positions + 1} tokens and the model's "
                     f"context is {self.config.context}: shorten the prompt"
                 )
-        token_bytes = self.tokenizer.token_bytes if self.tokenizer else []
-        return pairs.score_pairs(self._model, token_bytes, encoded)
+        return pairs.score_pairs(self._model, self.tokenizer, encoded)
 
     def _encode_pair(self, prompt: Prompt, completion: Prompt) -> Pair:
-        if not len(completion):
-            raise UserError(
-                f"the completion after {str(prompt)[-40:]!r} is empty: no text, no score"
-            )
         if isinstance(prompt, str) and isinstance(completion, str):
             return pairs.text_pair(self.encode, self.text_tokenizer, prompt, completion)
         if isinstance(completion, str):
@@ -368,7 +365,7 @@ class LanguageModel:
         [' ', 'br', 'own']
         """
         options = merge_options(options, keywords)
-        _refuse(options, "stream", "n", "num_beams", "prompt_logprobs")
+        refuse_options(options, "stream", "n", "num_beams", "prompt_logprobs")
         _ = self.text_tokenizer  # without one there is no text to stream
         request = self._request([prompt], options)
         speculation = self._speculation(request, options)
@@ -394,7 +391,7 @@ class LanguageModel:
         Raises UserError.
         """
         options = merge_options(options, keywords)
-        _refuse(options, "compile", "num_beams", "num_speculative_tokens", "draft")
+        refuse_options(options, "compile", "num_beams", "num_speculative_tokens", "draft")
         engine.compile_ahead(self._model, self._request([prompt], options), folder=folder)
 
     def save(self, path: str | Path, *, form: str = "hf", dtype: str = "") -> None:
@@ -443,13 +440,6 @@ class LanguageModel:
                 f"{self.config.vocab_size:,}: they must share one vocabulary"
             )
         return speculation
-
-
-def _refuse(options: GenerationOptions, method: str, *names: str) -> None:
-    """Raises UserError where an option that a method has no use for is set."""
-    for field in dataclasses.fields(options):
-        if field.name in names and getattr(options, field.name) != field.default:
-            raise UserError(f"{field.name} is an option of generate, not of {method}: leave it out")
 
 
 def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> LanguageModel:

@@ -114,3 +114,10 @@ def merge_options(
         if name not in names:
             raise UserError(unknown_name("setting", name, names))
     return dataclasses.replace(options or GenerationOptions(), **changes)
+
+
+def refuse_options(options: GenerationOptions, method: str, *names: str) -> None:
+    """Raises UserError where an option that a method has no use for is set."""
+    for field in dataclasses.fields(options):
+        if field.name in names and getattr(options, field.name) != field.default:
+            raise UserError(f"{field.name} is an option of generate, not of {method}: leave it out")

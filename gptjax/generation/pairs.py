@@ -74,13 +74,14 @@ def encode_inside(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def score_pairs(
-    model: InferenceModel, token_bytes: Sequence[bytes], pairs: Sequence[Pair]
+    model: InferenceModel, tokenizer: Tokenizer | None, pairs: Sequence[Pair]
 ) -> list[tuple[float, bool]]:
     """(log-probability of what the completion adds, whether greedy decoding writes it) of each.
 
-    token_bytes: what each id stands for. Greedy decoding of a text whose token spans the border
-    takes the likeliest of those that go on from the prompt's characters.
+    Greedy decoding of a text whose token spans the border takes the likeliest of those that go on
+    from the prompt's characters.
     """
+    token_bytes = _token_bytes(tokenizer) if any(pair.replaced for pair in pairs) else []
     results = []
     borders = _border_logprobs(model, pairs)
     tokens_of: dict[bytes, np.ndarray] = {}  # ids whose bytes begin with the key
@@ -101,6 +102,15 @@ def score_pairs(
         score = own + logprobs[covering:].sum() - np.logaddexp.reduce(every_way)
         results.append((float(score), bool(own >= every_way.max() and greedy[covering:].all())))
     return results
+
+
+def _token_bytes(tokenizer: Tokenizer | None) -> list[bytes]:
+    """What each id stands for; of a tokenizer that decodes words, what it decodes alone."""
+    if tokenizer is None:  # pairs of texts need one
+        return []
+    if tokenizer.joins_bytes:
+        return tokenizer.token_bytes
+    return [tokenizer.decode([i]).encode() for i in range(tokenizer.vocab_size)]
 
 
 def _covering(token_bytes: Sequence[bytes], pair: Pair) -> int:
@@ -165,6 +175,8 @@ def text_pair(
     running text begin with them. encode: a text to ids with what stands before every text.
     Raises UserError.
     """
+    if not completion:
+        return Pair(encode(prompt), [])
     head = prompt.rstrip()
     if not head:
         return Pair(encode(""), tokenizer.encode(prompt + completion))

@@ -143,11 +143,12 @@ def same_answers(
 class Task:
     """All that is special about a task. Only the first three must be given.
 
-    make_example: (rendering, row) to an example; None where it is too long and is to be dropped.
+    make_example: (rendering, row) to an example; None where it is too long and is to be dropped; a
+        list where a row becomes several.
     evaluate: (config, labels, examples, answers) to metrics, of which `headline` is shown first.
     """
 
-    make_example: Callable[[Rendering, Record], Example | None]
+    make_example: Callable[[Rendering, Record], Example | list[Example] | None]
     evaluate: Callable[
         [TaskConfig, Sequence[str], Sequence[Example], Sequence[Answer]], dict[str, Metric]
     ]

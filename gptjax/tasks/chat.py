@@ -25,17 +25,27 @@ from gptjax.tasks.base import (
     copy_source,
     most_frequent,
 )
+from gptjax.tasks.rendering import naming
 from gptjax.tokenizer import chat_template
+from gptjax.tokenizer.base import Tokenizer
+from gptjax.tokenizer.messages import from_share_gpt, texts_in
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 # Which roles may follow a role; "" is the start.
 _NEXT_ROLES = {
-    "": ("system", "user"),
+    "": ("system", "developer", "user"),
     "system": ("user",),
+    "developer": ("user",),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
+}
+_ROW_VARIABLES = "chat_template_kwargs"  # TRL's name for what a row gives its chat template
+_LOST_FIELDS = {
+    "system": 'write it as the first message: {"role": "system", "content": ...}',
+    "system_prompt": 'write it as the first message: {"role": "system", "content": ...}',
+    "functions": 'this older form is now "tools"',
 }
 
 
@@ -48,76 +58,150 @@ def messages_of(config: TaskConfig, row: Record) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise UserError(
             f"{row.where} has no messages under task.messages = {config.messages!r}; "
-            f"fields are {', '.join(map(str, row.fields))}"
+            f"fields are {', '.join(map(str, row.fields))}{_other_form(row.fields)}"
         )
+    messages = [from_share_gpt(message, f"message {i}") for i, message in enumerate(messages)]
     previous = ""
     for i, message in enumerate(messages):
-        if not _is_message(message):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             text = str(dict(message) if isinstance(message, Mapping) else message)
             raise UserError(
-                f"{row.where}: message {i} is {text[:60]!r}: "
-                "each is {'role': ..., 'content': text}"
+                f"message {i} is {text[:60]!r}: each is {{'role': ..., 'content': text}}"
             )
         role = message["role"]
         if role not in _NEXT_ROLES.get(previous, ()):
             place = f"after {previous!r}" if previous else "first"
             raise UserError(
-                f"{row.where}: message {i} has role {role!r} {place}; "
+                f"message {i} has role {role!r} {place}; "
                 "roles go system (at most once, first), user, assistant, user, ..."
             )
         previous = role
     if previous != "assistant":
         raise UserError(
-            f"{row.where}: the last message is the {previous}'s, so its answer is missing: "
+            f"the last message is the {previous}'s, so its answer is missing: "
             "end with the assistant, or drop the row"
         )
     messages = [dict(message) for message in messages]
-    if config.system and messages[0]["role"] != "system":
+    if config.system and messages[0]["role"] not in ("system", "developer"):
         messages.insert(0, {"role": "system", "content": config.system})
     return messages
 
 
-def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, Mapping)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-    )
+def _other_form(fields: Mapping[str, Any]) -> str:
+    """Advice where the fields are those of another usual form of fine-tuning data."""
+    if isinstance(fields.get("conversations"), list):
+        return ":\nfor ShareGPT's conversations set --config.task.messages=conversations"
+    if {"instruction", "output"} <= fields.keys():
+        return (
+            ":\nfor Alpaca's instructions set --config.task.name=text "
+            "--config.task.prompt='{instruction}' --config.task.completion='{output}' "
+            "--config.task.template=chat"
+        )
+    if isinstance(fields.get("messages"), list):
+        return ":\nset --config.task.messages=messages"
+    return ""
 
 
-def make_example(rendering: Rendering, row: Record) -> Example | None:
-    """All turns that fit; with a policy that cuts, the first or the last ones are left out."""
-    budget = rendering.budget
-    all_messages = messages = messages_of(rendering.config, row)
+def variables_of(row: Record) -> dict[str, Any]:
+    """What the row gives the template besides its messages: tools, and chat_template_kwargs.
+
+    Raises UserError for a field that would be lost.
+    """
+    for name, advice in _LOST_FIELDS.items():
+        if row.fields.get(name):
+            raise UserError(f"its field {name!r} is not read: {advice}, or drop it")
+    variables = row.fields.get(_ROW_VARIABLES) or {}
+    if not isinstance(variables, Mapping):
+        raise UserError(f"its {_ROW_VARIABLES} is no object")
+    tools = row.fields.get("tools") or variables.get("tools")
+    return {**variables, **({"tools": tools} if tools else {})}
+
+
+def make_example(rendering: Rendering, row: Record) -> list[Example]:
+    """All turns that fit; with a policy that cuts, the first or the last ones are left out.
+
+    Several examples where the template rewrites earlier turns (`chat_template.split_texts`); in
+    evaluation, that of the last answer. None where it is too long and dropped.
+    """
+    with naming(row):
+        messages, variables = messages_of(rendering.config, row), variables_of(row)
+        texts = chat_template.split_texts(rendering.tokenizer, messages, **variables)
+        if not texts:
+            raise UserError("every answer has weight 0: there is nothing to learn from")
+        if rendering.budget.answer:
+            texts = texts[-1:]
+        examples = []
+        for text in texts:
+            shown = messages
+            if len(texts) > 1 or rendering.budget.answer:
+                shown = _learning_only(messages, text.answers)
+            example = _make_one(rendering, row, shown, variables)
+            examples += [example] if example else []
+        return examples
+
+
+def _learning_only(messages: list[Message], answers: Sequence[int]) -> list[Message]:
+    """The messages through the last of the answers, of which only those are learned."""
+    shown = []
+    for i, message in enumerate(messages[: answers[-1] + 1]):
+        is_other = message["role"] == "assistant" and i not in answers
+        shown.append({**message, "weight": 0} if is_other else message)
+    return shown
+
+
+def _make_one(
+    rendering: Rendering, row: Record, messages: list[Message], variables: dict[str, Any]
+) -> Example | None:
+    """The example of messages whose learned answers are one text. None where it is dropped."""
+    budget, tokenizer = rendering.budget, rendering.tokenizer
+    all_messages = messages
     while True:
-        turns = _join_turns(chat_template.split_turns(rendering.tokenizer, messages))
+        text = chat_template.split_texts(tokenizer, messages, **variables)[-1]
+        turns = _join_turns(text.spans)
         tokens = turns.last_answer + budget.answer if budget.answer else len(turns.ids)
         needed = budget.lead + tokens - 1  # the last one is only a target
         if needed <= budget.length:
             break
         if budget.policy == "drop":
             return None
-        # in evaluation the last answer must stay: the model writes it
-        from_end = budget.policy == "cut_end" and not budget.answer
+        # a learned answer must stay; in evaluation it is the last one, which the model writes
+        from_end = budget.policy == "cut_end" and not budget.answer and len(text.answers) > 1
         shorter = _without_a_turn(messages, from_end=from_end)
-        if budget.policy == "refuse" or not shorter:
+        if budget.policy == "refuse" or not _has_answer(shorter):
             raise UserError(
                 f"{row.where} needs {needed} tokens and a row holds {budget.length}:\n"
                 "raise data.length or model.context, or set task.truncation to drop, "
                 "or to cut_start or cut_end, which leave out complete turns"
             )
         messages = shorter
-    lead_ids = np.full(budget.lead, rendering.tokenizer.eot, np.int32)
+    lead_ids = np.full(budget.lead, tokenizer.eot, np.int32)
+    last = messages[text.answers[-1]]
+    answer = [span.ids for span in text.spans if span.learned][-1]
     return Example(
         row.where,
         ids=np.concatenate([lead_ids, turns.ids]),
         learned=np.concatenate([np.zeros(budget.lead, bool), turns.learned]),
         prompt=budget.lead + turns.last_answer,
-        references=(messages[-1]["content"],),
-        source=messages[-2]["content"],
+        references=(_reference(tokenizer, last, answer),),
+        source=_text_of(messages[text.answers[-1] - 1]),
         cut=messages is not all_messages,
         fields=row.fields,
     )
+
+
+def _reference(tokenizer: Tokenizer, message: Message, answer: Sequence[int]) -> str:
+    """What the model is to write: the content or, where the template writes more, all of it."""
+    written = tokenizer.decode(answer[:-1])
+    content = _text_of(message)
+    return content if written.strip() == content.strip() else written.strip()
+
+
+def _text_of(message: Message) -> str:
+    return " ".join(texts_in(message.get("content")))
+
+
+def _has_answer(messages: Sequence[Message]) -> bool:
+    return any(m["role"] == "assistant" and m.get("weight", 1) for m in messages)
 
 
 def _without_a_turn(messages: list[Message], *, from_end: bool) -> list[Message]:
@@ -152,7 +236,8 @@ def _join_turns(turns: Sequence[tuple[list[int], bool]]) -> _Turns:
 
 
 def _texts(config: TaskConfig, row: Record) -> list[str]:
-    return [message["content"] for message in messages_of(config, row)]
+    with naming(row):
+        return [_text_of(message) for message in messages_of(config, row)]
 
 
 def evaluate(

@@ -110,7 +110,9 @@ def render(
     is left. A tokenizer without a chat template gets a plain one where the task needs it.
     """
     task = task_of(config.task)
-    if _uses_chat_template(config) and not tokenizer.chat_template:
+    if config.task.chat_template:
+        chat_template.choose(tokenizer, config.task.chat_template)
+    if _uses_chat_template(config) and not (tokenizer.chat_template or tokenizer.templates):
         # the run keeps it with the vocabulary
         tokenizer.chat_template = chat_template.plain_template(tokenizer)
         cli.say(
@@ -120,13 +122,21 @@ def render(
     budget = TokenBudget(config.length, config.task.truncation, config.lora.prompt_tokens, answer)
     rendering = Rendering(task.with_templates(config.task), tokenizer, budget, tuple(labels))
     examples: list[Example] = []
+    dropped, several = 0, 0
     with cli.progress(f"{split} examples rendered", len(rows)) as advance:
         for row in rows:
-            example = task.make_example(rendering, row)
-            if example:
-                examples.append(example)
+            made = task.make_example(rendering, row)
+            of_row = made if isinstance(made, list) else [made] if made else []
+            examples += of_row
+            dropped += not of_row
+            several += len(of_row) > 1
             advance(1)
-    dropped, cut = len(rows) - len(examples), sum(example.cut for example in examples)
+    if several:
+        cli.say(
+            f"{split}: the chat template rewrites earlier turns, so {several:,} conversations are "
+            f"several examples each: every answer after the prompt that generation would give it"
+        )
+    cut = sum(example.cut for example in examples)
     if dropped or cut:
         cli.say(
             f"{split}: {len(examples):,} examples; {dropped:,} longer than {budget.length} tokens "

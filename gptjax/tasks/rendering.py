@@ -5,9 +5,10 @@ Prompt and answer are encoded apart, as they are when the model answers.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -19,6 +20,17 @@ from gptjax.tokenizer import chat_template
 from gptjax.tokenizer.base import Tokenizer
 
 _ATTEMPTS = 8  # a text that is cut at a token can have more tokens than were left: cut again
+
+
+@contextlib.contextmanager
+def naming(row: Record) -> Iterator[None]:
+    """Puts the row's place before the message of a UserError in the block."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(row.where):
+            raise
+        raise UserError(f"{row.where}: {error}") from None
 
 
 def names_in(template: str, setting: str) -> list[str]:
@@ -77,6 +89,13 @@ def prompt_ids(config: TaskConfig, tokenizer: Tokenizer, text: str) -> list[int]
     return [*tokenizer.bos_ids, *tokenizer.encode(text)] or [tokenizer.eot]
 
 
+def end_of_answer(config: TaskConfig, tokenizer: Tokenizer) -> int:
+    """The id that closes what a model writes: the chat template's, where that makes the prompt."""
+    if config.template == "chat":
+        return chat_template.answer_end(tokenizer)
+    return tokenizer.eos_ids[0]
+
+
 def completion_example(
     rendering: Rendering,
     row: Record,
@@ -103,7 +122,7 @@ def completion_example(
         text = ""
     if config.template == "chat":
         text = text.strip()
-    completion = [*tokenizer.encode(text), tokenizer.eos_ids[0]]
+    completion = [*tokenizer.encode(text), end_of_answer(config, tokenizer)]
     answer_tokens = budget.answer or max(len(completion), longest_answer)
     prompt, cut = _fit_prompt(rendering, row, answer_tokens - 1)  # the last one is only a target
     if not prompt:
@@ -157,7 +176,8 @@ def _fit_prompt(rendering: Rendering, row: Record, answer_tokens: int) -> tuple[
     shortened: dict[str, str] = {}
     for _ in range(_ATTEMPTS):
         text = fill_template(config.prompt, row, "task.prompt", shortened)
-        ids = [tokenizer.eot] * budget.lead + prompt_ids(config, tokenizer, text)
+        with naming(row):  # the chat template may refuse it
+            ids = [tokenizer.eot] * budget.lead + prompt_ids(config, tokenizer, text)
         excess = len(ids) + answer_tokens - budget.length
         if excess <= 0:
             return ids, bool(shortened)

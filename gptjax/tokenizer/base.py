@@ -20,6 +20,7 @@ import numpy as np
 
 from gptjax.config.errors import UserError
 from gptjax.core import files
+from gptjax.core.characters import check_characters
 
 FORMAT = "gptjax_tokenizer.json"
 END = "<|endoftext|>"  # the name of `eot` in chat templates, where the vocabulary has none
@@ -86,17 +87,11 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids (int32) of each text, without `eot` or `bos_ids`. Uses all cores.
 
-        Raises UserError for half of a UTF-16 pair.
+        Raises UserError for what is no character (`check_characters`).
         """
-        try:
-            for text in texts:
-                text.encode()
-            return [np.asarray(ids, np.int32) for ids in self._encode(texts)]
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"text holds {error.object[error.start]!r}, half of a UTF-16 pair and no "
-                "character: decode its source as UTF-16 or drop it"
-            ) from None
+        for text in texts:
+            check_characters(text, "the text")
+        return [np.asarray(ids, np.int32) for ids in self._encode(texts)]
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""

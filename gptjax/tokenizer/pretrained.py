@@ -16,7 +16,7 @@ from typing import Any
 
 from gptjax.config.errors import UserError
 from gptjax.core import cli
-from gptjax.tokenizer import older_files
+from gptjax.tokenizer import older_files, template_files
 from gptjax.tokenizer.added_tokens import read_added, read_settings, roles
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.library import LibraryReader, complete
@@ -50,13 +50,14 @@ class PretrainedTokenizer(Tokenizer):
     _rows = 0  # of the model's table, where those are fewer than ids
 
     def __init__(self, content: Mapping[str, bytes], eos_ids: Sequence[int], rows: int = 0):
-        self._content = {name: content[name] for name in FILES if name in content}
+        further = [name for name in content if name.startswith(template_files.FOLDER)]
+        self._content = {name: content[name] for name in [*FILES, *further] if name in content}
         try:
             settings = read_settings(self._content)
             self._read(settings)
             self._set_eos(settings, eos_ids)
             self._check_suffix()
-            self.templates = _chat_templates(content, settings)
+            self.templates = template_files.read_templates(content, settings)
             self.chat_template = self.templates.get("default", "")
         except UserError:
             raise
@@ -203,7 +204,7 @@ class PretrainedTokenizer(Tokenizer):
                 f"{folder}: the tokenizer's files are damaged: "
                 f"{type(error).__name__}: {str(error)[:150]}"
             ) from None
-        return cls(content, eos_ids) if content else None
+        return cls(content | template_files.additional_files(folder), eos_ids) if content else None
 
     def _encode(self, texts: Sequence[str]) -> Iterator[Sequence[int]]:
         for ids in self._reader.encode_batch(texts):
@@ -281,29 +282,6 @@ def _of_older_files(content: dict[str, bytes], config: Mapping[str, Any]) -> dic
         older_files.require_sentencepiece_class(name)
         return content
     return {}
-
-
-def _chat_templates(content: Mapping[str, bytes], settings: dict[str, Any]) -> dict[str, str]:
-    """{name: template} of the files; a template without a name is "default".
-
-    Raises UserError where one is no text.
-    """
-    template: Any = content.get("chat_template.jinja", b"").decode()
-    template = template or settings.get("chat_template") or {}
-    if isinstance(template, list):  # [{"name": ..., "template": ...}, ...]
-        for entry in template:
-            if not isinstance(entry, Mapping) or {"name", "template"} - set(entry):
-                raise UserError(
-                    f"tokenizer_config.json: an entry of chat_template is {str(entry)[:80]}: "
-                    "each is {'name': ..., 'template': ...}"
-                )
-        template = {entry["name"]: entry["template"] for entry in template}
-    templates = template if isinstance(template, Mapping) else {"default": template}
-    for name, text in templates.items():
-        if not isinstance(text, str):
-            which = "" if len(templates) == 1 else f" {name!r}"
-            raise UserError(f"the chat template{which} is a {type(text).__name__}, not a text")
-    return dict(templates)
 
 
 def from_gpt2(tokenizer: OpenAITokenizer) -> PretrainedTokenizer:

@@ -283,7 +283,8 @@ def test_text_without_bytes_is_counted_in_the_text_around_it(tmp_path):
 
 def test_templates_by_name(tmp_path):
     """The one for tools where there are tools; without a default, their names are said."""
-    named = {"default": "d {{ messages[0].content }}", "tool_use": "t"}
+    named = {"default": "d {{ messages[0].content }}"}
+    named["tool_use"] = "t {{ messages[0].content }} {{ tools | length }}"
     settings = {"eos_token": "<|endoftext|>", "chat_template": named}
     listed = [{"name": name, "template": text} for name, text in named.items()]
     message = [{"role": "user", "content": "hi"}]
@@ -291,7 +292,7 @@ def test_templates_by_name(tmp_path):
         changed = settings | {"chat_template": value}
         ours = open_files(tmp_path, build("gpt2").files, tokenizer_config__json=changed)
         assert ours.decode(chat_template.encode(ours, message)) == "d hi"
-        assert ours.decode(chat_template.encode(ours, message, tools=[{"x": 1}])) == "t"
+        assert ours.decode(chat_template.encode(ours, message, tools=[{"x": 1}])) == "t hi 1"
     settings["chat_template"] = {"tool_use": "t", "rag": "r"}
     ours = open_files(tmp_path, build("gpt2").files, tokenizer_config__json=settings)
     with pytest.raises(UserError, match="named tool_use, rag, and none is named 'default'"):

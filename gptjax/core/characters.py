@@ -1,0 +1,27 @@
+"""What is no character in a text: bytes that were no UTF-8, and halves of UTF-16 pairs."""
+
+from __future__ import annotations
+
+import re
+
+from gptjax.config.errors import UserError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SHOWN = 20  # characters before it, in the message
+
+
+def check_characters(text: str, where: str) -> None:
+    """Raises UserError, which begins with `where`, for what no UTF-8 can hold."""
+    found = _SURROGATE.search(text)
+    if found is None:
+        return
+    before, code = text[max(found.start() - _SHOWN, 0) : found.start()], ord(found[0])
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte of the command line or of a pipe
+        raise UserError(
+            f"{where} holds the byte 0x{code - 0xDC00:02x} (after {before!r}), which is no UTF-8: "
+            "write it in UTF-8"
+        )
+    raise UserError(
+        f"{where} holds {found[0]!r} (after {before!r}), half of a UTF-16 pair and no character: "
+        "decode its source as UTF-16, or drop it"
+    )
