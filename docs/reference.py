@@ -79,8 +79,18 @@ COMMANDS_INTRO = """\
 # Commands
 
 `gptjax <verb> ...` is short for `python -m gptjax.<verb> ...`. Progress goes to stderr and results
-to stdout. Exit codes: 0 done, 2 the input is wrong (one message; `--debug` adds the traceback), 130
-interrupted after saving, 1 an internal error.
+to stdout. Exit codes:
+
+| code | means |
+|---|---|
+| 0 | the work is done, and its result is written |
+| 1 | an internal error, or a result that could not be written to stdout (the work itself is on disk) |
+| 2 | the input is wrong, or a file cannot be read or written (one message; `--debug` adds the traceback) |
+| 130 | interrupted, after saving |
+| 141 | whoever read stdout went away, as in `gptjax generate ... \| head`: nothing is said, as by other tools |
+
+Progress that cannot be written ends nothing: [what never stops a
+run](../how-to/resume.md#what-never-stops-a-run).
 
 A `--checkpoint` is a workdir, a step's folder in it, a Hugging Face folder or a `.gguf` file. Where
 a command takes `--config`, every [setting](settings.md) is a flag as well:
