@@ -84,10 +84,12 @@ to stdout. Exit codes:
 | code | means |
 |---|---|
 | 0 | the work is done, and its result is written |
-| 1 | an internal error, or a result that could not be written to stdout (the work itself is on disk) |
-| 2 | the input is wrong, or a file cannot be read or written (one message; `--debug` adds the traceback) |
+| 1 | an internal error, or a result that could not be written to stdout |
+| 2 | the input is wrong, or a file cannot be read or written: one message |
 | 130 | interrupted, after saving |
-| 141 | whoever read stdout went away, as in `gptjax generate ... \| head`: nothing is said, as by other tools |
+| 141 | whoever read stdout went away (`gptjax generate ... \\| head`); nothing is said |
+
+With `--debug` a traceback comes before the message.
 
 Progress that cannot be written ends nothing: [what never stops a
 run](../how-to/resume.md#what-never-stops-a-run).

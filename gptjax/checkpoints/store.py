@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import shutil
 import sys
 import time
@@ -51,6 +53,16 @@ def _hide_closed_loops(problem: Any) -> None:
     error = problem.exc_value
     if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
         _default_unraisablehook(problem)
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """Why a save failed, in a line. The libraries below say it at the end of long sentences."""
+    if match := re.search(r"os_error_code='(\d+)'", str(error)):
+        number = int(match[1])
+        error = OSError(number, os.strerror(number), str(folder))
+    if isinstance(error, OSError):
+        return files.explain(error).splitlines()[0]
+    return (str(error) or repr(error)).splitlines()[0][:300]
 
 
 class Checkpoints:
@@ -143,7 +155,7 @@ class Checkpoints:
 
     def _report_failure(self, error: Exception) -> None:
         self.failures += 1
-        reason = (str(error) or repr(error)).splitlines()[0][:300]
+        reason = _reason(error, self.folder)
         cli.say(f"warning: the checkpoint of step {self._pending} could not be written: {reason}")
         self._remove_unfinished(self._pending)
         self._manager.reload()

@@ -75,7 +75,8 @@ def explain(error: OSError) -> str:
             lines[0] += f" ({free / 2**20:,.1f} MiB free)"
         lines.append("Free some space and run the same command again.")
     elif error.errno == errno.EFBIG:
-        lines.append("This shell limits the size of files: ulimit -f unlimited.")
+        lines[0] += " (a limit of this shell, see ulimit -f)"
+        lines.append("Lift it with ulimit -f unlimited.")
     in_cache = Path(path).is_relative_to(cache_path())
     if in_cache and error.errno in (*_NO_SPACE, *_NO_WRITE):
         lines.append("Or name another folder for the cache: export GPTJAX_CACHE=FOLDER.")

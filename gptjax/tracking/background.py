@@ -16,7 +16,10 @@ from gptjax.core import cli, files
 from gptjax.tracking.base import Tracker
 
 MOST_WAITING = 10_000  # records; one has a few hundred bytes
-CLOSE_SECONDS = 30.0  # that the end of a run waits for all of its trackers together
+# That the end of a run waits for all of its trackers together: MLflow takes half a minute to make
+# its database on a busy machine, and a scheduler's grace period is short.
+CLOSE_SECONDS, STOPPED_SECONDS = 120.0, 10.0
+_SILENT_SECONDS = 5.0  # after which a wait is said
 
 
 class BackgroundTracker:
@@ -41,7 +44,11 @@ class BackgroundTracker:
 
     def join(self, deadline: float) -> None:
         """Waits for what is left to be written, until `time.monotonic()` is at the deadline."""
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+        left = max(0.0, deadline - time.monotonic())
+        self._thread.join(min(left, _SILENT_SECONDS))
+        if self._thread.is_alive() and left > _SILENT_SECONDS and not self._set_aside:
+            cli.say(f"{self._name}: waiting for it, {left:.0f} s at most")
+            self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._give_up("it does not end")
 

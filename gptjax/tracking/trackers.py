@@ -64,11 +64,12 @@ class Trackers:
         """The newest record of each kind, whatever became of the files: for the run's summary."""
         return list(self._latest.values())
 
-    def close(self) -> None:
-        """Waits a while for what is left to be written."""
+    def close(self, *, stopped: bool = False) -> None:
+        """Waits a while for what is left to be written; a short one where the run was stopped."""
         for tracker in self._trackers:
             tracker.end()
-        deadline = time.monotonic() + background.CLOSE_SECONDS
+        seconds = background.STOPPED_SECONDS if stopped else background.CLOSE_SECONDS
+        deadline = time.monotonic() + seconds
         for tracker in self._trackers:
             tracker.join(deadline)
         self._trackers = []

@@ -32,7 +32,7 @@ def test_a_full_disk_names_the_file_and_a_way_out(tmp_path, small_files, monkeyp
     path = tmp_path / "a.npy"
     with pytest.raises(OSError) as raised:
         files.write_array(path, np.zeros(10_000))
-    assert files.explain(raised.value).startswith(f"{path}: File too large\n")
+    assert files.explain(raised.value).startswith(f"{path}: File too large (a limit of this shell")
     assert not list(tmp_path.iterdir())
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     assert "No space left on device (" in files.explain(full)
