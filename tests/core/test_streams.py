@@ -14,9 +14,14 @@ from gptjax.core import cli, streams
 
 # A command without JAX: progress, work (a file), a result.
 COMMAND = """
-import gptjax, sys
+import gptjax, select, sys
 from gptjax.core import cli
 def main(argv):
+    cli.say("first line")
+    if "leaves" in argv:
+        left = select.poll()
+        left.register(2, 0)
+        left.poll()  # until the reader has gone
     for i in range(300):
         cli.say(f"line {i} " + "x" * 100)
     open(argv[0], "w").write("done")
@@ -61,7 +66,7 @@ def shell(line, tmp_path, *args):
     ],
 )
 def test_streams_that_cannot_be_written(line, code, message, tmp_path):
-    ended, stderr = shell(line, tmp_path)
+    ended, stderr = shell(line, tmp_path, *(["leaves"] if "head" in line else []))
     assert (ended, message in stderr) == (code, True)
 
 
