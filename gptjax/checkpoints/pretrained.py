@@ -188,7 +188,7 @@ def _download(name: str) -> Path:
             f"{name}: no such folder; to fetch it from the Hugging Face hub, "
             "pip install 'gptjax[hub]'"
         ) from None
-    patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # network, name, permission: whatever the package raises

@@ -165,6 +165,8 @@ def _rename(described: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
     """
     model = dict(described["model"])
     vocabulary = model["vocab"]
+    if any(name in vocabulary for name in names) and "merges" in model:
+        model["merges"] = _merges_without(names, model)
     if isinstance(vocabulary, list):
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
     else:
@@ -176,6 +178,18 @@ def _rename(described: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
         for token in described["added_tokens"]
     ]
     return {**described, "model": model, "added_tokens": entries}
+
+
+def _merges_without(names: Mapping[str, str], model: Mapping[str, Any]) -> list[Any]:
+    """The merges of a BPE but those that a control token takes part in or comes of."""
+    prefix = model.get("continuing_subword_prefix") or ""
+    kept = []
+    for merge in model["merges"]:
+        first, second = merge.split(" ", 1) if isinstance(merge, str) else merge
+        union = first + second.removeprefix(prefix)
+        if first not in names and second not in names and union not in names:
+            kept.append(merge)
+    return kept
 
 
 def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

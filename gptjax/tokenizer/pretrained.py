@@ -165,7 +165,10 @@ class PretrainedTokenizer(Tokenizer):
         Raises UserError for a tokenizer.model, which has none.
         """
         if "tokenizer.json" not in self._content:
-            raise UserError("the checkpoint holds a tokenizer.model and no tokenizer.json")
+            raise UserError(
+                "the tokenizer is a tokenizer.model without a tokenizer.json, which this export "
+                "needs: use --format=hf, or save the tokenizer with transformers first"
+            )
         settings = read_settings(self._content)
         return complete(self._content["tokenizer.json"], read_added(self._content, settings))
 
