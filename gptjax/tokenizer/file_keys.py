@@ -168,6 +168,7 @@ _NO_EFFECT = {
             *("vocab_file", "merges_file", "init_inputs", "is_local", "local_files_only"),
             *("files_loaded", "_commit_hash", "transformers_version", "backend", "use_fast"),
             *("device_map", "trust_remote_code", "verbose", "from_slow", "vocab_size"),
+            *("tokenizer_type", "slow_tokenizer_class", "tokenizer_version"),
         ),
         "where and how another program read its files",
     ),
@@ -178,7 +179,7 @@ _NO_EFFECT = {
     "spaces_between_special_tokens": "control tokens are left out of texts",
     "split_special_tokens": "names of control tokens in a text stay text here in any case",
     "use_default_system_prompt": "the chat template says all of the prompt",
-    "language": "not about ids",
+    **dict.fromkeys(("language", "suffix_first", "spm_file"), "not about ids"),
     "sp_model_kwargs": "empty, or options of sampling",
 }
 _REFUSED = {
@@ -202,7 +203,7 @@ SETTINGS = KeyTable(
                 *("strip_accents", "tokenize_chinese_chars", "do_basic_tokenize", "never_split"),
                 *("auto_map", "fix_mistral_regex", "remove_space", "keep_accents", "unk_id"),
                 *("wordpieces_prefix", "clean_text", "do_split_on_punc", "extra_ids", "offset"),
-                *("tokenizer_type", "slow_tokenizer_class", "byte_fallback", "normalization"),
+                *("byte_fallback", "normalization"),
             ),
             "tokenizer.json says how text is cut",
         ),

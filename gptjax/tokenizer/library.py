@@ -90,7 +90,8 @@ class LibraryReader:
     size: ids, with the added tokens'. base_size: those that text is cut to. control: {name:
     id} of the control tokens. token_bytes: what each id stands for, or None where a text is not
     the bytes of its ids one after another. leading_space: whether decoding removes the first
-    space. prefix, suffix: ids that the file writes round every text.
+    space. prefix, suffix: ids that the file writes round every text. says: what settings of
+    tokenizer_config.json say too, by their names.
     """
 
     def __init__(self, data: bytes, added: Sequence[Added]):
@@ -118,6 +119,7 @@ class LibraryReader:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.prefix, self.suffix = self._read_template(vocabulary)
+        self.says = _said_twice(described, bool(self.prefix))
         self.token_bytes, self.leading_space = _byte_table(described, vocabulary, self.size)
         kinds = [step.get("type") for step in _steps(described.get("decoder"))]
         self.decodes_by_bytes = self.token_bytes is not None and "Metaspace" not in kinds
@@ -190,6 +192,24 @@ def _merges_without(names: Mapping[str, str], model: Mapping[str, Any]) -> list[
         if first not in names and second not in names and union not in names:
             kept.append(merge)
     return kept
+
+
+def _said_twice(described: Mapping[str, Any], has_prefix: bool) -> dict[str, Any]:
+    """What a tokenizer.json says of the settings that older files had for the same."""
+    said: dict[str, Any] = {"add_bos_token": has_prefix}
+    for step in [*_steps(described.get("normalizer")), *_steps(described.get("pre_tokenizer"))]:
+        if step["type"] == "BertNormalizer":
+            said["do_lower_case"] = step.get("lowercase", True)
+            said["strip_accents"] = step.get("strip_accents")
+            said["tokenize_chinese_chars"] = step.get("handle_chinese_chars", True)
+        elif step["type"] == "Prepend":
+            said["add_prefix_space"] = True
+        elif step["type"] == "Metaspace":
+            scheme = "always" if step.get("add_prefix_space", True) else "never"
+            said["add_prefix_space"] = step.get("prepend_scheme", scheme) != "never"
+        elif step["type"] == "ByteLevel" and "add_prefix_space" in step:
+            said.setdefault("add_prefix_space", step["add_prefix_space"])
+    return said
 
 
 def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

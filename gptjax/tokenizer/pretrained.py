@@ -79,7 +79,7 @@ class PretrainedTokenizer(Tokenizer):
         self._reader: LibraryReader | PieceReader
         if "tokenizer.json" in self._content:
             self._reader = LibraryReader(self._content["tokenizer.json"], added)
-            _say_other_prefix(settings, bool(self._reader.prefix))
+            _say_contradictions(settings, self._reader.says)
         else:
             self._reader = PieceReader(self._content["tokenizer.model"], added, settings)
         self.special = roles(settings)
@@ -256,16 +256,15 @@ def _clean_up(text: str) -> str:
     return text
 
 
-def _say_other_prefix(settings: Mapping[str, Any], has_prefix: bool) -> None:
-    """Tells where the settings ask for a first token and the post-processor writes none."""
-    asked = settings.get("add_bos_token")
-    if asked is None or asked == has_prefix:
-        return
-    does = "writes tokens before a text" if has_prefix else "writes none"
-    cli.say(
-        f"note: tokenizer_config.json says add_bos_token = {str(asked).lower()} and the "
-        f"post-processor of tokenizer.json {does}: the post-processor is followed"
-    )
+def _say_contradictions(settings: Mapping[str, Any], says: Mapping[str, Any]) -> None:
+    """Tells where the settings and tokenizer.json say different things of the same."""
+    for key, said in says.items():
+        asked = settings.get(key)
+        if asked is not None and asked != said:
+            cli.say(
+                f"note: tokenizer_config.json says {key} = {json.dumps(asked)} and tokenizer.json "
+                f"{json.dumps(said)}: tokenizer.json is followed"
+            )
 
 
 def _of_older_files(content: dict[str, bytes], config: Mapping[str, Any]) -> dict[str, bytes]:

@@ -189,7 +189,45 @@ def test_the_settings_ask_for_a_first_token_that_the_template_lacks(tmp_path, ca
     settings = {"add_bos_token": True, "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     ours = open_files(tmp_path, build("gpt2").files, tokenizer_config__json=settings)
     assert ours.bos_ids == ()
-    assert "add_bos_token = true and the post-processor" in capsys.readouterr().err
+    assert "add_bos_token = true and tokenizer.json false" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "notes"),
+    [
+        ("gpt2", {"add_prefix_space": True}, "add_prefix_space = true and tokenizer.json false"),
+        ("gpt2_with_prefix_space", {"add_prefix_space": True}, ""),
+        ("llama", {"add_prefix_space": False}, "add_prefix_space = false and tokenizer.json true"),
+        ("llama_legacy", {"add_prefix_space": True, "add_bos_token": True}, ""),
+        ("bert_chinese", {"do_lower_case": False}, "do_lower_case = false and tokenizer.json true"),
+        ("bert_chinese", {"do_lower_case": True, "strip_accents": None}, ""),
+    ],
+)
+def test_settings_that_say_otherwise_are_named(kind, settings, notes, tmp_path, capsys):
+    files = dict(build(kind).files)
+    own = json.loads(files["tokenizer_config.json"])
+    open_files(tmp_path, files, tokenizer_config__json=own | settings)
+    said = capsys.readouterr().err
+    assert notes in said
+    assert bool(said) == bool(notes)
+
+
+def test_a_control_token_that_merges_make_stays_text(tmp_path):
+    """Its name is the product of a merge, as where a vocabulary was made of pieces alone."""
+
+    def change(described):
+        described["model"]["merges"] += [["<", "|"], ["<|", "end"], ["<|end", ">"], ["<|end>", "Ġ"]]
+        new = ("<|", "end", "<|end", "<|end>", "<|end>Ġ")
+        described["model"]["vocab"] |= {token: 700 + i for i, token in enumerate(new)}
+        described["model"]["merges"] += [["e", "n"], ["en", "d"]]
+        described["model"]["vocab"] |= {"en": 720}
+        described["added_tokens"].append(added(703, "<|end>"))
+
+    ours = open_files(tmp_path, edited("gpt2", change))
+    ids = ours.encode("a<|end> b")
+    assert 703 not in ids
+    assert ours.decode(ids) == "a<|end> b"
+    assert 703 in ours.encode_template("a<|end> b")
 
 
 @pytest.mark.parametrize("kind", ["gpt2_older_files", "sentencepiece_bpe"])
@@ -297,3 +335,68 @@ def test_templates_by_name(tmp_path):
     ours = open_files(tmp_path, build("gpt2").files, tokenizer_config__json=settings)
     with pytest.raises(UserError, match="named tool_use, rag, and none is named 'default'"):
         chat_template.encode(ours, message)
+
+
+def token(content, **flags):
+    return {"__type": "AddedToken", "content": content, "lstrip": False, **flags}
+
+
+# The keys of tokenizer_config.json in published folders, by the files that stand beside it.
+PUBLISHED = {
+    "GPT-2": ("gpt2", {"add_prefix_space": False, "model_max_length": 1024, "vocab_size": 50257}),
+    "Llama 3": (
+        "llama3",
+        {"clean_up_tokenization_spaces": True, "model_input_names": ["input_ids"]},
+    ),
+    "Qwen 2.5": (
+        "qwen2",
+        {"add_bos_token": False, "add_prefix_space": False, "errors": "replace", "unk_token": None}
+        | {"split_special_tokens": False, "bos_token": None, "extra_special_tokens": {}},
+    ),
+    "a processor of images": (
+        "qwen2",
+        {"processor_class": "XProcessor", "image_token": "<|image|>", "auto_map": {"A": "b.C"}}
+        | {"fix_mistral_regex": True, "is_local": True, "backend": "tokenizers", "max_pixels": 9},
+    ),
+    "Mistral": (
+        "llama_legacy",
+        {"additional_special_tokens": [], "spaces_between_special_tokens": False, "from_slow": True}
+        | {"use_default_system_prompt": False, "model_max_length": 1e30, "sp_model_kwargs": {}},
+    ),
+    "GPT-2, older": (
+        "gpt2_older_files",
+        {"tokenizer_class": "GPT2Tokenizer", "errors": "replace", "add_bos_token": False}
+        | {"unk_token": token("<|endoftext|>"), "name_or_path": "gpt2", "pad_token": None}
+        | {"special_tokens_map_file": None, "tokenizer_file": None, "model_max_length": 1024},
+    ),
+    "Qwen 2, older": (
+        "qwen2_older_files",
+        {"tokenizer_class": "Qwen2Tokenizer", "errors": "replace", "split_special_tokens": False}
+        | {"clean_up_tokenization_spaces": False, "padding_side": "left", "bos_token": None},
+    ),
+    "Llama 2, older": (
+        "sentencepiece_bpe",
+        {"tokenizer_class": "LlamaTokenizer", "add_eos_token": False, "legacy": False}
+        | {"bos_token": token("<s>"), "eos_token": token("</s>"), "sp_model_kwargs": {}}
+        | {"clean_up_tokenization_spaces": False, "model_max_length": 4096, "pad_token": None},
+    ),
+    "Code Llama, older": (
+        "sentencepiece_bpe",
+        {"tokenizer_class": "CodeLlamaTokenizer", "fill_token": "<FILL_ME>", "suffix_first": False}
+        | {"eot_token": "\u2581<EOT>", "prefix_token": "\u2581<PRE>"},
+    ),
+    "Chinese GPT-2": (
+        "bert_older_files",
+        {"tokenizer_class": "BertTokenizer", "do_basic_tokenize": True, "never_split": None}
+        | {"tokenize_chinese_chars": True, "max_len": 1024, "cls_token": "[CLS]"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_published_settings_are_read(case, tmp_path):
+    kind, settings = PUBLISHED[case]
+    files = build(kind).files
+    own = json.loads(files["tokenizer_config.json"])
+    ours = open_files(tmp_path, files, tokenizer_config__json=own | settings)
+    assert ours.encode("the king said") == build(kind).encode("the king said")
