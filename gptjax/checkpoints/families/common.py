@@ -155,19 +155,25 @@ ROPE_SCALING = KeyTable(
 )
 
 
-def read_rope(raw: RawConfig) -> dict[str, Any]:
+def read_rope(
+    raw: RawConfig, *, theta: float | None = None, fraction: float | None = None
+) -> dict[str, Any]:
     """The settings of RoPE. Raises UserError for a scaling of contexts that is not supported.
 
     Both spellings are read: `rope_parameters` (transformers 5), and `rope_theta` with
-    `rope_scaling` (transformers 4), which goes first where a file has both.
+    `rope_scaling` (transformers 4), which goes first where a file has both. theta, fraction: from
+    further keys of a family.
     """
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     scaling = _read_rope_scaling(rope, raw)
     ROPE_SCALING.check(rope, "config.json: RoPE")
-    fraction = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+    theta = rope.get("rope_theta") or theta or raw.get("rope_theta") or 10_000.0
+    fraction = (
+        rope.get("partial_rotary_factor") or fraction or raw.get("partial_rotary_factor") or 1.0
+    )
     return {
         "positions": "rope",
-        "rope_theta": float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+        "rope_theta": float(theta),
         "rotary_fraction": float(fraction),
         **scaling,
     }

@@ -41,11 +41,11 @@ _DEFAULTS = {
 }
 
 # The common names of the sizes, which transformers reads in place of GPT-2's own.
-_ALIASES = {
-    "num_hidden_layers": "n_layer",
-    "hidden_size": "n_embd",
-    "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
+_COMMON_NAMES = {
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
 }
 
 
@@ -72,13 +72,13 @@ def _tensor_maps(config: ModelConfig) -> list[TensorMap]:
 
 
 def _read_config(raw: RawConfig) -> dict[str, Any]:
-    raw = {**raw, **{_ALIASES[key]: value for key, value in raw.items() if key in _ALIASES}}
+    sizes = {key: raw.get(name) or raw[key] for key, name in _COMMON_NAMES.items()}
     return {
-        "layers": raw["n_layer"],
-        "width": raw["n_embd"],
-        "heads": raw["n_head"],
+        "layers": sizes["n_layer"],
+        "width": sizes["n_embd"],
+        "heads": sizes["n_head"],
         "mlp_dim": raw["n_inner"] or 0,
-        "context": raw["n_positions"],
+        "context": sizes["n_positions"],
         "norm_eps": raw["layer_norm_epsilon"],
         "mlp": choose(raw, "activation_function", ACTIVATIONS),
         "query_pre_attn_scalar": 0 if raw["scale_attn_weights"] else 1,
@@ -121,7 +121,7 @@ GPT2 = Family(
     defaults=_DEFAULTS,
     keys=config_table(
         "gpt2",
-        {*_DEFAULTS, *_ALIASES},
+        {*_DEFAULTS, *_COMMON_NAMES.values()},
         no_effect={
             "n_ctx": "n_positions says it",
             "n_special": "belongs to the tokenizer",

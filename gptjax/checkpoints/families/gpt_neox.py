@@ -68,14 +68,10 @@ def _tensor_maps(config: ModelConfig) -> list[TensorMap]:
 
 
 def _read_config(raw: RawConfig) -> dict[str, Any]:
-    rope = {
-        **raw,
-        "rope_theta": raw.get("rotary_emb_base") or raw.get("rope_theta"),
-        "partial_rotary_factor": raw.get("rotary_pct") or raw.get("partial_rotary_factor") or 0.25,
-    }
+    fraction = raw.get("rotary_pct") or raw.get("partial_rotary_factor") or 0.25
     return {
         **read_sizes(raw),
-        **read_rope(rope),
+        **read_rope(raw, theta=raw.get("rotary_emb_base"), fraction=fraction),
         "norm_eps": raw["layer_norm_eps"],
         "parallel": raw["use_parallel_residual"],
         "mlp": choose(raw, "hidden_act", ACTIVATIONS),
