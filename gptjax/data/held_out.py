@@ -233,7 +233,7 @@ def choose_split(
     fingerprint = files.digest(main.fingerprint, rule)
     goes_on = resumed == fingerprint  # which is what earlier versions give, by their rule
     if own:
-        plan = Plan(np.full(main.count, _WHOLE, np.int64), how=f"{own.selection.path} of its own")
+        plan = Plan(np.full(main.count, _WHOLE, np.int64), how=f"all of {own.selection.path}")
         own_measured = survey(own)
         size, hashes = int(own_measured.lengths.sum()), own_measured.hashes
         if not size:
@@ -253,7 +253,9 @@ def choose_split(
     if plan.rule or dropped.any():
         without = "without overlap" if dropped.any() else ""
         fingerprint = files.digest(main.fingerprint, rule, plan.rule, without)
-    everything = int(lengths.sum()) + (size if own else 0)
+    everything = int(lengths.sum())
+    if own:
+        everything += size - int(lengths[dropped].sum())
     how = plan.how if size else f"data.eval_fraction = {fraction:g} of {everything:,} characters"
     names = _names(main, same)
     overlap = int(same.sum()) if len(hashes) else None

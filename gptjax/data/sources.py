@@ -218,8 +218,8 @@ def _open_text(config: DataConfig, path: str, split: str) -> Documents:
     count = sum(counts)
     if path == config.path and count + len(blank) == whole.count:
         raise UserError(
-            f"data.separator = {separator!r} stands nowhere in the {whole.count:,} files of "
-            f"data.path = {path!r}: correct it or leave it out"
+            f"data.separator = {separator!r} stands nowhere in data.path = {path!r} "
+            f"({counted(whole.count, 'file')}): correct it or leave it out"
         )
 
     def read() -> Iterator[str]:

@@ -49,7 +49,7 @@ def read_splits(config: Config, resumed: str = "") -> Splits:
         selections["held-out data"] = held_out.selection
         train_rows = list(_with_unique_ids(main.read()))
         eval_rows = list(_with_unique_ids(held_out.read()))
-        how = f"{held_out.selection.path} of its own"
+        how = f"all of {held_out.selection.path}"
     else:
         train_rows, eval_rows = [], []
         for i, row in enumerate(_with_unique_ids(main.read())):

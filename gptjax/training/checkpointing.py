@@ -43,15 +43,17 @@ def check_same_run(workdir: Path, config: Config, fingerprints: dict[str, str]) 
         for name, what in _FINGERPRINTS.items():
             if meta.get(name, "") != fingerprints[name]:
                 differences.append(f"{name}: the {what} changed since the run began")
-                if name == "data" and stored.data.path != config.data.path:
-                    differences[-1] += f" ({stored.data.path!r} -> {config.data.path!r})"
+                if name == "data":  # which of these did it
+                    every = changes(stored, config, shaping_only=False)
+                    listed = [line for line in every if line.startswith("data.")]
+                    differences += [line for line in listed if line not in differences]
         if not differences:
             return
         if len(differences) > 4:
             differences = [*differences[:3], f"and {len(differences) - 3} more"]
-        listed = "\n  ".join(differences)
+        lines = "\n  ".join(differences)
         raise UserError(
-            f"{workdir} holds a run with other settings (old -> new):\n  {listed}\n"
+            f"{workdir} holds a run with other settings (old -> new):\n  {lines}\n"
             "Use the old ones (see config.json there) or another --workdir; to train further with "
             f"new ones,\nstart a new run with --config.train.init_from={workdir}."
         )

@@ -131,7 +131,7 @@ def test_resume_refuses_what_would_change_the_run(finished, tmp_path):
             "tokenizer: the vocabulary changed",
         ),
         (f"--config.data.path={changed}", "data: the text or its split changed since the run "),
-        (f"--config.data.path={changed}", f"({str(text)!r} -> {str(changed)!r})"),
+        (f"--config.data.path={changed}", f"  data.path: {str(text)!r} -> {str(changed)!r}"),
     ):
         done = command(*args, *extra.split(), check=False)
         assert done.returncode == 2, done.stderr
