@@ -12,6 +12,7 @@ from typing import Any
 
 from gptjax.core import cli
 
+COPIES = "copies of another file"
 _NAMES = 3  # names given for each reason; the rest are counted
 
 
@@ -100,6 +101,15 @@ def passed_over(names_by_reason: Mapping[str, Iterable[str]]) -> tuple[PassedOve
         if ordered:
             entries.append(PassedOver(reason, len(ordered), tuple(ordered[:_NAMES])))
     return tuple(sorted(entries, key=lambda entry: (-entry.count, entry.reason)))
+
+
+def has_copies(selections: Mapping[str, Selection]) -> bool:
+    """Whether files were left out because another one has the same content."""
+    return any(
+        entry.reason == COPIES
+        for selection in selections.values()
+        for entry in selection.passed_over
+    )
 
 
 def describe(selections: Mapping[str, Selection]) -> list[str]:

@@ -22,7 +22,7 @@ from gptjax.data.readers import csv, datasets, jsonl, lines, parquet, sotu, squa
 from gptjax.data.readers.finding import Files, find_files, listed_files
 from gptjax.data.readers.opening import begins_as_html, read_text
 from gptjax.data.records import SplitRecords
-from gptjax.data.selection import Selection, counted
+from gptjax.data.selection import Selection, counted, has_copies
 
 TRAIN, EVAL = "train", "eval"
 
@@ -150,9 +150,18 @@ def open_source(config: DataConfig, resumed: str = "") -> Source:
     """The documents of both splits.
 
     resumed: the fingerprint of a run that goes on; where an earlier version held out other text
-    under the same settings, that is done again. Raises UserError for a missing path, an empty set,
-    text that is not UTF-8 or a field that is not there.
+    under the same settings, or took copies of files, that is done again. Raises UserError for a
+    missing path, an empty set, text that is not UTF-8 or a field that is not there.
     """
+    source = _open_source(config, resumed)
+    if resumed not in ("", source.fingerprint) and has_copies(source.selections):
+        with_copies = dataclasses.replace(config, duplicates="keep")  # as earlier versions did
+        before = _open_source(with_copies, resumed)
+        return before if before.fingerprint == resumed else source
+    return source
+
+
+def _open_source(config: DataConfig, resumed: str) -> Source:
     open_documents = SOURCES[config.source].open_documents or _open_field
     main = open_documents(config, config.path, training_split(config, config.path))
     if not main.count:

@@ -14,7 +14,7 @@ from gptjax.config.schema import Config, DataConfig
 from gptjax.core import files
 from gptjax.data import sources
 from gptjax.data.records import Record, SplitRecords, is_held_out, subsample_evenly
-from gptjax.data.selection import HeldOut, Selection, counted
+from gptjax.data.selection import HeldOut, Selection, counted, has_copies
 
 _MAX_WEIGHT = 1e4  # of a file of data.mixture
 _NAMES = 3  # places given of rows on both sides; the rest are counted
@@ -36,9 +36,18 @@ def read_splits(config: Config, resumed: str = "") -> Splits:
     """The rows that the config names.
 
     resumed: the fingerprint of a run that goes on; one that an earlier version began keeps rows
-    that are on both sides. Raises UserError where there is nothing to train on.
+    that are on both sides, and copies of files. Raises UserError where there is nothing to train
+    on.
     """
-    d = config.data
+    splits = _read_splits(config.data, resumed)
+    if resumed not in ("", splits.fingerprint) and has_copies(splits.selections):
+        with_copies = dataclasses.replace(config.data, duplicates="keep")
+        before = _read_splits(with_copies, resumed)
+        return before if before.fingerprint == resumed else splits
+    return splits
+
+
+def _read_splits(d: DataConfig, resumed: str) -> Splits:
     main = sources.read_records(d, d.path, sources.training_split(d, d.path))
     selections = {"data": main.selection}
     fingerprints = [main.fingerprint, str(d.eval_fraction)]

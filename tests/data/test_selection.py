@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from conftest import make_config
 
 from gptjax.config import build, schema
-from gptjax.data import preview, shards
+from gptjax.core import files
+from gptjax.data import preview, shards, sources
 from gptjax.data.selection import Selection
-from gptjax.tasks import loading
+from gptjax.tasks import loading, splits
 from gptjax.tokenizer.trained import ByteTokenizer
 from gptjax.training import report, setup
 
@@ -79,6 +81,37 @@ def test_prepared_shards_say_what_they_were_made_of(folder, tmp_path, capsys):
 def test_duplicates_are_kept_where_that_is_asked_for(folder, capsys):
     shards.ensure(config_for(folder, duplicates="keep"))
     assert "5 files of 2.5 KB, 5 documents" in capsys.readouterr().err
+
+
+def test_a_run_that_took_copies_goes_on_with_them(folder, tmp_path):
+    copies = config_for(folder, duplicates="keep").data
+    old = sources.open_source(copies, digest_of_old(copies))  # earlier versions took copies
+    assert len([*old.documents("train"), *old.documents("eval")]) == 5
+    resumed = sources.open_source(config_for(folder).data, old.fingerprint)
+    assert list(resumed.documents("train")) == list(old.documents("train"))
+    assert resumed.fingerprint == old.fingerprint
+    new = sources.open_source(config_for(folder).data, "of another run")
+    assert new.selections["data"].documents == 4
+
+
+def digest_of_old(config):
+    """The fingerprint that earlier versions gave: of the files and the rule of every n-th."""
+    checksums = [
+        files.sha256(p) for p in sorted(Path(config.path).glob("*.txt")) if p.stat().st_size
+    ]
+    return files.digest(files.digest(*checksums), f"text {config.eval_fraction}")
+
+
+def test_rows_of_copies_go_on_too(tmp_path):
+    rows = "".join(json.dumps({"text": f"row {i}", "label": "ab"[i % 2]}) + "\n" for i in range(8))
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(rows)
+    data = dict(source="jsonl", path=str(tmp_path), eval_fraction=0.25)
+    settings = dict(task=dict(name="classification"))
+    old = splits.read_splits(make_config(data=dict(**data, duplicates="keep"), **settings))
+    resumed = splits.read_splits(make_config(data=data, **settings), old.fingerprint)
+    assert resumed.train == old.train and len(old.train) > 6
+    assert len(splits.read_splits(make_config(data=data, **settings)).train) == 6
 
 
 def test_empty_documents_are_counted(tmp_path):

@@ -20,7 +20,7 @@ from pathlib import Path
 from gptjax.config.errors import UserError
 from gptjax.core import files
 from gptjax.data.readers.opening import COMPRESSED, content_checksum, is_empty
-from gptjax.data.selection import Selection, passed_over, say_passed_over
+from gptjax.data.selection import COPIES, Selection, passed_over, say_passed_over
 
 _EDITOR_COPIES = ("*~", "#*#", "*.bak", "*.orig", "*.swp", "*.swo")
 _MAGIC = "*?["  # characters that make a path a glob
@@ -224,7 +224,7 @@ def _without_copies(
         if first is p or keep_duplicates:
             taken.append((p, checksum))
         else:
-            left_out["copies of another file"].append(f"{_name(p, root)} = {first.name}")
+            left_out[COPIES].append(f"{_name(p, root)} = {first.name}")
     return [p for p, _ in taken], [checksum for _, checksum in taken]
 
 
