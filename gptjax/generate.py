@@ -21,8 +21,9 @@ from gptjax.generation import language_model
 from gptjax.generation.conversation import converse
 from gptjax.generation.flags import FLAGS, new_tokens, read_options
 from gptjax.generation.language_model import LanguageModel
-from gptjax.generation.options import GenerationOptions
+from gptjax.generation.options import CALLED, GenerationOptions
 from gptjax.runtime.compile_cache import enable_compile_cache
+from gptjax.tokenizer import chat_template
 
 if __name__ == "__main__":
     gc.disable()  # until the first token: looking for garbage takes a tenth of a start
@@ -51,7 +52,7 @@ def complete(lm: LanguageModel, args: cli.Args, options: GenerationOptions) -> N
 
 
 def main(argv: list[str]) -> None:
-    args = cli.parse(argv, __doc__, FLAGS, required=("checkpoint",))
+    args = cli.parse(argv, __doc__, FLAGS, required=("checkpoint",), called=CALLED)
     options = read_options(args)  # wrong numbers before the model is read
     enable_compile_cache()
     with language_model.load_lazily(
@@ -66,6 +67,8 @@ def main(argv: list[str]) -> None:
         gc.enable()
     if args["adapter"]:
         lm = lm.with_adapter(args["adapter"])
+    if args["chat_template"]:
+        chat_template.choose(lm.text_tokenizer, args["chat_template"])
     if "chat" in args:
         converse(lm, args)
     else:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -87,17 +87,19 @@ def parse(
     *,
     required: Sequence[str] = (),
     config: bool = False,
+    called: Mapping[str, str] = {},
 ) -> Args:
     """The flags of a command: `--name=value`, `--name value`, or `--name` alone.
 
     doc: the text that --help begins with. known: {flag: its meaning}. required: flags that must
-    have a value. config: allows --config and its overrides, as "config" in `required` does. Raises
+    have a value. config: allows --config and its overrides, as "config" in `required` does.
+    called: {name that other programs have for a flag: its name here}, for the message. Raises
     UserError for anything else; --help prints and exits.
     """
     if config or "config" in required:
         known = {"config": "configs/file.py[:argument]", **known}
     known = {**known, **_COMMON_FLAGS}
-    flags, overrides = _read_flags(argv, known)
+    flags, overrides = _read_flags(argv, known, called)
     if "help" in flags:
         _print_help(doc, known)
         raise SystemExit(0)
@@ -117,7 +119,7 @@ def parse(
 
 
 def _read_flags(
-    argv: Sequence[str], known: dict[str, str]
+    argv: Sequence[str], known: dict[str, str], called: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """(flags, overrides); a flag without a value is "true"."""
     flags: dict[str, str] = {}
@@ -135,6 +137,8 @@ def _read_flags(
             overrides[name.removeprefix("config.")] = value
         elif name in known:
             flags[name] = value if has_value else "true"
+        elif called.get(name) in known:
+            raise UserError(f"--{name} is called --{called[name]} here")
         else:
             raise UserError(unknown_name("flag", f"--{name}", [f"--{n}" for n in known]))
     return flags, overrides

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 from gptjax.core import cli
+from gptjax.core.characters import check_characters
 from gptjax.generation.language_model import LanguageModel
 from gptjax.generation.options import GenerationOptions
 from gptjax.generation.sampling import NUMBERS
@@ -23,6 +24,7 @@ _MEANINGS = {
     field.name: field.metadata["meaning"] for field in dataclasses.fields(GenerationOptions)
 }
 
+_TEXTS = ("prompt", "system", "stop", "banned")  # flags that hold text, not numbers or paths
 
 FLAGS = {
     "checkpoint": "a workdir, a step's folder in it, a Hugging Face folder or a .gguf file",
@@ -30,7 +32,11 @@ FLAGS = {
     "prompt": "text to continue; empty = a new document",
     "chat": "a conversation in the terminal",
     "system": "--chat: the system prompt",
-    "max_new_tokens": f"tokens to make ({MAX_NEW_TOKENS}, or what the context allows)",
+    "chat_template": "--chat: a template by its name, where the checkpoint brings several",
+    "max_new_tokens": (
+        f"tokens to make ({MAX_NEW_TOKENS}, --chat: {CHAT_MAX_NEW_TOKENS}; or what the context "
+        "allows)"
+    ),
     **{name: _MEANINGS[name] for name in _DEFAULTS},
     "temperature": f"{_MEANINGS['temperature']} ({_DEFAULTS['temperature']})",
     "stop": _MEANINGS["stop"],
@@ -50,6 +56,8 @@ def read_options(args: cli.Args) -> GenerationOptions:
 
     Beam search and speculation are greedy unless a temperature is given. Raises UserError.
     """
+    for name in _TEXTS:
+        check_characters(args[name], f"--{name}")
     options: dict[str, Any] = {}
     for name, default in _DEFAULTS.items():
         options[name] = args.number(name, default)

@@ -19,6 +19,36 @@ if TYPE_CHECKING:
 
 OVERFLOWS = ("refuse", "slide")
 RENAMED = {"speculate_tokens": "num_speculative_tokens"}  # old keywords that still work
+# names that other libraries have for an option: its name here
+CALLED = {
+    **dict.fromkeys(
+        ("max_tokens", "max_output_tokens", "max_completion_tokens", "max_gen_toks", "n_predict"),
+        "max_new_tokens",
+    ),
+    **dict.fromkeys(("stop_sequences", "stop_strings", "stop_words", "until"), "stop"),
+    **dict.fromkeys(("stop_token_ids", "eos_token_id", "eos_token_ids"), "stop_tokens"),
+    **dict.fromkeys(("num_return_sequences", "num_samples", "num_completions"), "n"),
+    **dict.fromkeys(("bad_words", "bad_words_ids", "suppress_tokens"), "banned"),
+    **dict.fromkeys(("beam_size", "beam_width"), "num_beams"),
+    **dict.fromkeys(("assistant_model", "draft_model"), "draft"),
+    **dict.fromkeys(("prompt_lookup_num_tokens", "num_draft_tokens"), "num_speculative_tokens"),
+    **dict.fromkeys(("repeat_penalty", "rep_penalty"), "repetition_penalty"),
+    "ignore_eos": "ignore_end",
+    "min_tokens": "min_new_tokens",
+    "no_repeat_ngram_size": "no_repeat_ngram",
+    "random_seed": "seed",
+    "temp": "temperature",
+    "top_n": "top_k",
+    "typical": "typical_p",
+}
+_OTHERWISE = {  # what other libraries have and is said in another way here
+    "max_length": "max_length counts the prompt too: set max_new_tokens, the number of new tokens",
+    "min_length": "min_length counts the prompt too: set min_new_tokens, the number of new tokens",
+    "do_sample": "there is no do_sample: temperature = 0 is greedy, and above 0 tokens are drawn",
+    "logprobs": "every completion has logprobs; prompt_logprobs = True adds those of the prompt",
+    "stream": "pieces of a text as they come are another method: lm.stream(prompt, ...)",
+    "return_full_text": "a completion is the new text alone: put the prompt before it",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +71,7 @@ class GenerationOptions(Sampling):
 
     max_new_tokens: int = option(128, "tokens to make", Range(1, 2**31 - 1, "at least 1"))
     n: int = option(1, "completions of the prompt", Range(1, 2**31 - 1, "at least 1"))
-    stop: str | Sequence[str] = option((), "end the text before this string")  # found across tokens
+    stop: str | Sequence[str] | None = option((), "end the text before this string")
     stop_tokens: Sequence[int] = option((), "further token ids that end a text")
     ignore_end: bool = option(False, "go on after the tokenizer's own end tokens")
     num_beams: int = option(1, "beam search; 1 = off")
@@ -71,7 +101,8 @@ class GenerationOptions(Sampling):
 
     @property
     def stop_texts(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+        """They are found across tokens."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     @property
     def context_shift(self) -> bool:
@@ -86,7 +117,7 @@ class GenerationKeywords(SamplingKeywords, total=False):
     """The fields of `GenerationOptions` but `n` as keyword arguments, for type checkers."""
 
     max_new_tokens: int
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     stop_tokens: Sequence[int]
     ignore_end: bool
     num_beams: int
@@ -111,8 +142,10 @@ def merge_options(
     names = [field.name for field in dataclasses.fields(GenerationOptions)]
     changes = {RENAMED.get(name, name): value for name, value in keywords.items()}
     for name in changes:
+        if name in CALLED:
+            raise UserError(f"{name} is called {CALLED[name]} here")
         if name not in names:
-            raise UserError(unknown_name("setting", name, names))
+            raise UserError(_OTHERWISE.get(name) or unknown_name("setting", name, names))
     return dataclasses.replace(options or GenerationOptions(), **changes)
 
 

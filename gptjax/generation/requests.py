@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.config.errors import UserError
+from gptjax.core.characters import check_characters
 from gptjax.generation.options import GenerationOptions
 from gptjax.generation.sampling import Sampling
 from gptjax.tokenizer.base import StreamDecoder, Tokenizer
@@ -150,6 +151,8 @@ def build_request(
         raise UserError("stop texts need a tokenizer, which this checkpoint lacks: use stop_tokens")
     if "" in stop:
         raise UserError("stop texts must not be empty")
+    for text in stop:
+        check_characters(text, "a stop text")
     fitting, samplings, sequences = [], list[Sampling](), []
     for i, prompt in enumerate(prompts):
         fitting.append(
@@ -177,10 +180,13 @@ def list_prompts(prompts: Any) -> list[Prompt]:
         prompts = prompts.tolist()
     if isinstance(prompts, str):
         return [prompts]
-    if not len(prompts):
+    if prompts is None or not len(prompts):
         raise UserError("no prompts: give a text or a list of them")
     if all(isinstance(item, int | np.integer) for item in prompts):
         return [prompts]
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str | Sequence | np.ndarray):
+            raise UserError(f"prompt {i} is {prompt!r}: give a text or a list of token ids")
     return list(prompts)
 
 

@@ -45,7 +45,8 @@ class Range:
             kinds = int | float | np.number
         right_kind = isinstance(value, kinds) and not isinstance(value, bool)
         if not right_kind or not self.low <= value <= self.high:
-            raise UserError(f"{name} = {value!r}: must be {self.words}")
+            whole = "" if isinstance(self.low, float) else "a whole number, "
+            raise UserError(f"{name} = {value!r}: must be {whole}{self.words}")
 
 
 _POSITIVE_INT = 2**31 - 1
@@ -113,6 +114,7 @@ class Sampling:
         for field in dataclasses.fields(self):
             if limits := field.metadata.get("range"):
                 limits.check(field.name, getattr(self, field.name))
+        object.__setattr__(self, "logit_bias", _read_bias(self.logit_bias))
 
     @property
     def active(self) -> frozenset[str]:
@@ -122,6 +124,20 @@ class Sampling:
             names.add("sample")
             names |= {name for name, warper in WARPERS.items() if warper.used(self)}
         return frozenset(names)
+
+
+def _read_bias(bias: Mapping[Any, float]) -> dict[int, float]:
+    """{id: number to add}; ids may be texts, as the keys of JSON are. Raises UserError."""
+    numbers = {}
+    for token, value in bias.items():
+        is_id = str(token).isdecimal() or isinstance(token, int | np.integer)
+        if not is_id or not isinstance(value, int | float | np.number) or value != value:
+            raise UserError(
+                f"logit_bias = {{{token!r}: {value!r}}}: must be numbers by token id, "
+                "such as {9: -5.0}"
+            )
+        numbers[int(token)] = float(value)
+    return numbers
 
 
 class SamplingKeywords(TypedDict, total=False):

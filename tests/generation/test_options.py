@@ -6,9 +6,9 @@ import pytest
 
 from gptjax.config.errors import UserError
 from gptjax.core import cli
-from gptjax.generation import sampling
+from gptjax.generation import requests, sampling
 from gptjax.generation.flags import FLAGS, read_options
-from gptjax.generation.options import BatchKeywords, GenerationOptions, merge_options
+from gptjax.generation.options import CALLED, BatchKeywords, GenerationOptions, merge_options
 from gptjax.generation.sampling import PROCESSORS, WARPERS, Sampling
 
 
@@ -43,6 +43,49 @@ def test_keywords_win_over_options_and_old_names_work():
     assert merge_options(None, {}) == GenerationOptions()
     with pytest.raises(UserError, match="did you mean 'max_new_tokens'"):
         merge_options(None, {"max_new_token": 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("max_tokens", "max_tokens is called max_new_tokens here"),
+        ("stop_sequences", "is called stop here"),
+        ("num_return_sequences", "is called n here"),
+        ("no_repeat_ngram_size", "is called no_repeat_ngram here"),
+        ("top_n", "is called top_k here"),
+        ("max_length", "max_length counts the prompt too: set max_new_tokens"),
+        ("do_sample", "temperature = 0 is greedy"),
+    ],
+)
+def test_names_of_other_libraries_are_told_their_name_here(name, words):
+    with pytest.raises(UserError, match=words):
+        merge_options(None, {name: 3})
+
+
+def test_names_of_other_libraries_are_options_here():
+    fields = {field.name for field in dataclasses.fields(GenerationOptions)}
+    assert set(CALLED.values()) <= fields and not set(CALLED) & fields
+
+
+def test_flags_of_other_programs_are_told_their_name_here():
+    with pytest.raises(UserError, match="--max_tokens is called --max_new_tokens here"):
+        cli.parse(["--max_tokens=3"], "", FLAGS, called=CALLED)
+    with pytest.raises(UserError, match="no flag '--eos_token_id'"):  # no flag of that meaning
+        cli.parse(["--eos_token_id=3"], "", FLAGS, called=CALLED)
+
+
+def test_values_of_options_are_taken_or_refused_by_name():
+    assert GenerationOptions(stop=None).stop_texts == []
+    assert GenerationOptions(logit_bias={"9": 5}).logit_bias == {9: 5.0}  # JSON's keys
+    for wrong in ({9: float("nan")}, {"king": 1.0}, {9: "much"}):
+        with pytest.raises(UserError, match=r"logit_bias = .*: must be numbers by token id"):
+            GenerationOptions(logit_bias=wrong)
+    with pytest.raises(UserError, match=r"max_new_tokens = 2\.5: must be a whole number, at"):
+        GenerationOptions(max_new_tokens=2.5)
+    with pytest.raises(UserError, match="prompt 1 is None: give a text"):
+        requests.list_prompts(["a", None])
+    with pytest.raises(UserError, match="no prompts"):
+        requests.list_prompts(None)
 
 
 def test_unused_processors_are_not_active():
