@@ -153,9 +153,12 @@ class ResultStream:
             raise OutputLostError("stdout is closed")
         try:
             yield
+        except UnicodeEncodeError as error:
+            raise OutputLostError(
+                f"its encoding {error.encoding} has no {error.object[error.start]!r}; "
+                "export PYTHONIOENCODING=utf-8"
+            ) from None
         except (OSError, ValueError) as error:
-            if isinstance(error, UnicodeError):
-                raise
             reason = getattr(error, "strerror", None) or str(error)
             reader_left = getattr(error, "errno", None) == errno.EPIPE
             self._lost = OutputLostError(reason, reader_left=reader_left)

@@ -11,6 +11,7 @@ later calls need. The folder holds machine code: trust it as you trust JAX's cac
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -19,6 +20,7 @@ import inspect
 import os
 import pickle
 import platform
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -44,6 +46,7 @@ _CPU_OPTIONS = {
 }
 _MAX_CACHED = 32  # executables in the folder; one is about 2 MB at 12 layers
 _SUFFIX = ".executable"
+_STORE_SECONDS = 60  # that the end of a process waits for
 
 
 def source_files(package: Path) -> list[Path]:
@@ -192,12 +195,12 @@ def prepare(calls: Sequence[Call], folder: str | Path | None = None) -> None:
     names = [f"{call.jitted.function.__name__}_{uuid.uuid4().hex}" for call in missing.values()]
     lowered = (call.lower(name) for call, name in zip(missing.values(), names, strict=True))
     compiled = _compile(lowered)
-    # Stored while the process goes on; it waits for the thread at its end.
-    pool = concurrent.futures.ThreadPoolExecutor(1)
+    to_store = []
     for (path, call), name, executable in zip(missing.items(), names, compiled, strict=True):
         call.jitted.executables[call.key] = executable
-        pool.submit(_store, executable, path, name)
-    pool.shutdown(wait=False)
+        to_store.append((executable, path, name))
+    if to_store:
+        _store_meanwhile(to_store)
 
 
 def _can_store() -> bool:
@@ -236,6 +239,18 @@ def _load(call: Call, path: Path) -> bool:
     with contextlib.suppress(OSError):
         os.utime(path)  # used last
     return True
+
+
+def _store_meanwhile(to_store: list[tuple[Any, Path, str]]) -> None:
+    """Stores while the process goes on; it waits for that at its end, but not for a dead disk."""
+
+    def store_all() -> None:
+        for executable, path, name in to_store:
+            _store(executable, path, name)
+
+    thread = threading.Thread(target=store_all, name="store executables", daemon=True)
+    thread.start()
+    atexit.register(thread.join, _STORE_SECONDS)
 
 
 def _store(executable: Any, path: Path, name: str) -> None:

@@ -75,6 +75,15 @@ def test_text_whose_reader_leaves_ends_quietly_as_unix_tools_do(tmp_path):
     assert (ended, stderr) == (cli.EXIT_READER_LEFT, "")
 
 
+def test_a_result_that_stdout_cannot_encode_is_one_message(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda argv: print("é"), [])
+    assert ended.value.code == 1
+    message = "error: the result could not be written to stdout: its encoding ascii has no 'é'; "
+    assert capsys.readouterr().err == f"{message}export PYTHONIOENCODING=utf-8\n"
+
+
 def test_an_interruption_says_more_than_a_lost_result(tmp_path):
     assert shell("{} >/dev/full", tmp_path, "interrupted")[0] == 130
 
