@@ -119,7 +119,8 @@ class Bench:
         if options["stdout"] == subprocess.PIPE:
             options["stdout"] = open(self.folder / "stdout", "w")  # noqa: SIM115 - a test reads it
         environment = {**os.environ, "PYTHONPATH": self.python_path, "JAX_PLATFORMS": "cpu"}
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        for name in ("JAX_COMPILATION_CACHE_DIR", "PYTHONUNBUFFERED"):
+            environment.pop(name, None)
         process = subprocess.Popen(
             ["bash", "-c", shell.replace("{}", quoted)],
             cwd=ROOT,

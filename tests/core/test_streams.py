@@ -23,7 +23,7 @@ def main(argv):
         left.register(2, 0)
         left.poll()  # until the reader has gone
     for i in range(300):
-        cli.say(f"line {i} " + "x" * 100)
+        print(f"line {i} " + "x" * 100, file=sys.stderr, flush=True)
     open(argv[0], "w").write("done")
     if "print" in argv:
         for i in range(100_000): print("text", i)
@@ -44,7 +44,8 @@ def shell(line, tmp_path, *args):
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", line.replace("{}", command)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # with buffers, as users have them: what is left in one fails at the end
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
         capture_output=True,
         text=True,
         timeout=60,
