@@ -34,6 +34,7 @@ from gptjax.core import cli
 from gptjax.tokenizer.added_tokens import read_added, read_settings
 from gptjax.tokenizer.file_keys import read_pieces
 from gptjax.tokenizer.pretrained import PretrainedTokenizer
+from gptjax.tokenizer.template_files import read_templates
 
 
 def write_vocabulary(writer: Any, tokenizer: PretrainedTokenizer, size: int, name: str) -> None:
@@ -215,12 +216,10 @@ def _role_fields(
         fields[PREFIX + "bos_token_id"] = before[0]
     fields[PREFIX + "add_bos_token"] = bool(before)
     fields[PREFIX + "add_eos_token"] = bool(after)
-    templates = json.loads(tokenizer.files().get("tokenizer_config.json", b"{}"))
-    templates = templates.get("chat_template")
-    if isinstance(templates, list):
-        for entry in templates:
-            if entry["name"] != "default":
-                fields[f"{TEMPLATE}.{entry['name']}"] = entry["template"]
+    files = tokenizer.files()
+    for name, template in read_templates(files, read_settings(files)).items():
+        if name != "default":
+            fields[f"{TEMPLATE}.{name}"] = template
     if tokenizer.chat_template:
         fields[TEMPLATE] = tokenizer.chat_template
     return fields

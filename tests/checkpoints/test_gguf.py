@@ -6,9 +6,16 @@ import json
 import struct
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from conftest import byte_level_tokenizer, tiny_checkpoint
+from conftest import (
+    FAMILIES,
+    byte_level_tokenizer,
+    make_config,
+    random_params,
+    tiny_checkpoint,
+)
 from helpers import CHATML
 
 from gptjax import convert
@@ -166,6 +173,10 @@ def test_named_templates_come_and_go():
     assert tokenizer.chat_template == CHATML
     fields = gguf_write_vocabulary.vocabulary_fields(tokenizer, len(PIECES), "m")
     assert {key: fields[key] for key in templates} == templates
+    content = {**byte_level_tokenizer().files(), "additional_chat_templates/rag.jinja": b"rag"}
+    tokenizer = PretrainedTokenizer(content, [263])
+    fields = gguf_write_vocabulary.vocabulary_fields(tokenizer, 264, "m")
+    assert fields["tokenizer.chat_template.rag"] == "rag"
 
 
 def cutting_vocabulary(texts):
@@ -492,6 +503,22 @@ def test_settings_that_a_file_cannot_hold_are_refused_by_name(tmp_path):
     exact.config = dataclasses.replace(exact.config, mlp="gelu_exact")
     with pytest.raises(UserError, match="does not carry mlp = 'gelu_exact'"):
         formats.write_checkpoint(tmp_path / "m.gguf", exact, form="gguf")
+
+
+@pytest.mark.parametrize(
+    ("family", "bias"), [("llama", "all"), ("llama", "mlp"), ("qwen3", "attention")]
+)
+def test_biases_follow_from_the_tensors(family, bias, tmp_path):
+    settings = dict(vocab_size=264, context=64, layers=2, **{**FAMILIES[family], "bias": bias})
+    config = make_config(model=settings).model
+    params = jax.tree.map(np.asarray, random_params(config))
+    checkpoint = pretrained.Pretrained(config, params, byte_level_tokenizer())
+    formats.write_checkpoint(tmp_path / "m.gguf", checkpoint, form="gguf")
+    again = pretrained.read_checkpoint(tmp_path / "m.gguf")
+    assert again.config.bias == bias
+    np.testing.assert_allclose(
+        formats.probe_logits(again), formats.probe_logits(checkpoint), atol=1e-5
+    )
 
 
 # ---- proof
