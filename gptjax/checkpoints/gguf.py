@@ -207,13 +207,14 @@ def write_gguf(
     _refuse_what_is_lost(config, architecture, shapes, divisors)
     writer = gguf.GGUFWriter(path, architecture)
     try:
-        writer.add_name(name)
         for key, value in gguf_keys.write_settings(config):
             _add_setting(writer, f"{architecture}.{key}", value)
         for key, value in gguf_keys.write_generation(generation or {}):
             _add_setting(writer, key, value)
         if isinstance(tokenizer, PretrainedTokenizer):
             write_vocabulary(writer, tokenizer, config.vocab_size, name)
+        else:
+            writer.add_name(name)
         plan = []
         for hf_name, shape, make in tensors:
             # q8_0 quantises 32 neighbours at a time

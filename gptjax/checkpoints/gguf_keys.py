@@ -244,9 +244,8 @@ def read_config(
         return raw
     raw["num_key_value_heads"] = get("attention.head_count_kv", heads)
     raw["head_dim"] = head_dim
-    if family.model_type in ("llama", "qwen3"):  # Qwen2's biases go without saying
+    if family.model_type == "llama":  # Qwen2's biases go without saying, and Qwen3 has none there
         raw["attention_bias"] = "blk.0.attn_q.bias" in shapes
-    if family.model_type == "llama":
         raw["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
     rotated = get("rope.dimension_count", head_dim)
     if rotated != head_dim:

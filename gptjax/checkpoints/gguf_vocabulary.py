@@ -148,8 +148,7 @@ def normal_json(described: Mapping[str, Any]) -> bytes:
 
 def _added_tokens(tokens: Sequence[str], types: Sequence[int], name: str) -> list[dict[str, Any]]:
     """Tokens that are matched before anything else is done to a text."""
-    # llama.cpp goes by the model's name: no field says it
-    strips = "phi-3" in name.lower() or "phi3" in name.lower()
+    strips = strips_by_name(name)
     keeps = ("<unk>", "<s>", "<|endoftext|>")
     added = []
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
@@ -158,6 +157,11 @@ def _added_tokens(tokens: Sequence[str], types: Sequence[int], name: str) -> lis
             flags["rstrip"] = strips and token not in keeps
             added.append({"id": i, "content": token, **flags, "special": kind != USER_DEFINED})
     return added
+
+
+def strips_by_name(name: str) -> bool:
+    """Whether tokens swallow the white space after them: llama.cpp goes by the model's name."""
+    return "phi-3" in name.lower() or "phi3" in name.lower()
 
 
 def _post_processor(meta: Fields, bos_by_default: bool) -> dict[str, Any] | None:

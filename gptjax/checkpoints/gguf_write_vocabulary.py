@@ -27,6 +27,7 @@ from gptjax.checkpoints.gguf_vocabulary import (
     UNUSED,
     USER_DEFINED,
     normal_json,
+    strips_by_name,
     tokenizer_json,
 )
 from gptjax.config.errors import UserError
@@ -38,17 +39,17 @@ from gptjax.tokenizer.template_files import read_templates
 
 
 def write_vocabulary(writer: Any, tokenizer: PretrainedTokenizer, size: int, name: str) -> None:
-    """Adds the tokenizer's fields to a `gguf.GGUFWriter`.
+    """Adds the tokenizer's fields, and the model's name, to a `gguf.GGUFWriter`.
 
-    size: tokens of the model; ids past the tokenizer's are written as unused. name: the model's,
-    by which llama.cpp tells one family. Raises UserError for what the format cannot hold.
+    size: tokens of the model; ids past the tokenizer's are written as unused. Raises UserError for
+    what the format cannot hold.
     """
     fields = vocabulary_fields(tokenizer, size, name)
     adders = {bool: writer.add_bool, str: writer.add_string, int: writer.add_uint32}
     for key, value in fields.items():
         if isinstance(value, list):
             writer.add_array(key, value)
-        elif key != "general.name":
+        else:
             adders[type(value)](key, value)
 
 
@@ -65,7 +66,7 @@ def vocabulary_fields(tokenizer: PretrainedTokenizer, size: int, name: str) -> d
     notes = []
     if past:
         notes.append(f"{past[0]['content']!r} is left out: the model's table ends before it")
-    fields = {"general.name": name, **_json_fields(source, size)}
+    fields = {"general.name": _name_that_fits(source, name), **_json_fields(source, size)}
     before, after = _around(files["tokenizer.json"])
     fields |= _role_fields(tokenizer, fields[PREFIX + "tokens"], before, after)
     rebuilt = json.loads(normal_json(tokenizer_json(fields)))
@@ -81,6 +82,14 @@ def vocabulary_fields(tokenizer: PretrainedTokenizer, size: int, name: str) -> d
     for note in [*notes, *others]:
         cli.say(f"note: {note}")
     return fields
+
+
+def _name_that_fits(source: Mapping[str, Any], name: str) -> str:
+    """The model's name, by which llama.cpp tells whether tokens swallow the white space after."""
+    strips = any(token["special"] and token.get("rstrip") for token in source["added_tokens"])
+    if strips and not strips_by_name(name):
+        return f"phi-3 {name}"
+    return name if strips else re.sub("(?i)phi-?3", "phi 3", name)
 
 
 def _refusal(lost: Sequence[str]) -> UserError:
