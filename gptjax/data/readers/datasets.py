@@ -41,7 +41,10 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
     def read(names: Collection[str] | None = None) -> Iterator[Record]:
         selected, problems = rows, {}
         if names is not None:  # others may hold pictures or sound, which are decoded when read
-            selected = rows.select_columns([c for c in rows.column_names if c in names])
+            columns = [c for c in rows.column_names if c in names]
+            selected = rows.select_columns(
+                columns or rows.column_names[:1]
+            )  # rows of none are none
             problems = missing_columns(names, rows.column_names)
         for i, fields in enumerate(selected):
             yield Record(f"{selection.path} row {i}", dict(fields), problems)
