@@ -334,7 +334,8 @@ def check_kind(raw: Mapping[str, Any], where: Path) -> str:
         if task not in (None, "CAUSAL_LM", "SEQ_CLS"):
             raise UserError(
                 f"{where / CONFIG}: task_type = {json.dumps(task)} is not supported: adapters of "
-                "language models (CAUSAL_LM) and classifiers of texts (SEQ_CLS) are"
+                "language models (CAUSAL_LM) and classifiers of texts (SEQ_CLS) are (write that "
+                "into the file if the base is one)"
             )
         return str(kind)
     way_out = f"; {_MERGE}"

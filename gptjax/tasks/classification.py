@@ -25,6 +25,11 @@ def label_of(config: TaskConfig, row: Record) -> str:
     value = row.value(config.label, setting="task.label")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    if isinstance(value, list | tuple | np.ndarray):
+        raise UserError(
+            f"{row.where}: task.label = {config.label!r} is a list, {value!r:.80}: "
+            "several labels a text are task.name = 'multi_label'"
+        )
     if not isinstance(value, str | int | bool) or value == "":
         raise UserError(
             f"{row.where} has no label under task.label = {config.label!r}; "

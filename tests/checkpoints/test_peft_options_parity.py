@@ -36,6 +36,15 @@ def base_config(kind):
     return T.LlamaConfig(num_key_value_heads=2, tie_word_embeddings=tied, **llama)
 
 
+def spread_singular_values(net):
+    """So that no rounding decides which of them are the largest, as it does for PEFT's own SVD."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim == 2:
+                u, s, v = torch.linalg.svd(parameter, full_matrices=False)
+                parameter.copy_(u * (s[0] * 0.85 ** torch.arange(len(s))) @ v)
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """{kind: folder} of tiny random checkpoints, made when they are first asked for."""
@@ -45,7 +54,9 @@ def bases(tmp_path_factory):
         if kind not in folders:
             torch.manual_seed(0)
             folders[kind] = tmp_path_factory.mktemp("base") / "base"
-            T.AutoModelForCausalLM.from_config(base_config(kind)).save_pretrained(folders[kind])
+            net = T.AutoModelForCausalLM.from_config(base_config(kind))
+            spread_singular_values(net)
+            net.save_pretrained(folders[kind])
         return folders[kind]
 
     return get
@@ -214,6 +225,24 @@ def test_a_converted_pissa_adapter_reads_as_in_peft(tmp_path, bases):
     expected = logits_of(P.PeftModel.from_pretrained(load(base), tmp_path / "adapter"))
     found = gptjax.load(base).with_adapter(tmp_path / "adapter").logits(TOKENS)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_classifier_of_peft_reads_as_there(tmp_path, bases):
+    """Its head lies in the adapter's folder; PEFT adds it to modules_to_save by itself."""
+    base = bases("llama")
+    settings = P.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj", "down_proj"])
+    classifier = T.AutoModelForSequenceClassification.from_pretrained
+    net = P.get_peft_model(classifier(base, num_labels=3), settings)
+    shake(net)
+    net.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = net.eval()(torch.tensor(TOKENS[:1])).logits.softmax(-1).numpy()
+    lm = gptjax.load(base).with_adapter(tmp_path / "adapter")
+    assert lm.config.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    np.testing.assert_allclose(lm.classify(TOKENS[:1].tolist()), expected, atol=1e-5)
+    lm.save(tmp_path / "whole")
+    again = gptjax.load(tmp_path / "whole").classify(TOKENS[:1].tolist())
+    np.testing.assert_allclose(again, expected, atol=1e-5)
 
 
 def test_p_tuning_reads_as_in_peft(tmp_path, bases):

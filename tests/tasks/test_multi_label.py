@@ -60,6 +60,13 @@ def test_a_row_that_has_no_set_is_refused(tmp_path, label, task, message):
     assert message in str(error.value)
 
 
+def test_a_set_is_no_class(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    config = task_config(path, task=dict(name="classification"))
+    with pytest.raises(UserError, match=r"is a list, .*: several labels a text are task.name = "):
+        loading.load_examples(config)
+
+
 def test_the_loss_is_the_mean_cross_entropy_of_the_labels():
     logits = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32) * 3
     targets, weights = np.array([[5, 0, 15], [8, 1, 2]], np.int32), np.eye(2, 3, dtype=np.float32)
