@@ -1,5 +1,8 @@
 """Which text is held out: named splits, the share of the text, what is on both sides."""
 
+import dataclasses
+import shutil
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -79,6 +82,23 @@ def test_held_out_data_of_their_own_name_their_split(monkeypatch):
     hub(monkeypatch)  # of one data set without splits all rows
     with pytest.raises(UserError, match="every document of x"):
         both(eval_path="elsewhere")
+
+
+def test_a_folder_as_on_the_hub_has_its_splits(tmp_path, monkeypatch):
+    package = pytest.importorskip("datasets")
+    package.disable_progress_bars()
+    monkeypatch.setattr(package.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "d" / "data").mkdir(parents=True)
+    for name, count in (("train", 20), ("test", 4)):
+        write_jsonl(tmp_path / "d" / "data" / f"{name}-00000.jsonl", list(table(name, count)))
+    config = DataConfig(source="datasets", path=str(tmp_path / "d"), eval_split="test")
+    train, held = sides(sources.open_source(config))
+    assert (len(train), held) == (20, [f"test {i}" for i in range(4)])
+    with pytest.raises(UserError, match="no split 'tset': it has train, test"):
+        sources.open_source(dataclasses.replace(config, eval_split="tset"))
+    shutil.copytree(tmp_path / "d", tmp_path / "moved")
+    moved = dataclasses.replace(config, path=str(tmp_path / "moved"))
+    assert sources.open_source(moved).fingerprint == sources.open_source(config).fingerprint
 
 
 def test_files_have_no_named_splits():

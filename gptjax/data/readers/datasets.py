@@ -1,4 +1,5 @@
-"""Hugging Face datasets: by name from the hub, or a folder that save_to_disk wrote."""
+"""Hugging Face datasets: by name from the hub, a folder of files laid out as there, or one that
+save_to_disk wrote."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def check(config: DataConfig) -> str:
         return ""
     return (
         "data.source = 'datasets' needs data.name (a name on the hub) or data.path "
-        "(what save_to_disk wrote)"
+        "(what save_to_disk wrote, or a folder of files laid out as on the hub)"
     )
 
 
@@ -49,7 +50,23 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
         for i, fields in enumerate(selected):
             yield Record(f"{selection.path} row {i}", dict(fields), problems)
 
-    return SplitRecords(len(rows), files.digest(rows._fingerprint), read, selection, read)
+    folder = Path(path).expanduser()
+    fingerprint = files.digest(rows._fingerprint)
+    if path and _is_hub_folder(folder):  # theirs follows path and time of change
+        fingerprint = files.digest(split, *(files.sha256(p) for p in _files_of(folder)))
+    return SplitRecords(len(rows), fingerprint, read, selection, read)
+
+
+def _is_hub_folder(folder: Path) -> bool:
+    """Whether a folder holds files of data, such as train-00000-of-00001.parquet."""
+    saved = any((folder / name).exists() for name in ("state.json", "dataset_dict.json"))
+    return folder.is_dir() and not saved
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The files below a folder, sorted, without hidden ones."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    return [p for p in paths if not any(part[0] == "." for part in p.relative_to(folder).parts)]
 
 
 def _open_dataset(config: DataConfig, path: str) -> Any:
@@ -61,8 +78,11 @@ def _open_dataset(config: DataConfig, path: str) -> Any:
             "data.source = 'datasets' needs Hugging Face's datasets: pip install 'gptjax[datasets]'"
         ) from None
     try:
+        folder = Path(path).expanduser()
+        if path and _is_hub_folder(folder):
+            return datasets.load_dataset(str(folder))
         if path:
-            return datasets.load_from_disk(str(Path(path).expanduser()))
+            return datasets.load_from_disk(str(folder))
         return datasets.load_dataset(*config.name.split(":"))
     except Exception as error:  # network, name, folder: whatever the package raises
         reason = (str(error) or repr(error)).splitlines()[0][:200]
