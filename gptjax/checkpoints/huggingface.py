@@ -29,7 +29,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 # Tensors of old files that hold no parameters: masks of GPT-2 and NeoX, RoPE's frequencies.
-BUFFERS = re.compile(r"(.*\.)?(attn|attention)\.(bias|masked_bias)|.*rotary_emb\.inv_freq")
+BUFFERS = re.compile(
+    r"(.*\.)?(attn|attention)\.(bias|masked_bias)"
+    r"|(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+)
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -116,6 +116,8 @@ def _head_hint(config: ModelConfig, stored: dict[str, Shape]) -> str:
             "\nconfig.json names a classifier, and its head score.weight is missing: for a "
             "language model, name its ...ForCausalLM in architectures"
         )
+    if not config.tie_embeddings and not config.labels and not _UNUSED_HEADS & stored.keys():
+        return "\nwhere the head is the embedding, config.json has tie_word_embeddings = true"
     return ""
 
 

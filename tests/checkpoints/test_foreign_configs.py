@@ -309,6 +309,21 @@ def test_a_head_of_its_own_in_a_tied_file(family, tmp_path, capsys):
     assert "note" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"lm_head.weight is \[3, 32\] instead of"):
         opened({**tensors, "lm_head.weight": own[:3]})
+    edit(folder, "config.json", tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"missing lm_head.weight\n.*tie_word_embeddings = true"):
+        opened({**without, table: own})
+
+
+def test_buffers_of_old_files_are_passed_over_and_other_tensors_named(tmp_path):
+    folder = hf_folder(tmp_path / "model", "llama")
+    file = folder / "model.safetensors"
+    tensors, buffer = load_file(file), np.ones(4, np.float32)
+    names = ("rotary_emb.inv_freq", "layers.0.self_attn.rotary_emb.cos_cached")
+    save_file({**tensors, **{f"model.{name}": buffer for name in names}}, file)
+    pretrained.open_checkpoint(folder)
+    save_file({**tensors, "v_head.summary.weight": buffer}, file)
+    with pytest.raises(UserError, match=r"extra v_head\.summary\.weight"):
+        pretrained.open_checkpoint(folder)
 
 
 VARIANTS = {
