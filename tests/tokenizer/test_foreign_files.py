@@ -400,3 +400,33 @@ def test_published_settings_are_read(case, tmp_path):
     own = json.loads(files["tokenizer_config.json"])
     ours = open_files(tmp_path, files, tokenizer_config__json=own | settings)
     assert ours.encode("the king said") == build(kind).encode("the king said")
+
+
+def test_a_token_with_a_role_is_a_control_token(tmp_path):
+    """Whatever tokenizer.json says of it, as in transformers."""
+    files = edited("gpt2", lambda d: d["added_tokens"].append(added(601, "<|im_end|>", False)))
+    ours = open_files(tmp_path, files, tokenizer_config__json={"eos_token": "<|im_end|>"})
+    assert ours.eos_ids == (601,)
+    assert 601 not in ours.encode("a<|im_end|>")
+    assert ours.decode([*ours.encode("a"), 601]) == "a"
+    plain = open_files(tmp_path, files, tokenizer_config__json={"eos_token": "<|endoftext|>"})
+    assert plain.encode("a<|im_end|>")[-1] == 601  # no control token: a word that is never cut
+
+
+@pytest.mark.parametrize("legacy", [True, False, None])
+def test_added_tokens_of_a_tokenizer_model(legacy, tmp_path):
+    """Text after one begins with a space of its own where it is legacy."""
+    kind = build("sentencepiece_bpe")
+    files = kind.files | {"added_tokens.json": json.dumps({"<x>": 600, "<end>": 601}).encode()}
+    settings = json.loads(kind.files["tokenizer_config.json"])
+    settings |= {"legacy": legacy, "additional_special_tokens": ["<end>"]}
+    ours = open_files(tmp_path, files, tokenizer_config__json=settings)
+    bare = open_files(
+        tmp_path / "bare", files, tokenizer_config__json=settings | {"add_prefix_space": False}
+    )
+    assert bare.encode("king") != kind.encode("king")
+    after = bare.encode("king") if legacy is False else kind.encode("king")
+    assert ours.encode("the<x>king") == [*kind.encode("the"), 600, *after]
+    assert ours.encode_template("the<end>king") == [*kind.encode("the"), 601, *after]
+    assert 601 not in ours.encode("the<end>king")
+    assert ours.decode(ours.encode("the <x>")) == "the <x>"
