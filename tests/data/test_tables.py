@@ -1,5 +1,7 @@
 """Tables as people have them: other separators, ragged rows, quotes, columns of one name."""
 
+import gzip
+
 import pytest
 
 from gptjax.config.build import build_config
@@ -159,6 +161,21 @@ def test_parquet_reads_the_columns_that_are_asked_for(tmp_path, write_parquet):
     assert records.count == records.selection.documents == 50
     with pytest.raises(UserError, match=r"a.parquet is not a complete parquet file"):
         list(records.read())
+
+
+OTHER = {
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", r"a pointer of Git LFS.*git lfs pull"),
+    "gzip": (gzip.compress(b"PAR1"), r"compressed with gzip: unpack it with zcat"),
+    "web page": (b"<!doctype html><html>", r"a web page: was its download refused"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_what_is_no_parquet_is_named(tmp_path, name):
+    content, message = OTHER[name]
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=f"a.parquet is not a parquet file but {message}"):
+        documents("parquet", tmp_path)
 
 
 def test_parquet_files_that_do_not_fit_are_named(tmp_path, write_parquet):

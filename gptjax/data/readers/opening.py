@@ -215,10 +215,9 @@ class _Decompressed(io.RawIOBase):
 
 def _check_is_text(head: bytes, path: Path, compression: _Compression | None) -> None:
     """Raises UserError where a file begins as no text in UTF-8 does."""
-    kind, fix = next(
-        ((kind, fix) for at, magic, kind, fix in _NO_TEXT if head[at:].startswith(magic)),
-        _utf16_without_mark(head),
-    )
+    kind, fix = _recognise(head)
+    if not kind:
+        kind, fix = _utf16_without_mark(head)
     within = next((kind.name for kind in _COMPRESSIONS if kind.begins.match(head)), "")
     if compression and within:
         kind, fix = f"{within} within {compression.name}", "unpack it once"
@@ -228,6 +227,30 @@ def _check_is_text(head: bytes, path: Path, compression: _Compression | None) ->
         source = f"{compression.tool} '{path}'" if compression else f"cat '{path}'"
         fix = f"convert it, such as with {source} | iconv -f {fix} -t UTF-8 > converted.txt"
     raise UserError(f"{path} is {kind}: {fix}")
+
+
+def _recognise(head: bytes) -> tuple[str, str]:
+    """(what a file is that begins so, a way out), of _NO_TEXT; or empty."""
+    for at, magic, kind, fix in _NO_TEXT:
+        if head[at:].startswith(magic):
+            return kind, fix
+    return "", ""
+
+
+def describe_other(path: Path) -> str:
+    """What a file is that is not what its reader expects, with a way out; "" where that is unknown.
+
+    Such as "a pointer of Git LFS, not the file: run git lfs pull".
+    """
+    compression = _compression_of(path)
+    if compression:
+        return f"compressed with {compression.name}: unpack it with {compression.tool}"
+    with open(path, "rb") as file:
+        head = file.read(_HEAD)
+    if is_html(head):
+        return "a web page: was its download refused?"
+    kind, fix = _recognise(head)
+    return f"{kind}: {fix}" if kind and not fix.startswith("UTF") else ""
 
 
 def _is_utf8(head: bytes) -> bool:

@@ -11,6 +11,7 @@ from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
 from gptjax.data.readers.files import records_of_files
 from gptjax.data.readers.finding import find_files
+from gptjax.data.readers.opening import describe_other
 from gptjax.data.records import Record, SplitRecords, missing_columns
 
 
@@ -63,4 +64,7 @@ def _read_file(path: Path, names: Collection[str] | None) -> Iterator[Record]:
 
 
 def _damaged(path: Path, error: Exception) -> str:
+    known = describe_other(path)
+    if known and "parquet" not in known:
+        return f"{path} is not a parquet file but {known}"
     return f"{path} is not a complete parquet file: {str(error).splitlines()[0][:200]}"
