@@ -59,6 +59,13 @@ def write_checkpoint(
     if form not in FORMATS:
         raise UserError(unknown_name("format", form, list(FORMATS)))
     _refuse_existing(path)
+    if form != "gptjax" and not isinstance(checkpoint.params, safetensors.LazyParams):
+        prompt = checkpoint.params["embed"].get("prompt", ())
+        if len(prompt):
+            raise UserError(
+                f"{len(prompt)} learned prompt tokens stand before every text of this model, and "
+                f"{form} files have no place for them: keep its adapter (--format=peft of its run)"
+            )
     dtype = dtype or default_dtype(checkpoint, form)
     temporary = path.parent / f".{path.name}.writing"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from gptjax.checkpoints import peft
 from gptjax.checkpoints.peft_config import LoraFile, Module
 from gptjax.config.errors import UserError
+from gptjax.config.schema import LoraConfig
 from gptjax.generation.language_model import LanguageModel
 
 
@@ -168,3 +169,14 @@ def test_targets_are_those_of_peft(tmp_path):
     assert not targets(q, target_modules=["q_proj"], layers_to_transform=3, layers_pattern="h")
     assert not targets(q, target_modules=["q_proj"], exclude_modules=["layers.3.self_attn.q_proj"])
     assert not targets(q, target_modules=["q_proj"], modules_to_save=["self_attn"])
+
+
+def test_prompt_vectors_are_not_lost_in_an_export(tmp_path, llama):
+    config, base, _ = llama
+    prompts = {"embed": {"prompt": np.ones((3, 32), np.float32)}}
+    settings = LoraConfig(prompt_tokens=3)
+    peft.write_adapter(tmp_path / "p", config.model, settings, prompts, "some/base")
+    lm = LanguageModel(config.model, base, None).with_adapter(tmp_path / "p")
+    for form in ("hf", "gguf"):
+        with pytest.raises(UserError, match="3 learned prompt tokens stand before every text"):
+            lm.save(tmp_path / form, form=form)
