@@ -144,3 +144,17 @@ def test_a_fault_ends_the_reading(stored, monkeypatch):
     assert len(read) < 3
     with pytest.raises(UserError, match="ended before all was read"):
         _ = lm.params
+
+
+def test_a_chat_model_ends_where_its_template_ends_an_answer():
+    """Its config names another, as a base model does that was given a template."""
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer = byte_level_tokenizer(template)
+    base, end = tokenizer.control["<|endoftext|>"], tokenizer.control["<|im_end|>"]
+    tokenizer.eos_ids = (base,)
+    lm = tiny_language_model(tokenizer=tokenizer)
+    assert lm.eos_ids == (base, end)
+    options = {"max_new_tokens": 5, "logit_bias": {end: 100.0}}
+    assert lm.generate("the", **options).finish_reason == "stop"
+    tokenizer.chat_template = ""
+    assert lm.eos_ids == (base,) and len(lm.generate("the", **options).tokens) == 5
