@@ -3,10 +3,13 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gptjax.config.build import build_config
 from gptjax.config.errors import UserError
 from gptjax.data import sources
+from gptjax.data.readers.json_objects import count_objects, read_objects
 
 ROWS = [{"text": "a b", "id": 1}, {"text": 'c "d"\nnext', "id": 2}, {"text": "e", "id": 3}]
 
@@ -41,6 +44,39 @@ def test_every_layout_gives_the_records_with_their_lines(tmp_path, name):
     for row in rows:  # the record begins in the line that is named
         line = text.split("\n")[int(row.where.rpartition(":")[2]) - 1]
         assert line.strip().startswith(("{", "[")) or line.startswith("\ufeff")
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+
+
+def lay_out(rows, style, indent):
+    objects = [json.dumps(row, indent=indent, ensure_ascii=False) for row in rows]
+    styles = {
+        "lines": "\n".join(json.dumps(row) for row in rows),
+        "array": json.dumps(rows, indent=indent),
+        "array by hand": "[" + " ,\n\n".join(objects) + "]\n",
+        "over lines": "\n".join(objects),
+        "no space": "".join(objects),
+    }
+    return styles[style]
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.fixed_dictionaries({"text": st.text(), "x": JSON_VALUES}), min_size=1, max_size=4),
+    st.sampled_from(["lines", "array", "array by hand", "over lines", "no space"]),
+    st.sampled_from([None, 0, 2]),
+)
+def test_any_values_in_any_layout(tmp_path, rows, style, indent):
+    path = tmp_path / "a.json"
+    path.write_bytes(lay_out(rows, style, indent).encode())
+    records = list(read_objects(path))
+    assert json.dumps([r.fields for r in records]) == json.dumps(rows)
+    assert count_objects(path) == len(rows)
 
 
 def test_places_of_an_array(tmp_path):
