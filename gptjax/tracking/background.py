@@ -19,7 +19,7 @@ MOST_WAITING = 10_000  # records; one has a few hundred bytes
 # That the end of a run waits for all of its trackers together: MLflow takes half a minute to make
 # its database on a busy machine, and a scheduler's grace period is short.
 CLOSE_SECONDS, STOPPED_SECONDS = 120.0, 10.0
-_SILENT_SECONDS = 5.0  # after which a wait is said
+_SILENT_SECONDS, _POLL_SECONDS = 5.0, 0.2  # after which a wait is said, and the limit asked again
 
 
 class BackgroundTracker:
@@ -42,13 +42,14 @@ class BackgroundTracker:
         """Says that nothing more is logged. Never waits."""
         self._put(None)
 
-    def join(self, deadline: float) -> None:
-        """Waits for what is left to be written, until `time.monotonic()` is at the deadline."""
-        left = max(0.0, deadline - time.monotonic())
-        self._thread.join(min(left, _SILENT_SECONDS))
-        if self._thread.is_alive() and left > _SILENT_SECONDS and not self._set_aside:
-            cli.say(f"{self._name}: waiting for it, {left:.0f} s at most")
-            self._thread.join(max(0.0, deadline - time.monotonic()))
+    def join(self, seconds_left: Callable[[], float]) -> None:
+        """Waits for what is left to be written, until no seconds are left."""
+        began, is_said = time.monotonic(), False
+        while self._thread.is_alive() and (left := seconds_left()) > 0:
+            self._thread.join(min(left, _POLL_SECONDS))
+            if not is_said and time.monotonic() - began > _SILENT_SECONDS:
+                cli.say(f"{self._name}: waiting for it, {left:.0f} s at most")
+                is_said = True
         if self._thread.is_alive():
             self._give_up("it does not end")
 

@@ -12,7 +12,7 @@ import functools
 import importlib
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptjax.config.errors import UserError
@@ -64,14 +64,18 @@ class Trackers:
         """The newest record of each kind, whatever became of the files: for the run's summary."""
         return list(self._latest.values())
 
-    def close(self, *, stopped: bool = False) -> None:
-        """Waits a while for what is left to be written; a short one where the run was stopped."""
+    def close(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Waits a while for what is left to be written; a short one where the run is stopped."""
         for tracker in self._trackers:
             tracker.end()
-        seconds = background.STOPPED_SECONDS if stopped else background.CLOSE_SECONDS
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
+
+        def seconds_left() -> float:
+            limit = background.STOPPED_SECONDS if is_stopped() else background.CLOSE_SECONDS
+            return began + limit - time.monotonic()
+
         for tracker in self._trackers:
-            tracker.join(deadline)
+            tracker.join(seconds_left)
         self._trackers = []
 
 

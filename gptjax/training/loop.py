@@ -278,7 +278,7 @@ class Loop:
         self.batches.close()
         self.checkpoints.close()
         if self.tracker:
-            self.tracker.close(stopped=self.run.stop.requested)
+            self.tracker.close(lambda: self.run.stop.requested)
 
 
 class Due(NamedTuple):

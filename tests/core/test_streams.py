@@ -25,7 +25,9 @@ def main(argv):
     for i in range(300):
         print(f"line {i} " + "x" * 100, file=sys.stderr, flush=True)
     open(argv[0], "w").write("done")
-    if "print" in argv:
+    if "short" in argv:
+        print("text that stays in the buffer until the end")
+    elif "print" in argv:
         for i in range(100_000): print("text", i)
     else:
         try:
@@ -83,6 +85,11 @@ def test_a_result_that_stdout_cannot_encode_is_one_message(monkeypatch, capsys):
     assert ended.value.code == 1
     message = "error: the result could not be written to stdout: its encoding ascii has no 'é'; "
     assert capsys.readouterr().err == f"{message}export PYTHONIOENCODING=utf-8\n"
+
+
+def test_text_that_fails_with_the_last_flush_is_no_success(tmp_path):
+    ended, stderr = shell("{} >/dev/full", tmp_path, "short")
+    assert ended == 1 and "could not be written to stdout: No space left" in stderr
 
 
 def test_an_interruption_says_more_than_a_lost_result(tmp_path):

@@ -126,7 +126,8 @@ def test_a_tracker_that_hangs_holds_nothing_up(where, tmp_path, monkeypatch, cap
     opened = trackers.Trackers(["hanging"], run_of(tmp_path))
     for step in range(1, 101):
         opened.log(step, {"train/loss": 1.0})
-        time.sleep(0.0005)
+        while opened._trackers[0]._queue.qsize() > 25:  # of metrics.jsonl, which is not behind
+            time.sleep(0.001)
     opened.close()
     assert time.monotonic() - began < 5
     message = capsys.readouterr().err
@@ -141,12 +142,30 @@ def test_a_tracker_that_hangs_holds_nothing_up(where, tmp_path, monkeypatch, cap
     assert not left[0].is_alive()
 
 
+def test_a_run_that_is_stopped_waits_less(tmp_path, monkeypatch, capsys):
+    hanging = Hanging("log")
+    monkeypatch.setattr(trackers, "_module", lambda n: hanging)
+    monkeypatch.setattr(background, "STOPPED_SECONDS", 0.5)
+    monkeypatch.setattr(background, "_SILENT_SECONDS", 0.1)
+    opened = trackers.Trackers(["hanging"], run_of(tmp_path))
+    opened.log(1, {"train/loss": 1.0})
+    began = time.monotonic()
+    opened.close(lambda: time.monotonic() - began > 0.4)  # the signal comes during the wait
+    assert time.monotonic() - began < 10
+    message = capsys.readouterr().err
+    assert "tracker hanging: waiting for it, 1" in message  # 120 or 119 s at most
+    assert "(records of step 1 on are lost)" in message
+    hanging.released.set()
+
+
 def test_a_full_disk_never_stops_tensorboard_for_ever(tmp_path, monkeypatch, capsys):
     module = importlib.import_module("gptjax.tracking.tensorboard")
     monkeypatch.setattr(module, "_FLUSH_SECONDS", -1)
     opened = trackers.Trackers(["tensorboard"], run_of(tmp_path))
     opened.log(1, {"train/loss": 1.0})
-    while not list(tmp_path.glob("tb/*")):
+    for _ in range(3000):
+        if list(tmp_path.glob("tb/*")):
+            break
         time.sleep(0.01)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
