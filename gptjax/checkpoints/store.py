@@ -77,7 +77,7 @@ class Checkpoints:
         self.failures = 0
         self._pending: int | None = None
         if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.folder)
             self._remove_unfinished("*")
         # a failed save is reported here, once, and not as a traceback
         for name in ("absl", "asyncio"):

@@ -28,7 +28,7 @@ from gptjax.config.errors import UserError
 from gptjax.core.streams import say, say_once
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_NO_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP)
+_NO_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ELOOP)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 

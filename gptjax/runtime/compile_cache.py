@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import warnings
 from pathlib import Path
@@ -71,6 +72,9 @@ def _heal_cache() -> None:
             return
         what, name, reason = match.groups()
         folder = Path(jax.config.values["jax_compilation_cache_dir"])
+        if not os.path.isdir(folder):
+            cli.say_once(f"warning: {folder} is not a folder: compiled programs are not kept")
+            return
         if what == "writing":
             cli.say_once(f"warning: {folder}: compiled programs cannot be stored: {reason}")
             return

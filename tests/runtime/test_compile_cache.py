@@ -48,6 +48,16 @@ def test_a_cache_that_cannot_be_written_is_said_once(folder, capsys):
     assert message.count("compiled programs cannot be stored: OSError: full disk") == 1
 
 
+def test_a_cache_folder_that_is_a_file_is_said_once(folder, capsys):
+    folder.rmdir()
+    folder.write_text("")
+    compile_cache.enable_compile_cache()
+    for what in ("reading", "writing"):
+        say(f"Error {what} persistent compilation cache entry for 'jit_f': NotADirectoryError: f")
+    message = f"warning: {folder} is not a folder: compiled programs are not kept\n"
+    assert capsys.readouterr().err == message and folder.is_file()
+
+
 def test_a_cache_folder_that_cannot_be_made_stops_nothing(folder, tmp_path, monkeypatch, capsys):
     jax.config.update("jax_compilation_cache_dir", None)
     (tmp_path / "file").write_text("")
