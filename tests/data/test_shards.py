@@ -171,6 +171,19 @@ def test_damaged_data_of_the_user_is_refused(damage, tmp_path, corpus):
     assert not (tmp_path / "damaged").exists()
 
 
+def test_damage_is_found_before_the_rest_is_prepared(tmp_path, corpus, monkeypatch):
+    config = config_for(corpus, eval_fraction=0.1)
+    folder = tmp_path / "own"
+    shards.prepare(config, folder)
+    for path in folder.glob("eval-*"):
+        path.unlink()
+    (folder / "meta.json").unlink()
+    (folder / "train-00000.tokens.npy").unlink()
+    monkeypatch.setattr(shards, "_write_shard", None)  # calling it would raise
+    with pytest.raises(UserError, match="unfinished preparation is damaged"):
+        shards.prepare(config, folder)
+
+
 def test_a_cache_that_cannot_be_written_is_named_with_a_way_out(tmp_path, corpus, monkeypatch):
     (tmp_path / "cache").write_text("")
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
