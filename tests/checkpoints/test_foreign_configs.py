@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 import gptjax
 from gptjax.checkpoints import formats, generation_config, huggingface, pretrained
 from gptjax.checkpoints.families import common
+from gptjax.checkpoints.foreign_files import KEY_TABLES
 from gptjax.config.errors import UserError
 from gptjax.core import tree
 
@@ -199,6 +200,17 @@ def test_what_cannot_be_honoured_is_refused_by_name(name):
     with pytest.raises(UserError, match=rf"^config.json: .*{message}") as error:
         huggingface.read_config({"model_type": model_type, **keys})
     assert str(error.value).count("config.json:") == 1
+
+
+# what a tokenizer.json goes without has no effect beside it, whatever its name
+CLOSED = [table for table in KEY_TABLES if "*" not in table.no_effect]
+
+
+@pytest.mark.parametrize("table", CLOSED, ids=lambda table: table.file)
+def test_an_unknown_key_of_each_type_of_file_is_refused(table):
+    table.check({"key_of_tomorrow": None}, "FILE")
+    with pytest.raises(UserError, match=r"^FILE: the key 'key_of_tomorrow' .= 3. is not known"):
+        table.check({"key_of_tomorrow": 3}, "FILE")
 
 
 def hf_folder(path, family="gpt2"):
