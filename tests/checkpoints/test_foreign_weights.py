@@ -94,6 +94,15 @@ FOLDERS = {
         lambda d: write(d, adapter_config__json=ADAPTER, adapter_model__safetensors=""),
         "is a PEFT adapter.*\n.*--checkpoint=org/base --adapter=",
     ),
+    "an adapter with its base's config": (
+        lambda d: write(
+            d,
+            config__json='{"model_type": "llama"}',
+            adapter_config__json=ADAPTER,
+            adapter_model__safetensors="",
+        ),
+        "is a PEFT adapter",
+    ),
     "a tokenizer": (lambda d: write(d, tokenizer__json="{}"), "holds a tokenizer and no model"),
     "nanoGPT's": (lambda d: write(d, ckpt__pt="x"), "ckpt.pt, a pickle.*\n.*save_pretrained"),
     "Meta's": (lambda d: write(d, params__json="{}", consolidated__pth="x"), "authors' own format"),
