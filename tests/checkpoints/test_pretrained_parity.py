@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import SHARED, byte_level_tokenizer, tiny_checkpoint
 from helpers import CHATML_BY_EXPRESSIONS
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 
 import gptjax
 from gptjax.checkpoints import formats, gguf, mapping, pretrained
@@ -402,7 +402,9 @@ def test_smollm2_tokenizer_equals_its_reference():
 def test_chat_templates_equal_those_of_transformers(content):
     tokenizer = byte_level_tokenizer(CHATML_BY_EXPRESSIONS)
     reference = T.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._with_control, eos_token="<|im_end|>", bos_token="<|endoftext|>"
+        tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer.described())),
+        eos_token="<|im_end|>",
+        bos_token="<|endoftext|>",
     )
     messages = [
         {"role": "system", "content": "be brief"},

@@ -1,11 +1,13 @@
 """Filled chat templates are those of transformers, text for text and id for id."""
 
 import itertools
+import json
 
 import jinja2
 import pytest
 from chat_templates import TEMPLATES
 from conftest import byte_level_tokenizer
+from tokenizers import Tokenizer
 
 from gptjax.config.errors import UserError
 from gptjax.tokenizer import chat_template
@@ -62,7 +64,7 @@ TOOLS = [
 def peer():
     tokenizer = byte_level_tokenizer()
     peer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._with_control, **tokenizer.special
+        tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer.described())), **tokenizer.special
     )
     return tokenizer, peer
 
