@@ -60,6 +60,11 @@ def test_an_answer_ends_where_the_template_ends_it(name):
 def test_ends_of_a_checkpoint_without_a_template_or_with_a_strict_one():
     plain = tokenizer_with("")
     assert chat_template.end_ids(plain) == plain.eos_ids
+    unnamed = tokenizer_with(CHATML)
+    unnamed.special = {}  # the template alone says it
+    assert chat_template.end_ids(unnamed) == tuple(
+        unnamed.control[name] for name in ("<|endoftext|>", "<|im_end|>")
+    )
     strict = tokenizer_with("{{ raise_exception('never') }}")
     # the tokenizer's own end of text is what is left
     assert chat_template.end_ids(strict)[1:] == (strict.control["<|im_end|>"],)
