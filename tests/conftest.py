@@ -130,9 +130,9 @@ TINY = (
 
 def byte_level_tokenizer(template=""):
     """A byte-level BPE with a few merges and three control tokens, as a checkpoint brings it."""
+    from gptjax.tokenizer.older_files import byte_level_json
     from gptjax.tokenizer.openai import byte_letters
     from gptjax.tokenizer.pretrained import PretrainedTokenizer
-    from gptjax.tokenizer.rewriting import byte_level_json
 
     letters = list(byte_letters())
     merges = ["t h", "th e", "Ġ the", "Ġ a", "i n"]
@@ -145,7 +145,7 @@ def byte_level_tokenizer(template=""):
     ]
     ids = {word: i for i, word in enumerate(words)}
     control = words[-3:]
-    content = {"tokenizer.json": byte_level_json(ids, merges, control=control, digits=False)}
+    content = {"tokenizer.json": byte_level_json(ids, merges, control=control)}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
@@ -155,6 +155,14 @@ def byte_level_tokenizer(template=""):
     if template:
         content["chat_template.jinja"] = template.encode()
     return PretrainedTokenizer(content, [ids["<|im_end|>"]])
+
+
+def pieces_json(pieces, scores, types, *, bos):
+    """A tokenizer.json of Llama 2's kind: types as in GGUF, `bos` written before every text."""
+    from gptjax.checkpoints.gguf_vocabulary import PREFIX, normal_json, tokenizer_json
+
+    fields = dict(model="llama", tokens=pieces, scores=scores, token_type=types, bos_token_id=bos)
+    return normal_json(tokenizer_json({PREFIX + name: value for name, value in fields.items()}))
 
 
 FAMILIES = {

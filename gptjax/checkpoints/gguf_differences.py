@@ -6,18 +6,19 @@ needed: what is not equal is named.
 
 from __future__ import annotations
 
-import itertools
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gptjax.checkpoints.gguf_vocabulary import BYTE
 from gptjax.tokenizer.added_tokens import Added
 from gptjax.tokenizer.file_keys import read_sentencepiece_fields
-from gptjax.tokenizer.rewriting import BYTE
+from gptjax.tokenizer.library import steps_of
+from gptjax.tokenizer.pieces import SPACE
 
 _FLAGS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 
 def find_differences(
@@ -34,17 +35,17 @@ def find_differences(
     lost += _different_added_tokens(source, rebuilt)
     if other["byte_fallback"]:
         lost += _different_pieces(source, rebuilt)
-        steps, wanted = _piece_steps(source), _piece_steps(rebuilt)
+        steps, expected = _piece_steps(source), _piece_steps(rebuilt)
     else:
-        steps, wanted = _steps(source.get("normalizer"), "normalizers"), []
+        steps, expected = steps_of(source.get("normalizer")), []
         if only_composes(source):
             steps = []
             notes.append(
                 "the tokenizer normalises text to NFC, which a GGUF file cannot say: text with "
                 "characters that are not composed is cut otherwise"
             )
-    if steps != wanted:
-        lost.append(f"the normalisation {_named(steps)} instead of {_named(wanted)}")
+    if steps != expected:
+        lost.append(f"the normalisation {_named(steps)} instead of {_named(expected)}")
     if _pairs(model) != _pairs(other):
         lost.append("merges that scores of pieces cannot say")
     return lost, notes
@@ -91,7 +92,7 @@ def different_model_file(
 
 def only_composes(described: Mapping[str, Any]) -> bool:
     """Whether a tokenizer.json normalises texts to NFC and does nothing else to them."""
-    return _steps(described.get("normalizer"), "normalizers") == [{"type": "NFC"}]
+    return steps_of(described.get("normalizer")) == [{"type": "NFC"}]
 
 
 def _named(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -104,21 +105,12 @@ def _short(step: Mapping[str, Any]) -> str:
     return text if len(text) < 70 else text[:67] + "..."
 
 
-def _steps(described: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """A step, or the steps of a sequence of them."""
-    if not described:
-        return []
-    if described["type"] != "Sequence":
-        return [described]
-    return list(itertools.chain.from_iterable(_steps(step, key) for step in described[key]))
-
-
 def _piece_steps(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What is done to a text before sentencepiece's merging, pre-tokenizers included."""
-    steps = _steps(described.get("normalizer"), "normalizers")
-    for step in _steps(described.get("pre_tokenizer"), "pretokenizers"):
+    steps = steps_of(described.get("normalizer"))
+    for step in steps_of(described.get("pre_tokenizer")):
         never_splits = not step.get("split", True) and step.get("prepend_scheme") == "never"
-        if step["type"] == "Metaspace" and never_splits and step["replacement"] == "\u2581":
+        if step["type"] == "Metaspace" and never_splits and step["replacement"] == SPACE:
             steps.append(_REPLACE)
         # no space is left to split at once all are replaced
         elif step["type"] != "Split" or step["pattern"] != {"String": " "} or _REPLACE not in steps:

@@ -16,13 +16,13 @@ from typing import Any
 from gptjax.checkpoints import gguf_pre_tokenizers
 from gptjax.checkpoints.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from gptjax.config.errors import UserError, unknown_name
+from gptjax.tokenizer.pieces import SPACE
 from gptjax.tokenizer.pretrained import PretrainedTokenizer
 
 Fields = Mapping[str, Any]
 
 PREFIX = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
-_SPACE = "\u2581"
 _FILLER = re.compile(r"\[PAD\d+\]")  # stands for an id that no token has
 
 # llama.cpp's types of tokens.
@@ -246,10 +246,10 @@ def _pieces(
     ids = _vocabulary(tokens, types)
     unknown = next((t for t, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None)
     prefix = meta.get(PREFIX + "add_space_prefix", True)
-    normalizers: list[dict[str, Any]] = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
-    normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+    normalizers: list[dict[str, Any]] = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
+    normalizers.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]

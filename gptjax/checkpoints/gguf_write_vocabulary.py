@@ -34,6 +34,7 @@ from gptjax.config.errors import UserError
 from gptjax.core import cli
 from gptjax.tokenizer.added_tokens import read_added, read_settings
 from gptjax.tokenizer.file_keys import read_pieces
+from gptjax.tokenizer.pieces import SPACE
 from gptjax.tokenizer.pretrained import PretrainedTokenizer
 from gptjax.tokenizer.template_files import read_templates
 
@@ -166,7 +167,7 @@ def _model_file_fields(
     types: list[int] = []
     for text, score, kind in read_pieces(model):
         # what is matched as it stands in a text has no sign for a space there
-        tokens.append(text.replace("\u2581", " ") if kind == USER_DEFINED else text)
+        tokens.append(text.replace(SPACE, " ") if kind == USER_DEFINED else text)
         scores.append(score)
         types.append(kind)
     tokens += [f"[PAD{i}]" for i in range(len(tokens), size)]

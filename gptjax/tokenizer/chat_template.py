@@ -204,12 +204,6 @@ class Text(NamedTuple):
     answers: list[int]
 
 
-def split_turns(tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any) -> list[Span]:
-    """The spans of all texts of `split_texts`, one text after the other."""
-    texts = split_texts(tokenizer, messages, **variables)
-    return [span for text in texts for span in text.spans]
-
-
 def split_texts(tokenizer: Tokenizer, messages: Sequence[Message], **variables: Any) -> list[Text]:
     """A conversation as texts to learn from: one, or several where the template rewrites.
 

@@ -391,7 +391,7 @@ def read_sentencepiece_fields(model: bytes) -> dict[str, Any]:
 
 
 def read_pieces(model: bytes) -> list[tuple[str, float, int]]:
-    """(text, score, type) of each piece of a sentencepiece model; types as in rewriting.py."""
+    """(text, score, type) of each piece of a sentencepiece model; GGUF numbers types alike."""
     pieces: list[tuple[str, float, int]] = []
     for number, value in _read_message(model):
         if number == 1 and isinstance(value, bytes):

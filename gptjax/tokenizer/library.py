@@ -121,7 +121,7 @@ class LibraryReader:
         self.prefix, self.suffix = self._read_template(vocabulary)
         self.says = _said_twice(described, bool(self.prefix))
         self.token_bytes, self.leading_space = _byte_table(described, vocabulary, self.size)
-        kinds = [step.get("type") for step in _steps(described.get("decoder"))]
+        kinds = [step.get("type") for step in steps_of(described.get("decoder"))]
         self.decodes_by_bytes = self.token_bytes is not None and "Metaspace" not in kinds
 
     def _read_template(self, vocabulary: Mapping[str, int]) -> tuple[list[int], list[int]]:
@@ -197,7 +197,7 @@ def _merges_without(names: Mapping[str, str], model: Mapping[str, Any]) -> list[
 def _said_twice(described: Mapping[str, Any], has_prefix: bool) -> dict[str, Any]:
     """What a tokenizer.json says of the settings that older files had for the same."""
     said: dict[str, Any] = {"add_bos_token": has_prefix}
-    for step in [*_steps(described.get("normalizer")), *_steps(described.get("pre_tokenizer"))]:
+    for step in [*steps_of(described.get("normalizer")), *steps_of(described.get("pre_tokenizer"))]:
         if step["type"] == "BertNormalizer":
             said["do_lower_case"] = step.get("lowercase", True)
             said["strip_accents"] = step.get("strip_accents")
@@ -212,14 +212,14 @@ def _said_twice(described: Mapping[str, Any], has_prefix: bool) -> dict[str, Any
     return said
 
 
-def _steps(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+def steps_of(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     """The steps of a normaliser, pre-tokenizer or decoder, sequences laid flat."""
     if not part:
         return []
     if part.get("type") != "Sequence":
         return [part]
-    inner = next(value for key, value in part.items() if isinstance(value, list))
-    return [step for item in inner for step in _steps(item)]
+    inner = next(value for value in part.values() if isinstance(value, list))
+    return [step for item in inner for step in steps_of(item)]
 
 
 def _byte_table(
@@ -229,11 +229,11 @@ def _byte_table(
 
     The table is None for a decoder that does more than join the bytes of tokens.
     """
-    steps = _steps(described.get("decoder"))
+    steps = steps_of(described.get("decoder"))
     kinds = [step["type"] for step in steps]
     leading_space = False
     bytes_of: Callable[[str], bytes]
-    cuts = [step["type"] for step in _steps(described.get("pre_tokenizer"))]
+    cuts = [step["type"] for step in steps_of(described.get("pre_tokenizer"))]
     byte_level = set(kinds) <= {"ByteLevel", "Fuse"} and "ByteLevel" in (kinds or cuts)
     if byte_level:
         bytes_of = _bytes_of_letters()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptjax.config.errors import UserError
@@ -16,7 +16,6 @@ from gptjax.core.foreign_keys import KeyTable
 from gptjax.tokenizer import file_keys
 from gptjax.tokenizer.added_tokens import read_added, roles
 from gptjax.tokenizer.library import complete
-from gptjax.tokenizer.rewriting import byte_level_json
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -130,11 +129,54 @@ def _byte_level(content: Mapping[str, bytes], settings: Mapping[str, Any], name:
         vocabulary,
         merges,
         control=["<|endoftext|>"],
-        digits=False,
         pattern=cuts.pattern,
         nfc=cuts.nfc,
         prefix_space=bool(settings.get("add_prefix_space")),
     )
+
+
+def byte_level_json(
+    vocabulary: dict[str, int],
+    merges: Sequence[str],
+    *,
+    control: Sequence[str],
+    pattern: str = "",
+    nfc: bool = False,
+    prefix_space: bool = False,
+) -> bytes:
+    """A `tokenizer.json` of byte-level BPE.
+
+    control: tokens that text never becomes. pattern: the rule that cuts text, where it is not
+    GPT-2's. nfc: whether characters are composed first. prefix_space: whether a space is written
+    before every text.
+    """
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+    )
+
+    pairs = []
+    for merge in merges:
+        first, _, second = merge.partition(" ")
+        pairs.append((first, second))
+    result = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    if nfc:
+        result.normalizer = normalizers.NFC()
+    cuts: list[Any] = []
+    if pattern:
+        cuts.append(pre_tokenizers.Split(Regex(pattern), "isolated", invert=False))
+    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=not pattern))
+    result.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    result.decoder = decoders.ByteLevel()
+    result.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in control if name in vocabulary]
+    )
+    return result.to_str().encode()
 
 
 def _word_piece(content: Mapping[str, bytes], settings: Mapping[str, Any], name: str) -> bytes:

@@ -15,8 +15,8 @@ from typing import Any
 from gptjax.config.errors import UserError
 from gptjax.tokenizer import file_keys
 from gptjax.tokenizer.added_tokens import Added, roles
-from gptjax.tokenizer.rewriting import SPACE
 
+SPACE = "\u2581"  # how pieces write a space
 # Two messages of one field are merged when a model is read, so these bytes at its end set
 # normalizer_spec.add_dummy_prefix.
 _PREFIX_SETTING = {False: b"\x1a\x02\x18\x00", True: b"\x1a\x02\x18\x01"}

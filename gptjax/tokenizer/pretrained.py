@@ -22,7 +22,6 @@ from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.library import LibraryReader, complete
 from gptjax.tokenizer.openai import OpenAITokenizer, byte_letters
 from gptjax.tokenizer.pieces import PieceReader
-from gptjax.tokenizer.rewriting import byte_level_json
 
 FILES = (
     "tokenizer.json",
@@ -299,7 +298,7 @@ def from_gpt2(tokenizer: OpenAITokenizer) -> PretrainedTokenizer:
         "unk_token": "<|endoftext|>",
     }
     content = {
-        "tokenizer.json": byte_level_json(ids, merges, control=["<|endoftext|>"], digits=False),
+        "tokenizer.json": older_files.byte_level_json(ids, merges, control=["<|endoftext|>"]),
         "tokenizer_config.json": json.dumps(settings, indent=1).encode(),
     }
     return PretrainedTokenizer(content, [tokenizer.eot])

@@ -14,9 +14,8 @@ from gptjax.config.errors import UserError
 from gptjax.core import cli, files
 from gptjax.tokenizer import training_text
 from gptjax.tokenizer.base import END, Tokenizer
+from gptjax.tokenizer.pieces import SPACE
 
-# Sentencepiece writes a space as this character, so the character itself needs its three bytes.
-_SP_SPACE = "\u2581"
 # what normalisation and rules for white space would change
 _PROBE = " a  b\n\nc\r\n\t\ufb01 \u00e9e\u0301 \uff21"
 _COVERAGE = 0.9999  # of the text's characters; rarer ones are written as bytes
@@ -115,7 +114,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.eot = sp.eos_id()
         self.eos_ids = (self.eot,)
         self.control = {END: self.eot}
-        self._sp_space_ids = [byte_ids[b] for b in _SP_SPACE.encode()]
+        # a space is written as SPACE, so that character itself needs its three bytes
+        self._sp_space_ids = [byte_ids[b] for b in SPACE.encode()]
         self.token_bytes = [self._bytes_of(i) for i in range(sp.vocab_size())]
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise UserError(
@@ -129,7 +129,7 @@ class SentencePieceTokenizer(Tokenizer):
             return bytes([int(piece[3:5], 16)])  # written as <0x41>
         if self._sp.is_control(i) or self._sp.is_unknown(i):
             return b""
-        return piece.replace(_SP_SPACE, " ").encode()
+        return piece.replace(SPACE, " ").encode()
 
     def files(self) -> dict[str, bytes]:
         return {"sentencepiece.model": self._model}
@@ -152,7 +152,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(
                 "the training split has no text to train a tokenizer on; check data.path"
             )
-        lines = [line for line in sample.lines(without=_SP_SPACE) if _SP_RESERVED not in line]
+        lines = [line for line in sample.lines(without=SPACE) if _SP_RESERVED not in line]
         if not any(lines):
             raise UserError(
                 "the training split has nothing that sentencepiece learns from (line ends, U+2581 "
@@ -179,7 +179,7 @@ class SentencePieceTokenizer(Tokenizer):
         plan: list[list[int]] = []  # for each text: indices into `lines`, -1 for a literal U+2581
         for text in texts:
             parts: list[int] = []
-            for k, part in enumerate(text.split(_SP_SPACE)):
+            for k, part in enumerate(text.split(SPACE)):
                 if k:
                     parts.append(-1)
                 for line in part.splitlines(keepends=True) if len(part) > 1000 else [part]:
@@ -216,10 +216,10 @@ def _trainer_options(lines: Iterable[str], vocab_size: int) -> dict[str, Any]:
     }
     alphabet = _alphabet(lines)
     characters = len(alphabet)
-    if _SP_SPACE not in alphabet:
+    if SPACE not in alphabet:
         # else a space has only the bytes of U+2581, and comes back as that
-        options["required_chars"] = _SP_SPACE
-        alphabet.add(_SP_SPACE)
+        options["required_chars"] = SPACE
+        alphabet.add(SPACE)
     lowest = len(alphabet) + 256 + 3  # bytes; unknown, the end symbol, the line end
     if vocab_size < lowest:
         raise UserError(
@@ -232,7 +232,7 @@ def _trainer_options(lines: Iterable[str], vocab_size: int) -> dict[str, Any]:
 
 def _alphabet(lines: Iterable[str]) -> set[str]:
     """The characters that get a piece each, as sentencepiece chooses them: the most frequent."""
-    counts = training_text.count_characters(line.replace(" ", _SP_SPACE) for line in lines)
+    counts = training_text.count_characters(line.replace(" ", SPACE) for line in lines)
     total = sum(counts.values())
     alphabet: set[str] = set()
     covered = 0

@@ -10,7 +10,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import FAMILIES, byte_level_tokenizer, command, make_config, tiny_checkpoint
+from conftest import (
+    FAMILIES,
+    byte_level_tokenizer,
+    command,
+    make_config,
+    pieces_json,
+    tiny_checkpoint,
+)
 from helpers import CHATML_BY_EXPRESSIONS
 
 import gptjax
@@ -503,8 +510,6 @@ def test_typed_text_never_becomes_a_control_token():
 
 def test_sentencepiece_like_vocabulary_round_trips():
     """Llama 2's kind: a space before the first word, bytes for what is unknown."""
-    from gptjax.tokenizer.rewriting import pieces_json
-
     pieces = [
         "<unk>",
         "<s>",
@@ -530,7 +535,8 @@ def test_sentencepiece_like_vocabulary_round_trips():
     ]
     tokenizer.control = {"<s>": 1, "</s>": 2}
     tokenizer.chat_template = chat_template.plain_template(tokenizer)
-    joined = [i for span, _ in chat_template.split_turns(tokenizer, conversation) for i in span]
+    (text,) = chat_template.split_texts(tokenizer, conversation)
+    joined = [i for span in text.spans for i in span.ids]
     assert (
         joined == chat_template.encode(tokenizer, conversation, add_generation_prompt=False)
         and joined[0] == 1

@@ -9,12 +9,11 @@ import random
 import warnings
 
 import pytest
-from conftest import byte_level_tokenizer
+from conftest import byte_level_tokenizer, pieces_json
 from helpers import CHATML_BY_EXPRESSIONS
 
 import gptjax
 from gptjax.tokenizer.pretrained import PretrainedTokenizer
-from gptjax.tokenizer.rewriting import pieces_json
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 pytestmark = [

@@ -3,14 +3,14 @@
 import jax
 import numpy as np
 import pytest
-from conftest import byte_level_tokenizer
+from conftest import byte_level_tokenizer, pieces_json
 from helpers import tiny_language_model
 
+from gptjax.checkpoints.gguf_vocabulary import CONTROL, NORMAL, UNKNOWN
 from gptjax.config.errors import UserError
 from gptjax.generation import pairs
 from gptjax.generation.pairs import Pair
 from gptjax.tokenizer.pretrained import PretrainedTokenizer
-from gptjax.tokenizer.rewriting import CONTROL, TEXT, UNKNOWN, pieces_json
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_the_border_may_lie_at_the_end_of_the_context(text_lm):
 def test_ids_go_on_without_a_space_that_the_text_does_not_have():
     letters = ["\u2581", "i", "s", "a", "\n", "is", "\u2581is"]
     pieces = ["<unk>", "<s>", "</s>", *letters]
-    kinds = [UNKNOWN, CONTROL, CONTROL, *[TEXT] * len(letters)]
+    kinds = [UNKNOWN, CONTROL, CONTROL, *[NORMAL] * len(letters)]
     content = pieces_json(pieces, [-float(i) for i in range(len(pieces))], kinds, bos=1)
     tokenizer = PretrainedTokenizer({"tokenizer.json": content}, [2])
     assert tokenizer.leading_space

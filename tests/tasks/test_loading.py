@@ -244,11 +244,8 @@ def test_a_vocabulary_without_a_chat_template_gets_one_and_keeps_it(tmp_path, ki
     )
     (e,) = examples.train
     assert own or examples.tokenizer.kind == kind
-    learned = [
-        examples.tokenizer.decode(np.asarray(span))
-        for span, mark in chat_template.split_turns(examples.tokenizer, messages(*said)["messages"])
-        if mark
-    ]
+    (text,) = chat_template.split_texts(examples.tokenizer, messages(*said)["messages"])
+    learned = [examples.tokenizer.decode(span.ids) for span in text.spans if span.learned]
     ends = examples.tokenizer.eos_ids[0]
     assert (
         learned == [said[1], said[3]]
@@ -265,7 +262,7 @@ def test_a_vocabulary_without_a_chat_template_gets_one_and_keeps_it(tmp_path, ki
         == e.ids.tolist()
     )
     with pytest.raises(UserError, match="message 1 of the assistant is empty"):
-        chat_template.split_turns(loaded, messages("hi", "  ")["messages"])
+        chat_template.split_texts(loaded, messages("hi", "  ")["messages"])
     write_jsonl(path, [{"word": "in"}])
     task = dict(
         name="text", prompt="Say {word}", completion="{word}", template="chat", system="Be brief."
