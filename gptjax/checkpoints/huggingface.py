@@ -90,7 +90,10 @@ def family_named(model_type: Any) -> Family:
     """The family of this `model_type`. Raises UserError."""
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    raise UserError(f"config.json: {unknown_name('architecture', str(model_type), list(FAMILIES))}")
+    raise UserError(
+        f"config.json: no architecture {str(model_type)!r} (model_type) here; there are: "
+        f"{', '.join(FAMILIES)}"
+    )
 
 
 # What ends the names of architectures whose heads are read; `Model` has none.

@@ -64,6 +64,16 @@ PUBLISHED = {
         "rotary_pct": 0.25,
         "use_parallel_residual": True,
     },
+    "EleutherAI/gpt-neox-20b": {
+        "model_type": "gpt_neox",
+        **TORCH,
+        "attention_probs_dropout_prob": 0,
+        "hidden_act": "gelu_fast",
+        "hidden_dropout_prob": 0,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+    },
+    "EleutherAI/polyglot-ko": {"model_type": "gpt_neox", **TORCH, "num_steps": "step320000"},
     "HuggingFaceTB/SmolLM2": {
         "model_type": "llama",
         **TORCH,
@@ -91,6 +101,11 @@ PUBLISHED = {
         "use_mrope": False,
         "use_sliding_window": False,
     },
+    "Qwen/Qwen2.5-1M": {
+        "model_type": "qwen2",
+        **TORCH,
+        "dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192},
+    },
     "Qwen/Qwen3": {"model_type": "qwen3", **TORCH, "attention_bias": False, "head_dim": 8},
     "microsoft/Phi-3": {
         "model_type": "phi3",
@@ -109,6 +124,8 @@ PUBLISHED = {
         "cache_implementation": "hybrid",
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 4096,
+        "sliding_window_size": 4096,
     },
 }
 
@@ -159,6 +176,7 @@ def test_what_is_written_is_known(model_type):
 
 
 REFUSED = {
+    "another architecture": ("mixtral", {}, "no architecture 'mixtral'.*there are: gpt2, gpt_neox"),
     "an unknown key": ("llama", {"attn_sinks": 4}, "the key 'attn_sinks' .= 4. is not known"),
     "cross attention": ("gpt2", {"add_cross_attention": True}, "add_cross_attention = true"),
     "an encoder": ("llama", {"is_encoder_decoder": True}, "only decoders"),

@@ -168,7 +168,10 @@ GEMMA2 = Family(
     keys=config_table(
         "gemma2",
         {*_DEFAULTS, *ROPE_KEYS},
-        no_effect={"hidden_act": "hidden_activation says it"},
+        no_effect={
+            "hidden_act": "hidden_activation says it",
+            "sliding_window_size": "sliding_window says it",
+        },
         refused={
             "partial_rotary_factor": Refusal("Gemma 2 turns all of a head", unless=(1, 1.0)),
             "sliding_window_pattern": Refusal("layer_types says it", unless=(2,)),

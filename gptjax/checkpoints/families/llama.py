@@ -96,7 +96,10 @@ def _table(model_type: str, defaults: dict[str, Any]) -> KeyTable:
     }
     no_effect = {}
     if model_type == "qwen2":
-        no_effect = dict.fromkeys(("attention_bias", "qkv_bias"), TENSORS_TELL)
+        no_effect = {
+            **dict.fromkeys(("attention_bias", "qkv_bias"), TENSORS_TELL),
+            "dual_chunk_attention_config": "transformers and this model attend to all of a text",
+        }
     refused = {key: others[key] for key in others if key not in {*defaults, *no_effect}}
     refused["partial_rotary_factor"] = Refusal("this family turns all of a head", unless=(1, 1.0))
     return config_table(model_type, {*defaults, *ROPE_KEYS}, no_effect=no_effect, refused=refused)
