@@ -323,7 +323,7 @@ HOSTILE = {
     ),
     "unknown architecture": (
         lambda d: edit_json(d / "config.json", model_type="gpt9"),
-        "no architecture 'gpt9'.*there are: gpt2",
+        "no architecture 'gpt9' (model_type) here; there are: gpt2,",
     ),
     "config is no JSON": (lambda d: (d / "config.json").write_text("{'a'"), "not valid JSON"),
     "config is a list": (
