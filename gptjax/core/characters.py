@@ -12,16 +12,16 @@ _SHOWN = 20  # characters before it, in the message
 
 def check_characters(text: str, where: str) -> None:
     """Raises UserError, which begins with `where`, for what no UTF-8 can hold."""
-    found = _SURROGATE.search(text)
-    if found is None:
+    match = _SURROGATE.search(text)
+    if match is None:
         return
-    before, code = text[max(found.start() - _SHOWN, 0) : found.start()], ord(found[0])
+    before, code = text[max(match.start() - _SHOWN, 0) : match.start()], ord(match[0])
     if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte of the command line or of a pipe
         raise UserError(
             f"{where} holds the byte 0x{code - 0xDC00:02x} (after {before!r}), which is no UTF-8: "
             "write it in UTF-8"
         )
     raise UserError(
-        f"{where} holds {found[0]!r} (after {before!r}), half of a UTF-16 pair and no character: "
-        "decode its source as UTF-16, or drop it"
+        f"{where} holds half of a UTF-16 pair, {match[0]!r} (after {before!r}), which is no "
+        "character: decode its source as UTF-16, or drop it"
     )

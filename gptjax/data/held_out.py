@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import io
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,13 @@ from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
 from gptjax.core import cli, files
 from gptjax.data.records import held_out_every
-from gptjax.data.selection import HeldOut, Selection, counted
+from gptjax.data.selection import NAMES, HeldOut, Selection, counted
 
 TOLERANCE = 0.2  # the share held out is the one asked for, give or take this part of it
 _SHORTEST_END = 1000  # characters; fewer documents give an end where it would be shorter
 _WHOLE = -1  # in `Plan.cuts`: nothing of the document is held out
 _MARKERS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # what separates documents in corpora
 _MANY_MARKERS = 3
-_NAMES = 3  # names given of documents on both sides; the rest are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,28 +231,31 @@ def choose_split(
     fingerprint of a run that goes on (see `sources.open_source`). Raises UserError.
     """
     measured = survey(main)
-    lengths, fraction = measured.lengths, config.eval_fraction
+    lengths = measured.lengths
     _say_separator(config, main, measured)
-    rule = own.fingerprint if own else f"{config.source} {fraction}"
+    rule = own.fingerprint if own else f"{config.source} {config.eval_fraction}"
     fingerprint = files.digest(main.fingerprint, rule)
     goes_on = resumed == fingerprint  # which is what earlier versions give, by their rule
     if own:
         plan = Plan(np.full(main.count, _WHOLE, np.int64), how=f"all of {own.selection.path}")
-        own_measured = survey(own)
-        size, hashes = int(own_measured.lengths.sum()), own_measured.hashes
-        if not size:
-            raise UserError(
-                f"{own.selection.path} is held out and has no text in its {own.count:,} documents: "
-                "name other data, or leave data.eval_path and data.eval_split out"
-            )
+        size, hashes = _survey_own(own)
     else:
-        plan = plan_by_share(lengths, fraction)
-        if goes_on and plan.rule:
-            plan = plan_by_count(lengths, fraction)
-            plan = dataclasses.replace(plan, how=f"{plan.how}, as when this run began")
+        plan = _plan(lengths, config.eval_fraction, goes_on=goes_on)
         size, hashes = plan.characters(lengths), measured.hashes[plan.cuts == 0]
     same = on_both_sides(measured, hashes, plan)
-    policy = "keep" if goes_on else _overlap_policy(config, main, own, same, plan, lengths)
+    names = _names(main, same)
+    rest = (plan.cuts != 0) & ~same & (lengths > 0)
+    policy = "keep"
+    if not goes_on:
+        policy = overlap_policy(
+            config,
+            int(same.sum()),
+            names,
+            noun="document",
+            where=main.selection.path,
+            has_rest=bool(rest.any()),
+            has_own=own is not None,
+        )
     dropped = same if policy == "drop" else np.zeros_like(same)
     if plan.rule or dropped.any():
         without = "without overlap" if dropped.any() else ""
@@ -261,8 +263,9 @@ def choose_split(
     everything = int(lengths.sum())
     if own:
         everything += size - int(lengths[dropped].sum())
-    how = plan.how if size else f"data.eval_fraction = {fraction:g} of {everything:,} characters"
-    names = _names(main, same)
+    how = plan.how
+    if not size:
+        how = f"data.eval_fraction = {config.eval_fraction:g} of {everything:,} characters"
     overlap = int(same.sum()) if len(hashes) else None
     held_out = HeldOut(
         how, size / max(everything, 1), size, overlap=overlap, names=names, policy=policy
@@ -270,35 +273,61 @@ def choose_split(
     return Split(plan, dropped, fingerprint, held_out)
 
 
-def _overlap_policy(
+def _survey_own(own: Documents) -> tuple[int, np.ndarray]:
+    """(characters, hashes) of held-out documents of their own. Raises UserError for no text."""
+    measured = survey(own)
+    size = int(measured.lengths.sum())
+    if not size:
+        raise UserError(
+            f"{own.selection.path} is held out and has no text in its {own.count:,} documents: "
+            "name other data, or leave data.eval_path and data.eval_split out"
+        )
+    return size, measured.hashes
+
+
+def _plan(lengths: np.ndarray, fraction: float, *, goes_on: bool) -> Plan:
+    """What is held out of the training data. goes_on: a run that an earlier version began does."""
+    plan = plan_by_share(lengths, fraction)
+    if goes_on and plan.rule:
+        plan = plan_by_count(lengths, fraction)
+        plan = dataclasses.replace(plan, how=f"{plan.how}, as when this run began")
+    return plan
+
+
+def overlap_policy(
     config: DataConfig,
-    main: Documents,
-    own: Documents | None,
-    same: np.ndarray,
-    plan: Plan,
-    lengths: np.ndarray,
+    count: int,
+    names: Sequence[str],
+    *,
+    noun: str,
+    where: str,
+    has_rest: bool,
+    has_own: bool,
 ) -> str:
-    """data.overlap. Raises UserError where it refuses, or would leave nothing to train on."""
-    if config.overlap == "refuse" and same.any():
+    """What becomes of training documents, or rows, with the content of held-out ones.
+
+    count: how many there are; names: of the first of them. where: the place of all that would be
+    trained on. has_rest: whether some of it is left. has_own: whether the held-out data are of
+    their own. Raises UserError where data.overlap refuses them, or where nothing would be left.
+    """
+    if config.overlap == "refuse" and count:
         raise UserError(
-            f"{counted(int(same.sum()), 'training document')} with the content of held-out ones "
-            f"({', '.join(_names(main, same))}): remove them, or set data.overlap = 'drop'"
+            f"{counted(count, f'training {noun}')} with the content of held-out ones "
+            f"({', '.join(names)}): remove them, or set data.overlap = 'drop'"
         )
-    rest = (plan.cuts != 0) & ~same & (lengths > 0)
-    if config.overlap != "drop" or not same.any() or rest.any():
+    if config.overlap != "drop" or not count or has_rest:
         return config.overlap
-    if own:
+    if has_own:
         raise UserError(
-            f"{own.selection.path} is held out and has every document of {main.selection.path}: "
-            "nothing is left to train on.\n"
-            f"Leave data.eval_path and data.eval_split out to hold out {config.eval_fraction:g} of "
-            "the text (data.eval_fraction), or set data.overlap = 'keep'."
+            f"every {noun} of {where} is held out too: nothing is left to train on.\n"
+            "Leave data.eval_path and data.eval_split out to hold out a share of it "
+            "(data.eval_fraction), or set data.overlap = 'keep'."
         )
-    return "keep"  # copies of a few documents, each of which is held out
+    return "keep"  # copies of a few, each of which is held out
 
 
 def _names(documents: Documents, chosen: np.ndarray) -> tuple[str, ...]:
-    return tuple(documents.name(int(i)) for i in np.flatnonzero(chosen)[:_NAMES])
+    return tuple(documents.name(int(i)) for i in np.flatnonzero(chosen)[:NAMES])
 
 
 def _say_separator(config: DataConfig, main: Documents, measured: Survey) -> None:

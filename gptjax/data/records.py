@@ -7,15 +7,13 @@ examples of its records, and `gptjax.data.sources` makes documents of one of the
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 from gptjax.config.errors import UserError
+from gptjax.core.characters import check_characters
 from gptjax.core.files import decode
 from gptjax.data.selection import Selection
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Item = TypeVar("Item")
 
@@ -56,11 +54,7 @@ class Record:
                 f"{self.where} has no text under {setting} = {name!r}; "
                 f"fields are {', '.join(map(str, self.fields))}{_records_within(self.fields)}"
             )
-        if _SURROGATE.search(value):
-            raise UserError(
-                f"{self.where}: {setting} = {name!r} holds half of a UTF-16 pair, which is no "
-                "character; correct or drop the row"
-            )
+        check_characters(value, f"{self.where}: {setting} = {name!r}")
         return value
 
 

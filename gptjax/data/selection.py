@@ -13,7 +13,7 @@ from typing import Any
 from gptjax.core import cli
 
 COPIES = "copies of another file"
-_NAMES = 3  # names given for each reason; the rest are counted
+NAMES = 3  # names given of files, documents or rows; the rest are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def passed_over(names_by_reason: Mapping[str, Iterable[str]]) -> tuple[PassedOve
     for reason, names in names_by_reason.items():
         ordered = sorted(map(_printable, names))
         if ordered:
-            entries.append(PassedOver(reason, len(ordered), tuple(ordered[:_NAMES])))
+            entries.append(PassedOver(reason, len(ordered), tuple(ordered[:NAMES])))
     return tuple(sorted(entries, key=lambda entry: (-entry.count, entry.reason)))
 
 

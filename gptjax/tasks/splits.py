@@ -13,11 +13,11 @@ from gptjax.config.errors import UserError
 from gptjax.config.schema import Config, DataConfig
 from gptjax.core import files
 from gptjax.data import selection, sources
+from gptjax.data.held_out import overlap_policy
 from gptjax.data.records import Record, SplitRecords, is_held_out, subsample_evenly
-from gptjax.data.selection import HeldOut, Selection, counted, has_copies
+from gptjax.data.selection import NAMES, HeldOut, Selection, has_copies
 
 _MAX_WEIGHT = 1e4  # of a file of data.mixture
-_NAMES = 3  # places given of rows on both sides; the rest are counted
 
 
 class Splits(NamedTuple):
@@ -77,16 +77,25 @@ def _read_splits(d: DataConfig, resumed: str) -> Splits:
     every_row = [*train_rows, *itertools.chain(*(rows for rows, _ in mixture))]
     same = _on_both_sides(every_row, eval_rows)
     goes_on = resumed == files.digest(*fingerprints)  # which is what earlier versions give
-    policy = "keep" if goes_on else _overlap_policy(d, every_row, same, own=bool(place))
+    names = tuple(list(same)[:NAMES])
+    policy = "keep"
+    if not goes_on:
+        policy = overlap_policy(
+            d,
+            len(same),
+            names,
+            noun="row",
+            where=f"data.path = {d.path!r}",
+            has_rest=len(same) < len(every_row),
+            has_own=place is not None,
+        )
     if same and policy == "drop":
         fingerprints.append("without overlap")
         train_rows = [row for row in train_rows if row.where not in same]
         mixture = [([row for row in rows if row.where not in same], w) for rows, w in mixture]
     share = len(eval_rows) / max(len(eval_rows) + len(every_row), 1)
-    told = HeldOut(
-        how, share, len(eval_rows), "rows", len(same), tuple(list(same)[:_NAMES]), policy
-    )
-    selections["data"] = dataclasses.replace(main.selection, held_out=told)
+    described = HeldOut(how, share, len(eval_rows), "rows", len(same), names, policy)
+    selections["data"] = dataclasses.replace(main.selection, held_out=described)
 
     train_rows = subsample_evenly(train_rows, d.train_limit)
     eval_rows = subsample_evenly(eval_rows, d.eval_limit)
@@ -110,25 +119,6 @@ def _on_both_sides(train_rows: list[Record], eval_rows: list[Record]) -> dict[st
     """The places of training rows with the content of a held-out row, in their order."""
     held_out = {_content(row) for row in eval_rows}
     return dict.fromkeys(row.where for row in train_rows if held_out and _content(row) in held_out)
-
-
-def _overlap_policy(d: DataConfig, rows: list[Record], same: dict[str, None], *, own: bool) -> str:
-    """data.overlap. Raises UserError where it refuses, or would leave nothing to train on."""
-    if d.overlap == "refuse" and same:
-        raise UserError(
-            f"{counted(len(same), 'training row')} with the content of held-out ones "
-            f"({', '.join(list(same)[:_NAMES])}): "
-            "remove them, or set data.overlap = 'drop'"
-        )
-    if d.overlap != "drop" or len(same) < len(rows):
-        return d.overlap
-    if own and same:
-        raise UserError(
-            f"every row of data.path = {d.path!r} is held out too: nothing is left to train on.\n"
-            "Leave data.eval_path and data.eval_split out to hold out some of the rows "
-            "(data.eval_fraction), or set data.overlap = 'keep'."
-        )
-    return "keep"  # copies of a few rows, each of which is held out
 
 
 def read_other_rows(config: Config, path: str) -> list[Record]:
