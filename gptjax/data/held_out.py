@@ -192,7 +192,8 @@ def _choose_ends(lengths: np.ndarray, long: np.ndarray, budget: float) -> np.nda
 
 
 def on_both_sides(train: Survey, held_out_hashes: np.ndarray, plan: Plan) -> np.ndarray:
-    """bool [n]: documents that are trained on whole and have the content of a held-out one."""
+    """bool [n]: documents that are trained on whole and have the content of one that is held out,
+    or whose end is."""
     is_same = np.isin(train.hashes, held_out_hashes)
     return is_same & (plan.cuts == _WHOLE) & (train.lengths > 0)
 
@@ -241,7 +242,7 @@ def choose_split(
         size, hashes = _survey_own(own)
     else:
         plan = _plan(lengths, config.eval_fraction, goes_on=goes_on)
-        size, hashes = plan.characters(lengths), measured.hashes[plan.cuts == 0]
+        size, hashes = plan.characters(lengths), measured.hashes[plan.cuts != _WHOLE]
     same = on_both_sides(measured, hashes, plan)
     names = _names(main, same)
     rest = (plan.cuts != 0) & ~same & (lengths > 0)
@@ -266,7 +267,8 @@ def choose_split(
     how = plan.how
     if not size:
         how = f"data.eval_fraction = {config.eval_fraction:g} of {everything:,} characters"
-    overlap = int(same.sum()) if len(hashes) else None
+    has_whole_ones = own is not None or bool((plan.cuts == 0).any())
+    overlap = int(same.sum()) if has_whole_ones or same.any() else None
     held_out = HeldOut(
         how, size / max(everything, 1), size, overlap=overlap, names=names, policy=policy
     )

@@ -230,6 +230,19 @@ def test_copies_within_the_data_are_left_out_too(tmp_path):
     assert "warning: trained on: 18 documents" in said(source)
 
 
+def test_copies_of_a_document_whose_end_is_held_out_are_left_out(tmp_path):
+    texts = [" ".join(str(1000 * i + k) for k in range(900)) for i in (*range(6), *range(6))]
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    config = DataConfig(source="jsonl", path=str(tmp_path / "a.jsonl"), eval_fraction=0.02)
+    source = sources.open_source(config)
+    train, held = sides(source)
+    assert held
+    assert not [end for end in held if any(end in text for text in train)]
+    assert "left out of training: 1 document with the content of held-out ones (record 7)" in said(
+        source
+    )
+
+
 def test_a_separator_cuts_files_into_documents(tmp_path, capsys):
     text = "one\n<|endoftext|>\ntwo\r\n<|endoftext|>\r\n  three<|endoftext|>\n\n<|endoftext|>four"
     path = write(tmp_path / "c", a=text, b="five")

@@ -86,9 +86,7 @@ def open_text(path: Path) -> BinaryIO:
     Raises UserError for a file that is no text or no UTF-8, as far as its first bytes tell, and
     while reading, where a compressed file is damaged.
     """
-    compression = _compression_of(path)
-    with _open_decompressed(path, compression) as file:
-        head = file.read(_HEAD)
+    head, compression = _beginning(path)
     _check_is_text(head, path, compression)
     if compression is None and path.suffix.lower() in COMPRESSED[1:] and not _is_utf8(head):
         raise UserError(
@@ -115,20 +113,18 @@ def is_empty(path: Path) -> bool:
     size = path.stat().st_size
     if not size or size > _LARGEST_EMPTY:
         return not size
-    with _open_decompressed(path, _compression_of(path)) as file:
-        return not file.read(1)
+    return not _beginning(path)[0]
 
 
 def content_checksum(path: Path) -> str:
     """sha256 of what a file holds, decompressed."""
-    with _open_decompressed(path, _compression_of(path)) as file:
+    with _open_decompressed(path, _beginning(path)[1]) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def begins_as_html(path: Path) -> bool:
     """Whether the file is a web page."""
-    with _open_decompressed(path, _compression_of(path)) as file:
-        return is_html(file.read(_HEAD))
+    return is_html(_beginning(path)[0])
 
 
 def is_html(head: bytes) -> bool:
@@ -141,10 +137,19 @@ def is_html(head: bytes) -> bool:
     )
 
 
-def _compression_of(path: Path) -> _Compression | None:
-    with open(path, "rb") as file:
-        head = file.read(16)
+def _compression_of(head: bytes) -> _Compression | None:
     return next((kind for kind in _COMPRESSIONS if kind.begins.match(head)), None)
+
+
+def _beginning(path: Path) -> tuple[bytes, _Compression | None]:
+    """(the first bytes of what a file holds, its compression). Opens a plain file once."""
+    with open(path, "rb") as file:
+        head = file.read(_HEAD)
+    compression = _compression_of(head)
+    if compression:
+        with _open_decompressed(path, compression) as decompressed:
+            head = decompressed.read(_HEAD)
+    return head, compression
 
 
 def _open_decompressed(path: Path, compression: _Compression | None) -> BinaryIO:
@@ -242,11 +247,10 @@ def describe_other(path: Path) -> str:
 
     Such as "a pointer of Git LFS, not the file: run git lfs pull".
     """
-    compression = _compression_of(path)
-    if compression:
-        return f"compressed with {compression.name}: unpack it with {compression.tool}"
     with open(path, "rb") as file:
         head = file.read(_HEAD)
+    if compression := _compression_of(head):
+        return f"compressed with {compression.name}: unpack it with {compression.tool}"
     if is_html(head):
         return "a web page: was its download refused?"
     kind, fix = _recognise(head)
