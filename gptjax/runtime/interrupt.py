@@ -38,9 +38,10 @@ class Stop:
                 signal.signal(number, self._forward if self._several_processes else self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested or not self.grace:
+        ends, self.requested = self.requested or not self.grace, True
+        # What is raised while Python runs a callback of its own is lost: `requested` stays.
+        if ends:
             raise KeyboardInterrupt
-        self.requested = True
         say(f"{signal.Signals(number).name}: saving; once more to stop without")
         if self._raises:
             raise Interrupted
@@ -70,7 +71,10 @@ class Stop:
         """Inside, a signal to the only process raises Interrupted at once.
 
         For work that may be given up anywhere: nothing is half written, no state is half changed.
+        Where the process is to stop already, it is not begun.
         """
+        if self.requested:
+            raise Interrupted
         self._raises = True
         try:
             yield

@@ -205,6 +205,26 @@ def test_a_second_signal_ends_at_once():
         os.kill(os.getpid(), signal.SIGHUP)
 
 
+class SignalWhenFreed:
+    """What is raised in `__del__`, as in callbacks of the garbage collector, Python gives up."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("start_or_resume", 0), ("held_out_scores", 3)],  # before there is a loop, and in it
+)
+def test_a_signal_whose_exception_is_lost_still_stops(monkeypatch, corpus, tmp_path, name, step):
+    workdir = tmp_path / "run"
+    fail_at(monkeypatch, name, 1, SignalWhenFreed)
+    summary = run(corpus, workdir)
+    assert (summary["status"], summary["step"]) == ("interrupted", step)
+    assert (workdir / "checkpoints" / str(step)).is_dir()
+
+
 def test_a_file_in_the_place_of_samples_is_set_aside(corpus, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "samples").write_text("in its place")
