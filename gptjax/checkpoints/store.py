@@ -60,6 +60,8 @@ def _reason(error: Exception, folder: Path) -> str:
     if match := re.search(r"os_error_code='(\d+)'", str(error)):
         number = int(match[1])
         error = OSError(number, os.strerror(number), str(folder))
+    elif isinstance(error, OSError) and not error.filename:
+        error = OSError(error.errno, error.strerror, str(folder))
     if isinstance(error, OSError):
         return files.explain(error).splitlines()[0]
     return (str(error) or repr(error)).splitlines()[0][:300]
@@ -227,7 +229,11 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the save under way; nothing can be saved after that."""
         self._finish_pending()
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:  # orbax raises once more what stopped an earlier save
+            if not self.failures:
+                cli.say(f"warning: {self.folder}: {_reason(error, self.folder)}")
 
 
 def _placed_shapes(shapes: Any, shardings: Any) -> Any:

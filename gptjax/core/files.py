@@ -70,9 +70,10 @@ def explain(error: OSError) -> str:
     path = str(error.filename or "input or output")
     lines = [f"{path}: {reason(error)}"]
     if error.errno in _NO_SPACE:
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(_existing(Path(path))).free
-            lines[0] += f" ({free / 2**20:,.1f} MiB free)"
+        if error.filename:
+            with contextlib.suppress(OSError):
+                free = shutil.disk_usage(_existing(Path(path))).free
+                lines[0] += f" ({free / 2**20:,.1f} MiB free)"
         lines.append("Free some space and run the same command again.")
     elif error.errno == errno.EFBIG:
         lines[0] += " (a limit of this shell, see ulimit -f)"

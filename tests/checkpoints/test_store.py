@@ -165,12 +165,29 @@ def test_a_failed_save_is_reported_and_the_next_one_succeeds(tmp_path, capfd, mo
     monkeypatch.setattr(store, "_write_checksums", full)
     assert not checkpoints.save(state, {}, wait=True)
     assert steps_in(tmp_path / "checkpoints") == []
-    assert "could not be written" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert f"could not be written: {tmp_path / 'checkpoints'}: No space left on device" in told
     monkeypatch.undo()
     assert checkpoints.save(state, {}, wait=True)
     assert steps_in(tmp_path / "checkpoints") == [1]
     assert checkpoints.failures == 1
     checkpoints.close()
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+def test_what_a_writer_raises_at_its_end_stops_nothing(tmp_path, capfd, monkeypatch, failures):
+    checkpoints = Checkpoints(tmp_path / "best", keep=1)
+    checkpoints.failures = failures  # each of which was told
+    close = checkpoints._manager.close
+
+    def close_and_raise():
+        close()
+        raise OSError(errno.ENOSPC, "No space left on device")  # of a thread, without its file
+
+    monkeypatch.setattr(checkpoints._manager, "close", close_and_raise)
+    checkpoints.close()
+    told = capfd.readouterr().err
+    assert (f"warning: {tmp_path / 'best'}: No space left on device (" in told) == (not failures)
 
 
 def test_keep_policy(tmp_path):

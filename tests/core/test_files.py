@@ -39,6 +39,8 @@ def test_a_full_disk_names_the_file_and_a_way_out(tmp_path, small_files, monkeyp
     assert "GPTJAX_CACHE" not in files.explain(full)
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path))
     assert "GPTJAX_CACHE=FOLDER" in files.explain(full)
+    nameless = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "free)" not in files.explain(nameless)  # of which disk is unknown
 
 
 def test_an_error_of_another_file_keeps_its_name(tmp_path):
