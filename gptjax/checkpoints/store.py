@@ -233,7 +233,7 @@ class Checkpoints:
             self._manager.close()
         except Exception as error:  # orbax raises once more what stopped an earlier save
             if not self.failures:
-                cli.say(f"warning: {self.folder}: {_reason(error, self.folder)}")
+                cli.say(f"warning: at the end of saving: {_reason(error, self.folder)}")
 
 
 def _placed_shapes(shapes: Any, shardings: Any) -> Any:

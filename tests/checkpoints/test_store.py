@@ -187,7 +187,8 @@ def test_what_a_writer_raises_at_its_end_stops_nothing(tmp_path, capfd, monkeypa
     monkeypatch.setattr(checkpoints._manager, "close", close_and_raise)
     checkpoints.close()
     told = capfd.readouterr().err
-    assert (f"warning: {tmp_path / 'best'}: No space left on device (" in told) == (not failures)
+    warning = f"warning: at the end of saving: {tmp_path / 'best'}: No space left on device ("
+    assert (warning in told) == (not failures)
 
 
 def test_keep_policy(tmp_path):
