@@ -92,9 +92,9 @@ def task_config(checkpoint: str) -> Config:
 
 
 def _compare_on_text(names: list[str], pattern: str, limit: int) -> list[Comparison]:
-    found = find_files(pattern, (".txt", ".md", ".text"))
-    texts = [read_text(path) for path in subsample_evenly(found.paths, limit)]
-    selection.say({"text": dataclasses.replace(found.selection, documents=len(texts))})
+    input_files = find_files(pattern, (".txt", ".md", ".text"))
+    texts = [read_text(path) for path in subsample_evenly(input_files.paths, limit)]
+    selection.say({"text": dataclasses.replace(input_files.selection, documents=len(texts))})
     return [Comparison(name, text_scores(language_model.load(name), iter(texts))) for name in names]
 
 

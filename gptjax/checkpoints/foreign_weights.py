@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.checkpoints.mapping import Shape
+from gptjax.checkpoints.peft_config import CONFIG as ADAPTER_CONFIG
 from gptjax.checkpoints.tensor_map import RawConfig
 from gptjax.config.errors import UserError
 from gptjax.core import files
@@ -119,12 +120,11 @@ def _method(settings: Any) -> str:
     return _METHODS.get(method, method or "an unnamed method")
 
 
-_CONVERT = (
+CONVERT = (
     "Convert it where you trust it: transformers' "
     "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors."
 )
 _PICKLE = "holds {name}, a pickle, which can run code when it is read"
-_ADAPTER = "adapter_config.json"
 _PUT_ON_BASE = """Open the model that it was trained on, with it: \
 --checkpoint={base} --adapter={folder}
 In Python: gptjax.load("{base}").with_adapter("{folder}")"""
@@ -133,7 +133,7 @@ _ADD_CONFIG = "Put the config.json of the model next to them."
 
 # (files, what a folder with them and no config.json is, a way out): the first that matches is said.
 _FOLDERS = (
-    (_ADAPTER, "is a PEFT adapter: a change of a model, and no model", _PUT_ON_BASE),
+    (ADAPTER_CONFIG, "is a PEFT adapter: a change of a model, and no model", _PUT_ON_BASE),
     ("*.gguf", "is a folder with a GGUF file", "Name the file itself: {folder}/{name}"),
     ("model_index.json", "is a pipeline of diffusers", "Models of images are not read here."),
     (
@@ -143,10 +143,10 @@ _FOLDERS = (
     ),
     ("*.safetensors", _NO_CONFIG, _ADD_CONFIG),
     ("*.msgpack", _NO_CONFIG, _ADD_CONFIG),
-    ("*.bin", _PICKLE, _CONVERT),
-    ("*.pt", _PICKLE, _CONVERT),
-    ("*.pth", _PICKLE, _CONVERT),
-    ("*.h5", "holds weights of TensorFlow ({name})", _CONVERT),
+    ("*.bin", _PICKLE, CONVERT),
+    ("*.pt", _PICKLE, CONVERT),
+    ("*.pth", _PICKLE, CONVERT),
+    ("*.h5", "holds weights of TensorFlow ({name})", CONVERT),
     (
         "tokenizer*",
         "holds a tokenizer and no model",
@@ -163,7 +163,7 @@ def refuse_other_folder(folder: Path) -> None:
         raise UserError(f"{folder} is an empty folder: name a workdir or a model's folder")
     for pattern, what, advice in _FOLDERS:
         if matches := sorted(folder.glob(pattern)):
-            base = _base_of_adapter(matches[0]) if pattern == _ADAPTER else ""
+            base = _base_of_adapter(matches[0]) if pattern == ADAPTER_CONFIG else ""
             words = {"folder": folder, "name": matches[0].name, "base": base}
             raise UserError(f"{{folder}} {what}.\n{advice}".format(**words))
 

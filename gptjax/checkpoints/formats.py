@@ -215,7 +215,7 @@ def _write_tokenizer(
         default = {"name": "default", "template": tokenizer.chat_template}
         settings["chat_template"] = [default, *others] if tokenizer.chat_template else others
     elif tokenizer.chat_template:  # which a run may have brought
-        files.write_text(folder / "chat_template.jinja", tokenizer.chat_template)
+        files.write_text(folder / template_files.FILE, tokenizer.chat_template)
     if pad is not None:
         names = {i: name for name, i in tokenizer.control.items()}
         if not settings.get("pad_token") and pad in names:
@@ -361,7 +361,7 @@ def export_adapters(source: str | Path, target: Path) -> dict[str, Any]:
     _refuse_existing(target)
     peft.write_adapter(target, config.model, config.lora, adapters, config.train.init_from)
     if tokenizer.chat_template:
-        files.write_text(target / peft.TEMPLATE, tokenizer.chat_template)
+        files.write_text(target / template_files.FILE, tokenizer.chat_template)
     return {
         "written": str(target),
         "format": "peft",

@@ -189,17 +189,9 @@ def write_gguf(
         "float16": gguf.GGMLQuantizationType.F16,
         "q8_0": gguf.GGMLQuantizationType.Q8_0,
     }
-    if family.gguf is None:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError(f"GGUF export knows {known}, not {family.model_type}: use --format=hf")
-    if config.labels:
-        raise UserError(
-            f"GGUF export holds language models, and this one tells {', '.join(config.labels)} "
-            "apart: use --format=hf"
-        )
+    architecture = _architecture_of(config, family)
     if dtype not in types:
         raise UserError(f"--dtype={dtype}: GGUF files are written as {', '.join(types)}")
-    architecture = family.gguf.architecture
     divisors = gguf_keys.rope_divisors(config) if config.rope_scaling == "llama3" else None
     translation = _Translation(config, family)
     tensors = list(mapping.from_params(config, params))
@@ -229,15 +221,26 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in plan:
-            array = translation.to_gguf(
-                tensor.hf_name, tensor.make().astype(np.float32, copy=False)
-            )
-            array = np.ascontiguousarray(array)
+            array = tensor.make().astype(np.float32, copy=False)
+            array = np.ascontiguousarray(translation.to_gguf(tensor.hf_name, array))
             writer.write_tensor_data(gguf.quantize(array, tensor.quantisation))
         if divisors is not None:
             writer.write_tensor_data(divisors)
     finally:
         writer.close()
+
+
+def _architecture_of(config: ModelConfig, family: Family) -> str:
+    """GGUF's name for the model. Raises UserError where such files hold none of its kind."""
+    if family.gguf is None:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"GGUF export knows {known}, not {family.model_type}: use --format=hf")
+    if config.labels:
+        raise UserError(
+            f"GGUF export holds language models, and this one tells {', '.join(config.labels)} "
+            "apart: use --format=hf"
+        )
+    return family.gguf.architecture
 
 
 def _refuse_what_is_lost(

@@ -16,6 +16,7 @@ from typing import Any
 from gptjax.checkpoints import gguf_pre_tokenizers
 from gptjax.checkpoints.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from gptjax.config.errors import UserError, unknown_name
+from gptjax.tokenizer import template_files
 from gptjax.tokenizer.pieces import SPACE
 from gptjax.tokenizer.pretrained import PretrainedTokenizer
 
@@ -79,7 +80,7 @@ def read_tokenizer(meta: Fields, path: Path) -> PretrainedTokenizer | None:
             {"name": name, "template": text} for name, text in templates.items()
         ]
     elif "default" in templates:
-        contents["chat_template.jinja"] = templates["default"].encode()
+        contents[template_files.FILE] = templates["default"].encode()
     contents["tokenizer_config.json"] = json.dumps(settings, indent=1).encode()
     eos_ids = [_token_id(meta, name) for name in ENDS]
     return PretrainedTokenizer(contents, list(dict.fromkeys(i for i in eos_ids if i >= 0)))

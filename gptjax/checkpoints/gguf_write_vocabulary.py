@@ -152,9 +152,9 @@ def _pre_name(patterns: Sequence[str], others: Sequence[str], ignore_merges: boo
         return name
     if gguf_pre_tokenizers.name_of(patterns, ignore_merges=not ignore_merges):
         raise _refusal([f"ignore_merges = {str(ignore_merges).lower()} with its pre-tokenizer"])
-    shown = " then ".join(patterns) or "none at all"
-    shown = shown if len(shown) < 90 else shown[:87] + "..."
-    raise _refusal([f"a pre-tokenizer that llama.cpp has no name for ({shown})"])
+    pattern = " then ".join(patterns) or "none at all"
+    pattern = pattern if len(pattern) < 90 else pattern[:87] + "..."
+    raise _refusal([f"a pre-tokenizer that llama.cpp has no name for ({pattern})"])
 
 
 def _model_file_fields(

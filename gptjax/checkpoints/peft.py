@@ -25,8 +25,7 @@ from gptjax.config.schema import LoraConfig, ModelConfig
 from gptjax.core import files, tree
 from gptjax.core.files import decode
 from gptjax.core.types import Params
-
-TEMPLATE = "chat_template.jinja"
+from gptjax.tokenizer import template_files
 
 # Writing
 
@@ -142,7 +141,7 @@ def find(path: Path, config: ModelConfig, base: Callable[[], Params]) -> Adapter
     """
     if (path / CONFIG).is_file():
         adapter = read_adapter(path, config, base)
-        file = path / TEMPLATE
+        file = path / template_files.FILE
         template = decode(file.read_bytes(), str(file)) if file.is_file() else ""
         return dataclasses.replace(adapter, chat_template=template)
     if inner := sorted(file.parent.name for file in path.glob(f"*/{CONFIG}")):

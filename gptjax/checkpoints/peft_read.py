@@ -69,7 +69,7 @@ class Adapter:
 
     @property
     def needs_params(self) -> bool:
-        """Whether it works on the base's parameters, and not beside any form of them."""
+        """Whether it works on the base's parameters, and not only next to them."""
         return self.settings.dora or bool(self.replaced)
 
     def adapted_params(self, base: Params) -> Params:
@@ -291,17 +291,20 @@ class _LoraReader:
         result = {leaf: np.stack([block[leaf] for block in padded]) for leaf in padded[0]}
         if any(magnitudes):
             result["lora_m"] = np.stack(
-                [self._join_magnitudes(layer, i, given) for i, given in enumerate(magnitudes)]
+                [
+                    self._join_magnitudes(layer, i, by_module)
+                    for i, by_module in enumerate(magnitudes)
+                ]
             )
         return result
 
     def _join_magnitudes(
-        self, layer: Layer, number: int, given: Mapping[int, np.ndarray | None]
+        self, layer: Layer, number: int, magnitudes: Mapping[int, np.ndarray | None]
     ) -> np.ndarray:
         """lora_m of one block. A module without an adapter keeps its base's lengths."""
         parts = []
         for index, module in enumerate(layer.modules(number)):
-            magnitude = given.get(index)
+            magnitude = magnitudes.get(index)
             if magnitude is None:
                 magnitude = np.linalg.norm(self._base.kernel(module), axis=1)
             parts.append(magnitude.reshape(-1, 1))

@@ -21,6 +21,7 @@ from gptjax.checkpoints import (
     gguf,
     huggingface,
     mapping,
+    peft_config,
     safetensors,
 )
 from gptjax.config.errors import UserError
@@ -209,7 +210,7 @@ def _open_gguf(path: Path) -> Pretrained:
 def _open_hf(folder: Path) -> Pretrained:
     raw = files.read_json(folder / "config.json")
     family = huggingface.family_named(raw["model_type"])
-    if (folder / "adapter_config.json").exists() and not any(folder.glob("model*.safetensors")):
+    if (folder / peft_config.CONFIG).exists() and not any(folder.glob("model*.safetensors")):
         foreign_weights.refuse_other_folder(folder)  # some trainers put the base's config there
     tensors = safetensors.open_tensors(folder)
     foreign_weights.refuse_quantised(folder, raw, tensors.shapes, tensors.kinds)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptjax.checkpoints import huggingface
+from gptjax.checkpoints import foreign_weights, huggingface
 from gptjax.checkpoints.families.common import Family
 from gptjax.checkpoints.mapping import Shape, WritableTensor, hf_tensors, naming
 from gptjax.checkpoints.tensor_map import TensorMap
@@ -315,8 +315,7 @@ def open_tensors(folder: Path) -> StoredTensors:
     if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
         raise UserError(
             f"{pickles[0]} is a pickle, which can run code when it is read, so it is not read.\n"
-            "Convert it where you trust it: transformers' "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors."
+            f"{foreign_weights.CONVERT}"
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
@@ -380,9 +379,9 @@ def with_own_head(
     return untied, stored
 
 
-def _equal(stored: StoredTensors, one: str, other: str) -> bool:
+def _equal(stored: StoredTensors, name: str, other: str) -> bool:
     """Whether two matrices hold the same numbers, compared in strips of 64 MiB at most."""
-    a, b = stored.read(one), stored.read(other)
+    a, b = stored.read(name), stored.read(other)
     step = max(1, (64 << 20) // max(1, a[:1].nbytes))
     return all(
         np.array_equal(a[start : start + step], b[start : start + step])

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def _reason(error: Exception, folder: Path) -> str:
         error = OSError(error.errno, error.strerror, str(folder))
     if isinstance(error, OSError):
         return files.explain(error).splitlines()[0]
-    return (str(error) or repr(error)).splitlines()[0][:300]
+    return files.reason(error)
 
 
 class Checkpoints:
@@ -189,8 +188,7 @@ class Checkpoints:
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         for step, problem in damaged.items():
-            now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6}"
-            target = self.folder.parent / "damaged" / f"{step}-{now}"
+            target = files.place_for_damaged(self.folder.parent, str(step))
             cli.say(f"warning: skipped the checkpoint of step {step}: {problem}; moved to {target}")
             if jax.process_index() == 0:
                 target.parent.mkdir(exist_ok=True)

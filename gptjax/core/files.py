@@ -151,12 +151,11 @@ def report_text(path: Path, text: str) -> bool:
 
 
 def set_aside(path: Path, why: str) -> bool:
-    """Moves what is damaged to `damaged/` beside it, under its name and the time, and says so.
+    """Moves what is damaged to `damaged/` next to it, under its name and the time, and says so.
 
     False where it cannot be moved, which is said too.
     """
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6}"
-    target = path.parent / "damaged" / f"{path.name}-{stamp}"
+    target = place_for_damaged(path.parent, path.name)
     try:
         target.parent.mkdir(exist_ok=True)
         path.rename(target)
@@ -165,6 +164,12 @@ def set_aside(path: Path, why: str) -> bool:
         return False
     say(f"warning: {path}: {why}; set aside as {target}")
     return True
+
+
+def place_for_damaged(folder: Path, name: str) -> Path:
+    """A path in `folder/damaged/` that is free: the name and the time."""
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.monotonic_ns() % 10**6}"
+    return folder / "damaged" / f"{name}-{stamp}"
 
 
 def read_cached(path: Path) -> bytes | None:

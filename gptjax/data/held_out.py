@@ -161,8 +161,8 @@ def plan_by_share(lengths: np.ndarray, fraction: float) -> Plan:
 
 
 def _is_near(plan: Plan, lengths: np.ndarray, fraction: float) -> bool:
-    wanted = fraction * lengths.sum()
-    return abs(plan.characters(lengths) - wanted) <= TOLERANCE * wanted
+    target = fraction * lengths.sum()
+    return abs(plan.characters(lengths) - target) <= TOLERANCE * target
 
 
 def _whole_ones(cuts: np.ndarray) -> str:

@@ -7,6 +7,7 @@ In: what finding the files of `data.path` met. Out: lines for the log, and plain
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -65,7 +66,8 @@ class Selection:
     """What was taken of one path or split.
 
     files, size: number of the files read and their bytes on disk; 0 where a data set has none.
-    documents: number of documents or records in them. held_out: what of them, or beside them, is.
+    documents: number of documents or records in them. held_out: what is, of these or of data of
+    its own.
     """
 
     path: str = ""
@@ -105,11 +107,8 @@ def passed_over(names_by_reason: Mapping[str, Iterable[str]]) -> tuple[PassedOve
 
 def has_copies(selections: Mapping[str, Selection]) -> bool:
     """Whether files were left out because another one has the same content."""
-    return any(
-        entry.reason == COPIES
-        for selection in selections.values()
-        for entry in selection.passed_over
-    )
+    entries = itertools.chain(*(selection.passed_over for selection in selections.values()))
+    return any(entry.reason == COPIES for entry in entries)
 
 
 def describe(selections: Mapping[str, Selection]) -> list[str]:

@@ -174,7 +174,7 @@ def ensure(
         _clear(folder)
         prepared = _prepare(config, source, text_tokenizer, folder, SHARD_TOKENS)
     # the vocabulary is the same, but a chat template is this checkpoint's own
-    # and the same documents may lie elsewhere now, beside other files that are passed over
+    # and the same documents may lie elsewhere now, among other files that are passed over
     return dataclasses.replace(prepared, tokenizer=text_tokenizer, selections=source.selections)
 
 

@@ -92,13 +92,13 @@ def held_out_split(config: DataConfig) -> tuple[str, str] | None:
 
     Raises UserError where the split that data.eval_split names is not there.
     """
-    path, asked = config.eval_path or config.path, config.eval_split
+    path, name = config.eval_path or config.path, config.eval_split
     names_of = SOURCES[config.source].split_names
     if names_of is None:
         return (path, "") if config.eval_path else None
     names = names_of(config, path)
-    if asked:
-        return path, _existing_split(config, path, names, "data.eval_split", asked)
+    if name:
+        return path, _existing_split(config, path, names, "data.eval_split", name)
     if "validation" in names:
         return path, "validation"
     if not config.eval_path:
@@ -190,31 +190,33 @@ def _open_source(config: DataConfig, resumed: str) -> Source:
     return Source(split.fingerprint, documents, selections)
 
 
-def _open_files(found: Files) -> Documents:
+def _open_files(input_files: Files) -> Documents:
     def read() -> Iterator[str]:
-        for p in found.paths:
+        for p in input_files.paths:
             yield read_text(p)
 
-    selection = dataclasses.replace(found.selection, documents=len(found.paths))
+    selection = dataclasses.replace(input_files.selection, documents=len(input_files.paths))
     return Documents(
-        len(found.paths),
-        files.digest(*found.checksums),
+        len(input_files.paths),
+        files.digest(*input_files.checksums),
         read,
         selection,
-        lambda i: found.paths[i].name,
+        lambda i: input_files.paths[i].name,
     )
 
 
 def _open_text(config: DataConfig, path: str, split: str) -> Documents:
     """Each file is a document, or several with data.separator between them."""
-    found = find_files(path, (".txt", ".md", ".text"), keep_duplicates=config.duplicates == "keep")
-    pages = [p for p in found.paths if begins_as_html(p)]
+    input_files = find_files(
+        path, (".txt", ".md", ".text"), keep_duplicates=config.duplicates == "keep"
+    )
+    pages = [p for p in input_files.paths if begins_as_html(p)]
     if pages:
         cli.say(
             f"{counted(len(pages), 'file')} in {path} hold a web page, such as {pages[0].name}: "
             "its tags are learned as text; take the text out first if you do not want that"
         )
-    whole = _open_files(found)
+    whole = _open_files(input_files)
     separator = config.separator
     if not separator:
         return whole

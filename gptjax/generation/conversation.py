@@ -161,8 +161,8 @@ def _answer(
             sys.stdout.write(piece)
             sys.stdout.flush()
     except KeyboardInterrupt:
-        kept = "what was answered so far is kept" if answer else "the message is taken back"
-        cli.say(f"\n(stopped: {kept}; Ctrl-C once more ends)")
+        outcome = "what was answered so far is kept" if answer else "the message is taken back"
+        cli.say(f"\n(stopped: {outcome}; Ctrl-C once more ends)")
         if not answer:
             return
     print()

@@ -201,8 +201,9 @@ class LanguageModel:
         else:
             other._weights = lora.apply_adapter(adapter.settings, self._weights, adapter.trained)
         if source := self.source:
-            new: dict[str, Any] = {"config": other.config, "tokenizer": other.tokenizer}
-            other.source = dataclasses.replace(source, **new)
+            other.source = dataclasses.replace(
+                source, config=other.config, tokenizer=other.tokenizer
+            )
         return other
 
     def logits(self, tokens: Any, lengths: Sequence[int] | None = None) -> np.ndarray:

@@ -157,8 +157,8 @@ def _border_logprobs(model: InferenceModel, pairs: Sequence[Pair]) -> list[np.nd
             places.append([])
         if key:
             first = len(pair.context) - 1
-            wanted = list(range(first, first + len(pair.replaced)))
-            places[rows[key]] = max(places[rows[key]], wanted, key=len)
+            positions = list(range(first, first + len(pair.replaced)))
+            places[rows[key]] = max(places[rows[key]], positions, key=len)
     if not rows:
         return [None] * len(pairs)
     logprobs = scoring.next_logprobs(model, list(rows), places)

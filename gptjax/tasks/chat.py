@@ -132,21 +132,21 @@ def make_example(rendering: Rendering, row: Record) -> list[Example]:
             texts = texts[-1:]
         examples = []
         for text in texts:
-            shown = messages
+            visible = messages
             if len(texts) > 1 or rendering.budget.answer:
-                shown = _learning_only(messages, text.answers)
-            example = _make_one(rendering, row, shown, variables)
+                visible = _learning_only(messages, text.answers)
+            example = _make_one(rendering, row, visible, variables)
             examples += [example] if example else []
         return examples
 
 
 def _learning_only(messages: list[Message], answers: Sequence[int]) -> list[Message]:
     """The messages through the last of the answers, of which only those are learned."""
-    shown = []
+    visible = []
     for i, message in enumerate(messages[: answers[-1] + 1]):
         is_other = message["role"] == "assistant" and i not in answers
-        shown.append({**message, "weight": 0} if is_other else message)
-    return shown
+        visible.append({**message, "weight": 0} if is_other else message)
+    return visible
 
 
 def _make_one(

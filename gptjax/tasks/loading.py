@@ -125,16 +125,17 @@ def render(
     dropped, several = 0, 0
     with cli.progress(f"{split} examples rendered", len(rows)) as advance:
         for row in rows:
-            made = task.make_example(rendering, row)
-            of_row = made if isinstance(made, list) else [made] if made else []
-            examples += of_row
-            dropped += not of_row
-            several += len(of_row) > 1
+            rendered = task.make_example(rendering, row)
+            if not isinstance(rendered, list):
+                rendered = [rendered] if rendered else []
+            examples += rendered
+            dropped += not rendered
+            several += len(rendered) > 1
             advance(1)
     if several:
         cli.say(
             f"{split}: the chat template rewrites earlier turns, so {several:,} conversations are "
-            f"several examples each: every answer after the prompt that generation would give it"
+            "several examples each: every answer after the prompt that generation would give it"
         )
     cut = sum(example.cut for example in examples)
     if dropped or cut:

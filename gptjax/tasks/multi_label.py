@@ -46,7 +46,9 @@ def row_labels(config: TaskConfig, row: Record) -> tuple[str, ...]:
 
 def labels_of(config: TaskConfig, rows: Sequence[Record]) -> tuple[str, ...]:
     """task.labels, or all that the training rows have, sorted. Raises UserError."""
-    labels = {label for row in rows for label in row_labels(config, row)}
+    labels: set[str] = set()
+    for row in rows:
+        labels.update(row_labels(config, row))
     names = config.labels or tuple(sorted(labels))
     if not names:
         raise UserError(f"task.label = {config.label!r}: no row of the training split has a label")

@@ -2,7 +2,7 @@
 
 Nearly all are a table from ids to bytes, and decoding joins bytes, so that streaming can hold back
 half a character. Where a text is more than the bytes of its ids (words with spaces between them),
-`joins_bytes` is False, and an id has a text only beside other ids. Id `eot` begins each document
+`joins_bytes` is False, and an id has a text only among other ids. Id `eot` begins each document
 and separates it from the one before. Control tokens (`eot`, `<|im_end|>`, ...) stand for no bytes,
 and no text is encoded to them.
 """

@@ -133,7 +133,8 @@ def _kinds_in(name: str, part: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
         return
     kind = part.get("type")
     if kind is None and name == "model":
-        kind = "BPE" if "merges" in part else "Unigram" if "unk_id" in part else "WordPiece"
+        keys = {"merges": "BPE", "unk_id": "Unigram"}
+        kind = next((keys[key] for key in keys if key in part), "WordPiece")
     yield str(kind), part
     if kind == "Sequence":
         for value in part.values():
@@ -190,7 +191,7 @@ _REFUSED = {
 
 # tokenizer.json says all about ids and text, so nothing else in the settings can change them.
 SETTINGS = KeyTable(
-    "tokenizer_config.json beside tokenizer.json",
+    "tokenizer_config.json next to tokenizer.json",
     used=_USED,
     no_effect={
         **_NO_EFFECT,
@@ -221,7 +222,7 @@ _OLDER_REFUSED = {
 }
 
 BYTE_LEVEL_SETTINGS = KeyTable(
-    "tokenizer_config.json beside vocab.json and merges.txt",
+    "tokenizer_config.json next to vocab.json and merges.txt",
     used=_USED | {"add_bos_token", "add_prefix_space"},
     no_effect={
         **_NO_EFFECT,
@@ -232,7 +233,7 @@ BYTE_LEVEL_SETTINGS = KeyTable(
 )
 
 WORD_PIECE_SETTINGS = KeyTable(
-    "tokenizer_config.json beside vocab.txt",
+    "tokenizer_config.json next to vocab.txt",
     used=_USED | {"do_lower_case", "strip_accents", "tokenize_chinese_chars"},
     no_effect={**_NO_EFFECT, "add_eos_token": "a prompt does not end with the end token"},
     refused={
@@ -243,7 +244,7 @@ WORD_PIECE_SETTINGS = KeyTable(
 )
 
 SENTENCEPIECE_SETTINGS = KeyTable(
-    "tokenizer_config.json beside tokenizer.model",
+    "tokenizer_config.json next to tokenizer.model",
     used=_USED | {"add_bos_token", "add_prefix_space", "legacy"},
     no_effect={
         **{key: why for key, why in _NO_EFFECT.items() if key != "sp_model_kwargs"},

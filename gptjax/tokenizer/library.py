@@ -111,10 +111,10 @@ class LibraryReader:
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(renamed))
         for token in entries:
             name = self._secrets.get(token["content"], token["content"])
-            if (found := self._tokenizer.token_to_id(name)) != token["id"]:
+            if (number := self._tokenizer.token_to_id(name)) != token["id"]:
                 raise UserError(
                     f"tokenizer.json gives {token['content']!r} the id {token['id']}, and it reads "
-                    f"as {found}: ids of added tokens must follow the vocabulary's without a gap"
+                    f"as {number}: ids of added tokens must follow the vocabulary's without a gap"
                 )
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -185,13 +185,13 @@ def _rename(described: Mapping[str, Any], names: Mapping[str, str]) -> dict[str,
 def _merges_without(names: Mapping[str, str], model: Mapping[str, Any]) -> list[Any]:
     """The merges of a BPE but those that a control token takes part in or comes of."""
     prefix = model.get("continuing_subword_prefix") or ""
-    kept = []
+    merges = []
     for merge in model["merges"]:
         first, second = merge.split(" ", 1) if isinstance(merge, str) else merge
         union = first + second.removeprefix(prefix)
         if first not in names and second not in names and union not in names:
-            kept.append(merge)
-    return kept
+            merges.append(merge)
+    return merges
 
 
 def _said_twice(described: Mapping[str, Any], has_prefix: bool) -> dict[str, Any]:
@@ -218,8 +218,10 @@ def steps_of(part: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
         return []
     if part.get("type") != "Sequence":
         return [part]
-    inner = next(value for value in part.values() if isinstance(value, list))
-    return [step for item in inner for step in steps_of(item)]
+    steps: list[Mapping[str, Any]] = []
+    for inner in next(value for value in part.values() if isinstance(value, list)):
+        steps += steps_of(inner)
+    return steps
 
 
 def _byte_table(

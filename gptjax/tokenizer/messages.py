@@ -114,9 +114,9 @@ def _keys_of(messages: Sequence[Any]) -> Iterator[str]:
 def _read_message(message: Any, where: str, table: KeyTable, words: Words) -> dict[str, Any]:
     message = from_share_gpt(message, where)
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        shown = dict(message) if isinstance(message, Mapping) else message
+        text = dict(message) if isinstance(message, Mapping) else message
         raise UserError(
-            f"{where} is {str(shown)[:80]!r}: each message is {{'role': ..., 'content': ...}}"
+            f"{where} is {str(text)[:80]!r}: each message is {{'role': ..., 'content': ...}}"
         )
     values = {k: v for k, v in message.items() if v is not None or k == "content"}
     checked = dict(values)
@@ -158,7 +158,7 @@ def from_share_gpt(message: Any, where: str) -> Any:
 
 
 def _content(values: Message, where: str, words: Words) -> Any:
-    """A text; the parts of a text, where the template reads parts; None beside tool calls."""
+    """A text, or the parts of one where the template reads parts; None with tool calls."""
     content = values["content"]
     if content is None:
         if values.get("tool_calls"):

@@ -209,9 +209,9 @@ def _word_piece(content: Mapping[str, bytes], settings: Mapping[str, Any], name:
     return result.to_str().encode()
 
 
-def _unknown_class(name: str, kept: str, known: tuple[str, ...]) -> str:
+def _unknown_class(name: str, described: str, known: tuple[str, ...]) -> str:
     return (
-        f"tokenizer_class = {name!r}: how it cuts text is not known for {kept} "
+        f"tokenizer_class = {name!r}: how it cuts text is not known for {described} "
         f"(known: {', '.join(known)}).\nSave the tokenizer with transformers "
         "(AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)), which writes a "
         "tokenizer.json"

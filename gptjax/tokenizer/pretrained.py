@@ -27,7 +27,7 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
+    template_files.FILE,
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
@@ -257,12 +257,12 @@ def _clean_up(text: str) -> str:
 
 def _say_contradictions(settings: Mapping[str, Any], says: Mapping[str, Any]) -> None:
     """Tells where the settings and tokenizer.json say different things of the same."""
-    for key, said in says.items():
-        asked = settings.get(key)
-        if asked is not None and asked != said:
+    for key, value in says.items():
+        setting = settings.get(key)
+        if setting is not None and setting != value:
             cli.say(
-                f"note: tokenizer_config.json says {key} = {json.dumps(asked)} and tokenizer.json "
-                f"{json.dumps(said)}: tokenizer.json is followed"
+                f"note: tokenizer_config.json says {key} = {json.dumps(setting)} and "
+                f"tokenizer.json {json.dumps(value)}: tokenizer.json is followed"
             )
 
 
@@ -277,8 +277,8 @@ def _of_older_files(content: dict[str, bytes], config: Mapping[str, Any]) -> dic
         del content["vocab.txt"]
     rewritten = older_files.rewrite(content, settings, name)
     if rewritten is not None:
-        kept = {name: data for name, data in content.items() if name not in _OLDER}
-        return {"tokenizer.json": rewritten, **kept}
+        others = {name: data for name, data in content.items() if name not in _OLDER}
+        return {"tokenizer.json": rewritten, **others}
     if "tokenizer.model" in content:
         older_files.require_sentencepiece_class(name)
         return content

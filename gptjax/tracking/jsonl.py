@@ -124,22 +124,22 @@ def _keep_until(path: Path, start: int) -> None:
         damaged += record is None
         if record and record["step"] <= start:
             lines.append(line + b"\n")
-    kept = b"".join(lines)
-    if kept == content:
+    remaining = b"".join(lines)
+    if remaining == content:
         return
     try:
         if damaged:
             _copy_aside(path, damaged)
-        if content.startswith(kept):
-            os.truncate(path, len(kept))  # which a full disk allows
+        if content.startswith(remaining):
+            os.truncate(path, len(remaining))  # which a full disk allows
         else:
-            files.write_bytes(path, kept)
+            files.write_bytes(path, remaining)
     except OSError as error:
         cli.say(f"warning: {path}: lines that do not count stay in it: {files.reason(error)}")
 
 
 def _copy_aside(path: Path, damaged: int) -> None:
-    copy = path.parent / "damaged" / f"{path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    copy = files.place_for_damaged(path.parent, path.name)
     lines = "1 damaged line is" if damaged == 1 else f"{damaged:,} damaged lines are"
     try:
         copy.parent.mkdir(exist_ok=True)

@@ -7,7 +7,6 @@ import socket
 import time
 from typing import Any
 
-from gptjax.core import files
 from gptjax.tracking.base import TrackedRun
 
 PACKAGE, INSTALL = "tensorboardX", "pip install tensorboardX"
@@ -26,8 +25,6 @@ class TensorBoardTracker:
         from tensorboardX.record_writer import RecordWriter
 
         folder = run.workdir / "tb"
-        if os.path.lexists(folder) and not os.path.isdir(folder):
-            files.set_aside(folder, "not a folder")
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         self._writer = RecordWriter(str(folder / name))

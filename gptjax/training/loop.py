@@ -32,9 +32,8 @@ from gptjax.runtime.devices import memory, peak_flops
 from gptjax.runtime.interrupt import Interrupted
 from gptjax.tasks import loading
 from gptjax.tasks.table import task_of
-from gptjax.tracking import progress
+from gptjax.tracking import jsonl, progress
 from gptjax.tracking.base import TrackedRun
-from gptjax.tracking.jsonl import read_jsonl
 from gptjax.tracking.progress import Progress
 from gptjax.tracking.throughput import StepMetrics
 from gptjax.tracking.trackers import Trackers
@@ -329,9 +328,8 @@ def owed(run: Run, step: int, last: int) -> Due:
 
 def recorded_at(workdir: Path, step: int) -> dict[str, Any]:
     """All values that metrics.jsonl has of a step."""
-    path = workdir / "metrics.jsonl"
     values: dict[str, Any] = {}
-    for record in read_jsonl(path):
+    for record in jsonl.read_jsonl(workdir / jsonl.FILE):
         if record["step"] == step:
             values |= record
     return values
@@ -389,7 +387,7 @@ def finish(
         return summary
     newest: dict[str, Any] = {}
     evaluated = 0
-    for record in [*read_jsonl(run.workdir / "metrics.jsonl"), *records]:
+    for record in [*jsonl.read_jsonl(run.workdir / jsonl.FILE), *records]:
         newest |= record
         if any(name.startswith(progress.SCORE_GROUPS) for name in record):
             evaluated = record["step"]

@@ -22,14 +22,13 @@ from gptjax.config import build, schema
 from gptjax.config.errors import UserError
 from gptjax.core import cli, files, pages
 from gptjax.data.shards import Prepared
-from gptjax.tracking import progress
-from gptjax.tracking.jsonl import read_jsonl
+from gptjax.tracking import jsonl, progress
 from gptjax.training.baselines import baselines
 from gptjax.training.charts import Chart, Drawing, Point, draw, make_chart
 
 _THIS_MODEL = "this model"
 # Records and copies in a workdir: made anew at each start, they keep no run from going on.
-_FILES = ("config.json", "overrides.json", "run.json", "metrics.jsonl", "report.html")
+_FILES = ("config.json", "overrides.json", "run.json", jsonl.FILE, "report.html")
 _FOLDERS = ("tokenizer", "samples", "tb", "profile")
 _SAMPLES = 3  # newest samples on the page
 
@@ -106,7 +105,7 @@ def write(workdir: Path, prepared: Prepared | None) -> bool:
 def _page(workdir: Path, prepared: Prepared | None) -> str:
     run = read_record(workdir)
     config = build.from_json((workdir / "config.json").read_text(encoding="utf-8"))
-    records = read_jsonl(workdir / "metrics.jsonl")
+    records = jsonl.read_jsonl(workdir / jsonl.FILE)
     if prepared and run.get("baselines_step") != run.get("step"):
         step = run.get("step", 0)
         run["baselines"] = baselines(prepared, config, step=step)

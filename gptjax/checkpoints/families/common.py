@@ -191,7 +191,7 @@ def _read_rope_scaling(rope: RawConfig, raw: RawConfig) -> dict[str, Any]:
             "known: default, dynamic, linear, llama3, yarn"
         )
     context = raw["max_position_embeddings"]
-    # beside the scaling or in it, in this order (transformers 5)
+    # next to the scaling or in it, in this order (transformers 5)
     original = raw.get("original_max_position_embeddings")
     original = original or rope.get("original_max_position_embeddings") or context
     factor = rope.get("factor") if scaling == "yarn" else rope["factor"]

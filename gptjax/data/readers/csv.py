@@ -18,12 +18,12 @@ from gptjax.config.schema import DataConfig
 from gptjax.core.files import decode
 from gptjax.data.readers.files import records_of_files
 from gptjax.data.readers.finding import find_files
-from gptjax.data.readers.opening import COMPRESSED, is_html, read_lines
+from gptjax.data.readers.opening import is_html, read_lines, with_compression
 from gptjax.data.records import Record, SplitRecords
 
 _LONGEST_FIELD = 1 << 30  # characters; the csv module's own limit is 131,072
 _SEPARATORS = (",", ";", "\t")
-_WITH_TABS = tuple(suffix + ending for suffix in (".tsv", ".tab", ".txt") for ending in COMPRESSED)
+_WITH_TABS = with_compression((".tsv", ".tab", ".txt"))
 
 
 def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
@@ -32,18 +32,20 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
     Raises UserError where a line has too few fields or is not valid CSV.
     """
     csv.field_size_limit(_LONGEST_FIELD)
-    found = find_files(path, (".csv", ".tsv", ".tab"), keep_duplicates=config.duplicates == "keep")
+    input_files = find_files(
+        path, (".csv", ".tsv", ".tab"), keep_duplicates=config.duplicates == "keep"
+    )
 
     def read(longer: list[str] | None = None) -> Iterator[Record]:
-        for p in found.paths:
+        for p in input_files.paths:
             yield from _read_file(p, list(config.columns), [] if longer is None else longer)
 
     longer: list[str] = []
     count = sum(1 for _ in read(longer))
-    found = dataclasses.replace(
-        found, selection=found.selection.without("rows' further values", longer)
+    input_files = dataclasses.replace(
+        input_files, selection=input_files.selection.without("rows' further values", longer)
     )
-    return records_of_files(found, read, settings=json.dumps(config.columns), count=count)
+    return records_of_files(input_files, read, settings=json.dumps(config.columns), count=count)
 
 
 def _read_file(path: Path, columns: list[str], longer: list[str]) -> Iterator[Record]:

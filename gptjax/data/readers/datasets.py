@@ -43,9 +43,8 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
         selected, problems = rows, {}
         if names is not None:  # others may hold pictures or sound, which are decoded when read
             columns = [c for c in rows.column_names if c in names]
-            selected = rows.select_columns(
-                columns or rows.column_names[:1]
-            )  # rows of none are none
+            # without any column there would be no rows
+            selected = rows.select_columns(columns or rows.column_names[:1])
             problems = missing_columns(names, rows.column_names)
         for i, fields in enumerate(selected):
             yield Record(f"{selection.path} row {i}", dict(fields), problems)

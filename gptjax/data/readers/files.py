@@ -11,7 +11,7 @@ from gptjax.data.records import Record, SplitRecords
 
 
 def records_of_files(
-    found: Files,
+    input_files: Files,
     read: Callable[[], Iterator[Record]],
     *,
     settings: str = "",
@@ -24,5 +24,5 @@ def records_of_files(
     """
     if count is None:
         count = sum(1 for _ in read())
-    selection = dataclasses.replace(found.selection, documents=count)
-    return SplitRecords(count, files.digest(settings, *found.checksums), read, selection)
+    selection = dataclasses.replace(input_files.selection, documents=count)
+    return SplitRecords(count, files.digest(settings, *input_files.checksums), read, selection)

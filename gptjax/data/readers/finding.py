@@ -19,7 +19,12 @@ from pathlib import Path
 
 from gptjax.config.errors import UserError
 from gptjax.core import files
-from gptjax.data.readers.opening import COMPRESSED, content_checksum, is_empty
+from gptjax.data.readers.opening import (
+    COMPRESSED,
+    content_checksum,
+    is_empty,
+    with_compression,
+)
 from gptjax.data.selection import COPIES, Selection, passed_over, say_passed_over
 
 _EDITOR_COPIES = ("*~", "#*#", "*.bak", "*.orig", "*.swp", "*.swo")
@@ -52,11 +57,9 @@ def find_files(
     Raises UserError where no file is left, or where a folder or file cannot be read.
     """
     root = Path(path).expanduser()
-    endings = COMPRESSED if compressed else ("",)
-    choices = [
-        tuple(suffix + ending for suffix in choice for ending in endings)
-        for choice in (suffixes, second_choice)
-    ]
+    choices = [tuple(suffixes), tuple(second_choice)]
+    if compressed:
+        choices = [with_compression(choice) for choice in choices]
     left_out: dict[str, list[str]] = collections.defaultdict(list)
     try:
         if root.is_dir():

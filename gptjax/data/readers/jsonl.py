@@ -13,7 +13,7 @@ from gptjax.data.records import Record, SplitRecords
 
 def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
     """Raises UserError where a file does not hold JSON objects."""
-    found = find_files(
+    input_files = find_files(
         path,
         (".jsonl", ".ndjson"),
         second_choice=(".json",),
@@ -21,7 +21,7 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
     )
 
     def read() -> Iterator[Record]:
-        for p in found.paths:
+        for p in input_files.paths:
             yield from read_objects(p)
 
-    return records_of_files(found, read, count=sum(map(count_objects, found.paths)))
+    return records_of_files(input_files, read, count=sum(map(count_objects, input_files.paths)))

@@ -14,7 +14,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -80,6 +80,14 @@ _NO_TEXT: tuple[tuple[int, bytes, str, str], ...] = (
 )
 
 
+def with_compression(suffixes: Sequence[str]) -> tuple[str, ...]:
+    """The suffixes alone, and with that of each compression behind them."""
+    endings: list[str] = []
+    for suffix in suffixes:
+        endings += [suffix + ending for ending in COMPRESSED]
+    return tuple(endings)
+
+
 def open_text(path: Path) -> BinaryIO:
     """The decompressed bytes of a file of text.
 
@@ -129,12 +137,8 @@ def begins_as_html(path: Path) -> bool:
 
 def is_html(head: bytes) -> bool:
     """Whether text begins as a web page does."""
-    return (
-        head.removeprefix(codecs.BOM_UTF8)
-        .lstrip()
-        .lower()
-        .startswith((b"<!doctype html", b"<html"))
-    )
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    return text.startswith((b"<!doctype html", b"<html"))
 
 
 def _compression_of(head: bytes) -> _Compression | None:

@@ -23,16 +23,16 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
         raise UserError(
             "data.source = 'parquet' needs pyarrow: pip install 'gptjax[parquet]'"
         ) from None
-    found = find_files(
+    input_files = find_files(
         path, (".parquet",), compressed=False, keep_duplicates=config.duplicates == "keep"
     )
-    count = sum(_open_file(p).metadata.num_rows for p in found.paths)
+    count = sum(_open_file(p).metadata.num_rows for p in input_files.paths)
 
     def read(names: Collection[str] | None = None) -> Iterator[Record]:
-        for p in found.paths:
+        for p in input_files.paths:
             yield from _read_file(p, names)
 
-    return dataclasses.replace(records_of_files(found, read, count=count), read_fields=read)
+    return dataclasses.replace(records_of_files(input_files, read, count=count), read_fields=read)
 
 
 def _open_file(path: Path) -> Any:

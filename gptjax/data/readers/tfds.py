@@ -52,9 +52,9 @@ def read_records(config: DataConfig, path: str, split: str) -> SplitRecords:
             where = f"{config.name} {split} row {i}"
             yield Record(where, {name: _plain(v, where) for name, v in rows[i].items()})
 
-    found = listed_files(f"{config.name} {split}", [Path(p) for p in splits[split].filepaths])
-    selection = dataclasses.replace(found.selection, documents=len(rows))
-    return SplitRecords(len(rows), files.digest(*found.checksums), read, selection)
+    input_files = listed_files(f"{config.name} {split}", [Path(p) for p in splits[split].filepaths])
+    selection = dataclasses.replace(input_files.selection, documents=len(rows))
+    return SplitRecords(len(rows), files.digest(*input_files.checksums), read, selection)
 
 
 def _open_builder(config: DataConfig, path: str) -> Any:
