@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gptjax.tokenizer.library import steps_of
+
 
 class PreTokenizer(NamedTuple):
     """patterns: each cuts what those before it left, as in the tokenizers that the name stands for.
@@ -124,7 +126,7 @@ def read_steps(described: Mapping[str, Any] | None) -> tuple[list[str], list[str
     """(the patterns of a `pre_tokenizer`, what else it does, in words)."""
     patterns: list[str] = []
     others: list[str] = []
-    for step in _flat(described):
+    for step in steps_of(described):
         kind = step["type"]
         if kind == "ByteLevel":
             if step.get("use_regex", True):
@@ -139,17 +141,6 @@ def read_steps(described: Mapping[str, Any] | None) -> tuple[list[str], list[str
         else:
             others.append(f"the pre-tokenizer {kind}")
     return patterns, others
-
-
-def _flat(described: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    if not described:
-        return []
-    if described["type"] != "Sequence":
-        return [described]
-    flat: list[Mapping[str, Any]] = []
-    for step in described["pretokenizers"]:
-        flat += _flat(step)
-    return flat
 
 
 def _isolates(step: Mapping[str, Any]) -> bool:

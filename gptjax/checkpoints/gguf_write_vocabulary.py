@@ -59,7 +59,7 @@ def vocabulary_fields(tokenizer: PretrainedTokenizer, size: int, name: str) -> d
     files = tokenizer.files()
     if "tokenizer.json" not in files:
         fields = _model_file_fields(files, size, add_space_prefix=tokenizer.leading_space)
-        fields |= _role_fields(tokenizer, fields[PREFIX + "tokens"], tokenizer.bos_ids, ())
+        fields |= _role_fields(tokenizer, fields[PREFIX + "tokens"])
         return {"general.name": name, **fields}
     source = tokenizer.described()
     past = [token for token in source["added_tokens"] if token["id"] >= size]
@@ -68,8 +68,7 @@ def vocabulary_fields(tokenizer: PretrainedTokenizer, size: int, name: str) -> d
     if past:
         notes.append(f"{past[0]['content']!r} is left out: the model's table ends before it")
     fields = {"general.name": _name_that_fits(source, name), **_json_fields(source, size)}
-    before, after = _around(files["tokenizer.json"])
-    fields |= _role_fields(tokenizer, fields[PREFIX + "tokens"], before, after)
+    fields |= _role_fields(tokenizer, fields[PREFIX + "tokens"])
     rebuilt = json.loads(normal_json(tokenizer_json(fields)))
     lost, others = find_differences(source, rebuilt)
     if lost:
@@ -188,29 +187,14 @@ def _model_file_fields(
         "tokens": tokens,
         "token_type": types,
         "scores": scores,
+        "add_space_prefix": add_space_prefix,
     }
-    fields |= {"add_space_prefix": add_space_prefix}
     return {PREFIX + key: value for key, value in fields.items()}
 
 
-def _around(data: bytes) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer.json writes before and after every text."""
-    import tokenizers
-
-    library = tokenizers.Tokenizer.from_buffer(data)
-    plain = library.encode("a", add_special_tokens=False).ids
-    full = library.encode("a", add_special_tokens=True).ids
-    start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), len(full))
-    return full[:start], full[start + len(plain) :]
-
-
-def _role_fields(
-    tokenizer: PretrainedTokenizer,
-    tokens: Sequence[str],
-    before: Sequence[int],
-    after: Sequence[int],
-) -> dict[str, Any]:
+def _role_fields(tokenizer: PretrainedTokenizer, tokens: Sequence[str]) -> dict[str, Any]:
     """Ids of roles, what is written around a text, and the chat templates."""
+    before, after = tokenizer.bos_ids, tokenizer.end_ids
     fields: dict[str, Any] = {}
     ids = {token: i for i, token in enumerate(tokens)}
     for name, gguf_name in SPECIAL_TOKENS.items():

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from gptjax.config.errors import UserError
@@ -46,9 +47,23 @@ class KeyTable:
     no_effect: Mapping[str, str] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, Refusal] = dataclasses.field(default_factory=dict)
 
+    @functools.cached_property
+    def _fates(self) -> dict[str, str | Refusal]:
+        """{key or pattern: why it is refused or has no effect, "" for one that is used}."""
+        return {**dict.fromkeys(self.used, ""), **self.refused, **self.no_effect}
+
+    def _fate(self, key: str) -> str | Refusal | None:
+        """Of the key itself, or of the first pattern that it matches; None for an unknown one."""
+        if key in self._fates:
+            return self._fates[key]
+        for pattern, fate in self._fates.items():
+            if "*" in pattern and fnmatch.fnmatchcase(key, pattern):
+                return fate
+        return None
+
     def knows(self, key: str) -> bool:
         """Whether the key is in one of the groups."""
-        return any(_find(key, group) for group in (self.used, self.refused, self.no_effect))
+        return self._fate(key) is not None
 
     def check(self, values: Mapping[str, Any], where: str) -> None:
         """Refuses what cannot be honoured; lists what has no effect at --debug.
@@ -56,38 +71,21 @@ class KeyTable:
         where: the file, which begins the message. Raises UserError.
         """
         for key, value in values.items():
-            exact_elsewhere = key in self.no_effect or key in self.refused
-            if value is None or key in self.used:
+            if value is None:
                 continue
-            if not exact_elsewhere and _find(key, self.used) is not None:
-                continue
-            pattern = _find(key, self.refused)
-            refusal = self.refused[pattern] if pattern is not None else None
-            exact_no_effect = key in self.no_effect
-            if refusal and not exact_no_effect:
-                if not _is_one_of(value, refusal.unless):
-                    raise UserError(
-                        f"{where}: {key} = {_short(value)} is not supported: {refusal.reason}"
-                    )
-                log.debug("%s: %s = %s asks for nothing", where, key, _short(value))
-                continue
-            pattern = _find(key, self.no_effect)
-            if pattern is None:
+            fate = self._fate(key)
+            if fate is None:
                 raise UserError(
                     f"{where}: the key {key!r} (= {_short(value)}) is not known here, and it could "
                     "change the results. If it has no effect on them, remove it from the file"
                 )
-            log.debug("%s: %s has no effect: %s", where, key, self.no_effect[pattern])
-
-
-def _find(key: str, patterns: Iterable[str]) -> str | None:
-    """The entry that names the key: itself, or the first pattern that it matches."""
-    if key in patterns:
-        return key
-    for pattern in patterns:
-        if "*" in pattern and fnmatch.fnmatchcase(key, pattern):
-            return pattern
-    return None
+            if isinstance(fate, str):
+                if fate:
+                    log.debug("%s: %s has no effect: %s", where, key, fate)
+            elif _is_one_of(value, fate.unless):
+                log.debug("%s: %s = %s asks for nothing", where, key, _short(value))
+            else:
+                raise UserError(f"{where}: {key} = {_short(value)} is not supported: {fate.reason}")
 
 
 def _is_one_of(value: Any, harmless: tuple[Any, ...]) -> bool:

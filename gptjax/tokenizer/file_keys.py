@@ -258,6 +258,20 @@ SENTENCEPIECE_SETTINGS = KeyTable(
     },
 )
 
+
+def check_settings(content: Mapping[str, bytes], settings: Mapping[str, Any]) -> None:
+    """Refuses settings that the files in `content` leave without effect though they ask for one."""
+    if "tokenizer.json" in content:
+        table = SETTINGS
+    elif "merges.txt" in content:
+        table = BYTE_LEVEL_SETTINGS
+    elif "tokenizer.model" in content:
+        table = SENTENCEPIECE_SETTINGS
+    else:
+        table = WORD_PIECE_SETTINGS
+    table.check(settings, "tokenizer_config.json")
+
+
 SPECIAL_TOKENS_MAP = KeyTable(
     "special_tokens_map.json",
     used=frozenset({"*_token", "additional_special_tokens", "extra_special_tokens"}),

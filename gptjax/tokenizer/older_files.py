@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptjax.config.errors import UserError
-from gptjax.core.foreign_keys import KeyTable
 from gptjax.tokenizer import file_keys
 from gptjax.tokenizer.added_tokens import read_added, roles
 from gptjax.tokenizer.library import complete
@@ -62,20 +61,6 @@ def tokenizer_class(settings: Mapping[str, Any], config: Mapping[str, Any]) -> s
     return str(name).removesuffix("Fast")
 
 
-def check_settings(content: Mapping[str, bytes], settings: Mapping[str, Any]) -> None:
-    """Refuses settings that these files leave without effect though they ask for one."""
-    table: KeyTable
-    if "tokenizer.json" in content:
-        table = file_keys.SETTINGS
-    elif "merges.txt" in content:
-        table = file_keys.BYTE_LEVEL_SETTINGS
-    elif "tokenizer.model" in content:
-        table = file_keys.SENTENCEPIECE_SETTINGS
-    else:
-        table = file_keys.WORD_PIECE_SETTINGS
-    table.check(settings, "tokenizer_config.json")
-
-
 def rewrite(content: Mapping[str, bytes], settings: Mapping[str, Any], name: str) -> bytes | None:
     """The `tokenizer.json` with all added tokens, or None where these files are not here.
 
@@ -87,7 +72,7 @@ def rewrite(content: Mapping[str, bytes], settings: Mapping[str, Any], name: str
         rewritten = _word_piece(content, settings, name)
     else:
         return None
-    check_settings(content, settings)
+    file_keys.check_settings(content, settings)
     described = json.loads(rewritten)
     completed = complete(rewritten, read_added(content, settings))
     if settings.get("add_bos_token"):

@@ -16,7 +16,7 @@ from typing import Any
 
 from gptjax.config.errors import UserError
 from gptjax.core import cli
-from gptjax.tokenizer import older_files, template_files
+from gptjax.tokenizer import file_keys, older_files, template_files
 from gptjax.tokenizer.added_tokens import read_added, read_settings, roles
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.library import LibraryReader, complete
@@ -73,7 +73,7 @@ class PretrainedTokenizer(Tokenizer):
         return "tokenizer.json" if "tokenizer.json" in self._content else "tokenizer.model"
 
     def _read(self, settings: dict[str, Any]) -> None:
-        older_files.check_settings(self._content, settings)
+        file_keys.check_settings(self._content, settings)
         added = read_added(self._content, settings)
         self._reader: LibraryReader | PieceReader
         if "tokenizer.json" in self._content:
