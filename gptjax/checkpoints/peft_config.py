@@ -231,7 +231,7 @@ class LoraFile:
         value = self._raw.get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not _is_number(value):
             raise self._fault(key, "is no number")
         return value
 
@@ -239,7 +239,7 @@ class LoraFile:
         """The number of the first pattern that ends the module's name, or the default."""
         for pattern, value in (self._raw.get(patterns_key) or {}).items():
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                if isinstance(value, bool) or not isinstance(value, int | float):
+                if not _is_number(value):
                     raise self._fault(patterns_key, f"gives no number to {pattern!r}")
                 return value
         return default
@@ -307,6 +307,10 @@ class LoraFile:
                     raise self._fault("trainable_token_indices", "holds what is no list of ids")
                 return of_module
         return []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_text_or_texts(value: Any) -> bool:

@@ -7,13 +7,10 @@ the share that is asked for, else the ends of long ones.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -61,10 +58,13 @@ class Survey:
 
 def survey(documents: Documents) -> Survey:
     """Reads all documents once; kept in the cache by the fingerprint of their content."""
-    key = files.digest("survey 1", documents.fingerprint)
+    key = files.digest("survey 2", documents.fingerprint)
     path = files.cache_path("surveys", f"{key[:32]}.npz")
-    if stored := _read_survey(path, documents.count):
-        return stored
+    if data := files.read_cached(path):
+        with np.load(io.BytesIO(data)) as arrays:
+            stored = Survey(arrays["lengths"], arrays["hashes"], arrays["markers"])
+        if len(stored.lengths) == documents.count:
+            return stored
     lengths, hashes = [], []
     markers = np.zeros(len(_MARKERS), np.int64)
     with cli.progress("documents measured") as advance:
@@ -79,22 +79,10 @@ def survey(documents: Documents) -> Survey:
             "were read: was it changed meanwhile? Start again"
         )
     result = Survey(np.array(lengths, np.int64), np.array(hashes, np.uint64), markers)
-    with contextlib.suppress(OSError):  # without room for it, it is made again
-        buffer = io.BytesIO()
-        np.savez(buffer, **dataclasses.asdict(result))
-        files.write_bytes(path, buffer.getvalue())
+    buffer = io.BytesIO()
+    np.savez(buffer, **dataclasses.asdict(result))
+    files.write_cached(path, buffer.getvalue())
     return result
-
-
-def _read_survey(path: Path, count: int) -> Survey | None:
-    """The survey of `count` documents in this file; None where it is missing or damaged."""
-    try:
-        with np.load(io.BytesIO(path.read_bytes())) as stored:
-            result = Survey(stored["lengths"], stored["hashes"], stored["markers"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    sizes = (len(result.lengths), len(result.hashes), len(result.markers))
-    return result if sizes == (count, count, len(_MARKERS)) else None
 
 
 def content_hash(text: str) -> int:
