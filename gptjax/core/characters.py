@@ -6,13 +6,13 @@ import re
 
 from gptjax.config.errors import UserError
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 _SHOWN = 20  # characters before it, in the message
 
 
 def check_characters(text: str, where: str) -> None:
     """Raises UserError, which begins with `where`, for what no UTF-8 can hold."""
-    match = _SURROGATE.search(text)
+    match = SURROGATE.search(text)
     if match is None:
         return
     before, code = text[max(match.start() - _SHOWN, 0) : match.start()], ord(match[0])
@@ -22,6 +22,6 @@ def check_characters(text: str, where: str) -> None:
             "write it in UTF-8"
         )
     raise UserError(
-        f"{where} holds half of a UTF-16 pair, {match[0]!r} (after {before!r}), which is no "
-        "character: decode its source as UTF-16, or drop it"
+        f"{where} holds {match[0]!r} (after {before!r}), half of a UTF-16 pair and no character: "
+        "decode its source as UTF-16, or drop it"
     )

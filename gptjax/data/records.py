@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 from gptjax.config.errors import UserError
-from gptjax.core.characters import check_characters
+from gptjax.core.characters import SURROGATE
 from gptjax.core.files import decode
 from gptjax.data.selection import Selection
 
@@ -54,7 +54,11 @@ class Record:
                 f"{self.where} has no text under {setting} = {name!r}; "
                 f"fields are {', '.join(map(str, self.fields))}{_records_within(self.fields)}"
             )
-        check_characters(value, f"{self.where}: {setting} = {name!r}")
+        if SURROGATE.search(value):
+            raise UserError(
+                f"{self.where}: {setting} = {name!r} holds half of a UTF-16 pair, which is no "
+                "character; correct or drop the row"
+            )
         return value
 
 
