@@ -50,7 +50,10 @@ class KeyTable:
     @functools.cached_property
     def _fates(self) -> dict[str, str | Refusal]:
         """{key or pattern: why it is refused or has no effect, "" for one that is used}."""
-        return {**dict.fromkeys(self.used, ""), **self.refused, **self.no_effect}
+        others: dict[str, str | Refusal] = {**self.refused, **self.no_effect}
+        # a chat template may read a key that is refused for others
+        unused = {key: fate for key, fate in others.items() if key not in self.used}
+        return {**dict.fromkeys(self.used, ""), **unused}
 
     def _fate(self, key: str) -> str | Refusal | None:
         """Of the key itself, or of the first pattern that it matches; None for an unknown one."""
