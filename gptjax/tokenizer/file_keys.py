@@ -5,6 +5,7 @@ To honour another key, read it in the file that the table's name says and move i
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -389,6 +390,11 @@ def read_sentencepiece_fields(model: bytes) -> dict[str, Any]:
         5: "denormalizer_spec",
     }
     fields: dict[str, Any] = {}
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model):
+        raise UserError(
+            "tokenizer.model is a vocabulary of tiktoken, as Llama 3 has in its authors' own "
+            "format: use the tokenizer.json of its conversion"
+        )
     try:
         for number, value in _read_message(model):
             name = names.get(number, f"field {number}")

@@ -51,6 +51,10 @@ MESSAGE_KEYS = KeyTable(
         "model": "what wrote it",
         "source": "where it comes from",
         "turn_identifier": "a name of the message",
+        "finish_reason": "how the answer ended",
+        "annotations": "links that a service adds to an answer",
+        **dict.fromkeys(("country", "state", "header", "hashed_ip"), "who wrote it"),
+        **dict.fromkeys(("toxic", "redacted", "markdown"), "a label of the text"),
     },
     refused={
         "tool_calls": Refusal(

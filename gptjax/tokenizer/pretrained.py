@@ -35,6 +35,7 @@ FILES = (
     "vocab.txt",
 )
 _OLDER = ("added_tokens.json", "vocab.txt")  # read where there is no tokenizer.json
+_NOT_READ = ("spiece.model", "sentencepiece.bpe.model", "tekken.json", "*.tiktoken")
 _ROLES = "roles.json"  # next to Hugging Face's files: what the checkpoint's other files say
 
 
@@ -206,7 +207,10 @@ class PretrainedTokenizer(Tokenizer):
                 f"{folder}: the tokenizer's files are damaged: "
                 f"{type(error).__name__}: {str(error)[:150]}"
             ) from None
-        return cls(content | template_files.additional_files(folder), eos_ids) if content else None
+        if not content:
+            _say_not_read(folder)
+            return None
+        return cls(content | template_files.additional_files(folder), eos_ids)
 
     def _encode(self, texts: Sequence[str]) -> Iterator[Sequence[int]]:
         for ids in self._reader.encode_batch(texts):
@@ -264,6 +268,17 @@ def _say_contradictions(settings: Mapping[str, Any], says: Mapping[str, Any]) ->
                 f"note: tokenizer_config.json says {key} = {json.dumps(setting)} and "
                 f"tokenizer.json {json.dumps(value)}: tokenizer.json is followed"
             )
+
+
+def _say_not_read(folder: Path) -> None:
+    """Names the files of a tokenizer that make none by themselves."""
+    patterns = (*_NOT_READ, *FILES)
+    if names := [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]:
+        cli.say(
+            f"note: {folder} has {', '.join(names)}, of which no tokenizer is made here, so the "
+            "model knows token ids only: save the tokenizer with transformers, which writes a "
+            "tokenizer.json"
+        )
 
 
 def _of_older_files(content: dict[str, bytes], config: Mapping[str, Any]) -> dict[str, bytes]:

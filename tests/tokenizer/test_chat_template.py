@@ -137,6 +137,7 @@ def test_other_forms_of_messages_are_the_same_messages():
         [say("developer", "s"), say("user", parts)],
         [{"from": "system", "value": "s"}, {"from": "human", "value": "a\nb"}],
         [say("system", "s", name=None, tool_calls=None), say("user", "a\nb", id=7)],
+        [say("system", "s", annotations=[]), say("user", "a\nb", country="US", toxic=False)],
     ):
         assert chat_template.encode(tokenizer, talk) == expected
 

@@ -430,3 +430,19 @@ def test_added_tokens_of_a_tokenizer_model(legacy, tmp_path):
     assert ours.encode_template("the<end>king") == [*kind.encode("the"), 601, *after]
     assert 601 not in ours.encode("the<end>king")
     assert ours.decode(ours.encode("the <x>")) == "the <x>"
+
+
+def test_a_vocabulary_of_tiktoken_is_told_from_a_model_of_sentencepiece(tmp_path):
+    settings = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}
+    with pytest.raises(UserError, match="is a vocabulary of tiktoken.*use the tokenizer.json"):
+        open_files(
+            tmp_path, {}, tokenizer__model=b"IQ== 0\nIg== 1\n", tokenizer_config__json=settings
+        )
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "tekken.json", "qwen.tiktoken", "vocab.json"])
+def test_files_that_make_no_tokenizer_are_named(name, tmp_path, capsys):
+    assert open_files(tmp_path, {}) is None
+    assert capsys.readouterr().err == ""
+    assert open_files(tmp_path, {name: {}}) is None
+    assert f"has {name}, of which no tokenizer is made here" in capsys.readouterr().err
