@@ -55,6 +55,7 @@ FILE_KEYS = KeyTable(
         "general.*": _ABOUT_FILE,
         "quantize.*": _ABOUT_FILE,
         "imatrix.*": _ABOUT_FILE,
+        "mradermacher.*": _ABOUT_FILE,  # a publisher of many files
         "tokenizer.chat_templates": "the names of the templates, which have keys of their own",
         "tokenizer.huggingface.json": "the other fields say the same, and llama.cpp reads those",
         "tokenizer.rwkv.world": "of a tokenizer whose model is refused",

@@ -434,10 +434,9 @@ def test_added_tokens_of_a_tokenizer_model(legacy, tmp_path):
 
 def test_a_vocabulary_of_tiktoken_is_told_from_a_model_of_sentencepiece(tmp_path):
     settings = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}
-    with pytest.raises(UserError, match="is a vocabulary of tiktoken.*use the tokenizer.json"):
-        open_files(
-            tmp_path, {}, tokenizer__model=b"IQ== 0\nIg== 1\n", tokenizer_config__json=settings
-        )
+    files = {"tokenizer.model": b"IQ== 0\nIg== 1\n", "tokenizer_config.json": settings}
+    with pytest.raises(UserError, match=r"is a vocabulary of tiktoken.*use the tokenizer\.json"):
+        open_files(tmp_path, files)
 
 
 @pytest.mark.parametrize("name", ["spiece.model", "tekken.json", "qwen.tiktoken", "vocab.json"])
