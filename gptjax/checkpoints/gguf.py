@@ -237,8 +237,8 @@ def _architecture_of(config: ModelConfig, family: Family) -> str:
         raise UserError(f"GGUF export knows {known}, not {family.model_type}: use --format=hf")
     if config.labels:
         raise UserError(
-            f"GGUF export holds language models, and this one tells {', '.join(config.labels)} "
-            "apart: use --format=hf"
+            "a GGUF file has no place for a classification head, and this one tells "
+            f"{', '.join(config.labels)} apart: use --format=hf"
         )
     return family.gguf.architecture
 

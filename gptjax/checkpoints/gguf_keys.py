@@ -388,8 +388,7 @@ def find_lost_settings(config: ModelConfig, rebuilt: ModelConfig) -> list[str]:
         value, other = getattr(config, name), getattr(rebuilt, name)
         is_close = isinstance(value, float) and math.isclose(value, other, rel_tol=1e-6)
         if value != other and not is_close:
-            what = "a classification head" if name == "labels" else f"{name} = {value!r}"
-            lost.append(what)
+            lost.append(f"{name} = {value!r}")
     if config.positions == "rope":
         at = jnp.asarray([[1, 3]], jnp.int32)
         pairs = zip(rope_tables(config, at), rope_tables(rebuilt, at), strict=True)
