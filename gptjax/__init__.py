@@ -16,8 +16,6 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptjax.core import streams
-
 if TYPE_CHECKING:
     from gptjax.config.errors import UserError
     from gptjax.generation.language_model import LanguageModel
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Completion", "GenerationOptions", "LanguageModel", "UserError", "load"]
 __version__ = "0.1.0"
-
-streams.fill_closed()  # before anything opens a file
 
 _HOMES = {  # public name: the module that defines it
     "Completion": "gptjax.generation.requests",

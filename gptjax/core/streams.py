@@ -69,6 +69,7 @@ def stderr_is_terminal() -> bool:
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
     """Standard streams as the module describes them."""
+    fill_closed()
     before = sys.stdin, sys.stdout, sys.stderr
     streams: Any = sys
     if sys.stdin is None:

@@ -97,7 +97,8 @@ def test_an_interruption_says_more_than_a_lost_result(tmp_path):
 
 
 def test_a_closed_stream_leaves_its_number_to_no_file(tmp_path):
-    code = "import gptjax, os, sys; sys.exit(os.open(sys.argv[1], os.O_CREAT))"
+    work = "lambda argv: sys.exit(os.open(argv[0], os.O_CREAT))"
+    code = f"import os, sys; from gptjax.core import cli; cli.run({work}, sys.argv[1:])"
     words = f"'{sys.executable}' -c '{code}' '{tmp_path / 'file'}' <&- >&- 2>&-"
     assert subprocess.run(["bash", "-c", words], cwd=ROOT).returncode >= 3
 
