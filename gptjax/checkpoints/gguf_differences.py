@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptjax.checkpoints.gguf_vocabulary import BYTE
+from gptjax.core.characters import shorten
 from gptjax.tokenizer.added_tokens import Added
 from gptjax.tokenizer.file_keys import read_sentencepiece_fields
 from gptjax.tokenizer.library import steps_of
@@ -102,7 +103,7 @@ def _named(steps: Sequence[Mapping[str, Any]]) -> str:
 def _short(step: Mapping[str, Any]) -> str:
     details = {k: v for k, v in step.items() if k != "type"}
     text = step["type"] + (f" {json.dumps(details, ensure_ascii=False)}" if details else "")
-    return text if len(text) < 70 else text[:67] + "..."
+    return shorten(text, 70)
 
 
 def _piece_steps(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:

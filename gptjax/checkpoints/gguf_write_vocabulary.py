@@ -32,6 +32,7 @@ from gptjax.checkpoints.gguf_vocabulary import (
 )
 from gptjax.config.errors import UserError
 from gptjax.core import cli
+from gptjax.core.characters import shorten
 from gptjax.tokenizer.added_tokens import read_added, read_settings
 from gptjax.tokenizer.file_keys import read_pieces
 from gptjax.tokenizer.pieces import SPACE
@@ -151,8 +152,7 @@ def _pre_name(patterns: Sequence[str], others: Sequence[str], ignore_merges: boo
         return name
     if gguf_pre_tokenizers.name_of(patterns, ignore_merges=not ignore_merges):
         raise _refusal([f"ignore_merges = {str(ignore_merges).lower()} with its pre-tokenizer"])
-    pattern = " then ".join(patterns) or "none at all"
-    pattern = pattern if len(pattern) < 90 else pattern[:87] + "..."
+    pattern = shorten(" then ".join(patterns) or "none at all", 90)
     raise _refusal([f"a pre-tokenizer that llama.cpp has no name for ({pattern})"])
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
-from typing import NamedTuple
 
 import numpy as np
 
 from gptjax.config.errors import UserError
+from gptjax.core.characters import shorten
 from gptjax.tokenizer.base import Tokenizer
 
 TEXTS = 1000
@@ -101,28 +101,22 @@ def composed(texts: list[str]) -> list[str]:
     return [unicodedata.normalize("NFC", text) for text in texts]
 
 
-class _Listed(NamedTuple):
-    what: str
-    before: list[list[int]] | list[str]
-    after: list[list[int]] | list[str]
-
-
 def compare_tokenizers(before: TokenizerProbe, after: TokenizerProbe) -> None:
     """Raises UserError that names the first thing which is another."""
     for name in ("bos_ids", "eos_ids", "chat_template"):
         value, other = getattr(before, name), getattr(after, name)
         if value != other:
             raise UserError(f"{name} {_short(other)} instead of {_short(value)}")
-    for what, values, others in (
-        _Listed("ids of", before.ids, after.ids),
-        _Listed("ids in a chat template of", before.template_ids, after.template_ids),
-        _Listed("decoded text of", before.decoded, after.decoded),
+    for what, name in (
+        ("ids of", "ids"),
+        ("ids in a chat template of", "template_ids"),
+        ("decoded text of", "decoded"),
     ):
+        values, others = getattr(before, name), getattr(after, name)
         for text, value, other in zip(before.texts, values, others, strict=False):
             if value != other:
                 raise UserError(f"{what} {_short(text)} {_short(other)} instead of {_short(value)}")
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shorten(repr(value))

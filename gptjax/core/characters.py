@@ -1,4 +1,4 @@
-"""What is no character in a text: bytes that were no UTF-8, and halves of UTF-16 pairs."""
+"""Texts in messages: long ones, and what is no character (bytes, halves of UTF-16 pairs)."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def check_characters(text: str, where: str) -> None:
         f"{where} holds {match[0]!r} (after {before!r}), half of a UTF-16 pair and no character: "
         "decode its source as UTF-16, or drop it"
     )
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """At most `length` characters of the text, with "..." for the rest."""
+    return text if len(text) <= length else text[: length - 3] + "..."

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptjax.config.errors import UserError
+from gptjax.core.characters import shorten
 
 log = logging.getLogger("gptjax")  # shown with --debug
 
@@ -97,5 +98,4 @@ def _is_one_of(value: Any, harmless: tuple[Any, ...]) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shorten(json.dumps(value, ensure_ascii=False, default=str))
