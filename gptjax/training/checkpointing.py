@@ -127,8 +127,19 @@ class RunCheckpoints:
         return jax.process_count() == 1 and self._checkpoints.save(state, self._meta, wait=True)
 
     def save_best(self, state: TrainState, loss: float) -> None:
-        """Keeps the state under best/ where `loss` is the lowest so far, and only then."""
-        folder = self._workdir / "best"
+        """Keeps the state under best/ where `loss` is the lowest so far, and only then.
+
+        Where that cannot be written, this is said and the run goes on.
+        """
+        try:
+            self._save_best(self._workdir / "best", state, loss)
+        except OSError as error:  # such as a file in the place of the folder
+            cli.say(
+                f"warning: the best checkpoint, of step {int(state.step)}, could not be written: "
+                f"{files.explain(error).splitlines()[0]}"
+            )
+
+    def _save_best(self, folder: Path, state: TrainState, loss: float) -> None:
         losses = [
             read_meta(folder / str(step))["eval_loss"]
             for step in steps_in(folder)

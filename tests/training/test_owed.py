@@ -233,6 +233,14 @@ def test_a_file_in_the_place_of_samples_is_set_aside(corpus, tmp_path, capsys):
     assert (tmp_path / "run" / "samples" / "3.txt").is_file()
 
 
+def test_a_file_in_the_place_of_the_best_checkpoint_ends_nothing(corpus, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best").write_text("in its place")
+    assert run(corpus, tmp_path / "run", sample_tokens=0)["status"] == "finished"
+    told = "the best checkpoint, of step 3, could not be written: "
+    assert f"{told}{tmp_path / 'run' / 'best'}: Not a directory" in capsys.readouterr().err
+
+
 def test_a_sample_for_which_there_is_no_space_ends_nothing(corpus, tmp_path, capsys, monkeypatch):
     full = OSError(28, "No space left on device")
     monkeypatch.setattr(files, "write_text", only_for("samples", full, files.write_text))
