@@ -139,6 +139,11 @@ def _read_flags(
             flags[name] = value if has_value else "true"
         elif called.get(name) in known:
             raise UserError(f"--{name} is called --{called[name]} here")
+        elif "." in name and "config" in known:
+            raise UserError(
+                f"no flag '--{name}'; a setting is changed by --config.{name}=VALUE, with "
+                "--config=FILE"
+            )
         else:
             raise UserError(unknown_name("flag", f"--{name}", [f"--{n}" for n in known]))
     return flags, overrides

@@ -265,7 +265,12 @@ def test_a_key_that_cannot_be_honoured_is_refused_by_name(fields, message, tmp_p
 
 
 def test_keys_without_effect_pass(tmp_path):
-    fields = {"general__quite_new": "x", "quantize__imatrix__file": "x", "imatrix__datasets": ["x"]}
+    fields = {
+        "general__quite_new": "x",
+        "quantize__imatrix__file": "x",
+        "mradermacher__quantized_by": "x",
+        "imatrix__datasets": ["x"],
+    }
     fields |= {"llama__expert_count": 0, "llama__attention__causal": True, "split__count": 1}
     fields |= {"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 4.0}
     fields |= {"llama__attention__sliding_window": 64, "tokenizer__ggml__fim_pre_token_id": 3}
