@@ -165,8 +165,9 @@ def _open_source(config: DataConfig, resumed: str) -> Source:
     open_documents = SOURCES[config.source].open_documents or _open_field
     main = open_documents(config, config.path, training_split(config, config.path))
     if not main.count:
+        setting = "data.separator" if config.separator else "data.field"
         raise UserError(
-            f"data.path = {config.path!r}: no documents in it; check the path and data.field"
+            f"data.path = {config.path!r}: no documents in it; check the path and {setting}"
         )
     place = held_out_split(config)
     held_out = open_documents(config, *place) if place else None

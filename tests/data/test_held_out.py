@@ -259,6 +259,8 @@ def test_a_separator_cuts_files_into_documents(tmp_path, capsys):
     assert "'<|endoftext|>' stands there 4 times" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"data.separator = ',' cuts files of data.source = 'text'"):
         make_config(data=dict(source="jsonl", path="x", separator=","))
+    with pytest.raises(UserError, match=r"no documents in it; check .* data.separator"):
+        open_text(write(tmp_path / "blank", a="aaaa"), separator="a")
 
 
 def test_nothing_held_out_is_said(tmp_path):

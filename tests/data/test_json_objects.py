@@ -118,7 +118,12 @@ WRONG = {
     "array cut": ('[{"text": "a"},\n{"text": "b"}\n', r"a.jsonl:3 is not JSON: the array breaks"),
     "no comma": ('[{"text": "a"}\n{"text": "b"}]', r"a.jsonl:2 is not JSON: the array has no c"),
     "a list": ('{"text": "a"}\n["b"]\n', r"a.jsonl:2 is a list, not an object with fields"),
-    "in an array": ('[{"text": "a"},\n"b"]', r"a.jsonl:2 is a str, not an object with fields"),
+    "in an array": ('[{"text": "a"},\n"b"]', r"a.jsonl:2 is a text, not an object with fields"),
+    "numbers": ("[1, 2]\n[3, 4]\n", r"a.jsonl:1 is a number, not an object with fields"),
+    "null in place of a row": (
+        '{"text": "a"}\nnull\n',
+        r"a.jsonl:2 is null, not an object with fields",
+    ),
     "single quotes": ("{'text': 'a'}\n", r"a.jsonl:1 is not JSON: .*column 2: JSON has double q"),
     "two later": ('{"text": "a"}\n{"text": "b"} {"text": "c"}\n', r":2 has more .* 14: .*jq -c"),
     "web page": ("<!DOCTYPE html>\n<html>", r"a.jsonl is a web page and not JSON"),

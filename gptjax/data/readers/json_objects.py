@@ -102,10 +102,19 @@ def _read_values(path: Path) -> Iterator[Record]:
             raise UserError(f"{path}:{line} is not JSON: the array {what}")
 
 
+def _json_word(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return "a list"
+    return "a text" if isinstance(value, str) else "a number"
+
+
 def _record(value: Any, where: str) -> Record:
     """Raises UserError where the value is no object."""
     if not isinstance(value, dict):
-        raise UserError(f"{where} is a {type(value).__name__}, not an object with fields")
+        raise UserError(f"{where} is {_json_word(value)}, not an object with fields")
     if not isinstance(value, _Repeated):
         return Record(where, value)
     problems = dict.fromkeys(value.names, "is there twice")
