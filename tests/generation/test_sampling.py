@@ -134,7 +134,6 @@ def test_settings_out_of_range_are_refused(lm):
         (dict(num_speculative_tokens=-1), "num_speculative_tokens"),
         (dict(stop_tokens=[2**40]), "outside the vocabulary"),
         (dict(top_k=0.5), "top_k"),
-        (dict(logit_bias={"5": 1.0}), "outside the vocabulary"),
         (dict(num_beams=2, temperature=1.0), "num_beams"),
         (dict(num_beams=2, early_stopping="maybe"), "early_stopping"),
         (dict(max_new_tokens=63), "ask for at most 62"),

@@ -29,8 +29,8 @@ TEXT = "".join(f"Line {i}: the quick fox jumps over {i % 7} dogs.\n" for i in ra
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """The signals of the test process are as before, afterwards."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    """No signal is ignored, as it would be under nohup; afterwards all are as before."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
