@@ -10,32 +10,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig
 from gptjax.core import cli, files
+from gptjax.data.documents import Documents
+from gptjax.data.inside import Inside, check_inside, find_inside
 from gptjax.data.records import held_out_every
-from gptjax.data.selection import NAMES, HeldOut, Selection, counted
+from gptjax.data.selection import NAMES, HeldOut, counted
 
 TOLERANCE = 0.2  # the share held out is the one asked for, give or take this part of it
 _SHORTEST_END = 1000  # characters; fewer documents give an end where it would be shorter
 _WHOLE = -1  # in `Plan.cuts`: nothing of the document is held out
 _MARKERS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # what separates documents in corpora
 _MANY_MARKERS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Documents:
-    """`count` documents in a fixed order. fingerprint: of their content. name: of one by number."""
-
-    count: int
-    fingerprint: str
-    read: Callable[[], Iterator[str]]
-    selection: Selection
-    name: Callable[[int], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +237,11 @@ def choose_split(
             has_own=own is not None,
         )
     dropped = same if policy == "drop" else np.zeros_like(same)
+    inside = Inside(0.0, ())
+    if own:
+        inside = find_inside(main, own, same)
+        if not goes_on:
+            check_inside(config, inside, own.selection.path)
     if plan.rule or dropped.any():
         without = "without overlap" if dropped.any() else ""
         fingerprint = files.digest(main.fingerprint, rule, plan.rule, without)
@@ -258,7 +254,14 @@ def choose_split(
     has_whole_ones = own is not None or bool((plan.cuts == 0).any())
     overlap = int(same.sum()) if has_whole_ones or same.any() else None
     held_out = HeldOut(
-        how, size / max(everything, 1), size, overlap=overlap, names=names, policy=policy
+        how,
+        size / max(everything, 1),
+        size,
+        overlap=overlap,
+        names=names,
+        policy=policy,
+        inside=inside.share,
+        inside_names=inside.names,
     )
     return Split(plan, dropped, fingerprint, held_out)
 

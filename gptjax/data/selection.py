@@ -33,7 +33,8 @@ class HeldOut:
     how: which, in words. share: of all there is, 0 to 1; size: number of `unit`s (characters of
     text, rows of a task). overlap: training documents (or rows) with the content of held-out ones,
     and the first names; None where only ends of documents are held out. policy: what became of
-    them (data.overlap).
+    them (data.overlap). inside, inside_names: the share of the held-out text in lines that stand
+    in training documents too, and the first of these.
     """
 
     how: str
@@ -43,6 +44,8 @@ class HeldOut:
     overlap: int | None = None
     names: tuple[str, ...] = ()
     policy: str = "drop"
+    inside: float = 0.0
+    inside_names: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """As a run says it."""
@@ -52,6 +55,10 @@ class HeldOut:
         lines = [f"held out: {100 * self.share:.3g} % ({self.size:,} {self.unit}), {self.how}"]
         if self.overlap == 0:
             lines[0] += f"; no training {noun} is the same as a held-out one"
+        if self.inside >= 0.01:
+            of_text = f"{100 * self.inside:.3g} % of the held-out text"
+            documents = ", ".join(self.inside_names)
+            lines.append(f"warning: {of_text} stands inside training documents, first {documents}")
         if not self.overlap:
             return lines
         named = f"{', '.join(self.names)}{', ...' if self.overlap > len(self.names) else ''}"
@@ -91,7 +98,8 @@ class Selection:
         )
         held_out = values.get("held_out")
         if held_out:
-            held_out = HeldOut(**{**held_out, "names": tuple(held_out["names"])})
+            names = {name: tuple(held_out[name]) for name in ("names", "inside_names")}
+            held_out = HeldOut(**{**held_out, **names})
         return cls(**{**values, "passed_over": passed_over, "held_out": held_out})
 
 

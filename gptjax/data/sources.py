@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from gptjax.config.errors import UserError, nearest
 from gptjax.config.schema import DataConfig
 from gptjax.core import cli, files
-from gptjax.data.held_out import Documents, choose_split
+from gptjax.data.documents import Documents
+from gptjax.data.held_out import choose_split
 from gptjax.data.readers import csv, datasets, jsonl, lines, parquet, sotu, squad, tfds
 from gptjax.data.readers.finding import Files, find_files, listed_files
 from gptjax.data.readers.opening import begins_as_html, read_text

@@ -14,7 +14,7 @@ from gptjax.config.build import from_stored
 from gptjax.config.errors import UserError
 from gptjax.config.schema import DataConfig, to_dict
 from gptjax.core import files as core_files
-from gptjax.data import held_out, sources
+from gptjax.data import held_out, inside, sources
 from gptjax.data.readers import datasets
 from gptjax.data.selection import describe
 from gptjax.data.sources import EVAL, TRAIN
@@ -214,6 +214,33 @@ def test_held_out_text_is_left_out_of_training_by_name(tmp_path):
     # a run that an earlier version began goes on with what it trained on
     config = DataConfig(source="text", path=path, eval_path=str(held))
     assert len(sides(sources.open_source(config, kept.fingerprint))[0]) == 4
+
+
+def lines(first, count):
+    return "".join(f"this is line {i} of a text\n" for i in range(first, first + count))
+
+
+def test_held_out_text_inside_longer_documents_is_refused(tmp_path):
+    path = write(tmp_path / "c", a=lines(0, 100), b=lines(100, 5))
+    own = write(tmp_path / "dev", dev=lines(40, 20))
+    match = r"100 % of the held-out text of .*dev.* inside training documents, first a.txt"
+    for overlap in ("drop", "refuse"):
+        with pytest.raises(UserError, match=match):
+            open_text(path, eval_path=own, overlap=overlap)
+    kept = open_text(path, eval_path=own, overlap="keep")
+    assert "warning: 100 % of the held-out text stands inside" in said(kept)
+
+
+def test_a_little_held_out_text_inside_is_said(tmp_path, monkeypatch):
+    path = write(tmp_path / "c", a=lines(100, 100), b=lines(300, 5))
+    own = write(tmp_path / "dev", dev=lines(190, 4) + lines(400, 16), short="x\n" * 9)
+    other = write(tmp_path / "other", dev=lines(500, 9))
+    source = open_text(path, eval_path=own)
+    said_of_lines = "warning: 19.4 % of the held-out text stands inside training documents, first"
+    assert f"{said_of_lines} a.txt" in said(source)
+    assert "stands inside" not in said(open_text(path, eval_path=other))
+    monkeypatch.setattr(inside, "_compare", None)  # the second time it is in the cache
+    assert said(open_text(path, eval_path=own)) == said(source)
 
 
 def test_copies_within_the_data_are_left_out_too(tmp_path):
