@@ -54,8 +54,10 @@ class Running:
         self._watchdog.start()
 
     def _read(self) -> None:
-        for line in self.process.stderr or ():
-            self.lines.append(line)
+        if self.process.stderr:
+            with self.process.stderr as stderr:
+                for line in stderr:
+                    self.lines.append(line)
 
     def _bite(self) -> None:
         self.hung = True
@@ -115,22 +117,21 @@ class Bench:
         """
         words = [sys.executable, "-m", f"gptjax.{command}", *flags]
         quoted = " ".join(f"'{word}'" for word in words)
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        if options["stdout"] == subprocess.PIPE:
-            options["stdout"] = open(self.folder / "stdout", "w")  # noqa: SIM115 - a test reads it
+        options = {"stderr": subprocess.PIPE} | options
         environment = {**os.environ, "PYTHONPATH": self.python_path, "JAX_PLATFORMS": "cpu"}
-        for name in ("JAX_COMPILATION_CACHE_DIR", "PYTHONUNBUFFERED"):
+        for name in ("JAX_COMPILATION_CACHE_DIR", "PYTHONUNBUFFERED", "XLA_FLAGS"):
             environment.pop(name, None)
-        process = subprocess.Popen(
-            ["bash", "-c", shell.replace("{}", quoted)],
-            cwd=ROOT,
-            env=environment | self.env,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-            preexec_fn=_drop_rights if powerless else None,
-            **options,
-        )
+        with open(self.folder / "stdout", "w") as stdout:
+            process = subprocess.Popen(
+                ["bash", "-c", shell.replace("{}", quoted)],
+                cwd=ROOT,
+                env=environment | self.env,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+                preexec_fn=_drop_rights if powerless else None,
+                **({"stdout": stdout} | options),
+            )
         return Running(process, seconds)
 
     def train(self, *flags: str, steps: int = 60, **options: Any) -> Running:

@@ -180,7 +180,7 @@ def run_disk(bench: Bench) -> str:
         filler = fill(disk)
         code = running.end()
         assert code == 2 and bench.saved() == 20, (code, running.text)
-        assert "free some space and run the same command again" in running.text
+        assert "run the same command again" in running.text, running.text
         filler.unlink()
         outcome = trained(bench, bench.train(*_EVERY_STEP, steps=3000), steps=3000)
         return f"exit code 2, step 20 still whole; then {outcome}"
@@ -338,6 +338,8 @@ def data_half_made(bench: Bench) -> str:
 @drill("every compiled program in the cache is cut short")
 def compile_cache_torn(bench: Bench) -> str:
     cache = bench.own_cache()
+    bench.begin()  # before jax 0.12 an entry is of the folder that it lies in
+    shutil.rmtree(bench.run)
     entries = list((cache / "xla").glob("*-cache"))
     assert entries
     for entry in entries:

@@ -67,7 +67,7 @@ def train(run: Run) -> dict[str, Any]:
     if status == "failed to save":
         raise UserError(
             f"the checkpoint of step {loop.step} could not be written to {run.workdir} (see "
-            "above for the reason): mend it and run the same command again"
+            "above for the reason): remove the cause and run the same command again"
         )
     records = loop.tracker.latest if loop.tracker else ()
     return finish(run, loop.step, status=status, records=records)

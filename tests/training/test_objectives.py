@@ -227,6 +227,7 @@ def test_rewards_rise_and_a_resumed_run_writes_the_same_answers(place):
         "optim.weight_decay": 0,
     }
     grpo |= {"train.steps": 60, "train.save_every": 30, "task.eval_samples": 2}
+    grpo["data.overlap"] = "keep"  # two questions, again and again
     command(*flags(place, place / "grpo", "questions.jsonl", **grpo))
     rewards = [
         r["train/reward"]
