@@ -129,10 +129,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes a .npy file, atomically."""
+    array = np.ascontiguousarray(array)  # the header says in which order the numbers stand
     with atomic(path) as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         # not by np.save, whose error on a full disk names neither disk nor file
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        file.write(array.reshape(-1).view(np.uint8))
 
 
 def report_text(path: Path, text: str) -> bool:

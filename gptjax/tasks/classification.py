@@ -110,10 +110,14 @@ def evaluate(
     )
 
 
-def _majority(examples: Sequence[Example], train: Sequence[Example]) -> Baselines:
-    """The class that the training split has most of."""
+def most_frequent(examples: Sequence[Example], train: Sequence[Example]) -> list[Answer]:
+    """For each example, the label that the training split has most of."""
     label, _ = collections.Counter(example.label for example in train).most_common(1)[0]
-    return {"majority": [Answer(value=float(label or 0))] * len(examples)}
+    return [Answer(value=float(label or 0))] * len(examples)
+
+
+def _majority(examples: Sequence[Example], train: Sequence[Example]) -> Baselines:
+    return {"majority": most_frequent(examples, train)}
 
 
 CLASSIFICATION = Task(

@@ -6,7 +6,6 @@ a row is one number: bit i says whether the row has label i.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +16,7 @@ from gptjax.data.records import Record
 from gptjax.metrics import classification as classification_metrics
 from gptjax.metrics.bootstrap import Metric
 from gptjax.tasks.base import Answer, AnsweredBy, Baselines, Example, Rendering, Task
+from gptjax.tasks.classification import most_frequent
 from gptjax.tasks.rendering import head_example
 
 MOST_LABELS = 31  # bits of a target
@@ -101,9 +101,7 @@ def _answered_by(config: TaskConfig) -> AnsweredBy:
 
 
 def _commonest(examples: Sequence[Example], train: Sequence[Example]) -> Baselines:
-    """The set of labels that most texts of the training split have."""
-    label, _ = collections.Counter(example.label for example in train).most_common(1)[0]
-    return {"most frequent set": [Answer(value=float(label or 0))] * len(examples)}
+    return {"most frequent set": most_frequent(examples, train)}
 
 
 MULTI_LABEL = Task(

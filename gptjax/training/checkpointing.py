@@ -31,32 +31,39 @@ _FINGERPRINTS = {
 }
 
 
-def check_same_run(workdir: Path, config: Config, fingerprints: dict[str, str]) -> None:
-    """Refuses to continue a run whose numbers would change. Raises UserError with each change."""
+def newest_meta(workdir: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint whose description is intact says of its run; None in a new one."""
     for step in reversed(steps_in(workdir / "checkpoints")):
         folder = workdir / "checkpoints" / str(step)
-        if fault(folder, ("meta/",)):
-            continue  # `restore` will name it
-        meta = read_meta(folder)
-        stored = from_stored(meta["config"])
-        differences = changes(stored, config)
-        for name, what in _FINGERPRINTS.items():
-            if meta.get(name, "") != fingerprints[name]:
-                differences.append(f"{name}: the {what} changed since the run began")
-                if name == "data":  # which of these did it
-                    every = changes(stored, config, shaping_only=False)
-                    listed = [line for line in every if line.startswith("data.")]
-                    differences += [line for line in listed if line not in differences]
-        if not differences:
-            return
-        if len(differences) > 4:
-            differences = [*differences[:3], f"and {len(differences) - 3} more"]
-        lines = "\n  ".join(differences)
-        raise UserError(
-            f"{workdir} holds a run with other settings (old -> new):\n  {lines}\n"
-            "Use the old ones (see config.json there) or another --workdir; to train further with "
-            f"new ones,\nstart a new run with --config.train.init_from={workdir}."
-        )
+        if not fault(folder, ("meta/",)):  # else `restore` will name it
+            return read_meta(folder)
+    return None
+
+
+def check_same_run(workdir: Path, config: Config, fingerprints: dict[str, str]) -> None:
+    """Refuses to continue a run whose numbers would change. Raises UserError with each change."""
+    meta = newest_meta(workdir)
+    if meta is None:
+        return
+    stored = from_stored(meta["config"])
+    differences = changes(stored, config)
+    for name, what in _FINGERPRINTS.items():
+        if meta.get(name, "") != fingerprints[name]:
+            differences.append(f"{name}: the {what} changed since the run began")
+            if name == "data":  # which of these did it
+                every = changes(stored, config, shaping_only=False)
+                listed = [line for line in every if line.startswith("data.")]
+                differences += [line for line in listed if line not in differences]
+    if not differences:
+        return
+    if len(differences) > 4:
+        differences = [*differences[:3], f"and {len(differences) - 3} more"]
+    lines = "\n  ".join(differences)
+    raise UserError(
+        f"{workdir} holds a run with other settings (old -> new):\n  {lines}\n"
+        "Use the old ones (see config.json there) or another --workdir; to train further with "
+        f"new ones,\nstart a new run with --config.train.init_from={workdir}."
+    )
 
 
 def kept_tokenizer(workdir: Path, config: Config) -> Tokenizer | None:
@@ -65,13 +72,12 @@ def kept_tokenizer(workdir: Path, config: Config) -> Tokenizer | None:
     None where none was trained, the settings differ, or it cannot be read: it is then made again,
     and `check_same_run` compares the two.
     """
-    steps = steps_in(workdir / "checkpoints")
-    data = config.data
+    meta, data = newest_meta(workdir), config.data
     trains_one = data.tokenizer == "sentencepiece" and not data.tokenizer_path
-    if not steps or not trains_one or data.source == "shards":
+    if meta is None or not trains_one or data.source == "shards":
         return None
     try:
-        stored = from_stored(read_meta(workdir / "checkpoints" / str(steps[-1]))["config"]).data
+        stored = from_stored(meta["config"]).data
         if (stored.tokenizer, stored.tokenizer_vocab) != (data.tokenizer, data.tokenizer_vocab):
             return None
         return load_tokenizer(workdir / "tokenizer")
@@ -82,11 +88,7 @@ def kept_tokenizer(workdir: Path, config: Config) -> Tokenizer | None:
 
 def stored_fingerprint(workdir: Path) -> str:
     """The fingerprint of the data of the run in a workdir; "" in a new one."""
-    for step in reversed(steps_in(workdir / "checkpoints")):
-        folder = workdir / "checkpoints" / str(step)
-        if not fault(folder, ("meta/",)):
-            return read_meta(folder).get("data", "")
-    return ""
+    return (newest_meta(workdir) or {}).get("data", "")
 
 
 @jax.jit

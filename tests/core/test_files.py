@@ -116,3 +116,10 @@ def test_progress_is_said_once(capsys):
     for _ in range(2):
         cli.say_once("only once in a process, this")
     assert capsys.readouterr().err == "only once in a process, this\n"
+
+
+def test_an_array_is_read_as_it_was_whatever_its_order(tmp_path):
+    array = np.arange(6).reshape(2, 3)
+    for name, stored in (("rows", array), ("columns", np.asfortranarray(array)), ("one", array[0])):
+        files.write_array(tmp_path / f"{name}.npy", stored)
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), stored)
