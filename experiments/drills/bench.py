@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -20,7 +19,12 @@ from gptjax.checkpoints.workdir import fault, steps_in
 
 ROOT = Path(__file__).parents[2]
 WATCHDOG_SECONDS = 120
-_DROP_FROM_BOUNDING_SET, _OVERRIDES = 24, (1, 2)  # prctl; the rights of root over any file
+_WITHOUT_RIGHTS = """
+import ctypes, os, sys
+for right in (1, 2):  # root's rights over any file, dropped from the bounding set (24)
+    ctypes.CDLL(None).prctl(24, right, 0, 0, 0)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""  # a program, for preexec_fn forks this process, which holds JAX's threads
 FLAGS = (
     "--config=configs/debug.py",
     "--config.model.layers=1",
@@ -117,19 +121,20 @@ class Bench:
         """
         words = [sys.executable, "-m", f"gptjax.{command}", *flags]
         quoted = " ".join(f"'{word}'" for word in words)
+        drops = powerless and os.geteuid() == 0
+        under = [sys.executable, "-c", _WITHOUT_RIGHTS] if drops else []
         options = {"stderr": subprocess.PIPE} | options
         environment = {**os.environ, "PYTHONPATH": self.python_path, "JAX_PLATFORMS": "cpu"}
         for name in ("JAX_COMPILATION_CACHE_DIR", "PYTHONUNBUFFERED", "XLA_FLAGS"):
             environment.pop(name, None)
         with open(self.folder / "stdout", "w") as stdout:
             process = subprocess.Popen(
-                ["bash", "-c", shell.replace("{}", quoted)],
+                [*under, "bash", "-c", shell.replace("{}", quoted)],
                 cwd=ROOT,
                 env=environment | self.env,
                 stdin=subprocess.DEVNULL,
                 text=True,
                 start_new_session=True,
-                preexec_fn=_drop_rights if powerless else None,
                 **({"stdout": stdout} | options),
             )
         return Running(process, seconds)
@@ -170,13 +175,6 @@ class Bench:
 
     def stdout(self) -> str:
         return (self.folder / "stdout").read_text()
-
-
-def _drop_rights() -> None:
-    if os.geteuid() == 0:
-        libc = ctypes.CDLL(None)
-        for right in _OVERRIDES:
-            libc.prctl(_DROP_FROM_BOUNDING_SET, right, 0, 0, 0)
 
 
 @contextlib.contextmanager
