@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import turns
+from contenders import jax_read_rate
 
 CONTENDERS = (
     "gptjax float32",
@@ -37,22 +38,6 @@ BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 WEIGHTS = (
     12 * 12 * 768**2 + 50257 * 768
 )  # matrices that a step reads; the rest is a hundredth of them
-
-
-def bandwidth() -> float:
-    """Bytes/s of reading 512 MiB by all cores, the best of three: what no decode step can beat."""
-    import jax
-    import jax.numpy as jnp
-
-    block = jnp.ones((512 << 20) // 4, jnp.float32)
-    read = jax.jit(jnp.sum)
-    read(block).block_until_ready()
-    best = 0.0
-    for _ in range(3):
-        began = time.perf_counter()
-        read(block).block_until_ready()
-        best = max(best, block.nbytes / (time.perf_counter() - began))
-    return best
 
 
 def prepare(folder: Path) -> None:
@@ -162,7 +147,7 @@ def worker(folder: str, name: str, batch: int, prompt: int, new: int) -> None:
         return time.perf_counter() - began
 
     step(1)
-    turns.work(step, lambda: (bandwidth(), first()))
+    turns.work(step, lambda: (jax_read_rate(512 << 20), first()))
 
 
 def report(batch: int, new: int, found: dict[str, list[tuple[float, tuple[float, float]]]]) -> None:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import sys
-import time
 
+import contenders
 import turns
 
 # layers, width, heads, batch, context, vocabulary
@@ -31,118 +31,31 @@ TORCH_BFLOAT16 = ("torch eager bfloat16", "torch compile bfloat16")
 CONTENDERS = OURS + TORCH_FLOAT32 + TORCH_BFLOAT16
 
 
-def gptjax_worker(shape: str, dtype: str):
-    """Returns (step, matrix rate): `step()` runs one training step and waits for it."""
-    from gptjax.runtime.memory import keep_freed_memory
-
-    keep_freed_memory()
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from gptjax.config import build
-    from gptjax.core.types import Batch
-    from gptjax.runtime import sharding
-    from gptjax.runtime.mesh import make_mesh
-    from gptjax.training import step as train_step
-    from gptjax.training.setup import make_plan
-
+def trainer(shape: str, name: str) -> contenders.GptjaxTrainer | contenders.TorchTrainer:
+    """name: gptjax and a dtype, or torch, a mode and a dtype."""
     layers, width, heads, batch, context, vocab = SHAPES[shape]
-    c = build.build_config(
-        {
-            "model": dict(
-                layers=layers,
-                width=width,
-                heads=heads,
-                context=context,
-                vocab_size=vocab,
-                dtype=dtype,
-            ),
-            "train": dict(batch_size=batch),
-            "optim": dict(lr=3e-4),
-        }
+    model = dict(layers=layers, width=width, heads=heads, context=context, vocab_size=vocab)
+    library, *mode, dtype = name.split()
+    if library == "gptjax":
+        from gptjax.runtime.memory import keep_freed_memory
+
+        keep_freed_memory()
+        return contenders.GptjaxTrainer(
+            {"model": model | dict(dtype=dtype), "train": dict(batch_size=batch)}
+        )
+    return contenders.TorchTrainer(
+        contenders.torch_config(model),
+        contenders.random_rows(vocab, batch, context),
+        dtype=dtype,
+        backend="inductor" if mode == ["compile"] else "",
     )
-    mesh = make_mesh(c)
-    ids = np.random.default_rng(0).integers(0, vocab, (batch, context + 1)).astype(np.int32)
-    ones = np.ones((batch, context), np.int32)
-    data = Batch(
-        tokens=ids[:, :-1],
-        targets=ids[:, 1:],
-        loss_weights=ones.astype(np.float32),
-        segment_ids=ones,
-        positions=np.broadcast_to(np.arange(context, dtype=np.int32), (batch, context)),
-    )
-    with jax.set_mesh(mesh):
-        plan = make_plan(c, mesh)
-        state, _ = train_step.init_state(plan)
-        data = sharding.to_global(mesh, data)
-        compiled = train_step.lower(plan).compile()
-
-    def step() -> None:
-        nonlocal state
-        state, out = compiled(state, data, {})
-        jax.block_until_ready((state, out))
-
-    def matrix_rate() -> float:
-        a = jnp.ones((batch * context, width), dtype)
-        b = jnp.ones((width, 4 * width), dtype)
-        product = jax.jit(lambda a, b: a @ b)
-        product(a, b).block_until_ready()
-        n = max(1, int(2e10 / (2 * a.size * b.shape[1])))
-        began = time.perf_counter()
-        for _ in range(n):
-            product(a, b).block_until_ready()
-        return 2 * a.size * b.shape[1] * n / (time.perf_counter() - began)
-
-    return step, matrix_rate
-
-
-def torch_worker(shape: str, mode: str, dtype: str):
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    layers, width, heads, batch, context, vocab = SHAPES[shape]
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=vocab,
-        n_positions=context,
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
-        use_cache=False,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    net = GPT2LMHeadModel(config).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    forward = torch.compile(net) if mode == "compile" else net
-    ids = torch.randint(0, vocab, (batch, context))
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = forward(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-
-    def matrix_rate() -> float:
-        a, b = torch.ones(batch * context, width), torch.ones(width, 4 * width)
-        n = max(1, int(2e10 / (2 * a.numel() * 4 * width)))
-        began = time.perf_counter()
-        for _ in range(n):
-            a @ b
-        return 2 * a.numel() * 4 * width * n / (time.perf_counter() - began)
-
-    return step, matrix_rate
 
 
 def worker(shape: str, name: str) -> None:
-    library, *mode = name.split()
-    turns.work(
-        *(gptjax_worker(shape, *mode) if library == "gptjax" else torch_worker(shape, *mode))
-    )
+    _, width, _, batch, context, _ = SHAPES[shape]
+    contender = trainer(shape, name)
+    rate = lambda: contender.matrix_rate(batch * context, width, 4 * width)
+    turns.work(contender.step, rate, wait=contender.wait)
 
 
 def measure(
