@@ -12,7 +12,8 @@ from pathlib import Path
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
-os.environ["JAX_PLATFORMS"] = "cpu"
+# experiments/accelerator runs some files on the one device that it is there for.
+os.environ["JAX_PLATFORMS"] = os.environ.get("GPTJAX_TEST_PLATFORM", "cpu")
 
 import jax
 import jax.numpy as jnp
