@@ -207,8 +207,6 @@ def _lora_checks(c: Config) -> list[str]:
         faults.append("lora.dora needs lora.rank above 0 and lora.base = 'float32'")
     if lora.prompt_tokens and not c.task.name:
         faults.append("lora.prompt_tokens come before the examples of a task: set task.name")
-    if lora.on and c.mesh.tensor not in (1, -1) and lora.base == "int8":
-        faults.append("lora.base = 'int8' is not split over mesh.tensor: set it to 1")
     return faults
 
 

@@ -330,7 +330,7 @@ class MeshConfig:
     )
     tensor: int = setting(1, "Devices that split heads, MLP and vocabulary.", low=-1, shapes=False)
     context: int = setting(
-        1, "Devices that split the sequence (only 1 so far).", low=1, high=1, shapes=False
+        1, "Devices that split the sequence; attention gathers its keys.", low=-1, shapes=False
     )
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Params
+from gptjax.ops import collectives
 from gptjax.ops.implementations import IMPLEMENTATIONS
 
 
@@ -24,19 +25,43 @@ def embed(
     (`lora.prompt_tokens`) in place of the tokens, position embeddings added to them.
     """
     c, table = config, params["embed"]
-    if "rows" in table:
-        lookup = IMPLEMENTATIONS[c.implementation].quantized_lookup
-        x = lookup(table, tokens).astype(c.dtype)
-    else:
-        x = table["tokens"][tokens]
-    if c.scale_embeddings:
-        x = x * jnp.asarray(math.sqrt(c.width), x.dtype)
     if positions is None:
-        return x
+        return _scaled(c, _lookup(c, table, tokens))
+    # Devices that share the columns of the tables look the rows of all of them up, each in its own
+    # columns, and exchange what they found: no table is gathered.
+    shares_columns = collectives.size("fsdp") > 1 and "rows" not in table
+    if shares_columns:
+        tokens, positions = (collectives.gather(ids, "fsdp", 0) for ids in (tokens, positions))
+    x = _lookup(c, table, tokens)
+    # rows are whole on every device; of a table split over `tensor` each found a part
+    x = collectives.own_sequence(x) if "rows" in table else collectives.to_residual(x)
+    x, positions = _scaled(c, x), collectives.own_sequence(positions)
     if "prompt" in table:
         prompt = table["prompt"]
+        if shares_columns:
+            prompt = collectives.part(prompt, "fsdp", 1)
         prompt_vectors = prompt[jnp.minimum(positions, len(prompt) - 1)].astype(x.dtype)
         x = jnp.where((positions < len(prompt))[..., None], prompt_vectors, x)
     if c.positions == "learned":
-        x = x + table["positions"][positions]
-    return x
+        learned = table["positions"]
+        if not shares_columns:
+            learned = collectives.gather(learned, "fsdp", 1)
+        x = x + learned[positions]
+    return collectives.exchange(x, "fsdp", split=0, join=2) if shares_columns else x
+
+
+def _scaled(config: ModelConfig, x: Array) -> Array:
+    return x * jnp.asarray(math.sqrt(config.width), x.dtype) if config.scale_embeddings else x
+
+
+def _lookup(config: ModelConfig, table: Params, ids: Array) -> Array:
+    """The vectors of these tokens; 0 for tokens that the table of another device has."""
+    if "rows" in table:
+        lookup = IMPLEMENTATIONS[config.implementation].quantized_lookup
+        return lookup(table, ids).astype(config.dtype)
+    tokens_VD = table["tokens"]
+    if collectives.size("tensor") == 1:
+        return tokens_VD[ids]
+    ids = ids - collectives.index("tensor") * len(tokens_VD)
+    here = (ids >= 0) & (ids < len(tokens_VD))
+    return jnp.where(here[..., None], tokens_VD[jnp.where(here, ids, 0)], 0)

@@ -5,22 +5,28 @@ x are hidden states as `transformer.apply` returns them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Params
-from gptjax.ops import quantized
+from gptjax.ops import collectives, quantized
 from gptjax.ops.activation import softcap
 from gptjax.ops.implementations import IMPLEMENTATIONS
 
 
-def table(params: Params) -> Float[Array, "V D"]:
-    """The output table [padded V, D]; float32 where it is kept as rows."""
+def table(params: Params, dtype: Any = None) -> Float[Array, "V D"]:
+    """The output table [padded V, D]; of several devices along `tensor`, the part of the vocabulary
+    that is this one's. dtype: None leaves it as it is stored, or float32 where it is kept as rows.
+    """
     weight = params["head"] if "head" in params else params["embed"]
     if "rows" in weight:
-        return quantized.dequantize(weight)
-    return weight["kernel"] if "head" in params else weight["tokens"]
+        table_VD = quantized.dequantize(weight)
+        return collectives.part(table_VD.astype(dtype or table_VD.dtype), "tensor", 0)
+    columns = weight["kernel"] if "head" in params else weight["tokens"]
+    return collectives.gather(columns.astype(dtype or columns.dtype), "fsdp", 1)
 
 
 def unembed(config: ModelConfig, params: Params, x: Float[Array, "*S D"]) -> Float32[Array, "*S V"]:
@@ -31,8 +37,9 @@ def unembed(config: ModelConfig, params: Params, x: Float[Array, "*S D"]) -> Flo
         logits = quantized_matmul(x.reshape(-1, x.shape[-1]), weight)
         logits = logits.reshape(*x.shape[:-1], -1)
     else:
-        table_VD = table(params).astype(x.dtype)
+        table_VD = table(params, x.dtype)
         logits = jnp.einsum("...D,VD->...V", x, table_VD, preferred_element_type=jnp.float32)
+        logits = collectives.gather(logits, "tensor", logits.ndim - 1)
     return softcap(logits[..., : config.vocab_size], config.logit_softcap)
 
 
@@ -51,10 +58,13 @@ def token_cross_entropy(
     *,
     chunk: int,
 ) -> Float32[Array, ""]:
-    """Sum over positions of weight * -log p(target), float32 []; chunk: positions at a time."""
+    """Sum over positions of weight * -log p(target), float32 []; chunk: positions at a time.
+
+    Of several devices, each one's share of the sum.
+    """
     return IMPLEMENTATIONS[config.implementation].cross_entropy(
         x_BTD,
-        table(params).astype(x_BTD.dtype),
+        table(params, x_BTD.dtype),
         targets_BT,
         weights_BT,
         vocab_size=config.vocab_size,
@@ -74,7 +84,7 @@ def token_logprobs(
     """log p(target) of each position, float32 [B, T], `chunk` positions at a time."""
     return IMPLEMENTATIONS[config.implementation].logprobs(
         x_BTD,
-        table(params).astype(x_BTD.dtype),
+        table(params, x_BTD.dtype),
         targets_BT,
         vocab_size=config.vocab_size,
         softcap=config.logit_softcap,

@@ -9,10 +9,11 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array
+from gptjax.model.dropout import keep_inputs
+from gptjax.ops import collectives
 from gptjax.ops.implementations import IMPLEMENTATIONS, Ops
 
 
@@ -49,12 +50,14 @@ class Linear(Module):
     """Contracts the last `inputs` axes of x with a kernel [*inputs, *features].
 
     Where the parameters hold `rows` (see `model.quantize`) instead of a kernel, those are used; an
-    adapter next to them (see `model.lora`) adds its part.
+    adapter next to them (see `model.lora`) adds its part. With `partial`, the inputs are split over
+    the devices along `tensor`, and the result is this device's part of a sum over them.
     """
 
     features: tuple[int, ...] = ()
     bias: bool = False
     inputs: int = 1
+    partial: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -67,20 +70,22 @@ class Linear(Module):
             kernel = self.param("kernel", nn.initializers.zeros, shape)
             y = self.ops.matmul(x_ND, kernel.reshape(rows, columns))
         if self.has_variable("params", "lora_a"):
-            y = self._add_adapter(x_ND, y, self.variables["params"])
+            y = self._add_adapter(x, y, self.variables["params"])
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, self.features)
+            bias = collectives.once(bias, "tensor") if self.partial else bias
             y = self.ops.bias_add(y, bias.reshape(columns))
         return y.reshape(*x.shape[: -self.inputs], *self.features)
 
     def _add_adapter(self, x: Array, y: Array, params: Any) -> Array:
-        """y [N, F] + (x [N, D] A) B, rescaled where the adapter is DoRA's."""
+        """y [N, F] + (x A) B, rescaled where the adapter is DoRA's."""
         a, b = params["lora_a"].astype(x.dtype), params["lora_b"].astype(x.dtype)
         if "keep_prob" in params and self.has_rng("dropout"):
-            keep_prob = params["keep_prob"]
-            keep = jax.random.bernoulli(self.make_rng("dropout"), keep_prob, x.shape)
+            keep_prob, key = params["keep_prob"], self.make_rng("dropout")
+            keep = keep_inputs(key, x, self.inputs, keep_prob, split=self.partial)
             x = x * keep / keep_prob.astype(x.dtype)
-        y = y + self.ops.low_rank(x, a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1))
+        a_DR, b_RF = a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
+        y = y + self.ops.low_rank(x.reshape(-1, len(a_DR)), a_DR, b_RF)
         if "dora_scale" in params:
             y = y * params["dora_scale"].astype(y.dtype).reshape(-1)
         return y

@@ -106,6 +106,7 @@ def apply_adapter(
     """
     if not frozen:
         return trained
+    frozen = with_lengths(lora, frozen, trained)
     adapters = _scaled_adapters(lora, frozen["blocks"], trained.get("blocks", {}), dropout)
     if isinstance(frozen["blocks"], tuple):
         count = len(frozen["blocks"])
@@ -116,6 +117,24 @@ def apply_adapter(
     frozen_rest = {name: part for name, part in frozen.items() if name != "blocks"}
     trained_rest = {name: part for name, part in trained.items() if name != "blocks"}
     return {**merge_trees(frozen_rest, trained_rest), "blocks": blocks}
+
+
+def with_lengths(lora: LoraConfig, frozen: Params, trained: Params) -> Params:
+    """`frozen` with lora_length [L, *out] where an adapter is DoRA's: the lengths of the updated
+    kernel's columns, a constant for the gradient (Liu et al. 2024, section 4.3).
+
+    Unchanged where it has them. Kernels must be complete: the lengths are sums over all inputs.
+    """
+    kernels, adapters = tree.flatten(frozen), tree.flatten(trained)
+    lengths = {}
+    for path in adapters:
+        layer, _, name = path.rpartition("/")
+        if name == "lora_m" and f"{layer}/lora_length" not in kernels:
+            adapter = {part: adapters[f"{layer}/{part}"] for part in ("lora_a", "lora_b")}
+            kernel = kernels[f"{layer}/kernel"].astype(jnp.float32) + update(lora, adapter)
+            length = _input_norm(kernel, quantize.input_axes(layer))
+            lengths[f"{layer}/lora_length"] = jax.lax.stop_gradient(length)
+    return merge_trees(frozen, tree.nested(lengths)) if lengths else frozen
 
 
 def _scaled_adapters(lora: LoraConfig, frozen: Any, trained: Params, dropout: bool) -> Params:
@@ -131,10 +150,7 @@ def _scaled_adapters(lora: LoraConfig, frozen: Any, trained: Params, dropout: bo
             continue
         adapter = {"lora_a": part["lora_a"], "lora_b": part["lora_b"] * lora.scale}
         if "lora_m" in part:
-            kernel = frozen[name]["kernel"].astype(jnp.float32) + update(lora, part)
-            # a constant for the gradient (Liu et al. 2024, section 4.3)
-            length = jax.lax.stop_gradient(_input_norm(kernel, quantize.input_axes(name)))
-            adapter["dora_scale"] = part["lora_m"] / length
+            adapter["dora_scale"] = part["lora_m"] / frozen[name]["lora_length"]
         if dropout and lora.dropout:
             adapter["keep_prob"] = jnp.full((len(part["lora_a"]),), 1 - lora.dropout)
         result[name] = adapter

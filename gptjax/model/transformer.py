@@ -17,13 +17,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Params
+from gptjax.model.dropout import drop_features, weights_multiplier
 from gptjax.model.embed import embed
 from gptjax.model.layers import Linear, Module, Norm
+from gptjax.model.memory import rematerialized, whole_layer
 from gptjax.model.rope import rope_tables, rotate
+from gptjax.ops import collectives
 from gptjax.ops.attention.mask import Mask
 from gptjax.ops.implementations import IMPLEMENTATIONS
 
@@ -32,7 +36,8 @@ class Attention(Module):
     """Grouped-query attention.
 
     The kernel of q, k, v is [D, K, G + 2, C]: each key/value head next to its own queries, so that
-    splitting K over devices never separates them.
+    splitting K over devices never separates them. Split over `tensor`, the result is this device's
+    part of a sum; queries may be a part of the sequence, keys are those of all of it.
     """
 
     @nn.compact
@@ -46,9 +51,9 @@ class Attention(Module):
         layer: Array | int,
     ) -> tuple[Array, Params | None]:
         c, ops = self.config, self.ops
-        groups = c.heads // c.kv
+        groups, heads = c.heads // c.kv, c.kv // collectives.size("tensor")
         biased = c.bias in ("all", "attention", "qkv")
-        qkv = Linear(c, (c.kv, groups + 2, c.head_width), biased, name="qkv")(x_BTD)
+        qkv = Linear(c, (heads, groups + 2, c.head_width), biased, name="qkv")(x_BTD)
         q_BTKGC, k_BTKC, v_BTKC = ops.split_qkv(qkv, groups)
         if c.qk_norm:
             q_BTKGC = Norm(c, per_head=True, name="q_norm")(q_BTKGC)
@@ -64,40 +69,43 @@ class Attention(Module):
         if cache is None:
             y_BTKGC = ops.attention[c.attention](
                 q_BTKGC,
-                k_BTKC,
-                v_BTKC,
+                collectives.gather(k_BTKC, "context", 1),
+                collectives.gather(v_BTKC, "context", 1),
                 mask,
                 block=c.attention_block,
-                dropout_BKGTS=self._dropout(x_BTD.shape, groups) if train and c.dropout else None,
+                dropout_BKGTS=self._dropout(q_BTKGC.shape) if train and c.dropout else None,
                 softcap=c.attention_softcap,
             )
+            y_BTKGC = checkpoint_name(y_BTKGC, "attention")
         else:
             cache = ops.write_cache(cache, k_BTKC, v_BTKC, mask.q_index[:, 0])
             y_BTKGC = ops.cached_attention(q_BTKGC, cache, mask, softcap=c.attention_softcap)
-        y_BTHC = y_BTKGC.reshape(*y_BTKGC.shape[:2], c.heads, c.head_width)
+        y_BTHC = y_BTKGC.reshape(*y_BTKGC.shape[:2], heads * groups, c.head_width)
         biased = c.bias in ("all", "attention")
-        return Linear(c, (c.width,), biased, inputs=2, name="out")(y_BTHC), cache
+        return Linear(c, (c.width,), biased, inputs=2, partial=True, name="out")(y_BTHC), cache
 
-    def _dropout(self, shape: tuple[int, ...], groups: int) -> Array:
-        """What multiplies the attention weights: 0, or 1 / (1 - dropout)."""
-        keep_prob = 1 - self.config.dropout
-        of_weights = (shape[0], self.config.kv, groups, shape[1], shape[1])
-        keep = jax.random.bernoulli(self.make_rng("dropout"), keep_prob, of_weights)
-        return keep / jnp.float32(keep_prob)
+    def _dropout(self, of_queries: tuple[int, ...]) -> Array:
+        b, t, heads, groups, _ = of_queries
+        shape = (b, heads, groups, t, t * collectives.size("context"))
+        return weights_multiplier(self.make_rng("dropout"), shape, self.config.dropout)
 
 
 class MLP(Module):
-    """An activation between two products, or a gate, with gate and up in one kernel [D, 2, F]."""
+    """An activation between two products, or a gate, with gate and up in one kernel [D, 2, F].
+
+    Split over `tensor`, the result is this device's part of a sum.
+    """
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
         c, bias = self.config, self.config.bias in ("all", "mlp")
+        hidden = c.mlp_width // collectives.size("tensor")
         if c.gated:
-            h = Linear(c, (2, c.mlp_width), bias, name="gate_up")(x_BTD)
+            h = Linear(c, (2, hidden), bias, name="gate_up")(x_BTD)
         else:
-            h = Linear(c, (c.mlp_width,), bias, name="up")(x_BTD)
+            h = Linear(c, (hidden,), bias, name="up")(x_BTD)
         h_BTF = self.ops.activation[c.mlp](h)
-        return Linear(c, (c.width,), bias, name="down")(h_BTF)
+        return Linear(c, (c.width,), bias, partial=True, name="down")(h_BTF)
 
 
 class Block(Module):
@@ -116,25 +124,30 @@ class Block(Module):
         train: bool = False,
         layer: Array | int = 0,
     ) -> tuple[Array, Params | None]:
-        c, ops = self.config, self.ops
-        dropout = nn.Dropout(c.dropout, deterministic=not train)
-        normed_BTD = Norm(c, name="norm1")(x_BTD)
+        c, ops, length = self.config, self.ops, positions.shape[1]
+        whole, to_residual = collectives.whole_sequence, collectives.to_residual
+        normed_BTD = whole(Norm(c, name="norm1")(x_BTD), length)
         attention = Attention(c, name="attn")
-        update_BTD, cache = attention(normed_BTD, positions, mask, cache, train, layer)
+        partial_BTD, cache = attention(normed_BTD, positions, mask, cache, train, layer)
+        update_BTD = to_residual(partial_BTD)
         if c.post_norms:
             update_BTD = Norm(c, name="post_norm1")(update_BTD)
-        attended_BTD = ops.residual_add(x_BTD, dropout(update_BTD))
-        normed_BTD = Norm(c, name="norm2")(x_BTD if c.parallel else attended_BTD)
-        update_BTD = MLP(c, name="mlp")(normed_BTD)
+        attended_BTD = ops.residual_add(x_BTD, self._dropout(update_BTD, train))
+        normed_BTD = whole(Norm(c, name="norm2")(x_BTD if c.parallel else attended_BTD), length)
+        update_BTD = to_residual(MLP(c, name="mlp")(normed_BTD))
         if c.post_norms:
             update_BTD = Norm(c, name="post_norm2")(update_BTD)
-        return ops.residual_add(attended_BTD, dropout(update_BTD)), cache
+        return ops.residual_add(attended_BTD, self._dropout(update_BTD, train)), cache
+
+    def _dropout(self, update_BTD: Array, train: bool) -> Array:
+        if not train or not self.config.dropout:
+            return update_BTD
+        key = self.make_rng("dropout")
+        return drop_features(key, update_BTD, self.config.dropout, "context", "tensor")
 
 
 # Leaves that keep their dtype: scales of norms, the rows of `model.quantize`, parts of adapters.
 _UNCAST = ("scale", "rows", "row_scale", "dora_scale", "keep_prob")
-
-_REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 def cast(config: ModelConfig, params: Params) -> Params:
@@ -167,16 +180,17 @@ def apply(
     c = config
     params = cast(c, params)
     slots = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+    slots = slots + collectives.index("context") * tokens_BT.shape[1]
     if start_B is not None:
         slots = slots + start_B[:, None]
-    positions = slots if positions is None else positions
-    mask = Mask(slots, segment_ids, segment_ids, c.sliding_window)
+    positions = jnp.broadcast_to(slots if positions is None else positions, tokens_BT.shape)
+    k_segments = None if segment_ids is None else collectives.gather(segment_ids, "context", 1)
+    mask = Mask(slots, segment_ids, k_segments, c.sliding_window)
     x_BTD = embed(c, params, tokens_BT, positions)
     train = dropout_key is not None and c.dropout > 0
     if dropout_key is not None and train:
-        rngs = {"dropout": jax.random.fold_in(dropout_key, c.layers)}
-        dropped: Any = nn.Dropout(c.dropout, deterministic=False).apply({}, x_BTD, rngs=rngs)
-        x_BTD = dropped
+        key = jax.random.fold_in(dropout_key, c.layers)
+        x_BTD = drop_features(key, x_BTD, c.dropout, "context", "tensor")
 
     def block(x_BTD: Array, layer: tuple[Params, Array, Params | None]) -> Any:
         block_params, number, block_cache = layer
@@ -185,15 +199,15 @@ def apply(
             block_mask = dataclasses.replace(mask, use_window=number % 2 == 0)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
         rngs = None if key is None else {"dropout": key}
-        variables = {"params": block_params}
+        variables = {"params": whole_layer(block_params)}
         return Block(c).apply(
             variables, x_BTD, positions, block_mask, block_cache, train, number, rngs=rngs
         )
 
-    if c.remat != "none":
-        block = jax.checkpoint(block, policy=_REMAT_POLICIES[c.remat])
     blocks = params["blocks"]
-    if c.scan_layers and cache is None and isinstance(blocks, dict):
+    scanned = c.scan_layers and cache is None and isinstance(blocks, dict)
+    block = rematerialized(c, block, scanned=scanned)
+    if scanned:
         x_BTD, _ = jax.lax.scan(block, x_BTD, (blocks, jnp.arange(c.layers), None))
     else:
         if isinstance(blocks, dict):
@@ -202,7 +216,7 @@ def apply(
             block = jax.jit(block)  # for inference: traced once for all layers
         x_BTD, cache = _unrolled(block, x_BTD, blocks, cache)
     final: Any = Norm(c).apply({"params": params["final_norm"]}, x_BTD)
-    return final, cache
+    return collectives.whole_sequence(final, tokens_BT.shape[1]), cache
 
 
 def _unrolled(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Num
 
-from gptjax.ops import products
+from gptjax.ops import collectives, products
 from gptjax.ops.activation import softcap as cap_logits
 from gptjax.ops.materialize import Barrier, unchanged
 
@@ -46,9 +46,10 @@ def reference(
     """Sum over positions of weight * -log softmax(x table^T)[target], float32 scalar.
 
     Rows of the table past `vocab_size` are padding and take no part. chunk: for `chunked` alone.
+    Where devices along `tensor` have a part of the table each, this is a device's share of the sum.
     """
     logp = reference_logprobs(x_BTD, table_VD, targets_BT, vocab_size=vocab_size, softcap=softcap)
-    return -(weights_BT * logp).sum()
+    return collectives.share(-(weights_BT * logp).sum(), "tensor")
 
 
 def reference_logprobs(
@@ -61,8 +62,8 @@ def reference_logprobs(
     chunk: int = 0,
 ) -> Float32[Array, "B T"]:
     """log p of each target, float32 [B, T]."""
-    table = table_VD[:vocab_size]
-    logits = jnp.einsum("BTD,VD->BTV", x_BTD, table, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
+    logits = collectives.gather(logits, "tensor", 2)[..., :vocab_size]
     logp = jax.nn.log_softmax(cap_logits(logits, softcap))
     return jnp.take_along_axis(logp, targets_BT[..., None], -1)[..., 0]
 
@@ -113,6 +114,7 @@ def chunked_logprobs(
         x, targets = piece
         result = _chunk(form, table_VD.T, x, targets, jnp.zeros(targets.shape))
         target_logits = jnp.where(result.is_target, result.logits, 0.0).sum(-1)
+        target_logits = collectives.total(target_logits, "tensor")
         return (target_logits - result.log_total[:, 0]).reshape(targets.shape)
 
     logprobs = jax.lax.map(logprobs_of, _chunks(chunk, x_BTD, targets_BT))
@@ -169,15 +171,19 @@ def _chunk(form: _Form, table_DV: Array, x: Array, targets: Array, weights: Arra
     x_ND = x.reshape(-1, x.shape[-1])
     logits = form.barrier(jnp.matmul(x_ND, table_DV, preferred_element_type=jnp.float32))
     logits = cap_logits(logits, form.softcap)
-    ids = jnp.arange(table_DV.shape[1])
-    if table_DV.shape[1] != form.vocab_size:
+    # The vocabulary may be split over `tensor`: these are the ids of this device's logits.
+    own = table_DV.shape[1]
+    ids = jnp.arange(own) + collectives.index("tensor") * own
+    if own * collectives.size("tensor") != form.vocab_size:
         logits = jnp.where(ids < form.vocab_size, logits, -1e30)
-    peak = form.barrier(logits.max(-1, keepdims=True))
-    log_total = form.barrier(jnp.log(jnp.exp(logits - peak).sum(-1, keepdims=True)) + peak)
-    # a sum over a mask, not a gather: it stays local where the vocabulary is split over devices
+    peak = form.barrier(collectives.peak(logits.max(-1, keepdims=True), "tensor"))
+    total = collectives.total(jnp.exp(logits - peak).sum(-1, keepdims=True), "tensor")
+    log_total = form.barrier(jnp.log(total) + peak)
+    # a sum over a mask: the target's logit, or 0 where another device has it
     is_target = ids == targets.reshape(-1, 1)
     target_logits = jnp.where(is_target, logits, 0.0).sum(-1)
-    loss = (weights.reshape(-1) * (log_total[:, 0] - target_logits)).sum()
+    own_log_total = collectives.share(log_total[:, 0], "tensor")
+    loss = (weights.reshape(-1) * (own_log_total - target_logits)).sum()
     return _Chunk(loss, logits, log_total, is_target)
 
 

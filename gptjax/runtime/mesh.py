@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from gptjax.config.errors import UserError
@@ -38,8 +39,11 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
         )
     if faults := mesh_faults(config, sizes):
         raise UserError("\n".join(faults[:6]))
-    axis_types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=axis_types, devices=devices)
+    # an axis of the mesh may take a part of one of a TPU's torus, such as 32 of 64 chips
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 class _Division(NamedTuple):
@@ -55,7 +59,7 @@ def mesh_faults(config: Config, sizes: dict[str, int]) -> list[str]:
     """A message for each size that the mesh does not divide. sizes: {axis: devices}."""
     m, t = config.model, config.train
     rows = t.batch_size // t.grad_accum_steps
-    data, fsdp, tensor = sizes["data"], sizes["fsdp"], sizes["tensor"]
+    data, fsdp, tensor, context = (sizes[axis] for axis in AXES)
     rows_name = f"train.batch_size / train.grad_accum_steps = {rows}"
     vocab_name = (
         f"the padded vocabulary of {m.padded_vocab} (model.vocab_multiple = {m.vocab_multiple})"
@@ -65,8 +69,12 @@ def mesh_faults(config: Config, sizes: dict[str, int]) -> list[str]:
         _Division(m.kv, f"model.kv_heads = {m.kv}", tensor, f"mesh.tensor = {tensor}"),
         _Division(m.mlp_width, f"model.mlp_dim = {m.mlp_width}", tensor, f"mesh.tensor = {tensor}"),
         _Division(m.width, f"model.width = {m.width}", fsdp, f"mesh.fsdp = {fsdp}"),
+        _Division(m.padded_vocab, vocab_name, tensor, f"mesh.tensor = {tensor}"),
         _Division(
-            m.padded_vocab, vocab_name, tensor * fsdp, f"mesh.tensor x mesh.fsdp = {tensor * fsdp}"
+            config.length,
+            f"data.length or model.context = {config.length}",
+            tensor * context,
+            f"mesh.tensor x mesh.context = {tensor * context}",
         ),
     ]
     return [

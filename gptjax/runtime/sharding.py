@@ -1,11 +1,13 @@
 """How arrays are split over the mesh: the table of parameter paths, and host arrays made global.
 
 To split a new parameter, add a row to `RULES`. The mesh axes are data (replicas that split the
-batch), fsdp (batch and parameters), tensor (heads, MLP, vocabulary) and context (sequence).
+batch), fsdp (batch and parameters), tensor (heads, MLP, vocabulary) and context (sequence). What
+devices exchange in a step stands in `ops/collectives.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,9 +24,9 @@ BATCH = P(("data", "fsdp"), "context")  # of arrays [B, T]
 
 # Parameters of blocks have the layer as axis 0. Of each matrix, one axis is split over `tensor`:
 # the one that leaves each head or hidden unit on one device. The other is split over `fsdp`.
-# Vectors are small, and not split over `fsdp`.
+# Vectors and adapters are small, and not split over `fsdp`.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"embed/tokens|head/kernel", P(("tensor", "fsdp"), None)),
+    (r"embed/tokens|head/kernel", P("tensor", "fsdp")),
     (r"embed/positions", P(None, "fsdp")),
     (r"blocks/attn/qkv/kernel", P(None, "fsdp", "tensor", None, None)),
     (r"blocks/attn/qkv/bias", P(None, "tensor", None, None)),
@@ -34,6 +36,14 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/mlp/gate_up/kernel", P(None, "fsdp", None, "tensor")),
     (r"blocks/mlp/gate_up/bias", P(None, None, "tensor")),
     (r"blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks/attn/qkv/lora_b", P(None, None, "tensor", None, None)),
+    (r"blocks/attn/qkv/lora_(m|length)", P(None, "tensor", None, None)),
+    (r"blocks/attn/out/lora_a", P(None, "tensor", None, None)),
+    (r"blocks/mlp/up/lora_b", P(None, None, "tensor")),
+    (r"blocks/mlp/up/lora_(m|length)", P(None, "tensor")),
+    (r"blocks/mlp/gate_up/lora_b", P(None, None, None, "tensor")),
+    (r"blocks/mlp/gate_up/lora_(m|length)", P(None, None, "tensor")),
+    (r"blocks/mlp/down/lora_a", P(None, "tensor", None)),
     (r"blocks/.*/(rows|row_scale|lora_[a-z]+)", P()),
     (r"embed/(rows|row_scale|prompt)|head/(rows|row_scale)|score/kernel", P()),
     (r".*/(scale|bias)", P()),
@@ -114,7 +124,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """Rows of the global batch that are on this process's devices, ascending."""
-    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size, 1)).values()
+    sharding = NamedSharding(mesh, P(BATCH[0]))
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
     rows: set[int] = set()
     for index in indices:
         if index is not None:
@@ -123,11 +134,57 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def to_global(mesh: Mesh, batch: Batch) -> Batch:
-    """This process's rows as part of arrays over all devices."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda array: jax.make_array_from_process_local_data(sharding, array), batch
+    """This process's rows (`local_rows`), each of full length, as part of arrays over all
+    devices."""
+    sharding, groups = batch_sharding(mesh), mesh.shape["data"] * mesh.shape["fsdp"]
+    own_groups = len(local_rows(mesh, groups))
+
+    def to_array(local: np.ndarray) -> jax.Array:
+        shape = (len(local) // own_groups * groups, *local.shape[1:])
+        rows = local_rows(mesh, shape[0])
+
+        def piece(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            first = rows.index(start)  # the rows of one device are neighbours
+            return local[first : first + stop - start, index[1]]
+
+        return jax.make_array_from_callback(shape, sharding, piece)
+
+    return jax.tree.map(to_array, batch)
+
+
+def on_each_device(
+    mesh: Mesh, function: Callable[..., Any], *, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """The function, run by each device of the mesh on its own part of the arguments.
+
+    What the devices exchange is in the function alone (`ops/collectives.py`). On one device it is
+    the function itself.
+    """
+    if mesh.size == 1:
+        return function
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
+
+
+def specs(params: Any) -> Any:
+    """The PartitionSpec of each leaf of a parameter tree.
+
+    Raises ValueError for a parameter that no row of `RULES` matches.
+    """
+
+    def spec_of(path: str, leaf: Any) -> P:
+        name = param_path(path)
+        return tree.first_match(RULES, name) if leaf.ndim and name else P()
+
+    return tree.map_with_path(spec_of, params)
+
+
+def axes_without(spec: P) -> tuple[str, ...]:
+    """The axes of the mesh along which an array of that spec has copies."""
+    named = {axis for part in spec for axis in (part if isinstance(part, tuple) else (part,))}
+    return tuple(axis for axis in AXES if axis not in named)
 
 
 def place(tree: Any, shardings: Any) -> Any:

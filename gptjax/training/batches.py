@@ -12,16 +12,14 @@ import jax
 import numpy as np
 
 from gptjax.config.errors import UserError
-from gptjax.config.schema import ModelConfig
 from gptjax.core import files
 from gptjax.core.types import Array, Batch, Params
 from gptjax.data import loader
 from gptjax.data.packing import Packed
-from gptjax.model import head, lora, transformer
-from gptjax.ops import cross_entropy
 from gptjax.runtime import sharding
 from gptjax.tasks.table import task_of
 from gptjax.training import objectives
+from gptjax.training import step as train_step
 from gptjax.training.setup import Run
 
 
@@ -41,23 +39,6 @@ class SplitBatches:
 
     def close(self) -> None:
         self._batches.close()
-
-
-def token_logprobs(model: ModelConfig, params: Params, batch: Batch, *, loss_chunk: int) -> Array:
-    """log p of each target of a batch, float32 [B, T], without dropout.
-
-    loss_chunk: positions whose logits exist at once; 0 derives it.
-    """
-    x_BTD, _ = transformer.apply(
-        model,
-        params,
-        batch.tokens,
-        positions=batch.positions,
-        segment_ids=batch.segment_ids,
-    )
-    rows, length = batch.tokens.shape
-    chunk = loss_chunk or cross_entropy.chunk_length(model.padded_vocab, rows, length)
-    return head.token_logprobs(model, params, x_BTD, batch.targets, chunk=chunk)
 
 
 def with_reference(
@@ -95,12 +76,11 @@ def with_reference(
 
 def _answer_logprobs(run: Run, split: Packed, params: Params, frozen: Params) -> np.ndarray:
     """float32 [answers of all examples, in order]: log-probability of each one's learned tokens."""
-    config, model, size = run.config, run.plan.model, run.config.train.batch_size
+    size, logprobs = run.config.train.batch_size, train_step.make_logprobs_step(run.plan)
 
     @jax.jit
     def sums_by_segment(params: Params, frozen: Params, batch: Batch) -> Array:
-        params = lora.apply_adapter(config.lora, frozen, params)
-        logp_BT = token_logprobs(model, params, batch, loss_chunk=config.train.loss_chunk)
+        logp_BT = logprobs(params, batch, frozen)
         return objectives.segment_sums(logp_BT * batch.loss_weights, batch.segment_ids)
 
     batches = loader.eval_batches(split, batch_size=size, rows=range(size))

@@ -17,14 +17,17 @@ import jax.numpy as jnp
 from gptjax.config.schema import Config, ModelConfig, TaskConfig
 from gptjax.core.types import Array, Batch, Params
 from gptjax.model import head as model_head
-from gptjax.ops import cross_entropy
+from gptjax.ops import collectives, cross_entropy
 from gptjax.tasks.preference import SEGMENTS, WITH_REFERENCE
 from gptjax.tasks.table import task_of
 from gptjax.training import preference_losses
 
 
 class LossSums(NamedTuple):
-    """Sums over a batch, float32 scalars: losses, their weights, correct predictions (or 0)."""
+    """Sums over a batch, float32 scalars: losses, their weights, correct predictions (or 0).
+
+    An objective gives a device's share of them (see `ops.collectives`).
+    """
 
     loss: Array
     weight: Array
@@ -74,7 +77,7 @@ def next_token(
     """Cross-entropy of the next token, weighted."""
     weights = batch.loss_weights
     loss = model_head.token_cross_entropy(model, params, x_BTD, batch.targets, weights, chunk=chunk)
-    return LossSums(loss, weights.sum(), jnp.zeros(()))
+    return LossSums(loss, collectives.share(weights.sum(), "tensor"), jnp.zeros(()))
 
 
 def head(
@@ -86,7 +89,17 @@ def head(
     is_set = model.problem == "multi_label_classification"
     loss_of = cross_entropy.label_set_loss if is_set else cross_entropy.label_loss
     loss, correct = loss_of(logits, batch.targets, weights)
-    return LossSums(loss, weights.sum(), correct)
+    return _shared(LossSums(loss, weights.sum(), correct), "tensor")
+
+
+def _shared(sums: LossSums, *axes: str) -> LossSums:
+    """A device's share of sums that all along these axes computed alike."""
+    return LossSums(*(collectives.share(value, *axes) for value in sums))
+
+
+def _whole_rows(batch: Batch) -> Batch:
+    """The batch with the whole sequence of each row."""
+    return jax.tree.map(lambda array: collectives.gather(array, "context", 1), batch)
 
 
 def preference(
@@ -94,6 +107,7 @@ def preference(
 ) -> LossSums:
     """The loss `task.loss` on pairs of answers; correct: pairs whose chosen answer is likelier."""
     logp_BT = model_head.token_logprobs(model, params, x_BTD, batch.targets, chunk=chunk)
+    logp_BT, batch = collectives.gather(logp_BT, "context", 1), _whole_rows(batch)
     weights, segments = batch.loss_weights, batch.segment_ids
     group = SEGMENTS[task.loss]
     count = logp_BT.shape[1] // group  # of examples that a row can hold
@@ -106,11 +120,12 @@ def preference(
     exists = lengths[0] > 0
     reference = answers(batch.reference) if task.loss in WITH_REFERENCE else None
     loss, accuracy = PREFERENCE_LOSSES[task.loss](task, sums, lengths, reference)
-    return LossSums(
+    sums_of_pairs = LossSums(
         jnp.where(exists, loss, 0.0).sum(),
         exists.sum().astype(jnp.float32),
         (accuracy * exists).sum(),
     )
+    return _shared(sums_of_pairs, "tensor", "context")
 
 
 def grpo(
@@ -118,6 +133,7 @@ def grpo(
 ) -> LossSums:
     """Policy gradient on the model's own answers, by their advantages."""
     logp_BT = model_head.token_logprobs(model, params, x_BTD, batch.targets, chunk=chunk)
+    logp_BT, batch = collectives.gather(logp_BT, "context", 1), _whole_rows(batch)
     # One update follows each set of answers, so the policy that wrote them is the one that is
     # updated: the ratio is 1, its gradient is not 0.
     loss, weight = preference_losses.grpo(
@@ -128,7 +144,7 @@ def grpo(
         reference=batch.reference if task.kl_coef else None,
         kl_weight=task.kl_coef,
     )
-    return LossSums(loss, weight, jnp.zeros(()))
+    return _shared(LossSums(loss, weight, jnp.zeros(())), "tensor", "context")
 
 
 # `Task.objective` names a row; a model with a head has the row "head".
@@ -180,7 +196,8 @@ def _orpo(task: TaskConfig, sums: Array, lengths: Array, reference: None) -> tup
 def _kto(task: TaskConfig, sums: Array, lengths: Array, reference: Array) -> tuple[Array, Array]:
     exists = lengths[0] > 0
     # The third answer belongs to another prompt: its log-ratio estimates the divergence.
-    kl = ((sums - reference)[2] * exists).sum() / jnp.maximum(exists.sum(), 1)
+    log_ratios = collectives.total(((sums - reference)[2] * exists).sum(), "data", "fsdp")
+    kl = log_ratios / jnp.maximum(collectives.total(exists.sum(), "data", "fsdp"), 1)
 
     def of_answer(i: int) -> tuple[Array, Array]:
         loss, diagnostics = preference_losses.kto(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from gptjax.config.errors import UserError
-from gptjax.core.types import Array, Batch, Params
+from gptjax.core.types import Batch, Params
 from gptjax.data import loader
 from gptjax.data.sources import TRAIN
 from gptjax.generation.language_model import LanguageModel
@@ -20,7 +20,8 @@ from gptjax.tasks.base import Example
 from gptjax.tasks.grpo import reward_of
 from gptjax.tasks.table import task_of
 from gptjax.training import preference_losses
-from gptjax.training.batches import SplitBatches, token_logprobs, with_reference
+from gptjax.training import step as train_step
+from gptjax.training.batches import SplitBatches, with_reference
 from gptjax.training.setup import Run
 
 
@@ -48,12 +49,7 @@ class Rollouts:
                 "raise data.length or model.context, or ask for shorter answers"
             )
 
-        def logprobs(params: Params, batch: Batch) -> Array:
-            loss_chunk = config.train.loss_chunk
-            return token_logprobs(run.plan.model, params, batch, loss_chunk=loss_chunk)
-
-        # Sharded as the step that is compiled from shapes alone expects it.
-        self._logprobs = jax.jit(logprobs, out_shardings=run.plan.batch_sharding)
+        self._logprobs = train_step.make_logprobs_step(run.plan)
 
     def _prompts(self, step: int) -> Iterator[int]:
         """Numbers of the step's prompts: each example once an epoch, in an order drawn anew."""
@@ -97,8 +93,7 @@ class Rollouts:
             rows.append(dataclasses.replace(row, advantages=column))
         batch = sharding.to_global(self._run.mesh, loader.stack(rows))
         if task.kl_coef:
-            base = lora.apply_adapter(config.lora, self._frozen, {})
-            batch = dataclasses.replace(batch, reference=self._logprobs(base, batch))
+            batch = dataclasses.replace(batch, reference=self._logprobs({}, batch, self._frozen))
         lengths = [len(completion.tokens) for completion in completions]
         recorded = {"reward": float(rewards.mean()), "answer_tokens": float(np.mean(lengths))}
         return batch, recorded

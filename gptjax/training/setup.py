@@ -108,10 +108,12 @@ def make_plan(config: Config, mesh: jax.sharding.Mesh) -> TrainPlan:
     groups = mesh.shape["data"] * mesh.shape["fsdp"]  # of devices that share the rows of a batch
 
     def chunk(rows: int) -> int:
-        rows_of_group = max(rows // groups, 1)
-        return train.loss_chunk or cross_entropy.chunk_length(
-            config.model.padded_vocab, rows_of_group, config.length
-        )
+        """A divisor of the positions that a device has."""
+        vocab = config.model.padded_vocab // mesh.shape["tensor"]
+        length = config.length // mesh.shape["context"]
+        if train.loss_chunk:
+            return math.gcd(train.loss_chunk, length)
+        return cross_entropy.chunk_length(vocab, max(rows // groups, 1), length)
 
     return TrainPlan(
         config=config,

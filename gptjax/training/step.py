@@ -1,13 +1,17 @@
 """The compiled steps: one program for training, one for evaluation.
 
 The loss of a step is sum / weight over the whole global batch, formed once, after accumulation and
-across all devices. Everything here takes the `TrainPlan`; `lower` needs nothing else, so a step can
+across all devices. Loss and gradient are computed by each device on its own part, with the traffic
+that `ops/collectives.py` and the model name; the optimizer's update is left to XLA's partitioner:
+it has no traffic but the norm of the gradient (and what optimizers of whole matrices need).
+Everything here takes the `TrainPlan`; `lower` needs nothing else, so a step can
 be compiled ahead of time, also for devices that are described rather than present.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.core import tree
 from gptjax.core.types import Array, Batch, Params, TrainState
-from gptjax.model import lora, transformer
+from gptjax.model import head, lora, transformer
+from gptjax.ops import collectives
 from gptjax.runtime import sharding
 from gptjax.training import objectives
 from gptjax.training import state as train_state
@@ -74,6 +79,26 @@ def place_frozen(plan: TrainPlan, params: Params | None) -> Params:
     return sharding.place(base, shardings)
 
 
+def hidden_states(
+    plan: TrainPlan, params: Params, frozen: Params, batch: Batch, dropout_key: Array | None
+) -> tuple[Params, Array]:
+    """All parameters of the model, and what it makes of a batch [B, T, D].
+
+    dropout_key: None in evaluation.
+    """
+    dropout = dropout_key is not None
+    params = lora.apply_adapter(plan.config.lora, frozen, params, dropout=dropout)
+    x_BTD, _ = transformer.apply(
+        plan.model,
+        params,
+        batch.tokens,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+        dropout_key=dropout_key,
+    )
+    return params, x_BTD
+
+
 def compute_loss(
     plan: TrainPlan,
     params: Params,
@@ -83,7 +108,8 @@ def compute_loss(
     *,
     chunk: int,
 ) -> LossSums:
-    """The objective on a batch. No gradient flows to parameters that `optim.freeze` names.
+    """A device's share of the objective on a batch. No gradient flows to parameters that
+    `optim.freeze` names.
 
     chunk: positions whose logits exist at once. dropout_key: None in evaluation.
     """
@@ -94,15 +120,7 @@ def compute_loss(
         return jax.lax.stop_gradient(param) if frozen_here else param
 
     params = tree.map_with_path(stop_frozen, params)
-    params = lora.apply_adapter(config.lora, frozen, params, dropout=dropout_key is not None)
-    x_BTD, _ = transformer.apply(
-        plan.model,
-        params,
-        batch.tokens,
-        positions=batch.positions,
-        segment_ids=batch.segment_ids,
-        dropout_key=dropout_key,
-    )
+    params, x_BTD = hidden_states(plan, params, frozen, batch, dropout_key)
     return objectives.compute_loss(plan.model, config.task, params, x_BTD, batch, chunk=chunk)
 
 
@@ -111,11 +129,11 @@ def make_train_step(plan: TrainPlan) -> jax.stages.Wrapped:
 
     The batch holds [batch_size, T] arrays sharded by `sharding.BATCH`. The state is donated.
     """
-    grad = _make_gradient(plan)
+    gradient = make_gradient(plan)
 
     def step(state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        total, weight, grads = grad(state.params, frozen, batch, key)
+        total, weight, grads = gradient(state.params, frozen, batch, key)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = plan.optimizer.update(grads, state.opt_state, state.params)
         metrics = {
@@ -132,12 +150,14 @@ def make_train_step(plan: TrainPlan) -> jax.stages.Wrapped:
     return jax.jit(step, donate_argnums=0, out_shardings=(plan.state_shardings, None))
 
 
-def _make_gradient(plan: TrainPlan) -> Any:
+def make_gradient(plan: TrainPlan) -> Any:
     """`gradient(params, frozen, batch, key) -> (loss sum, weight, gradient of the sum)`.
 
-    Sums over all micro-batches of a batch.
+    Sums over all micro-batches of a batch and over all devices, float32, split as the parameters
+    are. Call it inside `jax.jit`.
     """
-    count = plan.micro_batches
+    count, freeze = plan.micro_batches, plan.config.optim.freeze
+    specs = sharding.specs(plan.state_shapes.params)
 
     def loss_of(params: Params, frozen: Params, batch: Batch, key: Array) -> tuple[Array, Array]:
         sums = compute_loss(plan, params, frozen, batch, key, chunk=plan.loss_chunk)
@@ -165,7 +185,17 @@ def _make_gradient(plan: TrainPlan) -> Any:
         sums, _ = jax.lax.scan(add, zero, (jnp.arange(count), micro))
         return sums
 
-    return of_one if count == 1 else of_many
+    def sum_of_copies(path: str, grad: Array, spec: P) -> Array:
+        if tree.matches(freeze, path):  # 0 on every device
+            return grad
+        return collectives.total(grad, *sharding.axes_without(spec))
+
+    def of_device(params: Params, frozen: Params, batch: Batch, key: Array) -> Any:
+        total, weight, grads = (of_one if count == 1 else of_many)(params, frozen, batch, key)
+        grads = tree.map_with_path(sum_of_copies, grads, specs)
+        return (*(collectives.total(x, *sharding.AXES) for x in (total, weight)), grads)
+
+    return on_parts(plan, of_device, out_specs=(P(), P(), specs))
 
 
 def lower(plan: TrainPlan) -> jax.stages.Lowered:
@@ -178,7 +208,49 @@ def lower(plan: TrainPlan) -> jax.stages.Lowered:
 def make_eval_step(plan: TrainPlan) -> jax.stages.Wrapped:
     """`step(params, batch, frozen) -> LossSums`, jitted, without dropout."""
 
+    def of_device(params: Params, frozen: Params, batch: Batch) -> LossSums:
+        sums = compute_loss(plan, params, frozen, batch, None, chunk=plan.eval_loss_chunk)
+        return LossSums(*(collectives.total(value, *sharding.AXES) for value in sums))
+
+    of_parts = on_parts(plan, of_device, out_specs=P())
+
     def step(params: Params, batch: Batch, frozen: Params) -> LossSums:
-        return compute_loss(plan, params, frozen, batch, None, chunk=plan.eval_loss_chunk)
+        return of_parts(params, frozen, batch)
 
     return jax.jit(step)
+
+
+def make_logprobs_step(plan: TrainPlan) -> jax.stages.Wrapped:
+    """`step(params, batch, frozen)`, jitted: log p of each target of a batch, float32 [B, T],
+    without dropout."""
+
+    def of_device(params: Params, frozen: Params, batch: Batch) -> Array:
+        params, x_BTD = hidden_states(plan, params, frozen, batch, None)
+        return head.token_logprobs(
+            plan.model, params, x_BTD, batch.targets, chunk=plan.eval_loss_chunk
+        )
+
+    of_parts = on_parts(plan, of_device, out_specs=sharding.BATCH)
+
+    def step(params: Params, batch: Batch, frozen: Params) -> Array:
+        return of_parts(params, frozen, batch)
+
+    return jax.jit(step, out_shardings=plan.batch_sharding)
+
+
+def on_parts(plan: TrainPlan, function: Callable[..., Any], *, out_specs: Any) -> Any:
+    """`function(params, frozen, batch, *rest)`, run by each device on its parts of the first three.
+
+    Call it inside `jax.jit`.
+    """
+
+    def call(params: Params, frozen: Params, batch: Batch, *rest: Any) -> Any:
+        frozen = lora.with_lengths(plan.config.lora, frozen, params)
+        of_rest = (P(),) * len(rest)
+        in_specs = (sharding.specs(params), sharding.specs(frozen), sharding.BATCH, *of_rest)
+        of_each = sharding.on_each_device(
+            plan.mesh, function, in_specs=in_specs, out_specs=out_specs
+        )
+        return of_each(params, frozen, batch, *rest)
+
+    return call

@@ -1,0 +1,99 @@
+"""What of a model a device holds at once: the parameters of one layer, and what is saved for the
+backward pass.
+
+To add a policy of rematerialization, add a row to `POLICIES` and a choice to `model.remat`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from gptjax.config.schema import ModelConfig
+from gptjax.core import tree
+from gptjax.core.types import Array, Params
+from gptjax.ops import collectives
+from gptjax.runtime.sharding import RULES
+
+_policies = jax.checkpoint_policies
+
+
+def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Saves everything except gathered weights, and copies of them in another shape or dtype."""
+    gathers_weights = primitive.name == "all_gather" and "fsdp" in params["axis_name"]
+    return not gathers_weights and primitive.name not in ("reshape", "convert_element_type")
+
+
+# What the backward pass finds saved, by name; the rest it computes again. Names are given where the
+# values arise (`checkpoint_name`).
+POLICIES: dict[str, Any] = {
+    "none": _all_but_weights,
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "attention": _policies.save_only_these_names("attention"),
+    "full": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["residual"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def rematerialized(
+    config: ModelConfig, block: Callable[..., Any], *, scanned: bool
+) -> Callable[..., Any]:
+    """A block of layers that saves what `model.remat` says.
+
+    Weights that were gathered are never saved: the backward pass gathers them again.
+    """
+    if config.remat == "none" and collectives.size("fsdp") == 1:
+        return block
+    # in a loop XLA cannot merge the second computation with the first: no barrier is needed
+    return jax.checkpoint(block, policy=POLICIES[config.remat], prevent_cse=not scanned)
+
+
+def whole_layer(block: Params) -> Params:
+    """The parameters of one layer as its products use them: kernels that are split over `fsdp`
+    gathered; of rows, which every device has, those of this device's heads and hidden units."""
+    if collectives.size("fsdp") == collectives.size("tensor") == 1:
+        return block
+
+    def prepared(path: str, leaf: Array) -> Array:
+        module, _, name = path.rpartition("/")
+        if name != "kernel":
+            return leaf
+        spec = tree.first_match(RULES, f"blocks/{module}/kernel")
+        for dim, axis in enumerate(spec[1:]):  # the layer is the first axis of the table's shapes
+            if axis == "fsdp":
+                leaf = collectives.gather(leaf, "fsdp", dim)
+        return leaf
+
+    return tree.map_with_path(prepared, _own_rows("", block))
+
+
+def _own_rows(module: str, params: Params) -> Params:
+    """Modules kept as rows (`model.quantize`) for the part of the outputs or inputs that is split
+    over `tensor` along this device's."""
+    if "rows" not in params:
+        return {
+            name: _own_rows(name, part) if isinstance(part, dict) else part
+            for name, part in params.items()
+        }
+    if module in ("out", "down"):  # split by inputs
+        return params | {"rows": collectives.part(params["rows"], "tensor", 1)}
+    own = dict(params)
+    for name in ("rows", "row_scale"):
+        if name in params:
+            own[name] = _own_outputs(params[name], 2 if module == "gate_up" else 1)
+    if "bias" in params:
+        own["bias"] = collectives.part(params["bias"], "tensor", 1 if module == "gate_up" else 0)
+    return own
+
+
+def _own_outputs(rows: Array, groups: int) -> Array:
+    """Of [groups * F, ...] this device's outputs of each group."""
+    grouped = rows.reshape(groups, -1, *rows.shape[1:])
+    return collectives.part(grouped, "tensor", 1).reshape(-1, *rows.shape[1:])
