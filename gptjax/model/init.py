@@ -9,13 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from gptjax.config.schema import ModelConfig
 from gptjax.core import tree
 from gptjax.core.types import Array, Params
+from gptjax.model.draw import Piece, own_parts
 from gptjax.model.layers import Norm
 from gptjax.model.transformer import Block
 from gptjax.ops.attention.mask import Mask
+from gptjax.runtime import sharding
 
 # Standard deviation by path, as a multiple of `init_std`; GPT-2 scales the projections into the
 # residual stream by 1 / sqrt(2 L) (Radford et al. 2019, section 2.3). None: the constant that the
@@ -27,14 +31,12 @@ INIT_SCALES: tuple[tuple[str, Any], ...] = (
 )
 
 
-def init_params(
-    config: ModelConfig, key: Array, *, rows_sharding: jax.sharding.Sharding | None = None
-) -> Params:
+def init_params(config: ModelConfig, key: Array, *, mesh: Mesh | None = None) -> Params:
     """{"embed": {...}, "blocks": {... [L, ...]}, "final_norm": {...}}, with "head" if untied, or
     "score" where the config has labels; float32.
 
     All normal numbers are one draw of rows of width D, split up afterwards: a draw per parameter
-    takes seconds to compile on a CPU. `rows_sharding` spreads those rows over a mesh.
+    takes seconds to compile on a CPU. On a mesh, each device draws its part of them.
     """
     constants = _constants(config)
     drawn = {  # path: rows of width D
@@ -42,20 +44,26 @@ def init_params(
         for path, leaf in tree.flatten(constants).items()
         if tree.first_match(INIT_SCALES, path)
     }
-    total = sum(drawn.values())
-    total += -total % 1024  # so that meshes divide the rows
-    rows = jax.random.normal(key, (total, config.width))
-    if rows_sharding is not None:
-        rows = jax.lax.with_sharding_constraint(rows, rows_sharding)
-    rows = jax.lax.optimization_barrier(rows)
     starts = dict(zip(drawn, itertools.accumulate([0, *drawn.values()]), strict=False))
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(constants).items() if path in drawn}
+    if mesh is None or mesh.size == 1:
+        total = sum(drawn.values())
+        total += -total % 1024  # as it was once for meshes: another total would give other numbers
+        rows = jax.lax.optimization_barrier(jax.random.normal(key, (total, config.width)))
+        normal = {
+            path: rows[at : at + drawn[path]].reshape(shapes[path]) for path, at in starts.items()
+        }
+    else:
+        specs = {path: tree.first_match(sharding.RULES, path) for path in drawn}
+        pieces = [Piece(starts[path] * config.width, shapes[path], specs[path]) for path in drawn]
+        draw = sharding.on_each_device(
+            mesh, lambda key: own_parts(key, pieces), in_specs=P(), out_specs=[*specs.values()]
+        )
+        normal = dict(zip(drawn, draw(key), strict=True))
 
     def fill(path: str, constant: Array) -> Array:
         scale = tree.first_match(INIT_SCALES, path)
-        if scale is None:
-            return constant
-        mine = rows[starts[path] : starts[path] + drawn[path]]
-        return config.init_std * scale(config) * mine.reshape(constant.shape)
+        return constant if scale is None else config.init_std * scale(config) * normal[path]
 
     return tree.map_with_path(fill, constants)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from gptjax.config.schema import Config
 from gptjax.core.types import Array, Params, TrainState
@@ -57,14 +58,14 @@ def init_trained(
     frozen: Params,
     trainable: Params,
     *,
-    rows_sharding: jax.sharding.Sharding | None = None,
+    mesh: Mesh | None = None,
 ) -> Params:
     """The parameters that training changes, before the first step.
 
     All parameters of the model, or adapters on the `frozen` ones merged with the `trainable` ones.
     """
     if not config.lora.on:
-        return model_init.init_params(config.model, key, rows_sharding=rows_sharding)
+        return model_init.init_params(config.model, key, mesh=mesh)
     return lora.merge_trees(lora.init(config.model, config.lora, key, frozen), trainable)
 
 
@@ -74,11 +75,11 @@ def new_state(
     frozen: Params,
     trainable: Params,
     *,
-    rows_sharding: jax.sharding.Sharding | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainState:
     """A function of `train.seed` and the checkpoint's parameters alone."""
     params_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
-    params = init_trained(config, params_key, frozen, trainable, rows_sharding=rows_sharding)
+    params = init_trained(config, params_key, frozen, trainable, mesh=mesh)
     step = jnp.zeros((), jnp.int32)
     return TrainState(step, params, optimizer.init(params), jax.random.key_data(dropout_key))
 

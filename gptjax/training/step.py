@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.core import tree
@@ -46,12 +45,7 @@ def init_state(plan: TrainPlan, params: Params | None = None) -> StateAndFrozen:
     params: the checkpoint that training starts from, as host arrays; None draws random ones.
     """
     config, shardings = plan.config, plan.state_shardings
-    new_state = functools.partial(
-        train_state.new_state,
-        config,
-        plan.optimizer,
-        rows_sharding=NamedSharding(plan.mesh, P(sharding.AXES)),
-    )
+    new_state = functools.partial(train_state.new_state, config, plan.optimizer, mesh=plan.mesh)
     if config.lora.on:
         assert params is not None
         frozen = place_frozen(plan, params)
