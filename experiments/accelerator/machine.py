@@ -15,15 +15,14 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 def measure(settings: Settings, save: Save) -> None:
     import jax
 
-    from gptjax.runtime.devices import memory, peak_flops
+    from gptjax.runtime.devices import peak_flops
 
     device = jax.devices()[0]
-    stats = device.memory_stats() or {}
     versions = {"python": platform.python_version()} | {n: _version(n) for n in LIBRARIES}
     record = {
         "device": device.device_kind,
         "platform": device.platform,
-        "memory_gib": stats.get("bytes_limit", 0) / 2**30,
+        "jax_bytes_limit": (device.memory_stats() or {}).get("bytes_limit"),
         "data_sheet_flops": peak_flops(device),
         "versions": versions,
     }
@@ -33,7 +32,6 @@ def measure(settings: Settings, save: Save) -> None:
     save(record)
     n = size["matrix"]
     record["matrix_rate"] = contenders.jax_matrix_rate(n, n, n, "bfloat16", at_least=20 * 2 * n**3)
-    record |= memory()
     save(record)
 
 

@@ -37,4 +37,4 @@ def write_json(path: Path, value: Any) -> None:
 def what_went_wrong(error: Exception) -> str:
     """One line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    return ": ".join([type(error).__name__, *lines[:1]])[:300]

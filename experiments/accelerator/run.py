@@ -103,8 +103,8 @@ def main(argv: list[str]) -> int:
             seconds = min(left, max(left - later, least))
             results["parts"] |= run_group(group, rehearse, seconds, env, Path(scratch))
             write_json(folder / "results.json", results)
-            if is_without_accelerator(results):
-                print("no accelerator that JAX sees: --rehearse runs on a CPU", file=sys.stderr)
+            if fault := no_accelerator(results):
+                print(f"{fault}; --rehearse runs on a CPU", file=sys.stderr)
                 return 2
     text = table.markdown(results)
     (folder / "table.md").write_text(text, encoding="utf-8")
@@ -244,9 +244,12 @@ def what_failed(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def is_without_accelerator(results: dict[str, Any]) -> bool:
+def no_accelerator(results: dict[str, Any]) -> str:
+    """Why there is nothing to measure on; empty where there is, or the part did not run."""
     machine = results["parts"].get("machine", {})
-    return not results["rehearsal"] and machine.get("platform") == "cpu"
+    if results["rehearsal"] or not machine or machine.get("platform", "cpu") != "cpu":
+        return ""
+    return f"JAX sees no GPU here ({machine.get('fault', 'only the CPU')})"
 
 
 if __name__ == "__main__":
