@@ -62,10 +62,20 @@ def _model_checks(c: Config) -> list[str]:
             f"model.rope_high_freq_factor = {m.rope_high_freq_factor} must exceed "
             f"model.rope_low_freq_factor = {m.rope_low_freq_factor}"
         )
-    if m.dropout and m.attention == "blockwise":
+    if m.dropout and m.attention in ("blockwise", "splash", "cudnn"):
         faults.append(
             f"model.dropout = {m.dropout} needs model.attention = 'xla': "
-            "blockwise attention has no dropout on its weights"
+            f"{m.attention} attention has no dropout on its weights"
+        )
+    if m.attention == "cudnn" and m.dtype == "float32":
+        faults.append(
+            "model.attention = 'cudnn' computes in 16 bits: set model.dtype = 'bfloat16', or "
+            "model.attention = 'auto'"
+        )
+    if m.attention == "cudnn" and m.attention_softcap:
+        faults.append(
+            f"model.attention = 'cudnn' has no soft cap (model.attention_softcap = "
+            f"{m.attention_softcap}): set model.attention = 'auto'"
         )
     return faults
 

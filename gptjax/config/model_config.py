@@ -159,8 +159,9 @@ class ModelConfig:
         shapes=False,
     )
     attention: str = setting(
-        "xla",
-        "Attention backend.",
+        "auto",
+        "Attention backend. auto: the platform's flash attention (splash on TPUs, cuDNN on GPUs in "
+        "bfloat16), xla for short rows on a CPU, blockwise elsewhere.",
         table="gptjax.ops.attention.backends:BACKENDS",
         shapes=False,
     )

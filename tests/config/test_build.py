@@ -16,6 +16,7 @@ from gptjax.model import init as model_init
 # a value that is not the default for each setting that had another name
 RENAMED_SETTINGS = {
     "model": dict(
+        attention="xla",  # the default of that version
         mlp_dim=96,
         positions="rope",
         rope_theta=5e5,

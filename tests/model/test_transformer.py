@@ -88,7 +88,8 @@ def test_no_logit_depends_on_a_later_token(family):
     np.testing.assert_array_equal(seen, expected)
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+# the kernels of TPUs and GPUs: tests/ops/test_attention.py
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("splash", "cudnn")])
 def test_documents_in_one_window_are_isolated(family, backend):
     config, params, tokens = family
     config = dataclasses.replace(config, attention=backend, attention_block=7)

@@ -14,6 +14,10 @@ from gptjax.core.types import Array
 # finite: exp underflows to an exact 0, and no NaN arises from a block without a visible key
 MASKED = -1e30
 
+# what a backend of linear memory keeps for its backward pass has this name (`checkpoint_name`), so
+# that a rematerialisation policy may keep it rather than run the forward kernel again
+SAVED_NAME = "attention"
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
