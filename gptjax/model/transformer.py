@@ -17,7 +17,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from gptjax.config.schema import ModelConfig
@@ -76,7 +75,6 @@ class Attention(Module):
                 dropout_BKGTS=self._dropout(q_BTKGC.shape) if train and c.dropout else None,
                 softcap=c.attention_softcap,
             )
-            y_BTKGC = checkpoint_name(y_BTKGC, "attention")
         else:
             cache = ops.write_cache(cache, k_BTKC, v_BTKC, mask.q_index[:, 0])
             y_BTKGC = ops.cached_attention(q_BTKGC, cache, mask, softcap=c.attention_softcap)

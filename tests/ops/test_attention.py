@@ -15,7 +15,7 @@ import pytest
 from gptjax.ops.attention import backends, blockwise, splash
 from gptjax.ops.attention.backends import BACKENDS, Call, choose
 from gptjax.ops.attention.cudnn import cudnn
-from gptjax.ops.attention.mask import Mask
+from gptjax.ops.attention.mask import SAVED_NAME, Mask
 from gptjax.ops.attention.reference import reference
 
 ELSEWHERE = {"splash on tpu", "splash on others", "cudnn on gpu", "cudnn on others"}
@@ -213,6 +213,35 @@ def test_blocks_that_no_query_sees_are_not_read(name, use_window, first):
     assert not np.any(results[2][:, hidden]) and not np.any(results[3][:, hidden])
 
 
+def kernels_in(jaxpr):
+    """How many kernels, or loops of a length that depends on the offset, a program runs."""
+    number = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("pallas_call", "while"):
+            number += 1
+            continue
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            number += kernels_in(inner) if hasattr(inner, "eqns") else 0
+    return number
+
+
+@pytest.mark.parametrize("name", ["blockwise", "splash"])
+def test_a_policy_may_keep_what_the_forward_kernel_gave(name):
+    """Then it does not run again: the program has one kernel fewer."""
+    attend = functools.partial(FLASH[name], mask=Mask(jnp.arange(KEYS)[None]))
+
+    def loss(policy, q, k, v):
+        remat = jax.checkpoint(lambda *a: jnp.sin(attend(*a)).sum(), policy=policy)
+        return remat(jnp.sin(q), jnp.sin(k), jnp.sin(v))
+
+    counts = []
+    for policy in (None, jax.checkpoint_policies.save_only_these_names(SAVED_NAME)):
+        program = jax.make_jaxpr(jax.grad(functools.partial(loss, policy), (0, 1, 2)))(*row()[:3])
+        counts.append(kernels_in(program.jaxpr))
+    assert counts[1] == counts[0] - 1, counts
+
+
 # --- What each takes ---
 
 GPU = Call(dtype="bfloat16", rows=2, queries=1024, keys=1024, head_width=64)
@@ -228,6 +257,8 @@ CHOICES = [
     ("gpu", {"softcap": 50.0}, "blockwise"),
     ("gpu", {"head_width": 256}, "blockwise"),
     ("gpu", {"head_width": 68}, "blockwise"),
+    ("gpu", {"packed": True, "keys": 1023, "queries": 1023}, "blockwise"),
+    ("gpu", {"keys": 1023, "queries": 1023}, "cudnn"),
     ("gpu", {"dropout": True}, "xla"),
     ("cpu", {}, "xla"),
     ("cpu", {"keys": backends.LONGEST_XLA_ROW}, "xla"),

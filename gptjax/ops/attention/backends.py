@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from gptjax.core.types import Array
 from gptjax.ops.attention.blockwise import blockwise
-from gptjax.ops.attention.cudnn import WIDEST_HEAD, cudnn, fault, mask_bytes, needs_mask
+from gptjax.ops.attention.cudnn import WIDEST_HEAD, cudnn, fault, mask_shape
 from gptjax.ops.attention.mask import Mask
 from gptjax.ops.attention.reference import reference
 from gptjax.ops.attention.splash import splash
@@ -48,12 +48,10 @@ def choose(platform: str, call: Call) -> str:
         return "splash"
     if platform != "gpu":
         return "xla" if call.keys <= LONGEST_XLA_ROW else "blockwise"
-    masked = needs_mask(call.queries, call.keys, packed=call.packed)
     refused = fault(
         dtype=call.dtype,
         head_width=call.head_width,
-        mask_size=mask_bytes(call.rows, call.queries, call.keys) if masked else 0,
-        dropout=call.dropout,
+        mask=mask_shape(call.rows, call.queries, call.keys, packed=call.packed),
         softcap=call.softcap,
     )
     return "blockwise" if refused or call.head_width > WIDEST_HEAD else "cudnn"

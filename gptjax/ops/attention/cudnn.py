@@ -2,19 +2,20 @@
 
 The kernels know causality, a window and grouped heads. Packed documents, and queries that are a
 part of the keys (a context-parallel shard), reach them only as a mask of B x T x S numbers of 16
-bits, the same for all heads: `mask_bytes` says how many that is, and past `MASK_LIMIT` it is
-refused.
+bits, the same for all heads; past `MASK_LIMIT` bytes it is refused.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from gptjax.ops.attention.mask import Mask
+from gptjax.ops.attention.mask import SAVED_NAME, Mask
 from gptjax.ops.attention.reference import reference
 
 MASK_LIMIT = 2**30
@@ -41,11 +42,11 @@ def cudnn(
     s = k_BSKC.shape[1]
     if t == s == 1:  # shapes are asked for with one token, also where there is no cuDNN
         return reference(q_BTKGC, k_BSKC, v_BSKC, mask, softcap=softcap)
-    masked = needs_mask(t, s, packed=mask.q_segments is not None)
+    masked = mask_shape(b, t, s, packed=mask.q_segments is not None)
     message = fault(
         dtype=q_BTKGC.dtype.name if implementation == "cudnn" else "bfloat16",
         head_width=c,
-        mask_size=mask_bytes(b, t, s) if masked else 0,
+        mask=masked,
         dropout=dropout_BKGTS is not None,
         softcap=softcap,
     )
@@ -65,19 +66,22 @@ def cudnn(
             y_BTHC = attend_window(q_BTHC, k_BSKC, v_BSKC)
         else:
             y_BTHC = jax.lax.cond(mask.use_window, attend_window, attend, q_BTHC, k_BSKC, v_BSKC)
-    return y_BTHC.reshape(q_BTKGC.shape)
+    return checkpoint_name(y_BTHC.reshape(q_BTKGC.shape), SAVED_NAME)
 
 
-def needs_mask(queries: int, keys: int, *, packed: bool) -> bool:
-    """Whether the kernels must be told by an array who sees whom."""
-    return packed or queries != keys
+def mask_shape(rows: int, queries: int, keys: int, *, packed: bool) -> tuple[int, int, int] | None:
+    """Of the array that tells the kernels who sees whom; None where they need none."""
+    return (rows, queries, keys) if packed or queries != keys else None
 
 
-def mask_bytes(rows: int, queries: int, keys: int) -> int:
-    return 2 * rows * queries * keys
-
-
-def fault(*, dtype: str, head_width: int, mask_size: int, dropout: bool, softcap: float) -> str:
+def fault(
+    *,
+    dtype: str,
+    head_width: int,
+    mask: tuple[int, int, int] | None = None,
+    dropout: bool = False,
+    softcap: float = 0.0,
+) -> str:
     """What of this cuDNN's attention has not, and what to set; empty where it has all."""
     if dtype not in ("bfloat16", "float16"):
         return (
@@ -99,10 +103,16 @@ def fault(*, dtype: str, head_width: int, mask_size: int, dropout: bool, softcap
             f"cuDNN's attention takes heads whose width is a multiple of 8, not {head_width}: "
             "use model.attention = 'auto'"
         )
-    if mask_size > MASK_LIMIT:
+    if mask and (mask[1] % 2 or mask[2] % 2):
+        return (
+            "cuDNN's attention takes packed documents or a split context in rows of an even length "
+            f"alone, not {mask[1]} queries and {mask[2]} keys: use model.attention = 'auto'"
+        )
+    size = 2 * math.prod(mask or (0,))
+    if size > MASK_LIMIT:
         return (
             "cuDNN's attention is told of packed documents or a split context by a mask of 2 bytes "
-            f"for each query and key, here {mask_size / 2**30:.1f} GiB, more than "
+            f"for each query and key, here {size / 2**30:.1f} GiB, more than "
             f"{MASK_LIMIT / 2**30:.0f} GiB: use model.attention = 'blockwise', or fewer rows a step"
         )
     return ""

@@ -14,8 +14,9 @@ from gptjax.core.types import Array
 # finite: exp underflows to an exact 0, and no NaN arises from a block without a visible key
 MASKED = -1e30
 
-# what a backend of linear memory keeps for its backward pass has this name (`checkpoint_name`), so
-# that a rematerialisation policy may keep it rather than run the forward kernel again
+# The name (`checkpoint_name`) of what the backward pass of a backend needs beside q, k and v: the
+# outputs, and the softmax's sums where it has those. A rematerialisation policy that keeps them
+# spares the flash kernels a second forward run.
 SAVED_NAME = "attention"
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from gptjax.ops.activation import softcap as cap_softly
-from gptjax.ops.attention.mask import MASKED, Mask
+from gptjax.ops.attention.mask import MASKED, SAVED_NAME, Mask
 
 
 def reference(
@@ -36,4 +37,5 @@ def reference(
     probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
     if dropout_BKGTS is not None:
         probs_BKGTS = probs_BKGTS * dropout_BKGTS
-    return jnp.einsum("BKGTS,BSKC->BTKGC", probs_BKGTS.astype(v_BSKC.dtype), v_BSKC)
+    y_BTKGC = jnp.einsum("BKGTS,BSKC->BTKGC", probs_BKGTS.astype(v_BSKC.dtype), v_BSKC)
+    return checkpoint_name(y_BTKGC, SAVED_NAME)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from gptjax.ops.attention.mask import MASKED, Mask
+from gptjax.ops.attention.mask import MASKED, SAVED_NAME, Mask
 from gptjax.ops.attention.reference import reference
 from gptjax.ops.materialize import Barrier, unchanged
 
@@ -36,7 +37,8 @@ def xla(
             q_BTKGC, k_BSKC, v_BSKC, mask, dropout_BKGTS=dropout_BKGTS, softcap=softcap
         )
     visible = mask.allowed(0, k_BSKC.shape[1])[:, None, None]
-    return _xla(barrier, q_BTKGC, k_BSKC, v_BSKC, visible, dropout_BKGTS)
+    y_BTKGC = _xla(barrier, q_BTKGC, k_BSKC, v_BSKC, visible, dropout_BKGTS)
+    return checkpoint_name(y_BTKGC, SAVED_NAME)
 
 
 class _Strip(NamedTuple):
