@@ -70,13 +70,17 @@ def reference_logprobs(
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """What does not change from step to step. barrier, transposed: the platform's."""
+    """What does not change from step to step. barrier, transposed: the platform's.
+
+    one_cpu: no array is split over devices, and XLA:CPU computes what is better written otherwise.
+    """
 
     vocab_size: int
     softcap: float
     chunk: int
     barrier: Barrier
     transposed: Barrier
+    one_cpu: bool = False
 
 
 def chunked(
@@ -90,9 +94,10 @@ def chunked(
     chunk: int,
     barrier: Barrier = unchanged,
     transposed: Barrier = products.transposed,
+    one_cpu: bool = False,
 ) -> Float32[Array, ""]:
     """As `reference`, `chunk` positions at a time (a divisor of T)."""
-    form = _Form(vocab_size, softcap, chunk, barrier, transposed)
+    form = _Form(vocab_size, softcap, chunk, barrier, transposed, one_cpu)
     return _cross_entropy(form, x_BTD, table_VD, targets_BT, weights_BT)
 
 
@@ -179,9 +184,12 @@ def _chunk(form: _Form, table_DV: Array, x: Array, targets: Array, weights: Arra
     peak = form.barrier(collectives.peak(logits.max(-1, keepdims=True), "tensor"))
     total = collectives.total(jnp.exp(logits - peak).sum(-1, keepdims=True), "tensor")
     log_total = form.barrier(jnp.log(total) + peak)
-    # a sum over a mask: the target's logit, or 0 where another device has it
     is_target = ids == targets.reshape(-1, 1)
-    target_logits = jnp.where(is_target, logits, 0.0).sum(-1)
+    if form.one_cpu:
+        target_ids = targets.reshape(-1, 1)
+        target_logits = jnp.take_along_axis(logits, target_ids, -1, mode="clip")[:, 0]
+    else:  # a sum over a mask: the target's logit, or 0 where another device has it
+        target_logits = jnp.where(is_target, logits, 0.0).sum(-1)
     own_log_total = collectives.share(log_total[:, 0], "tensor")
     loss = (weights.reshape(-1) * (own_log_total - target_logits)).sum()
     return _Chunk(loss, logits, log_total, is_target)
@@ -201,16 +209,22 @@ def _forward(form: _Form, x: Array, table: Array, targets: Array, weights: Array
     def add(carry: tuple[Array, Array], piece: tuple[Array, ...]):
         total, d_table = carry
         x_c, _, weights_c = piece
-        chunk = _chunk(form, form.transposed(table), *piece)
+        table_DV = form.transposed(table)
+        chunk = _chunk(form, table_DV, *piece)
         d_logits = jnp.exp(chunk.logits - chunk.log_total) - chunk.is_target
         d_logits = d_logits * weights_c.reshape(-1, 1)
         if cap := form.softcap:
             d_logits = d_logits * (1 - jnp.square(jnp.maximum(chunk.logits, -cap) / cap))
         d_logits = form.barrier(d_logits.astype(x.dtype))
-        d_x = jnp.einsum("NV,VD->ND", d_logits, table).reshape(x_c.shape)
+        d_logits_VN = form.transposed(d_logits)
+        if form.one_cpu and x.dtype == jnp.bfloat16:
+            # a product packs its second operand anew, and the table is the larger one by far
+            d_x = form.barrier(jnp.matmul(table_DV, d_logits_VN)).T
+        else:
+            d_x = jnp.einsum("NV,VD->ND", d_logits, table)
         x_ND = x_c.reshape(-1, x.shape[-1])
-        d_table += jnp.matmul(form.transposed(d_logits), x_ND, preferred_element_type=jnp.float32)
-        return (total + chunk.loss, d_table), d_x
+        d_table += jnp.matmul(d_logits_VN, x_ND, preferred_element_type=jnp.float32)
+        return (total + chunk.loss, d_table), d_x.reshape(x_c.shape)
 
     start = (jnp.zeros(()), jnp.zeros(table.shape))
     chunks = _chunks(form.chunk, x, targets, weights)

@@ -92,7 +92,7 @@ CPU = dataclasses.replace(
     matmul=products.by_rows_matmul,
     bias_add=products.by_rows_bias_add,
     cross_entropy=functools.partial(
-        losses.chunked, barrier=materialize, transposed=products.transposed_copy
+        losses.chunked, barrier=materialize, transposed=products.transposed_copy, one_cpu=True
     ),
 )
 

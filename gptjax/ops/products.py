@@ -7,6 +7,8 @@ reading the weights.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
@@ -55,9 +57,22 @@ def split_qkv(
     return qkv[..., :groups, :], qkv[..., groups, :], qkv[..., groups + 1, :]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def split_qkv_materialized(qkv: Array, groups: int) -> tuple[Array, Array, Array]:
-    """The same, its input written to memory once for the three."""
-    return split_qkv(materialize(qkv), groups)
+    """The same, its input written to memory once for the three; its gradient is a concatenation,
+    where slicing's own would be a sum of three padded arrays, computed element by element."""
+    return split_qkv(jax.lax.optimization_barrier(qkv), groups)
+
+
+def _split_backward(groups: int, saved: None, grads: tuple[Array, Array, Array]) -> tuple[Array]:
+    dq, dk, dv = jax.lax.optimization_barrier(grads)
+    together = jnp.concatenate([dq, dk[..., None, :], dv[..., None, :]], -2)
+    return (jax.lax.optimization_barrier(together),)
+
+
+split_qkv_materialized.defvjp(
+    lambda qkv, groups: (split_qkv_materialized(qkv, groups), None), _split_backward
+)
 
 
 def transposed(a: Float[Array, "N D"]) -> Float[Array, "D N"]:
@@ -69,7 +84,9 @@ def transposed_copy(a: Float[Array, "N D"]) -> Float[Array, "D N"]:
     """a.T, written out by rows where it is bfloat16 (see `by_rows_matmul`)."""
     if a.dtype != jnp.bfloat16:
         return a.T
-    # without the barrier the transpose would become part of the product again
+    # Without the first barrier a slice of stacked weights becomes part of the transpose, which is
+    # then a loop element by element; without the second, the transpose part of the product.
+    a = jax.lax.optimization_barrier(a)
     return jax.lax.optimization_barrier(with_layout_constraint(a.T, Layout((0, 1))))
 
 

@@ -10,7 +10,8 @@ import sys
 import jax
 
 # Options of mallopt(3), from glibc's <malloc.h>.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -2, -3, -4, -8
+_HEAP_BYTES = 1 << 26  # the most that a heap of any thread but the main one can hold
 
 
 def keep_freed_memory() -> None:
@@ -19,7 +20,9 @@ def keep_freed_memory() -> None:
     glibc keeps freed blocks, instead of giving each back to the kernel, which would have to hand
     out new pages at every step (measured in experiments/LOG.md). Call it before the first array.
     """
-    if _mallopt({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1}):
+    # the pad: a thread's heap goes back to the kernel once it is empty, unless it is smaller than
+    # that; a product's own buffers would come from new pages every time
+    if _mallopt({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: _HEAP_BYTES}):
         # A step then runs in the thread that asks for it. The heap of any other thread ends at
         # 64 MB, and larger blocks would be mapped again at every step all the same.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
