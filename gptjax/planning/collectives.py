@@ -68,12 +68,22 @@ class Collective:
 
 
 def collectives(hlo: str, mesh: Mesh) -> list[Collective]:
-    """All collectives of the program between more than one device, in the order of its text."""
-    every = [
-        _collective(executed, kind, mesh)
-        for executed in program.parse(hlo).executed()
-        if (kind := _kind(executed.instruction)) is not None
-    ]
+    """All collectives of the program between more than one device, in the order of its text.
+
+    On TPUs one that goes on beside other work stands in every fusion of that work, under one
+    channel: it counts once.
+    """
+    every, channels = [], set()
+    for executed in program.parse(hlo).executed():
+        kind = _kind(executed.instruction)
+        if kind is None:
+            continue
+        channel = executed.instruction.attribute("channel_id")
+        if executed.fused and channel:
+            if (channel, executed.loops) in channels:
+                continue
+            channels.add((channel, executed.loops))
+        every.append(_collective(executed, kind, mesh))
     return [one for one in every if one.devices > 1]
 
 

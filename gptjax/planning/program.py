@@ -50,7 +50,7 @@ class Executed:
     """An instruction of a computation, and how often it runs.
 
     loops: names of the loops around it, outermost first. exact: whether the number of rounds of
-    each is known; a loop that ends by its data counts as one round.
+    each is known; a loop that ends by its data counts as one round. fused: it is part of a fusion.
     """
 
     instruction: Instruction
@@ -59,6 +59,7 @@ class Executed:
     count: int
     loops: tuple[str, ...]
     exact: bool
+    fused: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +78,17 @@ class Program:
         count: int,
         loops: tuple[str, ...],
         exact: bool,
+        fused: bool = False,
     ) -> Iterator[Executed]:
         instructions = self.computations.get(name, {})
         for instruction in instructions.values():
-            yield Executed(instruction, instructions, name, count, loops, exact)
+            yield Executed(instruction, instructions, name, count, loops, exact, fused)
             if instruction.opcode.endswith(("-done", "-update")):
                 continue  # the computation is that of its start
             if instruction.opcode != "while":
+                is_fusion = fused or instruction.opcode == "fusion"
                 for called in instruction.called:
-                    yield from self._executed(called, {}, count, loops, exact)
+                    yield from self._executed(called, {}, count, loops, exact, is_fusion)
                 continue
             state = self._state(instruction, instructions, known)
             trips = self._trips(instruction, state)

@@ -161,6 +161,25 @@ def test_groups_of_another_form_are_not_guessed(mesh):
         collectives("module @jit_step", mesh)
 
 
+def test_a_gather_that_goes_on_beside_other_work_counts_once():
+    """As libtpu writes it: the gather's start, and two fusions that it runs beside."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(1, 4, 1, 1), AXES)
+    computations = "\n".join(
+        f"""%async_collective_fusion.{i} (p: bf16[2]) -> bf16[8] {{
+  %p.{i} = bf16[2]{{0}} parameter(0)
+  ROOT %g.{i} = bf16[8]{{0}} all-gather(%p.{i}), channel_id={channel}, replica_groups=[1,4]<=[4]
+}}
+"""
+        for i, channel in enumerate([7, 7, 7, 8])
+    )
+    fusions = "\n".join(
+        f"  %f.{i} = bf16[8]{{0}} fusion(%x), kind=kCustom, calls=%async_collective_fusion.{i}"
+        for i in range(4)
+    )
+    hlo = f"{computations}\nENTRY %main (x: bf16[2]) -> bf16[8] {{\n{fusions}\n}}\n"
+    assert [(one.name, one.size) for one in collectives(hlo, mesh)] == [("g.0", 16), ("g.3", 16)]
+
+
 def test_gpus_start_collectives_apart_from_their_end():
     """As XLA:GPU writes them: several arrays at once, and wrapped in another computation."""
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(1, 4, 1, 1), AXES)
