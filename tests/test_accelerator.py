@@ -58,7 +58,7 @@ def test_a_backend_that_is_wrong_is_told_from_one_that_refuses(monkeypatch):
     text = table.attention({"rows": [{"backend": n, "dtype": "", "case": "packed"} | r
                                      for n, r in results.items()]})  # fmt: skip
     assert "| wrong |  | 0 of 1 |  |  | packed: wrong |" in text
-    assert "| no |  | 0 of 1 |  | packed |  |" in text
+    assert "| no |  | 0 of 1 |  | all |  |" in text
 
 
 LATE = """
@@ -100,7 +100,9 @@ def test_a_part_that_fails_or_is_late_costs_only_itself(tmp_path, monkeypatch):
 
 
 def test_contenders_answer_through_noise_and_say_why_they_died():
-    noisy = "import turns; print('hello'); turns.serve(lambda n: print('noise') or 2 * n)"
+    noisy = (
+        "import turns; print('hello'); turns.serve(lambda n: print('noise', flush=True) or 2 * n)"
+    )
     dies = "import turns; turns.serve(lambda n: 1 / n)"
     env = {"PYTHONPATH": str(EXPERIMENTS / "benchmarks")}
     processes = [turns.Contender([sys.executable, "-c", code], env) for code in (noisy, dies)]

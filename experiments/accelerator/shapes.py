@@ -35,7 +35,7 @@ class Decoded:
     new: int
 
 
-_BFLOAT16 = dict(dtype="bfloat16", attention="blockwise", remat="none", scan_layers=False)
+_BFLOAT16 = dict(dtype="bfloat16", attention="auto", remat="none", scan_layers=False)
 _TOY = dict(layers=2, width=64, heads=4, context=64, vocab_size=500)
 _TOY_LLAMA = sizes.LLAMA | _TOY | dict(kv_heads=2, mlp_dim=128, tie_embeddings=True)
 

@@ -29,16 +29,21 @@ def markdown(results: dict[str, Any]) -> str:
 def title(results: dict[str, Any]) -> str:
     machine = results["parts"].get("machine", {})
     kind = "rehearsal at toy size: no number here says anything" if results["rehearsal"] else ""
-    versions = ", ".join(f"{n} {v}" for n, v in machine.get("versions", {}).items() if v)
     lines = [f"## {results['started'][:10]}: {machine.get('device', 'unknown device')}"]
     if kind:
         lines.append(f"**{kind}**")
-    lines.append(
-        f"{versions}. Read bandwidth {number(machine.get('read_rate'), 1e12, 2)} TB/s, bfloat16 "
-        f"products {number(machine.get('matrix_rate'), 1e12, 0)} TFLOP/s (data sheet "
-        f"{number(machine.get('data_sheet_flops'), 1e12, 0)}), both measured."
-    )
+    if machine:
+        lines.append(speeds(machine))
     return "\n\n".join(lines)
+
+
+def speeds(machine: dict[str, Any]) -> str:
+    versions = ", ".join(f"{n} {v}" for n, v in machine.get("versions", {}).items() if v)
+    return (
+        f"{versions}. Read bandwidth {number(machine.get('read_rate'), 1e12, 2)} TB/s, bfloat16 "
+        f"products {number(machine.get('matrix_rate'), 1e12, 0)} TFLOP/s, both "
+        f"measured (data sheet: {number(machine.get('data_sheet_flops'), 1e12, 0)} TFLOP/s)."
+    )
 
 
 def number(value: float | None, unit: float = 1.0, digits: int = 1) -> str:
@@ -66,6 +71,8 @@ def attention(part: dict[str, Any]) -> str:
         right = [row for row in rows if row.get("fault") == ""]
         wrong = [f"{row['case']}: {row['fault']}" for row in rows if row.get("fault")]
         refused = [row["case"] for row in rows if "refused" in row]
+        if len(refused) == len(rows):
+            refused = ["all"]
         worst = max((row["error"] for row in right), default=None)
         lines.append(
             [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -70,7 +71,8 @@ def init_params(config: ModelConfig, key: Array, *, mesh: Mesh | None = None) ->
 
 def _constants(config: ModelConfig) -> Params:
     """All parameters, each filled with the constant that its module starts with: 1 or 0."""
-    c = config
+    # Shapes do not depend on the backend of attention, and some refuse a platform or a length.
+    c = dataclasses.replace(config, attention="reference")
     x, index = jnp.zeros((1, 1, c.width)), jnp.zeros((1, 1), jnp.int32)
     init_block = lambda: Block(c).init(jax.random.key(0), x, index, Mask(index))["params"]
     block = jax.eval_shape(init_block)

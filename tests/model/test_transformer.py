@@ -238,3 +238,9 @@ def test_gelu_rounds_once():
     expected, expected_back = jax.vjp(activation.gelu_recomputed, x.astype("float32"))
     assert np.array_equal(value, expected.astype("bfloat16"))
     assert np.array_equal(back(g)[0], expected_back(g.astype("float32"))[0].astype("bfloat16"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes_are_known_also_where_a_backend_refuses(backend):
+    config = make_config(model=dict(attention=backend, dtype="bfloat16")).model
+    assert model_init.param_shapes(config) == model_init.param_shapes(make_config().model)
