@@ -4,7 +4,7 @@ GPT-1: Radford et al. 2018 (its shape; the blocks here normalise before, as GPT-
 GPT-2: Radford et al. 2019.
 GPT-3: Brown et al. 2020, table 2.1, with its head widths as printed (some do not equal
 width / heads).
-SmolLM2-135M: its config.json.
+SmolLM2-135M, Llama 3 8B and 70B: their config.json.
 """
 
 GPT1 = dict(layers=12, width=768, heads=12, context=512, vocab_size=40478)
@@ -48,6 +48,18 @@ LLAMA_1B = LLAMA | dict(
     rope_theta=5e5,
     tie_embeddings=True,
 )
+LLAMA3_8B = LLAMA | dict(
+    layers=32,
+    width=4096,
+    heads=32,
+    kv_heads=8,
+    mlp_dim=14336,
+    context=8192,
+    vocab_size=128256,
+    rope_theta=5e5,
+    tie_embeddings=False,
+)
+LLAMA3_70B = LLAMA3_8B | dict(layers=80, width=8192, heads=64, mlp_dim=28672)
 
 ALL = {
     "gpt1": GPT1,
@@ -65,4 +77,6 @@ ALL = {
     "gpt3-175b": GPT3_175B,
     "smollm2-135m": SMOLLM2_135M,
     "llama-1b": LLAMA_1B,
+    "llama3-8b": LLAMA3_8B,
+    "llama3-70b": LLAMA3_70B,
 }

@@ -1,9 +1,12 @@
-"""Says what a run would need, before it: sizes, tokens, epochs, FLOPs, memory of the state.
+"""Says what a run would need, before it: sizes, memory, traffic, time, money.
 
     python -m gptjax.plan --config=configs/quickstart.py [--config.train.steps=500 ...] [--json]
+    python -m gptjax.plan --config=configs/llama_1b.py --target=v5e-16 [--mfu=0.4] [--price=1.2]
 
-Prints each number that follows from the config and its data, with the reason. Trains nothing; data
-that is not prepared yet is prepared, as `gptjax.train` would.
+Without --target, prints each number that follows from the config and its data, with the reason;
+data that is not prepared yet is prepared, as `gptjax.train` would. With a target, devices that need
+not be here, it says from shapes alone what a step holds and sends on each of them, how long the run
+takes and what it costs, and what to change where it does not fit; no data is read. Trains nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +21,12 @@ from gptjax.config.schema import MeshConfig
 from gptjax.core import cli
 from gptjax.data import shards
 from gptjax.data.sources import TRAIN
+from gptjax.planning import summary
+from gptjax.planning.advice import advise
+from gptjax.planning.cost import read_mfu
 from gptjax.planning.explain import derived_numbers, format_numbers
+from gptjax.planning.forecast import config_without_data, forecast, rates_of, shapes_of
+from gptjax.planning.targets import parse
 from gptjax.runtime.mesh import make_mesh
 from gptjax.training.setup import (
     load_data,
@@ -28,9 +36,18 @@ from gptjax.training.setup import (
     rows_of_epoch,
 )
 
+FLAGS = {
+    "target": "devices to plan for: v5e-16, v5p-64, v6e-256, h100-8, h100-8x4, cpu, here ...",
+    "mfu": "share of the peak that a run reaches, or a workdir that has measured it (0.4)",
+    "price": "USD an hour and device (that of the table of devices)",
+}
+
 
 def main(argv: list[str]) -> None:
-    args = cli.parse(argv, __doc__, {}, required=("config",))
+    args = cli.parse(argv, __doc__, FLAGS, required=("config",))
+    if "target" in args:
+        plan_for_target(args)
+        return
     config, source = resolve_checkpoint(args.config)
     data = load_data(config, source)
     config = resolve_config(config, data)
@@ -45,6 +62,23 @@ def main(argv: list[str]) -> None:
         print(json.dumps([dataclasses.asdict(number) for number in numbers]))
     else:
         print(format_numbers(numbers))
+
+
+def plan_for_target(args: cli.Args) -> None:
+    """Prints what the run would take on the devices that --target names."""
+    target = parse(args["target"])
+    config = config_without_data(args.settings)
+    shapes = shapes_of(config)
+    mfu = read_mfu(args["mfu"]) if "mfu" in args else None
+    price = args.number("price", 0.0) if "price" in args else target.device.price
+    rates = rates_of(config, target, mfu, price)
+    plan = forecast(config, shapes, target, rates)
+    advice = advise(plan, shapes)
+    if "json" in args:
+        print(json.dumps(summary.to_json(plan, advice)))
+        return
+    print(format_numbers(summary.rows(plan)))
+    print("\n".join(["", *summary.advice_lines(plan, advice)]))
 
 
 if __name__ == "__main__":

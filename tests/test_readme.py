@@ -149,6 +149,8 @@ def test_flags_and_settings_exist(page, monkeypatch):
         if "config" in dict(pairs):
             settings = build.load_file(dict(pairs)["config"])
             build.override(settings, overrides)
+            if "target" in dict(pairs):  # plans from shapes alone: the data need not be there
+                settings.data.path = settings.data.path or "not read"
             build.build_config(settings)
         else:
             assert not overrides, args

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -84,6 +85,8 @@ def parse(text: str, kind: Any) -> Any:
         return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
     if get_origin(kind) is tuple:
         return tuple(part for part in text.split(",") if part)
+    if isinstance(kind, types.UnionType):  # of bool and names
+        return parse(text, bool)
     if kind not in (int, float):
         return text
     try:
@@ -109,7 +112,7 @@ def _check_value(
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        fault = f"must be {kind.__name__}, such as {field.default!r}"
+        fault = f"must be {getattr(kind, '__name__', kind)}, such as {field.default!r}"
     elif kind is float and not math.isfinite(value):
         fault = f"must be finite, such as {field.default!r}"
     else:
@@ -142,9 +145,10 @@ def _choice_fault(value: Any, field: dataclasses.Field) -> str:
     choices = choices_of(field)
     if not choices or value in choices:
         return ""
-    near = nearest(value, list(choices))
+    names = [str(choice) for choice in choices]
+    near = nearest(str(value), names)
     hint = f"; did you mean {near!r}?" if near else ""
-    return f"must be one of {', '.join(choices)}{hint}"
+    return f"must be one of {', '.join(names)}{hint}"
 
 
 def _range_fault(value: Any, field: dataclasses.Field) -> str:
@@ -265,6 +269,9 @@ def changes(old: Config, new: Config, *, shaping_only: bool = True) -> list[str]
     for path, _, field in all_settings():
         section, name = path.split(".")
         if shaping_only and not field.metadata["shapes"]:
+            continue
+        pair, auto = (before[section][name], after[section][name]), field.metadata["auto"]
+        if shaping_only and auto is not None and auto in pair:
             continue
         if before[section][name] != after[section][name]:
             lines.append(f"{path}: {before[section][name]!r} -> {after[section][name]!r}")

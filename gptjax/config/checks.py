@@ -83,7 +83,7 @@ def _model_checks(c: Config) -> list[str]:
 def _train_checks(c: Config) -> list[str]:
     """Steps, batches and rows."""
     t, faults = c.train, []
-    if t.batch_size % t.grad_accum_steps:
+    if t.grad_accum_steps and t.batch_size % t.grad_accum_steps:
         faults.append(
             f"train.grad_accum_steps = {t.grad_accum_steps} does not divide "
             f"train.batch_size = {t.batch_size}: pick a divisor"

@@ -168,16 +168,19 @@ class ModelConfig:
     attention_block: int = setting(
         256, "Keys in a block of the blockwise backend.", low=1, shapes=False
     )
-    scan_layers: bool = setting(
-        False,
-        "Run the layers in one lax.scan: a deep model compiles several times faster.",
+    scan_layers: bool | str = setting(
+        "auto",
+        "Run the layers in one lax.scan: a deep model compiles several times faster. auto: deep "
+        "models, and on a CPU only very deep ones.",
+        choices=("auto", True, False),
         shapes=False,
     )
     remat: str = setting(
-        "none",
+        "auto",
         "What the backward pass computes again instead of storing it: nothing, all but matrix "
-        "products, or all.",
-        choices=("none", "dots", "full"),
+        "products, all but what attention gives, or all; offload keeps the blocks' inputs in the "
+        "host's memory. auto: as little as the memory of the devices needs.",
+        choices=("auto", "none", "dots", "attention", "full", "offload"),
         shapes=False,
     )
 

@@ -265,7 +265,9 @@ class TrainConfig:
         low=0.0,
     )
     batch_size: int = setting(16, "Sequences in a step, over all devices.", low=1)
-    grad_accum_steps: int = setting(1, "Micro-batches in a step.", low=1)
+    grad_accum_steps: int = setting(
+        0, "Micro-batches in a step; 0 = as many as its memory needs.", low=0, auto=0
+    )
     init_from: str = setting(
         "",
         "Start from a workdir, a Hugging Face folder or a .gguf file, with its model and "

@@ -13,13 +13,16 @@ def setting(
     *,
     low: float | None = None,
     high: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: tuple[Any, ...] = (),
     table: str = "",
     shapes: bool = True,
+    auto: Any = None,
 ) -> Any:
     """One setting. `low` and `high` are inclusive; `shapes=False` marks what may change on resume.
 
     table: "module:TABLE", whose rows are the choices in addition to the default (see `load_table`).
+    auto: the value that leaves the choice to the run: a run that goes on may come from it or turn
+    to it, whatever was chosen.
     """
     metadata = {
         "meaning": meaning,
@@ -28,6 +31,7 @@ def setting(
         "choices": choices,
         "table": table,
         "shapes": shapes,
+        "auto": auto,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -42,7 +46,7 @@ def load_table(name: str) -> dict[str, Any]:
     return getattr(importlib.import_module(module), attribute)
 
 
-def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
+def choices_of(field: dataclasses.Field) -> tuple[Any, ...]:
     """The values that a setting may have; () where they are not a list of names."""
     if not field.metadata["table"]:
         return field.metadata["choices"]

@@ -45,14 +45,16 @@ POLICIES: dict[str, Any] = {
 def rematerialized(
     config: ModelConfig, block: Callable[..., Any], *, scanned: bool
 ) -> Callable[..., Any]:
-    """A block of layers that saves what `model.remat` says.
+    """A block of layers that saves what `model.remat` says; "auto", outside of a training's plan,
+    is "none".
 
     Weights that were gathered are never saved: the backward pass gathers them again.
     """
-    if config.remat == "none" and collectives.size("fsdp") == 1:
+    remat = "none" if config.remat == "auto" else config.remat
+    if remat == "none" and collectives.size("fsdp") == 1:
         return block
     # in a loop XLA cannot merge the second computation with the first: no barrier is needed
-    return jax.checkpoint(block, policy=POLICIES[config.remat], prevent_cse=not scanned)
+    return jax.checkpoint(block, policy=POLICIES[remat], prevent_cse=not scanned)
 
 
 def whole_layer(block: Params) -> Params:

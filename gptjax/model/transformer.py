@@ -203,7 +203,7 @@ def apply(
         )
 
     blocks = params["blocks"]
-    scanned = c.scan_layers and cache is None and isinstance(blocks, dict)
+    scanned = c.scan_layers is True and cache is None and isinstance(blocks, dict)
     block = rematerialized(c, block, scanned=scanned)
     if scanned:
         x_BTD, _ = jax.lax.scan(block, x_BTD, (blocks, jnp.arange(c.layers), None))

@@ -90,6 +90,21 @@ def choices() -> str:
     )
 
 
+def larger(target: Target) -> list[str]:
+    """Targets of more devices of the same kind, the smallest first."""
+    kind = target.device.name
+    if target.device.platform == "tpu":
+        return [f"{kind}-{chips}" for chips in _SLICES[kind] if chips > target.count]
+    if target.device.platform == "gpu":
+        node = target.device.node
+        return [f"{kind}-{n}" for n in (1, 2, 4) if target.count < n < node] + [
+            f"{kind}-{node}x{nodes}"
+            for nodes in (1, 2, 4, 8, 16, 32, 64, 128)
+            if node * nodes > target.count
+        ]
+    return []
+
+
 def _slice(name: str, row: Device, chips: int, has_nodes: bool) -> Target:
     shapes = _SLICES[row.name]
     if has_nodes or chips not in shapes:

@@ -262,6 +262,17 @@ def cpu() -> Device:
     )
 
 
+def usable_bytes(mesh: jax.sharding.Mesh) -> float | None:
+    """Bytes that a program can have on each device of a mesh; None for an unknown kind.
+
+    Devices of a processor, of which tests make several, share its memory.
+    """
+    row = describe(mesh.devices.flat[0])
+    if row is None:
+        return None
+    return row.usable / mesh.size if row.platform == "cpu" else row.usable
+
+
 def peak_flops(device: jax.Device) -> float | None:
     """Peak FLOP/s of one device, or None for an unknown one: then no MFU is printed."""
     row = describe(device)

@@ -20,10 +20,22 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
     Raises UserError if it fits neither the devices nor the model.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    # an axis of the mesh may take a part of one of a TPU's torus, such as 32 of 64 chips
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(config: Config, count: int) -> dict[str, int]:
+    """{axis: devices} of `config.mesh` on that many devices, with -1 filled in.
+
+    Raises UserError if it fits neither them nor the model.
+    """
     sizes = {axis: getattr(config.mesh, axis) for axis in AXES}
     fixed = math.prod(n for n in sizes.values() if n > 0)
     text = " x ".join(f"{axis} {n}" for axis, n in sizes.items())
-    count = len(devices)
     for axis, n in sizes.items():
         if n == -1:
             if count % fixed:
@@ -39,11 +51,7 @@ def make_mesh(config: Config, devices: list[jax.Device] | None = None) -> Mesh:
         )
     if faults := mesh_faults(config, sizes):
         raise UserError("\n".join(faults[:6]))
-    # an axis of the mesh may take a part of one of a TPU's torus, such as 32 of 64 chips
-    grid = mesh_utils.create_device_mesh(
-        tuple(sizes.values()), devices, allow_split_physical_axes=True
-    )
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return sizes
 
 
 class _Division(NamedTuple):
@@ -58,7 +66,7 @@ class _Division(NamedTuple):
 def mesh_faults(config: Config, sizes: dict[str, int]) -> list[str]:
     """A message for each size that the mesh does not divide. sizes: {axis: devices}."""
     m, t = config.model, config.train
-    rows = t.batch_size // t.grad_accum_steps
+    rows = t.batch_size // max(t.grad_accum_steps, 1)  # 0: chosen later, to fit the mesh
     data, fsdp, tensor, context = (sizes[axis] for axis in AXES)
     rows_name = f"train.batch_size / train.grad_accum_steps = {rows}"
     vocab_name = (

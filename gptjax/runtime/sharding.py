@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.core import tree
@@ -77,7 +77,7 @@ def reduced_spec(
     return P(*full[:missing], *full[missing + 1 :])
 
 
-def shardings(mesh: Mesh, shapes: Any) -> Any:
+def shardings(mesh: Mesh | AbstractMesh, shapes: Any) -> Any:
     """NamedSharding for each leaf of a TrainState or parameter tree.
 
     A moment in the optimizer's state is split as its parameter is. Raises ValueError for a

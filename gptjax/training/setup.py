@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,9 +31,8 @@ from gptjax.data import loader, selection, shards
 from gptjax.data.packing import Packed
 from gptjax.data.sources import TRAIN
 from gptjax.model import init as model_init
-from gptjax.ops import cross_entropy
 from gptjax.ops.implementations import resolve
-from gptjax.runtime import sharding
+from gptjax.runtime import devices, sharding
 from gptjax.runtime.compile_cache import Compiles
 from gptjax.runtime.interrupt import Stop
 from gptjax.runtime.mesh import make_mesh
@@ -42,9 +41,10 @@ from gptjax.tasks.table import task_of
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tracking.throughput import flops_per_token
 from gptjax.tracking.trackers import check_installed
-from gptjax.training import objectives, optim, report
+from gptjax.training import auto, objectives, optim, report
 from gptjax.training import state as train_state
 from gptjax.training.checkpointing import check_same_run, kept_tokenizer, stored_fingerprint
+from gptjax.training.memory import Shapes, loss_chunk
 
 Data = shards.Prepared | loading.Examples
 
@@ -59,7 +59,7 @@ class TrainPlan:
     """
 
     config: Config  # as stored in config.json
-    model: ModelConfig  # config.model, resolved for the platform of the mesh's devices
+    model: ModelConfig  # config.model without "auto", resolved for the mesh's devices
     mesh: jax.sharding.Mesh
     platform: str  # of the mesh's devices: cpu, gpu, tpu
     optimizer: optax.GradientTransformation
@@ -68,7 +68,7 @@ class TrainPlan:
     state_shapes: TrainState
     frozen_shapes: Params
     batch_shapes: Batch
-    micro_batches: int  # train.grad_accum_steps
+    micro_batches: int  # of a step
     loss_chunk: int  # positions whose logits exist at once in a micro-batch of training
     eval_loss_chunk: int  # and in a batch of evaluation
     flops_per_token: float  # of training
@@ -86,13 +86,19 @@ class TrainPlan:
         return sharding.batch_sharding(self.mesh)
 
 
-def make_plan(config: Config, mesh: jax.sharding.Mesh) -> TrainPlan:
-    """The plan of a config whose zeros are filled in (`resolve_config`).
+class AbstractState(NamedTuple):
+    """Shapes and dtypes (`jax.ShapeDtypeStruct`) of what lasts from step to step, on no mesh."""
+
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    frozen: Params
+
+
+def abstract_state(config: Config) -> AbstractState:
+    """Of a config whose zeros are filled in (`resolve_config`).
 
     Raises UserError where a path pattern of `optim` or `lora` matches no parameter.
     """
-    train, platform = config.train, mesh.devices.flat[0].platform
-    implementation = resolve(config.model.implementation, platform=platform, devices=mesh.size)
     base, trainable = train_state.split_base_and_trainable(
         config, model_init.param_shapes(config.model)
     )
@@ -104,20 +110,35 @@ def make_plan(config: Config, mesh: jax.sharding.Mesh) -> TrainPlan:
     params = jax.eval_shape(init_params, frozen, trainable)
     optimizer = optim.make_optimizer(config, params)
     new_state = functools.partial(train_state.new_state, config, optimizer)
-    state = jax.eval_shape(new_state, frozen, trainable)
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]  # of devices that share the rows of a batch
+    return AbstractState(optimizer, jax.eval_shape(new_state, frozen, trainable), frozen)
+
+
+def make_plan(config: Config, mesh: jax.sharding.Mesh) -> TrainPlan:
+    """The plan of a config whose zeros are filled in (`resolve_config`).
+
+    What the config leaves on "auto" is chosen here. Raises UserError where a path pattern of
+    `optim` or `lora` matches no parameter.
+    """
+    train, sizes = config.train, dict(mesh.shape)
+    platform = mesh.devices.flat[0].platform
+    implementation = resolve(config.model.implementation, platform=platform, devices=mesh.size)
+    optimizer, state, frozen = abstract_state(config)
+    choice = auto.choose(
+        config, Shapes.of(state, frozen), sizes, platform, devices.usable_bytes(mesh)
+    )
+    groups = sizes["data"] * sizes["fsdp"]  # of devices that share the rows of a batch
 
     def chunk(rows: int) -> int:
-        """A divisor of the positions that a device has."""
-        vocab = config.model.padded_vocab // mesh.shape["tensor"]
-        length = config.length // mesh.shape["context"]
-        if train.loss_chunk:
-            return math.gcd(train.loss_chunk, length)
-        return cross_entropy.chunk_length(vocab, max(rows // groups, 1), length)
+        return loss_chunk(config, sizes, max(rows // groups, 1))
 
     return TrainPlan(
         config=config,
-        model=dataclasses.replace(config.model, implementation=implementation),
+        model=dataclasses.replace(
+            config.model,
+            implementation=implementation,
+            remat=choice.remat,
+            scan_layers=choice.scan_layers,
+        ),
         mesh=mesh,
         platform=platform,
         optimizer=optimizer,
@@ -125,8 +146,8 @@ def make_plan(config: Config, mesh: jax.sharding.Mesh) -> TrainPlan:
         state_shapes=sharding.with_shardings(mesh, state),
         frozen_shapes=sharding.with_shardings(mesh, frozen),
         batch_shapes=sharding.with_batch_sharding(mesh, objectives.batch_shapes(config)),
-        micro_batches=train.grad_accum_steps,
-        loss_chunk=chunk(train.batch_size // train.grad_accum_steps),
+        micro_batches=choice.micro_batches,
+        loss_chunk=chunk(train.batch_size // choice.micro_batches),
         eval_loss_chunk=chunk(train.batch_size),
         flops_per_token=flops_per_token(config, model_init.count_params(config.model)),
     )

@@ -27,6 +27,7 @@ RENAMED_SETTINGS = {
         sliding_window=7,
         tie_embeddings=False,
         scan_layers=True,
+        remat="none",
     ),
     "data": dict(mask_documents=False),
     "task": dict(num_generations=4, kl_coef=0.5, truncation="drop", eval_samples=7),

@@ -1,0 +1,31 @@
+r"""Llama 3 8B's shape, T = 8192, on prepared shards, split over all devices (fsdp).
+
+    python -m gptjax.plan --config=configs/llama_8b.py --target=v5p-64
+    python -m gptjax.data.prepare --config=configs/llama_8b.py --out=prepared \
+        --config.data.source=jsonl --config.data.path=corpus/
+    python -m gptjax.train --config=configs/llama_8b.py --workdir=runs/llama_8b \
+        --config.data.path=prepared
+
+Not run at that size, so no loss is known. The vocabulary has the size of Llama 3's, whose tokenizer
+is a file of its authors; `cl100k` stands for it.
+"""
+
+from configs import base, sizes
+
+
+def get_config():
+    c = base.get_config()
+    c.model.update(**sizes.LLAMA3_8B, dtype="bfloat16", attention="blockwise", attention_block=512)
+    c.data.update(source="shards", tokenizer="cl100k", eval_fraction=0.001)
+    c.optim.update(lr=3e-4, schedule="wsd", warmup_steps=2000, min_lr_ratio=0.0, b2=0.95)
+    c.train.update(
+        steps=100_000,
+        batch_size=128,
+        eval_every=1000,
+        eval_batches=20,
+        save_every=500,
+        keep_best=True,
+        sample_tokens=0,
+    )
+    c.mesh.update(data=1, fsdp=-1)
+    return c

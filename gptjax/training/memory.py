@@ -1,0 +1,252 @@
+"""What a device holds in a step of training, in bytes by part, from shapes alone.
+
+A program's peak is that of the moment when it holds most. There are three candidates: the loss of a
+micro-batch, the backward pass of a block, and the optimizer's update; `estimate` adds up what is
+alive in each, and takes the largest. The figures are held against those of compilers by
+`tests/planning/test_memory.py` and the table in experiments/LOG.md.
+
+The letters are those of `model.transformer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from gptjax.config.model_config import ModelConfig
+from gptjax.config.schema import Config
+from gptjax.core import tree
+from gptjax.core.types import Params, TrainState
+from gptjax.ops import cross_entropy
+from gptjax.runtime import sharding
+from gptjax.runtime.sharding import AXES
+
+
+class Recomputed(NamedTuple):
+    """What the backward pass of a block does again: collectives over `tensor` (each half of an
+    all-reduce), gathers of keys and values, and the share of the forward pass's FLOPs."""
+
+    tensor: int
+    context: int
+    flops: float
+
+
+FORWARD = 1 / 3  # of the FLOPs of a step
+
+# {model.remat: ...}, from the cheapest to that which saves most memory.
+RECOMPUTED: dict[str, Recomputed] = {
+    "none": Recomputed(0, 0, 0.0),
+    "dots": Recomputed(3, 1, 0.05),
+    "attention": Recomputed(3, 1, 0.95),
+    "full": Recomputed(3, 1, 1.0),
+    "offload": Recomputed(3, 1, 1.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An array of the state: its elements, the bytes of one, and the mesh axes that split it."""
+
+    path: str
+    size: int
+    item: int
+    axes: tuple[str, ...]
+
+    def local_size(self, sizes: Mapping[str, int]) -> int:
+        """Elements on a device of a mesh of {axis: devices}."""
+        return self.size // math.prod(sizes[axis] for axis in self.axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """All arrays that last from step to step."""
+
+    params: tuple[Leaf, ...]  # those that are trained, float32
+    optimizer: tuple[Leaf, ...]
+    frozen: tuple[Leaf, ...]  # under adapters
+
+    @classmethod
+    def of(cls, state: TrainState, frozen: Params) -> Shapes:
+        """Of trees of shapes (`jax.ShapeDtypeStruct`)."""
+        mesh = jax.sharding.AbstractMesh((1,) * len(AXES), AXES)
+        split = sharding.shardings(mesh, state)
+        return cls(
+            _leaves(state.params, split.params),
+            _leaves(state.opt_state, split.opt_state),
+            _leaves(frozen, sharding.shardings(mesh, frozen)),
+        )
+
+
+def _leaves(arrays: Any, split: Any) -> tuple[Leaf, ...]:
+    shardings = jax.tree.leaves(split)
+    return tuple(
+        Leaf(path, leaf.size, leaf.dtype.itemsize, _axes(sharding.spec))
+        for (path, leaf), sharding in zip(tree.flatten(arrays).items(), shardings, strict=True)
+    )
+
+
+def _axes(spec: jax.sharding.PartitionSpec) -> tuple[str, ...]:
+    axes: list[str] = []
+    for part in spec:
+        axes += part if isinstance(part, tuple) else [part] if part else []
+    return tuple(axes)
+
+
+def local_bytes(leaves: tuple[Leaf, ...], sizes: Mapping[str, int]) -> float:
+    """Bytes of these arrays on one device."""
+    return sum(leaf.item * leaf.local_size(sizes) for leaf in leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one device computes at a time."""
+
+    model: ModelConfig
+    sizes: Mapping[str, int]  # devices along each axis of the mesh
+    rows: int  # of a micro-batch
+    length: int  # T of the complete row
+    micro_batches: int
+    remat: str
+    platform: str  # cpu, gpu, tpu
+    loss_chunk: int  # positions whose logits exist at once
+
+    @classmethod
+    def of(
+        cls, config: Config, sizes: Mapping[str, int], micro_batches: int, remat: str, platform: str
+    ) -> Work:
+        """The share of a device of such a mesh in the batch of a config."""
+        rows = config.train.batch_size // micro_batches // (sizes["data"] * sizes["fsdp"])
+        chunk = loss_chunk(config, sizes, max(rows, 1))
+        return cls(
+            config.model,
+            sizes,
+            max(rows, 1),
+            config.length,
+            micro_batches,
+            remat,
+            platform,
+            chunk,
+        )
+
+    @property
+    def item(self) -> int:
+        """Bytes of a value in the compute dtype."""
+        return 4 if self.model.dtype == "float32" else 2
+
+    @property
+    def positions(self) -> int:
+        """N: of a device in a micro-batch."""
+        return self.rows * self.length // self.sizes["context"]
+
+    @property
+    def stream(self) -> float:
+        """Bytes of the residual stream, as it is between blocks."""
+        return self.positions * self.model.width * self.item / self.sizes["tensor"]
+
+    @property
+    def matrices(self) -> int:
+        """Parameters in the matrices of one layer, of one part of `tensor`."""
+        m = self.model
+        attention = (2 * m.heads + 2 * m.kv) * m.head_width * m.width
+        return (attention + (3 if m.gated else 2) * m.mlp_width * m.width) // self.sizes["tensor"]
+
+    @property
+    def table(self) -> int:
+        """Parameters of an embedding table, of one part of `tensor`."""
+        return self.model.padded_vocab * self.model.width // self.sizes["tensor"]
+
+
+def loss_chunk(config: Config, sizes: Mapping[str, int], rows: int) -> int:
+    """Positions whose logits a device holds at once: a divisor of those that it has."""
+    length = config.length // sizes["context"]
+    if config.train.loss_chunk:
+        return math.gcd(config.train.loss_chunk, length)
+    vocab = config.model.padded_vocab // sizes["tensor"]
+    return cross_entropy.chunk_length(vocab, rows, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the moment when a step holds most."""
+
+    parameters: float  # float32, with those under adapters
+    optimizer: float
+    gradients: float  # accumulated ones, and those of the micro-batch at work
+    activations: float  # kept for the backward pass, and those of the block at work
+    loss: float  # logits, the gathered table and its gradient
+    weights: float  # copies in the compute dtype and gathered layers
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+
+def estimate(shapes: Shapes, work: Work) -> Memory:
+    """The memory of a step of training on each device."""
+    sizes = work.sizes
+    trained = sum(leaf.local_size(sizes) for leaf in shapes.params)
+    blocks = sum(leaf.local_size(sizes) for leaf in shapes.params if "blocks/" in leaf.path)
+    copies = work.item * trained if work.item < 4 else 0.0
+    accumulated = 4.0 * trained if work.micro_batches > 1 else 0.0
+    kept = work.model.layers * saved(work)
+    in_loss = Memory(0, 0, accumulated, kept, _of_loss(work), copies)
+    gathered = work.item * work.matrices
+    split = sizes["fsdp"] > 1
+    in_block = Memory(
+        parameters=0,
+        optimizer=0,
+        gradients=accumulated + work.item * blocks + (gathered if split else 0),
+        activations=kept + _working(work),
+        loss=0,
+        weights=copies + (2 * gathered if split else 0),
+    )
+    in_update = Memory(0, 0, 4.0 * trained, 0, 0, 0)
+    most = max((in_loss, in_block, in_update), key=lambda memory: memory.total)
+    return dataclasses.replace(
+        most,
+        parameters=local_bytes(shapes.params + shapes.frozen, sizes),
+        optimizer=local_bytes(shapes.optimizer, sizes),
+    )
+
+
+def saved(work: Work) -> float:
+    """Bytes that one block keeps from the forward to the backward pass."""
+    if work.remat == "offload":  # on the host
+        return 0.0
+    if work.remat == "full":
+        return work.stream
+    m, parts = work.model, work.sizes["tensor"]
+    each = work.positions * work.item / parts  # bytes of one value of each position
+    answers = each * m.heads * m.head_width
+    if work.remat == "attention":
+        return work.stream + answers
+    projected = each * (m.heads + 2 * m.kv) * m.head_width
+    hidden = each * m.mlp_width
+    whole = each * parts * m.width  # of the residual stream, where it is not split over `tensor`
+    if work.remat == "dots":
+        return work.stream + projected + 2 * whole + hidden * (2 if m.gated else 1)
+    rotated = each * (m.heads + m.kv) * m.head_width if m.positions == "rope" else 0.0
+    entries = 2 * whole if parts > 1 else 0.0  # what enters the two branches, gathered
+    of_mlp = hidden * (3 if m.gated else 2)
+    return 4 * work.stream + entries + projected + rotated + answers + of_mlp
+
+
+def _working(work: Work) -> float:
+    """Bytes alive in the backward pass of one block, in addition to what is kept of all."""
+    again = saved(dataclasses.replace(work, remat="none")) if work.remat != "none" else 0.0
+    m = work.model
+    each = work.positions * work.item / work.sizes["tensor"]
+    return again + each * m.mlp_width * (3 if m.gated else 2) + 2 * work.stream
+
+
+def _of_loss(work: Work) -> float:
+    """Bytes alive while the loss is computed, with both its gradients."""
+    vocab = work.model.padded_vocab / work.sizes["tensor"]
+    logits = work.rows * work.loss_chunk * vocab
+    gathered = work.item * work.table if work.sizes["fsdp"] > 1 else 0.0
+    whole = work.positions * work.model.width * work.item
+    return gathered + 4 * work.table + logits * (4 + 4 + work.item) + 3 * whole
