@@ -10,6 +10,7 @@ after the warm-up on. The planner's number is of the same plan that is trained.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import statistics
@@ -146,9 +147,16 @@ def compiler_bytes(program: Any) -> int:
     )
 
 
-def planner_bytes(plan: Any) -> int | None:
-    """What the planner expects, from shapes alone."""
-    return None
+def planner_bytes(plan: Any) -> float | None:
+    """What the planner expects, from shapes alone; None where it is not there."""
+    if importlib.util.find_spec("gptjax.training.memory") is None:
+        return None
+    from gptjax.training.memory import Shapes, Work, estimate
+
+    arrays = Shapes.of(plan.state_shapes, plan.frozen_shapes)
+    sizes, remat = dict(plan.mesh.shape), plan.model.remat
+    work = Work.of(plan.config, sizes, plan.micro_batches, remat, plan.platform)
+    return estimate(arrays, work).total
 
 
 def torch_worker(order: dict[str, Any]) -> None:
