@@ -287,7 +287,7 @@ def probe_logits(checkpoint: Pretrained) -> np.ndarray:
     if config.labels:
         return np.asarray(head.score(checkpoint.params, jnp.asarray(hidden)))
     # in strips: a product with the complete table would hold a float32 copy of it
-    table, step = head.table(checkpoint.params), 4096
+    table, step = head.own_table(checkpoint.params), 4096
     strips = []
     for start in range(0, len(table), step):
         strips.append(hidden @ table[start : start + step].astype(np.float32).T)

@@ -12,21 +12,23 @@ from jaxtyping import Array, Float, Float32, Int
 
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Params
-from gptjax.ops import collectives, quantized
+from gptjax.ops import collectives, cross_entropy, quantized
 from gptjax.ops.activation import softcap
 from gptjax.ops.implementations import IMPLEMENTATIONS
 
 
-def table(params: Params, dtype: Any = None) -> Float[Array, "V D"]:
-    """The output table [padded V, D]; of several devices along `tensor`, the part of the vocabulary
-    that is this one's. dtype: None leaves it as it is stored, or float32 where it is kept as rows.
+def own_table(params: Params, dtype: Any = None) -> Float[Array, "V D"]:
+    """This device's part of the output table [padded V, D]: its part of the vocabulary, and of that
+    the columns that it holds; all of it on one device.
+
+    dtype: None leaves it as it is stored, or float32 where it is kept as rows.
     """
     weight = params["head"] if "head" in params else params["embed"]
     if "rows" in weight:
-        table_VD = quantized.dequantize(weight)
-        return collectives.part(table_VD.astype(dtype or table_VD.dtype), "tensor", 0)
-    columns = weight["kernel"] if "head" in params else weight["tokens"]
-    return collectives.gather(columns.astype(dtype or columns.dtype), "fsdp", 1)
+        own = collectives.part(quantized.dequantize(weight), "tensor", 0)
+    else:
+        own = weight["kernel"] if "head" in params else weight["tokens"]
+    return own.astype(dtype or own.dtype)
 
 
 def unembed(config: ModelConfig, params: Params, x: Float[Array, "*S D"]) -> Float32[Array, "*S V"]:
@@ -37,7 +39,7 @@ def unembed(config: ModelConfig, params: Params, x: Float[Array, "*S D"]) -> Flo
         logits = quantized_matmul(x.reshape(-1, x.shape[-1]), weight)
         logits = logits.reshape(*x.shape[:-1], -1)
     else:
-        table_VD = table(params, x.dtype)
+        table_VD = cross_entropy.all_columns(own_table(params, x.dtype), x.shape[-1])
         logits = jnp.einsum("...D,VD->...V", x, table_VD, preferred_element_type=jnp.float32)
         logits = collectives.gather(logits, "tensor", logits.ndim - 1)
     return softcap(logits[..., : config.vocab_size], config.logit_softcap)
@@ -64,7 +66,7 @@ def token_cross_entropy(
     """
     return IMPLEMENTATIONS[config.implementation].cross_entropy(
         x_BTD,
-        table(params, x_BTD.dtype),
+        own_table(params, x_BTD.dtype),
         targets_BT,
         weights_BT,
         vocab_size=config.vocab_size,
@@ -84,7 +86,7 @@ def token_logprobs(
     """log p(target) of each position, float32 [B, T], `chunk` positions at a time."""
     return IMPLEMENTATIONS[config.implementation].logprobs(
         x_BTD,
-        table(params, x_BTD.dtype),
+        own_table(params, x_BTD.dtype),
         targets_BT,
         vocab_size=config.vocab_size,
         softcap=config.logit_softcap,

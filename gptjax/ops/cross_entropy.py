@@ -18,17 +18,20 @@ from gptjax.ops import collectives, products
 from gptjax.ops.activation import softcap as cap_logits
 from gptjax.ops.materialize import Barrier, unchanged
 
-_CHUNK_ELEMENTS = 1 << 24  # logits that one device holds at once by default: 64 MiB
+# Logits that one device holds at once by default: 64 MiB on a CPU. An accelerator reads and writes
+# the table's gradient once a chunk, which is to take less time than its products: 256 MiB.
+_CHUNK_ELEMENTS = {"cpu": 1 << 24, "": 1 << 26}
+_BLOCK_ELEMENTS = 1 << 26
+_TABLE_GRADIENT_BYTES = 1 << 30
 
 
-def chunk_length(padded_vocab: int, batch: int, length: int) -> int:
+def chunk_length(padded_vocab: int, batch: int, length: int, platform: str = "cpu") -> int:
     """Positions per chunk: the largest divisor of `length` that keeps `batch` rows of logits within
     the budget. Even where all logits would fit there are two chunks: the promise holds at every
     size."""
+    budget = _CHUNK_ELEMENTS.get(platform, _CHUNK_ELEMENTS[""])
     fits = [
-        n
-        for n in range(1, length + 1)
-        if length % n == 0 and batch * n * padded_vocab <= _CHUNK_ELEMENTS
+        n for n in range(1, length + 1) if length % n == 0 and batch * n * padded_vocab <= budget
     ]
     return max([n for n in fits if n < length or length == 1], default=1)
 
@@ -46,7 +49,8 @@ def reference(
     """Sum over positions of weight * -log softmax(x table^T)[target], float32 scalar.
 
     Rows of the table past `vocab_size` are padding and take no part. chunk: for `chunked` alone.
-    Where devices along `tensor` have a part of the table each, this is a device's share of the sum.
+    Of several devices, each has a part of the vocabulary (along `tensor`) and of its columns (along
+    `fsdp`), and this is its share of the sum.
     """
     logp = reference_logprobs(x_BTD, table_VD, targets_BT, vocab_size=vocab_size, softcap=softcap)
     return collectives.share(-(weights_BT * logp).sum(), "tensor")
@@ -62,6 +66,7 @@ def reference_logprobs(
     chunk: int = 0,
 ) -> Float32[Array, "B T"]:
     """log p of each target, float32 [B, T]."""
+    table_VD = all_columns(table_VD, x_BTD.shape[-1])
     logits = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=jnp.float32)
     logits = collectives.gather(logits, "tensor", 2)[..., :vocab_size]
     logp = jax.nn.log_softmax(cap_logits(logits, softcap))
@@ -113,6 +118,7 @@ def chunked_logprobs(
 ) -> Float32[Array, "B T"]:
     """As `reference_logprobs`, by chunks which the backward pass computes again."""
     form = _Form(vocab_size, softcap, chunk, barrier, products.transposed)
+    table_VD = all_columns(table_VD, x_BTD.shape[-1])
 
     @jax.checkpoint
     def logprobs_of(piece: tuple[Array, Array]) -> Array:
@@ -196,15 +202,20 @@ def _chunk(form: _Form, table_DV: Array, x: Array, targets: Array, weights: Arra
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(form: _Form, x: Array, table: Array, targets: Array, weights: Array) -> Array:
+def _cross_entropy(form: _Form, x: Array, columns: Array, targets: Array, weights: Array) -> Array:
+    table = all_columns(columns, x.shape[-1])
+
     def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
         return total + _chunk(form, form.transposed(table), *piece).loss, None
 
     return jax.lax.scan(add, jnp.zeros(()), _chunks(form.chunk, x, targets, weights))[0]
 
 
-def _forward(form: _Form, x: Array, table: Array, targets: Array, weights: Array):
+def _forward(form: _Form, x: Array, columns: Array, targets: Array, weights: Array):
     """The sum and both gradients: they are linear in the cotangent of the sum."""
+    if collectives.size("fsdp") > 1 and goes_over_vocabulary(columns.shape[0], x.shape[-1]):
+        return _forward_over_vocabulary(form, x, columns, targets, weights)
+    table = all_columns(columns, x.shape[-1])
 
     def add(carry: tuple[Array, Array], piece: tuple[Array, ...]):
         total, d_table = carry
@@ -229,7 +240,78 @@ def _forward(form: _Form, x: Array, table: Array, targets: Array, weights: Array
     start = (jnp.zeros(()), jnp.zeros(table.shape))
     chunks = _chunks(form.chunk, x, targets, weights)
     (total, d_table), d_x = jax.lax.scan(add, start, chunks)
-    return total, (jnp.moveaxis(d_x, 0, 1).reshape(x.shape), d_table.astype(table.dtype))
+    d_columns = _sum_columns(d_table.astype(table.dtype), columns)
+    return total, (jnp.moveaxis(d_x, 0, 1).reshape(x.shape), d_columns)
+
+
+def all_columns(table: Array, width: int) -> Array:
+    """A device's part of the vocabulary [V, D] with the columns that others along `fsdp` hold."""
+    return table if table.shape[1] == width else collectives.gather(table, "fsdp", 1)
+
+
+def _sum_columns(gradient: Array, columns: Array) -> Array:
+    """The transpose: this device's columns of the sum of all gradients."""
+    if gradient.shape[1] == columns.shape[1]:
+        return gradient
+    return collectives.sum_parts(gradient, "fsdp", 1)
+
+
+def goes_over_vocabulary(vocab: int, width: int) -> bool:
+    """Whether the float32 gradient of a table gathered over `fsdp` is too large to hold."""
+    return 4 * vocab * width > _TABLE_GRADIENT_BYTES
+
+
+def _forward_over_vocabulary(form: _Form, x: Array, columns: Array, targets: Array, weights: Array):
+    """As `_forward`, by blocks of the vocabulary instead of positions.
+
+    The logits are computed twice, first for their sum of exponentials. In exchange the gradient of
+    a block of the table is complete at once, is summed over the devices, and is gone.
+    """
+    x_ND, vocab = x.reshape(-1, x.shape[-1]), columns.shape[0]
+    target_N1, weight_N1 = targets.reshape(-1, 1), weights.reshape(-1, 1).astype(jnp.float32)
+    size = _block_length(vocab, len(x_ND))
+    table = all_columns(columns, x.shape[-1]).reshape(-1, size, x.shape[-1])
+    starts = collectives.index("tensor") * vocab + jnp.arange(0, vocab, size)
+
+    def logits_of(block_VD: Array, start: Array) -> tuple[Array, Array]:
+        logits = jnp.einsum("ND,VD->NV", x_ND, block_VD, preferred_element_type=jnp.float32)
+        logits, ids = cap_logits(logits, form.softcap), start + jnp.arange(size)
+        return jnp.where(ids < form.vocab_size, logits, -1e30), ids == target_N1
+
+    def add_exponentials(carry: tuple[Array, ...], block: tuple[Array, Array]):
+        peak, total, target = carry
+        logits, is_target = logits_of(*block)
+        new_peak = jnp.maximum(peak, logits.max(-1, keepdims=True))
+        total = total * jnp.exp(peak - new_peak)
+        total += jnp.exp(logits - new_peak).sum(-1, keepdims=True)
+        target += jnp.where(is_target, logits, 0.0).sum(-1, keepdims=True)
+        return (new_peak, total, target), None
+
+    zeros = jnp.zeros((len(x_ND), 1))
+    blocks = (table, starts)
+    (peak, total, target), _ = jax.lax.scan(add_exponentials, (zeros - 1e30, zeros, zeros), blocks)
+    whole_peak = collectives.peak(peak, "tensor")
+    total = collectives.total(total * jnp.exp(peak - whole_peak), "tensor")
+    log_total = jnp.log(total) + whole_peak
+    loss = (weight_N1 * (collectives.share(log_total, "tensor") - target)).sum()
+
+    def differentiate(d_x: Array, block: tuple[Array, Array]):
+        logits, is_target = logits_of(*block)
+        d_logits = (jnp.exp(logits - log_total) - is_target) * weight_N1
+        if cap := form.softcap:
+            d_logits = d_logits * (1 - jnp.square(jnp.maximum(logits, -cap) / cap))
+        d_logits = d_logits.astype(x.dtype)
+        d_x += jnp.einsum("NV,VD->ND", d_logits, block[0], preferred_element_type=jnp.float32)
+        return d_x, _sum_columns(d_logits.T @ x_ND, columns)
+
+    d_x, d_columns = jax.lax.scan(differentiate, jnp.zeros(x_ND.shape), blocks)
+    return loss, (d_x.astype(x.dtype).reshape(x.shape), d_columns.reshape(columns.shape))
+
+
+def _block_length(vocab: int, positions: int) -> int:
+    """Rows of the table in a block: a divisor of the vocabulary, its logits within the budget."""
+    fits = [n for n in range(1, vocab + 1) if vocab % n == 0 and n * positions <= _BLOCK_ELEMENTS]
+    return max(fits, default=1)
 
 
 def _backward(form: _Form, saved: tuple[Array, Array], g: Array):

@@ -120,7 +120,7 @@ class Work:
     ) -> Work:
         """The share of a device of such a mesh in the batch of a config."""
         rows = config.train.batch_size // micro_batches // (sizes["data"] * sizes["fsdp"])
-        chunk = loss_chunk(config, sizes, max(rows, 1))
+        chunk = loss_chunk(config, sizes, max(rows, 1), platform)
         return cls(
             config.model,
             sizes,
@@ -160,13 +160,13 @@ class Work:
         return self.model.padded_vocab * self.model.width // self.sizes["tensor"]
 
 
-def loss_chunk(config: Config, sizes: Mapping[str, int], rows: int) -> int:
+def loss_chunk(config: Config, sizes: Mapping[str, int], rows: int, platform: str) -> int:
     """Positions whose logits a device holds at once: a divisor of those that it has."""
     length = config.length // sizes["context"]
     if config.train.loss_chunk:
         return math.gcd(config.train.loss_chunk, length)
     vocab = config.model.padded_vocab // sizes["tensor"]
-    return cross_entropy.chunk_length(vocab, rows, length)
+    return cross_entropy.chunk_length(vocab, rows, length, platform)
 
 
 @dataclasses.dataclass(frozen=True)

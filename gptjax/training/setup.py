@@ -129,7 +129,7 @@ def make_plan(config: Config, mesh: jax.sharding.Mesh) -> TrainPlan:
     groups = sizes["data"] * sizes["fsdp"]  # of devices that share the rows of a batch
 
     def chunk(rows: int) -> int:
-        return loss_chunk(config, sizes, max(rows // groups, 1))
+        return loss_chunk(config, sizes, max(rows // groups, 1), platform)
 
     return TrainPlan(
         config=config,
