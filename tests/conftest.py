@@ -69,7 +69,12 @@ def make_config(**sections):
 
 
 def on_cpu(config, implementation="cpu"):
-    """The model's config as a run or a generation on CPU devices resolves it."""
+    """The model's config as a run or a generation on CPU devices resolves it.
+
+    Of another platform's implementation, what a CPU can run: its attention kernels are left out.
+    """
+    if implementation in ("gpu", "tpu"):
+        config = dataclasses.replace(config, attention="xla")
     return dataclasses.replace(config, implementation=implementation)
 
 
