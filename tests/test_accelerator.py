@@ -155,6 +155,7 @@ def test_the_rehearsal_runs_every_part(tmp_path):
     for name in ("gpt2", "llama"):
         entries = parts[name]["contenders"]
         assert set(entries) == contenders_here
+        assert entries["gptjax"]["planner_bytes"] > entries["gptjax"]["parameters"] * 12
         assert set(parts[name]["left_out"]) == {"gptjax", "torch"} - contenders_here
         # random tokens, so the logarithm of the vocabulary; learned by heart by both at one rate
         for entry in entries.values():

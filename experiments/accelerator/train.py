@@ -10,7 +10,6 @@ after the warm-up on. The planner's number is of the same plan that is trained.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import statistics
@@ -147,10 +146,8 @@ def compiler_bytes(program: Any) -> int:
     )
 
 
-def planner_bytes(plan: Any) -> float | None:
-    """What the planner expects, from shapes alone; None where it is not there."""
-    if importlib.util.find_spec("gptjax.training.memory") is None:
-        return None
+def planner_bytes(plan: Any) -> float:
+    """What the planner expects, from shapes alone."""
     from gptjax.training.memory import Shapes, Work, estimate
 
     arrays = Shapes.of(plan.state_shapes, plan.frozen_shapes)
