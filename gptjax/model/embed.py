@@ -31,6 +31,7 @@ def embed(
     # columns, and exchange what they found: no table is gathered.
     shares_columns = collectives.size("fsdp") > 1 and "rows" not in table
     if shares_columns:
+        positions = jnp.broadcast_to(positions, tokens.shape)
         tokens, positions = (collectives.gather(ids, "fsdp", 0) for ids in (tokens, positions))
     x = _lookup(c, table, tokens)
     # rows are whole on every device; of a table split over `tensor` each found a part

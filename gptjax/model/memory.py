@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config.schema import ModelConfig
 from gptjax.core import tree
@@ -26,8 +27,8 @@ def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
     return not gathers_weights and primitive.name not in ("reshape", "convert_element_type")
 
 
-# What the backward pass finds saved, by name; the rest it computes again. Names are given where the
-# values arise (`checkpoint_name`).
+# What the backward pass finds saved; the rest it computes again. Names are given where the values
+# arise (`checkpoint_name`): what attention needs, and the residual stream before each block.
 POLICIES: dict[str, Any] = {
     "none": _all_but_weights,
     "dots": _policies.dots_with_no_batch_dims_saveable,
@@ -53,8 +54,12 @@ def rematerialized(
     remat = "none" if config.remat == "auto" else config.remat
     if remat == "none" and collectives.size("fsdp") == 1:
         return block
+
+    def named(x_BTD: Array, layer: Any) -> Any:
+        return block(checkpoint_name(x_BTD, "residual"), layer)
+
     # in a loop XLA cannot merge the second computation with the first: no barrier is needed
-    return jax.checkpoint(block, policy=POLICIES[remat], prevent_cse=not scanned)
+    return jax.checkpoint(named, policy=POLICIES[remat], prevent_cse=not scanned)
 
 
 def whole_layer(block: Params) -> Params:

@@ -181,7 +181,7 @@ def apply(
     slots = slots + collectives.index("context") * tokens_BT.shape[1]
     if start_B is not None:
         slots = slots + start_B[:, None]
-    positions = jnp.broadcast_to(slots if positions is None else positions, tokens_BT.shape)
+    positions = slots if positions is None else positions
     k_segments = None if segment_ids is None else collectives.gather(segment_ids, "context", 1)
     mask = Mask(slots, segment_ids, k_segments, c.sliding_window)
     x_BTD = embed(c, params, tokens_BT, positions)
