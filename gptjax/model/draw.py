@@ -1,8 +1,8 @@
-"""Parts of one long draw of normal numbers: each device draws the numbers that it holds, alone.
+"""Parts of one long draw of random numbers: each device draws the numbers that it holds, alone.
 
 `jax.random.normal(key, (rows, width))` gives number i by hashing the key with i (Salmon et al.
-2011), so any part of it can be had without the rest. That keeps a model's random start the same on
-every mesh without ever holding a whole parameter on one device.
+2011), so any part of it can be had without the rest. That keeps a model's random start and its
+dropout the same on every mesh without ever holding a whole array of them on one device.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ def own_parts(key: Array, pieces: list[Piece]) -> list[Array]:
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+def own_uniform(key: Array, shape: tuple[int, ...], spec: P) -> Array:
+    """This device's part of `jax.random.uniform(key, shape)`, bit for bit, split by `spec`."""
+    return _uniform(key, *_own_counters(Piece(0, shape, spec)))
+
+
 def _own_counters(piece: Piece) -> tuple[Array, Array]:
     """The places in the draw, as their upper and lower 32 bits."""
     start, shape, spec = piece
@@ -62,12 +67,16 @@ def _own_counters(piece: Piece) -> tuple[Array, Array]:
     return jnp.broadcast_arrays(high, low)  # type: ignore[return-value]
 
 
-def _normals(key: Array, high: Array, low: Array) -> Array:
-    """What `jax.random.normal` makes of the bits at these places."""
+def _uniform(key: Array, high: Array, low: Array) -> Array:
+    """What `jax.random.uniform` makes of the bits at these places: numbers in [0, 1)."""
     first, second = jax.random.key_data(key)
     upper, lower = threefry2x32_p.bind(first, second, high, low)
     bits = (upper ^ lower) >> 9 | np.float32(1).view(np.uint32)
-    uniform = jax.lax.bitcast_convert_type(bits, jnp.float32) - 1
+    return jax.lax.bitcast_convert_type(bits, jnp.float32) - 1
+
+
+def _normals(key: Array, high: Array, low: Array) -> Array:
+    """What `jax.random.normal` makes of the bits at these places."""
     least = np.nextafter(np.float32(-1), np.float32(0))
-    uniform = jnp.maximum(least, uniform * (1 - least) + least)
+    uniform = jnp.maximum(least, _uniform(key, high, low) * (1 - least) + least)
     return np.float32(math.sqrt(2)) * jax.lax.erf_inv(uniform)

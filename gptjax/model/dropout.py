@@ -1,56 +1,47 @@
-"""Dropout whose masks are functions of (key, row, position), the same on every mesh."""
+"""Dropout whose masks do not depend on the mesh: each device draws its part of the whole mask."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from gptjax.core.types import Array
+from gptjax.model.draw import own_uniform
 from gptjax.ops import collectives
+from gptjax.runtime.sharding import BATCH
+
+ROWS = BATCH[0]  # axes of the mesh that split the rows of a batch
+RESIDUAL = P(ROWS, ("context", "tensor"), None)  # of the residual stream [B, T, D]
 
 
-def keys_of_places(key: Array, rows: int, length: int, *axes: str) -> Array:
-    """A key for each of this device's rows and positions, [rows, length].
+class Dropout(nn.Module):
+    """x / (1 - rate) where it is kept, else 0, for x [B, T, D] of the residual stream."""
 
-    axes: of the mesh that split the sequence, the outer one first.
-    """
-    row = (collectives.index("data") * collectives.size("fsdp") + collectives.index("fsdp")) * rows
-    slot: Any = 0
-    for axis in axes:
-        slot = slot * collectives.size(axis) + collectives.index(axis)
-    fold_in = jax.vmap(jax.random.fold_in, (None, 0))
-    of_rows = fold_in(key, row + jnp.arange(rows))
-    return jax.vmap(fold_in, (0, None))(of_rows, slot * length + jnp.arange(length))
+    rate: float
 
-
-def drop_features(key: Array, x_BTD: Array, rate: float, *axes: str) -> Array:
-    """x / (1 - rate) where it is kept, else 0; axes as in `keys_of_places`."""
-    keys_BT = keys_of_places(key, x_BTD.shape[0], x_BTD.shape[1], *axes)
-    keep = jax.vmap(jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, x_BTD.shape[2:])))
-    return jnp.where(keep(keys_BT), x_BTD / (1 - rate), jnp.zeros_like(x_BTD))
+    def __call__(self, x_BTD: Array) -> Array:
+        if not self.rate:
+            return x_BTD
+        keep_prob = 1 - self.rate
+        keep = keep_mask(self.make_rng("dropout"), keep_prob, x_BTD.shape, RESIDUAL)
+        return jnp.where(keep, x_BTD / keep_prob, jnp.zeros_like(x_BTD))
 
 
-def keep_inputs(key: Array, x: Array, inputs: int, keep_prob: Array, *, split: bool) -> Array:
-    """bool like x, whose last `inputs` axes enter a product; split: over `tensor`, the first of
-    them."""
-    shape = list(x.shape[2:])
-    if split:
-        shape[-inputs] *= collectives.size("tensor")
-    keys_BT = keys_of_places(key, x.shape[0], x.shape[1], "context")
-    keep = jax.vmap(jax.vmap(lambda k: jax.random.bernoulli(k, keep_prob, tuple(shape))))(keys_BT)
-    return collectives.part(keep, "tensor", x.ndim - inputs) if split else keep
+def keep_mask(key: Array, keep_prob: Array | float, own_shape: tuple[int, ...], spec: P) -> Array:
+    """bool [own_shape], True with probability `keep_prob`: this device's part of
+    `jax.random.bernoulli` on the shape of all devices together, which is split by `spec`."""
+    counts = [_devices(axes) for axes in spec]
+    if math.prod(counts) == 1:
+        return jax.random.bernoulli(key, keep_prob, own_shape)
+    whole = [size * count for size, count in zip(own_shape, counts, strict=True)]
+    return own_uniform(key, tuple(whole), spec) < keep_prob
 
 
-def weights_multiplier(key: Array, shape: tuple[int, ...], rate: float) -> Array:
-    """What multiplies attention weights [B, K, G, T, S]: 0, or 1 / (1 - rate)."""
-    rows, heads, groups, length, keys = shape
-    first = collectives.index("tensor") * heads * groups
-    numbers = first + jnp.arange(heads * groups).reshape(heads, groups)
-    fold_in = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0))
-    of_heads = fold_in(key, numbers)
-    keys_KGBT = jax.vmap(jax.vmap(lambda k: keys_of_places(k, rows, length, "context")))(of_heads)
-    of_weights = lambda k: jax.random.bernoulli(k, 1 - rate, (keys,))
-    keep = jax.vmap(jax.vmap(jax.vmap(jax.vmap(of_weights))))(jnp.moveaxis(keys_KGBT, 2, 0))
-    return keep / jnp.float32(1 - rate)
+def _devices(axes: str | tuple[str, ...] | None) -> int:
+    """Devices along the axes of the mesh that split a dimension."""
+    names = axes if isinstance(axes, tuple) else (axes,)
+    return math.prod(collectives.size(name) for name in names if name)

@@ -9,10 +9,11 @@ import math
 from typing import Any
 
 import flax.linen as nn
+from jax.sharding import PartitionSpec as P
 
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array
-from gptjax.model.dropout import keep_inputs
+from gptjax.model.dropout import ROWS, keep_mask
 from gptjax.ops import collectives
 from gptjax.ops.implementations import IMPLEMENTATIONS, Ops
 
@@ -82,7 +83,8 @@ class Linear(Module):
         a, b = params["lora_a"].astype(x.dtype), params["lora_b"].astype(x.dtype)
         if "keep_prob" in params and self.has_rng("dropout"):
             keep_prob, key = params["keep_prob"], self.make_rng("dropout")
-            keep = keep_inputs(key, x, self.inputs, keep_prob, split=self.partial)
+            of_inputs = ["tensor" if self.partial else None, *[None] * (self.inputs - 1)]
+            keep = keep_mask(key, keep_prob, x.shape, P(ROWS, "context", *of_inputs))
             x = x * keep / keep_prob.astype(x.dtype)
         a_DR, b_RF = a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
         y = y + self.ops.low_rank(x.reshape(-1, len(a_DR)), a_DR, b_RF)

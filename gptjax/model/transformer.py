@@ -17,11 +17,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Params
-from gptjax.model.dropout import drop_features, weights_multiplier
+from gptjax.model.dropout import ROWS, Dropout, keep_mask
 from gptjax.model.embed import embed
 from gptjax.model.layers import Linear, Module, Norm
 from gptjax.model.memory import rematerialized, whole_layer
@@ -83,9 +84,13 @@ class Attention(Module):
         return Linear(c, (c.width,), biased, inputs=2, partial=True, name="out")(y_BTHC), cache
 
     def _dropout(self, of_queries: tuple[int, ...]) -> Array:
+        """What multiplies the attention weights: 0, or 1 / (1 - dropout)."""
         b, t, heads, groups, _ = of_queries
-        shape = (b, heads, groups, t, t * collectives.size("context"))
-        return weights_multiplier(self.make_rng("dropout"), shape, self.config.dropout)
+        keep_prob = 1 - self.config.dropout
+        of_weights = (b, heads, groups, t, t * collectives.size("context"))
+        spec = P(ROWS, "tensor", None, "context", None)
+        keep = keep_mask(self.make_rng("dropout"), keep_prob, of_weights, spec)
+        return keep / jnp.float32(keep_prob)
 
 
 class MLP(Module):
@@ -124,24 +129,19 @@ class Block(Module):
     ) -> tuple[Array, Params | None]:
         c, ops, length = self.config, self.ops, positions.shape[1]
         whole, to_residual = collectives.whole_sequence, collectives.to_residual
+        dropout = Dropout(c.dropout if train else 0.0)
         normed_BTD = whole(Norm(c, name="norm1")(x_BTD), length)
         attention = Attention(c, name="attn")
         partial_BTD, cache = attention(normed_BTD, positions, mask, cache, train, layer)
         update_BTD = to_residual(partial_BTD)
         if c.post_norms:
             update_BTD = Norm(c, name="post_norm1")(update_BTD)
-        attended_BTD = ops.residual_add(x_BTD, self._dropout(update_BTD, train))
+        attended_BTD = ops.residual_add(x_BTD, dropout(update_BTD))
         normed_BTD = whole(Norm(c, name="norm2")(x_BTD if c.parallel else attended_BTD), length)
         update_BTD = to_residual(MLP(c, name="mlp")(normed_BTD))
         if c.post_norms:
             update_BTD = Norm(c, name="post_norm2")(update_BTD)
-        return ops.residual_add(attended_BTD, self._dropout(update_BTD, train)), cache
-
-    def _dropout(self, update_BTD: Array, train: bool) -> Array:
-        if not train or not self.config.dropout:
-            return update_BTD
-        key = self.make_rng("dropout")
-        return drop_features(key, update_BTD, self.config.dropout, "context", "tensor")
+        return ops.residual_add(attended_BTD, dropout(update_BTD)), cache
 
 
 # Leaves that keep their dtype: scales of norms, the rows of `model.quantize`, parts of adapters.
@@ -187,8 +187,9 @@ def apply(
     x_BTD = embed(c, params, tokens_BT, positions)
     train = dropout_key is not None and c.dropout > 0
     if dropout_key is not None and train:
-        key = jax.random.fold_in(dropout_key, c.layers)
-        x_BTD = drop_features(key, x_BTD, c.dropout, "context", "tensor")
+        rngs = {"dropout": jax.random.fold_in(dropout_key, c.layers)}
+        dropped: Any = Dropout(c.dropout).apply({}, x_BTD, rngs=rngs)
+        x_BTD = dropped
 
     def block(x_BTD: Array, layer: tuple[Params, Array, Params | None]) -> Any:
         block_params, number, block_cache = layer
