@@ -2,11 +2,13 @@
 
     python -m gptjax.plan --config=configs/quickstart.py [--config.train.steps=500 ...] [--json]
     python -m gptjax.plan --config=configs/llama_1b.py --target=v5e-16 [--mfu=0.4] [--price=1.2]
+    python -m gptjax.plan --config=configs/llama_1b.py --target=v5e-16 --compile
 
 Without --target, prints each number that follows from the config and its data, with the reason;
 data that is not prepared yet is prepared, as `gptjax.train` would. With a target, devices that need
 not be here, it says from shapes alone what a step holds and sends on each of them, how long the run
-takes and what it costs, and what to change where it does not fit; no data is read. Trains nothing.
+takes and what it costs, and what to change where it does not fit; no data is read. With --compile
+the target's own compiler says too what it makes of the step. Trains nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from gptjax.config.schema import MeshConfig
 from gptjax.core import cli
 from gptjax.data import shards
 from gptjax.data.sources import TRAIN
-from gptjax.planning import summary
+from gptjax.planning import communication, compile, described, summary
 from gptjax.planning.advice import advise
 from gptjax.planning.cost import read_mfu
 from gptjax.planning.explain import derived_numbers, format_numbers
@@ -39,6 +41,7 @@ from gptjax.training.setup import (
 FLAGS = {
     "target": "devices to plan for: v5e-16, v5p-64, v6e-256, h100-8, h100-8x4, cpu, here ...",
     "mfu": "share of the peak that a run reaches, or a workdir that has measured it (0.4)",
+    "compile": "ask the compiler of those devices too, which need not be here (extras tpu, cuda)",
     "price": "USD an hour and device (that of the table of devices)",
 }
 
@@ -67,6 +70,8 @@ def main(argv: list[str]) -> None:
 def plan_for_target(args: cli.Args) -> None:
     """Prints what the run would take on the devices that --target names."""
     target = parse(args["target"])
+    if "compile" in args:
+        described.prepare(target)
     config = config_without_data(args.settings)
     shapes = shapes_of(config)
     mfu = read_mfu(args["mfu"]) if "mfu" in args else None
@@ -74,11 +79,16 @@ def plan_for_target(args: cli.Args) -> None:
     rates = rates_of(config, target, mfu, price)
     plan = forecast(config, shapes, target, rates)
     advice = advise(plan, shapes)
+    least = communication.by_axes(plan.transfers)
+    compiled = compile.compile_for(config, target) if "compile" in args else None
     if "json" in args:
-        print(json.dumps(summary.to_json(plan, advice)))
+        compiled_json = {"compiled": compile.as_json(compiled, least)} if compiled else {}
+        print(json.dumps(summary.to_json(plan, advice) | compiled_json))
         return
     print(format_numbers(summary.rows(plan)))
     print("\n".join(["", *summary.advice_lines(plan, advice)]))
+    if compiled:
+        print("\n" + compile.format_report(compiled, least))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from typing import Any
 
 import jax
 
-from gptjax.planning import program
+from gptjax.config.schema import Config
+from gptjax.planning import described, program
 from gptjax.planning.collectives import Collective, collectives
 from gptjax.planning.targets import Target
+from gptjax.runtime.mesh import make_mesh
 from gptjax.training import step
-from gptjax.training.setup import TrainPlan
+from gptjax.training.setup import TrainPlan, make_plan
 
 GIBIBYTE = 2**30
 Traffic = Mapping[tuple[str, ...], float]  # {axes: bytes that a device sends over them in a step}
@@ -75,6 +77,14 @@ class CompiledReport:
     def moved(self) -> dict[tuple[str, ...], float]:
         """{axes: bytes of the complete arrays of their collectives in a step}."""
         return _by_axes((one.axes, one.total) for one in self.traffic)
+
+
+def compile_for(config: Config, target: Target) -> CompiledReport:
+    """The report of the training step of a config whose zeros are filled in.
+
+    Raises UserError where the compiler is missing, or the mesh of the config fits no such devices.
+    """
+    return report(make_plan(config, make_mesh(config, described.devices(target))), target)
 
 
 def report(plan: TrainPlan, target: Target) -> CompiledReport:

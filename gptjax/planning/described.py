@@ -104,7 +104,7 @@ def prepare(target: Target) -> None:
     for name, value in _LIBTPU.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if target.device.platform == "cpu":
+    if target.device.platform == "cpu" and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", target.count)
 
 

@@ -6,6 +6,7 @@ import jax
 import pytest
 from conftest import make_config
 
+from gptjax import plan as plan_command
 from gptjax.planning import compile, targets
 from gptjax.planning.compile import Kernels
 from gptjax.runtime.mesh import make_mesh
@@ -39,7 +40,7 @@ def test_traffic_is_by_axis_and_nothing_goes_over_axes_of_one_device(compiled):
 
 def test_forms_of_cpus_show_as_barriers(compiled):
     assert compiled.barriers
-    reference = plan_of(model=dict(implementation="reference"))
+    reference = plan_of(model=dict(implementation="reference", scan_layers=True))
     assert compile.report(reference, targets.parse("cpu-4")).barriers == 0
 
 
@@ -52,6 +53,14 @@ def test_the_report_in_words_and_as_json(compiled):
     assert written["fits"] and written["memory"]["peak"] == compiled.memory.peak
     assert written["sent_bytes"] == {"fsdp": compiled.sent()[("fsdp",)]}
     assert written["least_sent_bytes"] == {"fsdp": least["fsdp",]}
+
+
+def test_the_command_asks_the_compiler_where_it_is_told_to(capsys):
+    settings = ["--config=configs/debug.py", "--config.mesh.fsdp=2", "--config.train.batch_size=4"]
+    plan_command.main([*settings, "--target=cpu-2", "--compile", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["compiled"]["target"] == "cpu-2" and said["compiled"]["memory"]["peak"]
+    assert set(said["compiled"]["sent_bytes"]) == set(said["compiled"]["least_sent_bytes"])
 
 
 class Refusing:
