@@ -7,6 +7,7 @@ the section that a user would change.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 from gptjax.config.schema import SOURCE_TABLE, TASK_TABLE, Config
@@ -133,11 +134,11 @@ def _pattern_checks(c: Config) -> list[str]:
 
 
 def _mesh_checks(c: Config) -> list[str]:
-    faults = []
-    if [c.mesh.data, c.mesh.fsdp, c.mesh.tensor].count(-1) > 1:
+    faults, sizes = [], dataclasses.asdict(c.mesh)
+    if list(sizes.values()).count(-1) > 1:
         faults.append("mesh: only one axis may be -1, the others need a number")
-    for axis in ("data", "fsdp", "tensor"):
-        if getattr(c.mesh, axis) == 0:
+    for axis, size in sizes.items():
+        if size == 0:
             faults.append(f"mesh.{axis} = 0: must be 1 or more, or -1 for all devices left")
     return faults
 

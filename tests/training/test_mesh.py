@@ -141,6 +141,12 @@ def test_every_device_holds_an_equal_share_of_parameters_and_moments(mesh):
             dict(mesh=dict(data=4, tensor=2), model=dict(vocab_multiple=1)),
             "padded vocabulary of 257",
         ),
+        (
+            dict(mesh=dict(data=1, context=8), data=dict(length=12)),
+            "mesh.tensor x mesh.context = 8 does not divide data.length or model.context = 12",
+        ),
+        (dict(mesh=dict(data=-1, context=-1)), "only one axis may be -1"),
+        (dict(mesh=dict(context=0)), "mesh.context = 0: must be 1 or more"),
     ],
 )
 def test_illegal_meshes_are_refused_by_name(wrong, part):

@@ -143,8 +143,8 @@ def test_rows_and_columns_are_split_as_their_parameter_is():
         "v_row/blocks/attn/out/kernel": 2,  # [L, H, C] of [L, H tensor, C, D fsdp]
         "v_col/blocks/attn/out/kernel": 4,  # [L, H, D]
         "v_col/blocks/attn/qkv/kernel": 4,  # [L, D, H, 3] of [L, D fsdp, H tensor, 3, C]
-        "v_col/embed/tokens": 4,  # [V] of [V tensor fsdp, D]
-        "v_row/embed/tokens": 1,  # [D]
+        "v_col/embed/tokens": 2,  # [V] of [V tensor, D fsdp]
+        "v_row/embed/tokens": 2,  # [D]
         "v_row/final_norm/scale": 1,  # a placeholder
     }
     for path, parts in fractions.items():

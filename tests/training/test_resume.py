@@ -169,20 +169,15 @@ def test_a_second_run_in_the_same_workdir_is_refused(text, tmp_path):
 
 
 @pytest.mark.slow
-def test_stop_on_eight_devices_go_on_with_one(text, tmp_path):
-    never_stopped = arguments(
-        text, tmp_path / "never-stopped", "--config.model.dropout=0", "--config.train.batch_size=16"
-    )
+def test_stop_on_one_mesh_go_on_with_another(text, tmp_path):
+    """Over replicas and heads, then over parameters and the sequence, then on one device."""
+    never_stopped = arguments(text, tmp_path / "never-stopped", "--config.train.batch_size=16")
     finish(start(never_stopped))
-    moved = arguments(
-        text, tmp_path / "run", "--config.model.dropout=0", "--config.train.batch_size=16"
-    )
-    finish(
-        start(
-            [*moved, "--config.mesh.data=4", "--config.mesh.tensor=2", "--config.train.stop_at=25"],
-            devices=8,
-        )
-    )
+    moved = arguments(text, tmp_path / "run", "--config.train.batch_size=16")
+    meshes = [dict(data=4, tensor=2), dict(data=1, fsdp=4, context=2)]
+    for mesh, stop_at in zip(meshes, (15, 35), strict=True):
+        flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+        finish(start([*moved, *flags, f"--config.train.stop_at={stop_at}"], devices=8))
     finish(start(moved))
     a, b = outcome(tmp_path / "never-stopped")[0], outcome(tmp_path / "run")[0]
     assert a.keys() == b.keys()
