@@ -14,13 +14,12 @@ from configs import base, sizes
 
 def get_config():
     c = base.get_config()
-    c.model.update(**sizes.GPT2, dtype="bfloat16", scan_layers=True)
+    c.model.update(**sizes.GPT2, dtype="bfloat16")
     c.data.update(source="shards", tokenizer="gpt2", eval_fraction=0.0005)
     c.optim.update(lr=6e-4, warmup_steps=2000, min_lr_ratio=0.1, b2=0.95, weight_decay=0.1)
     c.train.update(
         steps=600_000,
         batch_size=480,
-        grad_accum_steps=5,
         eval_every=1000,
         eval_batches=20,
         save_every=1000,

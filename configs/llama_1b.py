@@ -14,14 +14,7 @@ from configs import base, sizes
 
 def get_config():
     c = base.get_config()
-    c.model.update(
-        **sizes.LLAMA_1B,
-        dtype="bfloat16",
-        scan_layers=True,
-        remat="dots",
-        attention="blockwise",
-        attention_block=512,
-    )
+    c.model.update(**sizes.LLAMA_1B, dtype="bfloat16")
     c.data.update(
         source="shards", tokenizer="sentencepiece", tokenizer_vocab=32000, eval_fraction=0.001
     )
@@ -29,7 +22,6 @@ def get_config():
     c.train.update(
         steps=50_000,
         batch_size=256,
-        grad_accum_steps=2,
         eval_every=1000,
         eval_batches=20,
         save_every=500,

@@ -15,7 +15,7 @@ from configs import base, sizes
 
 def get_config():
     c = base.get_config()
-    c.model.update(**sizes.LLAMA3_8B, dtype="bfloat16", attention="blockwise", attention_block=512)
+    c.model.update(**sizes.LLAMA3_8B, dtype="bfloat16")
     c.data.update(source="shards", tokenizer="cl100k", eval_fraction=0.001)
     c.optim.update(lr=3e-4, schedule="wsd", warmup_steps=2000, min_lr_ratio=0.0, b2=0.95)
     c.train.update(

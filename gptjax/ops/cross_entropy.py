@@ -269,7 +269,7 @@ def _forward_over_vocabulary(form: _Form, x: Array, columns: Array, targets: Arr
     """
     x_ND, vocab = x.reshape(-1, x.shape[-1]), columns.shape[0]
     target_N1, weight_N1 = targets.reshape(-1, 1), weights.reshape(-1, 1).astype(jnp.float32)
-    size = _block_length(vocab, len(x_ND))
+    size = block_length(vocab, len(x_ND))
     table = all_columns(columns, x.shape[-1]).reshape(-1, size, x.shape[-1])
     starts = collectives.index("tensor") * vocab + jnp.arange(0, vocab, size)
 
@@ -308,7 +308,8 @@ def _forward_over_vocabulary(form: _Form, x: Array, columns: Array, targets: Arr
     return loss, (d_x.astype(x.dtype).reshape(x.shape), d_columns.reshape(columns.shape))
 
 
-def _block_length(vocab: int, positions: int) -> int:
+@functools.cache
+def block_length(vocab: int, positions: int) -> int:
     """Rows of the table in a block: a divisor of the vocabulary, its logits within the budget."""
     fits = [n for n in range(1, vocab + 1) if vocab % n == 0 and n * positions <= _BLOCK_ELEMENTS]
     return max(fits, default=1)

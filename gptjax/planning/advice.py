@@ -35,25 +35,27 @@ class Option:
 @dataclasses.dataclass(frozen=True)
 class Advice:
     """best: the fastest way that fits, None where there is none. fitting: flags of up to three
-    different ways to make a run fit that does not, the fewest flags first. larger: the name of the
-    smallest target of more such devices on which some way fits, where none does here.
+    different ways to make a run fit that does not, the fewest flags first. larger: where nothing
+    fits here, the flags that name the smallest target of more such devices, and a way that does.
     largest_rows: rows on a device at once that still fit, with the mesh and remat of the plan.
     """
 
     best: Option | None
     fitting: list[tuple[str, ...]]
-    larger: str
+    larger: tuple[str, ...]
     largest_rows: int
 
 
 def advise(plan: Forecast, shapes: Shapes) -> Advice:
     """For a run as planned."""
     options = _options(plan, plan.target, shapes)
-    good = sorted((option for option in options if option.held <= plan.usable), key=_rank)
+    good = sorted(
+        (option for option in options if option.held <= auto.ROOM * plan.usable), key=_rank
+    )
     return Advice(
         best=good[0] if good else None,
         fitting=[] if plan.fits else _shortest(good),
-        larger="" if good else _larger(plan, shapes),
+        larger=() if good else _larger(plan, shapes),
         largest_rows=_largest_rows(plan, shapes),
     )
 
@@ -142,12 +144,14 @@ def _shortest(fitting: Sequence[Option]) -> list[tuple[str, ...]]:
     return [*ways.values(), *others][:3]
 
 
-def _larger(plan: Forecast, shapes: Shapes) -> str:
+def _larger(plan: Forecast, shapes: Shapes) -> tuple[str, ...]:
     for name in targets.larger(plan.target):
         target = targets.parse(name)
-        if any(option.held <= usable(target) for option in _options(plan, target, shapes)):
-            return name
-    return ""
+        room = auto.ROOM * usable(target)
+        good = [o for o in _options(plan, target, shapes) if o.held <= room]
+        if good:
+            return (f"--target={name}", *min(good, key=_rank).flags)
+    return ()
 
 
 def _largest_rows(plan: Forecast, shapes: Shapes) -> int:
@@ -155,6 +159,6 @@ def _largest_rows(plan: Forecast, shapes: Shapes) -> int:
     platform, remat = plan.target.device.platform, plan.choice.remat
     for count in auto.micro_batch_counts(_with_free_batches(plan.config), plan.sizes):
         work = Work.of(plan.config, plan.sizes, count, remat, platform)
-        if estimate(shapes, work).total <= plan.usable:
+        if estimate(shapes, work).total <= auto.ROOM * plan.usable:
             return work.rows
     return 0

@@ -12,6 +12,7 @@ from gptjax.planning.advice import Advice
 from gptjax.planning.cost import OPTIMAL_TOKENS, Cost
 from gptjax.planning.explain import Number
 from gptjax.planning.forecast import Forecast
+from gptjax.training import auto
 from gptjax.training.memory import FORWARD, RECOMPUTED
 
 _GIBIBYTE = 2**30
@@ -104,6 +105,8 @@ def _of_memory(plan: Forecast) -> list[Number]:
     ]
     left = plan.usable - plan.memory.total
     said = "it fits" if left >= 0 else f"{-left / _GIBIBYTE:,.2f} GiB too much"
+    if plan.usable > plan.memory.total > auto.ROOM * plan.usable:
+        said += ", narrowly: ask the compiler with --compile"
     return [
         *memory,
         _gibibytes(
@@ -255,7 +258,7 @@ def to_json(plan: Forecast, advice: Advice) -> dict[str, Any]:
         "numbers": [dataclasses.asdict(number) for number in rows(plan)],
         "advice": {
             "fitting": [list(flags) for flags in advice.fitting],
-            "larger": advice.larger,
+            "larger": list(advice.larger),
             "largest_rows": advice.largest_rows,
             "suggested": list(best.flags) if best else None,
         },

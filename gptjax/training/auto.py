@@ -17,6 +17,9 @@ from gptjax.training.memory import RECOMPUTED, Shapes, Work, estimate
 # hidden behind its arithmetic: rather compute more again than cut micro-batches smaller.
 _POSITIONS = 4096
 
+# What is chosen may take this share of the memory: the estimate is right to a few per cent.
+ROOM = 0.95
+
 # Layers from which on they run in a loop: it compiles in the same time at every depth, and holds
 # the gathered weights of one layer. On a CPU unrolled layers run faster.
 _SCANNED = {"cpu": 64, "gpu": 4, "tpu": 4}
@@ -45,7 +48,7 @@ def choose(
     least: tuple[float, str, int] | None = None
     for remat, count in _candidates(config, sizes):
         held = holds(remat, count) if usable is not None else 0.0
-        if usable is None or held <= usable:
+        if usable is None or held <= ROOM * usable:
             return Choice(remat, bool(scan), count)
         if least is None or held < least[0]:
             least = (held, remat, count)

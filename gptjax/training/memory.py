@@ -22,6 +22,7 @@ from gptjax.config.schema import Config
 from gptjax.core import tree
 from gptjax.core.types import Params, TrainState
 from gptjax.ops import cross_entropy
+from gptjax.ops.attention.backends import Call, choose
 from gptjax.runtime import sharding
 from gptjax.runtime.sharding import AXES
 
@@ -138,9 +139,25 @@ class Work:
         return 4 if self.model.dtype == "float32" else 2
 
     @property
+    def lanes(self) -> float:
+        """How many times larger a TPU makes arrays whose last axis is a head: tiles of 128."""
+        width = self.model.head_width
+        return math.ceil(width / 128) * 128 / width if self.platform == "tpu" else 1.0
+
+    @property
     def positions(self) -> int:
         """N: of a device in a micro-batch."""
         return self.rows * self.length // self.sizes["context"]
+
+    @property
+    def heads(self) -> float:
+        """Values of the queries of a position."""
+        return self.model.heads * self.model.head_width / self.sizes["tensor"]
+
+    @property
+    def keys_and_values(self) -> float:
+        """Values of the keys and values of a position."""
+        return 2 * self.model.kv * self.model.head_width / self.sizes["tensor"]
 
     @property
     def stream(self) -> float:
@@ -201,7 +218,7 @@ def estimate(shapes: Shapes, work: Work) -> Memory:
         optimizer=0,
         gradients=accumulated + work.item * blocks + (gathered if split else 0),
         activations=kept + _working(work),
-        loss=0,
+        loss=work.item * work.table,  # the gradient of the output table, until it is summed
         weights=copies + (2 * gathered if split else 0),
     )
     in_update = Memory(0, 0, 4.0 * trained, 0, 0, 0)
@@ -214,39 +231,111 @@ def estimate(shapes: Shapes, work: Work) -> Memory:
 
 
 def saved(work: Work) -> float:
-    """Bytes that one block keeps from the forward to the backward pass."""
+    """Bytes that one block keeps from the forward to the backward pass.
+
+    They are those that `jax.vjp` of a block keeps, which tests/planning/test_memory.py asks it for.
+    """
+    m, e, n, parts = work.model, work.item, work.positions, work.sizes["tensor"]
+    heads, hidden, stream = work.heads, m.mlp_width / parts, m.width / parts
+    attention = _of_attention(work)
     if work.remat == "offload":  # on the host
         return 0.0
     if work.remat == "full":
-        return work.stream
-    m, parts = work.model, work.sizes["tensor"]
-    each = work.positions * work.item / parts  # bytes of one value of each position
-    answers = each * m.heads * m.head_width
+        return n * e * stream
     if work.remat == "attention":
-        return work.stream + answers
-    projected = each * (m.heads + 2 * m.kv) * m.head_width
-    hidden = each * m.mlp_width
-    whole = each * parts * m.width  # of the residual stream, where it is not split over `tensor`
+        return n * e * (stream + heads) + attention.sums
     if work.remat == "dots":
-        return work.stream + projected + 2 * whole + hidden * (2 if m.gated else 1)
-    rotated = each * (m.heads + m.kv) * m.head_width if m.positions == "rope" else 0.0
-    entries = 2 * whole if parts > 1 else 0.0  # what enters the two branches, gathered
-    of_mlp = hidden * (3 if m.gated else 2)
-    return 4 * work.stream + entries + projected + rotated + answers + of_mlp
+        projected = heads + work.keys_and_values
+        return n * e * (stream + projected + m.width + hidden * (2 if m.gated else 1))
+    # Under fsdp, what is not to be gathered once more is chosen one operation at a time, and
+    # values are kept before they are rounded to the compute dtype (XLA for TPUs rounds them first).
+    rounds_late = work.sizes["fsdp"] > 1 and work.platform != "tpu"
+    rounded = 4 if rounds_late else e
+    norms = 2 * stream * (4 + rounded) + (2 * m.width * e if parts > 1 else 0.0)
+    rope = 4 * m.rotary_width * (1 if rounds_late else 2) if m.positions == "rope" else 0.0
+    mlp = 6 * hidden * e if m.gated else hidden * (e + rounded)
+    gathered = work.keys_and_values * work.sizes["context"]
+    kernels = work.lanes * (2 * heads + gathered)  # what attention takes and gives
+    per_position = norms + rope + e * (kernels + heads) + mlp
+    return n * per_position + attention.weights + attention.sums
 
 
 def _working(work: Work) -> float:
-    """Bytes alive in the backward pass of one block, in addition to what is kept of all."""
-    again = saved(dataclasses.replace(work, remat="none")) if work.remat != "none" else 0.0
-    m = work.model
-    each = work.positions * work.item / work.sizes["tensor"]
-    return again + each * m.mlp_width * (3 if m.gated else 2) + 2 * work.stream
+    """Bytes alive in the backward pass of one block, in addition to what is kept of all.
+
+    Values of the MLP are those that enter and leave its activation, and their gradients.
+    """
+    m, each = work.model, work.positions * work.item
+    values = 6 if m.gated else 4
+    if work.remat == "dots":  # what enters the activation is kept
+        values -= 2 if m.gated else 1
+        if m.gated and work.platform == "tpu":  # and copied from layout to layout: as compiled
+            values += 10
+    mlp = each * values * m.mlp_width / work.sizes["tensor"]
+    attention, again = _of_attention(work), 0.0
+    context = work.sizes["context"]
+    copies = 2 * context if context > 1 else 1  # of keys and values: gathered, then heads first
+    taken = each * work.lanes * (work.heads + work.keys_and_values * copies)
+    if work.remat in ("full", "offload"):
+        again = taken + 2 * each * work.heads + attention.weights + attention.sums
+    elif work.remat == "attention":
+        again = taken + each * work.heads
+    if work.remat != "none" and work.sizes["tensor"] > 1:  # what enters the two branches
+        again += 2 * each * m.width
+    if work.platform == "tpu":  # schedules the two branches together
+        # the gradients of queries, keys and values are put side by side, in tiles of 4 and 128
+        together = 2 * 4 / 3 * each * work.lanes * (work.heads + work.keys_and_values)
+        return 4 * work.stream + mlp + again + attention.working + together
+    return 4 * work.stream + max(mlp + again, attention.working)
+
+
+class _Attention(NamedTuple):
+    """Bytes of one block's attention: the weights and the sums of the softmax that are kept, and
+    what is alive while its gradients are computed."""
+
+    weights: float
+    sums: float
+    working: float
+
+
+def _of_attention(work: Work) -> _Attention:
+    m, context = work.model, work.sizes["context"]
+    heads = m.heads // work.sizes["tensor"]
+    queries = work.length // context
+    call = Call(
+        dtype=m.dtype,
+        rows=work.rows,
+        queries=queries,
+        keys=work.length,
+        head_width=m.head_width,
+        packed=True,
+        dropout=bool(m.dropout),
+        softcap=m.attention_softcap,
+    )
+    backend = choose(work.platform, call) if m.attention == "auto" else m.attention
+    scores = 4.0 * work.rows * heads * queries * work.length
+    sums = 4.0 * work.rows * heads * queries
+    each = work.lanes * work.positions * work.item
+    answers, gathered = each * work.heads, each * work.keys_and_values * (context - 1)
+    if backend == "reference":
+        return _Attention(scores, 0.0, 2 * scores)
+    if backend == "xla":  # up to four strips of queries against the keys before them
+        strips = max(1, min(4, queries // 128)) if context == 1 else 1
+        return _Attention(scores * (1 + 1 / strips) / 2, sums, 2 * scores / strips)
+    if backend == "splash":  # writes sums once for each of 128 lanes
+        return _Attention(0.0, sums, 3 * 128 * sums + 4 * answers + 2 * gathered)
+    mask = 2.0 * work.rows * queries * work.length if backend == "cudnn" else 0.0
+    return _Attention(0.0, sums, mask + 4 * answers + 2 * gathered)
 
 
 def _of_loss(work: Work) -> float:
     """Bytes alive while the loss is computed, with both its gradients."""
-    vocab = work.model.padded_vocab / work.sizes["tensor"]
+    m, e, parts = work.model, work.item, work.sizes["tensor"]
+    vocab, split = m.padded_vocab // parts, work.sizes["fsdp"] > 1
+    whole = work.positions * m.width
+    gathered = e * work.table if split else 0.0
+    if split and cross_entropy.goes_over_vocabulary(vocab, m.width):
+        logits = work.positions * cross_entropy.block_length(vocab, work.positions)
+        return gathered + logits * (4 + 4 + e) + whole * (4 + 2 * e)
     logits = work.rows * work.loss_chunk * vocab
-    gathered = work.item * work.table if work.sizes["fsdp"] > 1 else 0.0
-    whole = work.positions * work.model.width * work.item
-    return gathered + 4 * work.table + logits * (4 + 4 + work.item) + 3 * whole
+    return gathered + 4 * work.table + logits * (4 + 4 + e) + 3 * e * whole

@@ -55,7 +55,7 @@ def test_less_memory_takes_more_micro_batches_then_more_recomputation():
     most = held(config, auto.Choice("none", True, 1))
     costs = []
     for usable in (most, most * 0.6, most * 0.3, most * 0.2, most * 0.13):
-        choice = choose(config, usable)
+        choice = choose(config, usable / auto.ROOM)
         assert held(config, choice) <= usable
         costs.append((list(RECOMPUTED).index(choice.remat), choice.micro_batches))
     assert costs[0] == (0, 1)
