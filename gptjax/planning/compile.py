@@ -263,6 +263,8 @@ def _traffic_rows(compiled: CompiledReport, least: Traffic) -> list[tuple[str, s
         total, needed = sum(sent.values()), sum(least.values())
         ratio = f"; least {_gib(needed)}: {total / needed:.2f}x" if needed else ""
         rows.append(("sent in all", f"{_gib(total)} GiB a step and device{ratio}"))
+        moved = sum(compiled.moved().values())
+        rows.append(("arrays in all", f"{_gib(moved)} GiB a step, gathered or summed"))
     if any(not one.exact for one in compiled.traffic):
         rows.append(("", "loops that end by their data are counted as one round"))
     return rows
