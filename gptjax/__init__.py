@@ -33,7 +33,9 @@ _HOMES = {  # public name: the module that defines it
 }
 
 
-def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> LanguageModel:
+def load(
+    path: str | Path, *, weights: str = "float32", cache_dtype: str = "", mesh: str = ""
+) -> LanguageModel:
     """Opens the checkpoint at `path` for generation, scoring and classification.
 
     Args:
@@ -43,9 +45,13 @@ def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -
             row). A decoding step takes about as long as reading them.
         cache_dtype: of cached keys and values: "float32", "bfloat16" or "int8"; by default the
             compute dtype.
+        mesh: devices that share the work, such as "tensor=4,data=2": `tensor` splits heads, hidden
+            units and vocabulary, `data` the texts of a call; -1 takes all that are left. By
+            default one device.
 
     Raises:
-        UserError: there is no checkpoint, or it is damaged or of a kind that is not supported.
+        UserError: there is no checkpoint, or it is damaged or of a kind that is not supported; or
+            the mesh does not fit.
 
     Example:
         >>> lm = gptjax.load("runs/fox", weights="int8")
@@ -54,7 +60,7 @@ def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -
     """
     from gptjax.generation import language_model
 
-    return language_model.load(path, weights=weights, cache_dtype=cache_dtype)
+    return language_model.load(path, weights=weights, cache_dtype=cache_dtype, mesh=mesh)
 
 
 def __getattr__(name: str) -> Any:

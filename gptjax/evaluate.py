@@ -41,6 +41,7 @@ FLAGS = {
     "text": "file, folder or glob of text: perplexity and bits per byte",
     "probes": "bias and safety probes; =FILE.json for your own",
     "harness": "tasks of lm-evaluation-harness, with a comma between",
+    "mesh": "devices, such as tensor=4,data=2: heads and vocabulary over tensor, texts over data",
 }
 
 
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
             raise UserError(
                 "--out is for predictions and probes, and --text makes none: leave it out"
             )
-        comparisons, headline = _compare_on_text(names, args["text"], limit), "bits_per_byte"
+        comparisons, headline = _compare_on_text(names, args, limit), "bits_per_byte"
     elif "probes" in args or "harness" in args:
         if len(names) > 1:
             raise UserError(
@@ -74,7 +75,13 @@ def main(argv: list[str]) -> None:
         if not config.task.name:
             raise UserError("the config has no task.name: use --text for the loss of a text")
         comparisons = compare(
-            config, names, path=args["path"], limit=limit, out=out, own_prompts=of_run
+            config,
+            names,
+            path=args["path"],
+            limit=limit,
+            out=out,
+            own_prompts=of_run,
+            mesh=args["mesh"],
         )
         headline = task_of(config.task).headline
     print(to_json(comparisons) if "json" in args else table(comparisons, headline))
@@ -91,15 +98,16 @@ def task_config(checkpoint: str) -> Config:
     return config
 
 
-def _compare_on_text(names: list[str], pattern: str, limit: int) -> list[Comparison]:
-    input_files = find_files(pattern, (".txt", ".md", ".text"))
+def _compare_on_text(names: list[str], args: cli.Args, limit: int) -> list[Comparison]:
+    input_files = find_files(args["text"], (".txt", ".md", ".text"))
     texts = [read_text(path) for path in subsample_evenly(input_files.paths, limit)]
     selection.say({"text": dataclasses.replace(input_files.selection, documents=len(texts))})
-    return [Comparison(name, text_scores(language_model.load(name), iter(texts))) for name in names]
+    scores = lambda name: text_scores(language_model.load(name, mesh=args["mesh"]), iter(texts))
+    return [Comparison(name, scores(name)) for name in names]
 
 
 def _run_harness(args: cli.Args, name: str, limit: int) -> None:
-    lm = language_model.load(name)
+    lm = language_model.load(name, mesh=args["mesh"])
     from gptjax.evaluation.harness import evaluate_tasks  # lm_eval is an extra
 
     results = evaluate_tasks(lm, args["harness"].split(","), limit=limit or None)
@@ -107,7 +115,7 @@ def _run_harness(args: cli.Args, name: str, limit: int) -> None:
 
 
 def _run_probes(args: cli.Args, name: str, out: Path | None) -> None:
-    lm = language_model.load(name)
+    lm = language_model.load(name, mesh=args["mesh"])
     from gptjax.evaluation import probes
 
     path = probes.PROBES if args["probes"] == "true" else Path(args["probes"])

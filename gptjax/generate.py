@@ -56,7 +56,10 @@ def main(argv: list[str]) -> None:
     options = read_options(args)  # wrong numbers before the model is read
     enable_compile_cache()
     with language_model.load_lazily(
-        args["checkpoint"], weights=args["weights"] or "float32", cache_dtype=args["cache_dtype"]
+        args["checkpoint"],
+        weights=args["weights"] or "float32",
+        cache_dtype=args["cache_dtype"],
+        mesh=args["mesh"],
     ) as lm:
         if "chat" not in args:
             options = dataclasses.replace(options, max_new_tokens=new_tokens(lm, args))

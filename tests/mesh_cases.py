@@ -63,7 +63,7 @@ CASES = {
     "dora": case(
         "gemma2", model=dict(scan_layers=True), lora=dict(rank=2, dora=True), train=ADAPTED
     ),
-    "int8": case("gpt2_untied", lora=dict(rank=2, base="int8"), train=ADAPTED),
+    "int8": case("qwen2", lora=dict(rank=2, base="int8"), train=ADAPTED),
     "prompt, several labels": case(
         model=dict(labels=tuple("abc"), problem_type="multi_label_classification"),
         lora=dict(prompt_tokens=3),

@@ -15,13 +15,14 @@ from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig, TaskConfig
 from gptjax.core import cli
 from gptjax.generation.language_model import LanguageModel
+from gptjax.generation.meshes import groups
 from gptjax.tasks import classification, multi_label
 from gptjax.tasks.base import Answer, Example, Task
 from gptjax.tasks.rendering import end_of_answer
 from gptjax.tasks.table import task_of
 from gptjax.tokenizer.base import Tokenizer
 
-_BATCH = 16  # texts that are written at once
+_BATCH = 16  # texts that are written at once, by each group of devices
 _SHOWN_CHARACTERS = 500  # of a prompt, in the samples of a run
 
 Advance = Callable[[int], None]
@@ -119,9 +120,10 @@ def _answer_by_likelihood(
 ) -> list[Answer]:
     """The label whose text with its end is likeliest after the prompt."""
     prompts, words = _prompts(examples), label_ids(lm, config, labels)
+    size = _BATCH * groups(lm.mesh)
     answers = []
-    for first in range(0, len(prompts), _BATCH):
-        batch = prompts[first : first + _BATCH]
+    for first in range(0, len(prompts), size):
+        batch = prompts[first : first + size]
         repeated_prompts = [prompt for prompt in batch for _ in words]
         scores = lm.score(repeated_prompts, words * len(batch))
         logprobs = np.array([logprob for logprob, _ in scores]).reshape(len(batch), len(words))
@@ -194,9 +196,10 @@ def _answer_by_writing(
     for i in by_length:
         members_of.setdefault(limits[i], []).append(i)
     answers: list[Any] = [None] * len(prompts)
+    size = _BATCH * groups(lm.mesh)
     for limit, members in members_of.items():
-        for first in range(0, len(members), _BATCH):
-            batch = members[first : first + _BATCH]
+        for first in range(0, len(members), size):
+            batch = members[first : first + size]
             completions = lm.generate(
                 [prompts[i] for i in batch],
                 max_new_tokens=limit,

@@ -57,12 +57,13 @@ def compare(
     out: Path | None = None,
     baselines: bool = True,
     own_prompts: bool = False,
+    mesh: str = "",
 ) -> list[Comparison]:
     """Scores of each checkpoint, then of the task's baselines, on the examples that fit all.
 
     path: a file of examples, or a split, in place of the held-out one; limit: examples taken.
     out: a folder for predictions, a jsonl for each checkpoint. own_prompts: runs of the same task
-    get their own prompts. Raises UserError.
+    get their own prompts. mesh: as in `gptjax.load`. Raises UserError.
     """
     task = task_of(config.task)
     task.check_package()
@@ -76,7 +77,7 @@ def compare(
     answered: list[AnsweredExamples] = []
     baseline_answers: list[AnsweredExamples] = []
     for number, name in enumerate(checkpoints, start=1):
-        lm = language_model.load(name)
+        lm = language_model.load(name, mesh=mesh)
         fields = test_rows[0].fields
         own_config = _config_for(config, name, lm, fields, own_prompts=own_prompts)
         examples = _render_for(own_config, lm, test_rows, labels, path or "held-out")

@@ -29,6 +29,7 @@ from gptjax.generation.requests import Completion, Request
 from gptjax.generation.sampling import Settings
 from gptjax.model import head
 from gptjax.model.kv_cache import take_rows
+from gptjax.ops import collectives
 from gptjax.runtime import executables
 
 _OUT = -1e9  # added to the score of what may not be chosen
@@ -86,20 +87,25 @@ def complete(
 
 def search(model: InferenceModel, request: Request, options: GenerationOptions) -> list[Hypothesis]:
     """The `request.n` best texts of each prompt, best first."""
-    beams = options.num_beams
+    beams, count = options.num_beams, len(request.prompts)
     context = model.config.context
+    extra = model.rows(count) - count  # devices divide requests, whose beams stay together
     limits = [request.limit(len(prompt), 0, context) for prompt in request.prompts]
+    limits += [1] * extra
     batch = PromptBatch(
-        request.prompts,
+        [*request.prompts, *[[0]] * extra],
         limits=limits,
         seeds=[0] * len(limits),
         slots=model.slots(max(limits)),
         copies=beams,
     )
     settings = sampling.stack_settings(
-        request.samplings, model.config.vocab_size, request.eos_ids, beams
+        [*request.samplings, *request.samplings[-1:] * extra],
+        model.config.vocab_size,
+        request.eos_ids,
+        beams,
     )
-    state = begin(loop.start(model, batch), beams)
+    state = model.put(begin(loop.start(model, batch), beams))
     while not np.asarray(state.over).all():
         state = search_beams(
             model.config,
@@ -110,6 +116,7 @@ def search(model: InferenceModel, request: Request, options: GenerationOptions) 
             active=sampling.active_processors(request.samplings),
             beams=beams,
             early_stopping=options.early_stopping,
+            mesh=model.mesh,
         )
     tokens, lengths = np.asarray(state.best_tokens), np.asarray(state.best_length)
     scores = np.asarray(state.best_scores)
@@ -147,7 +154,7 @@ def begin(state: DecodeState, beams: int) -> BeamState:
         best_length=state.length.reshape(requests, beams),
         best_scores=jnp.full((requests, beams), _OUT),
         finished=jnp.zeros((requests, beams), bool),
-        over=jnp.zeros(requests, bool),
+        over=_of_requests(state.done, beams),  # only rows that fill up the devices
     )
 
 
@@ -155,6 +162,7 @@ def begin(state: DecodeState, beams: int) -> BeamState:
     executables.jit,
     static_argnames=("config", "active", "beams", "early_stopping"),
     donate_argnames=("state",),
+    outputs="state",
 )
 def search_beams(
     config: ModelConfig,
@@ -184,7 +192,7 @@ def search_beams(
         return i + 1, _commit(state, changed, cache, over)
 
     def unfinished(carry: tuple[Array, BeamState]) -> Array:
-        return (carry[0] < _STEPS) & ~carry[1].over.all()
+        return (carry[0] < _STEPS) & collectives.anywhere(~carry[1].over.all(), "data")
 
     _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
     return state

@@ -24,6 +24,7 @@ from gptjax.generation.sampling import Settings, active_processors, stack_settin
 from gptjax.generation.speculative import Speculation
 from gptjax.model.kv_cache import init_cache
 from gptjax.runtime import executables
+from gptjax.runtime.executables import Call
 
 
 def run(
@@ -38,9 +39,7 @@ def run(
     steps: how many tokens (with speculation: passes) at a time, the last number again and again.
     """
     active = active_processors(request.samplings)
-    settings = jax.device_put(
-        stack_settings(request.samplings, model.config.vocab_size, request.eos_ids, request.n)
-    )
+    settings = model.put(_settings(model, request))
     state = _start(model, _first_batch(model, request, speculation), speculation)
     known, turn = np.asarray(state.length), 0
     while True:
@@ -53,9 +52,21 @@ def run(
             return
         if done.all():  # the rest have filled the context
             state = _start(model, _shifted_batch(model, request, state, speculation), speculation)
-            known = np.asarray(state.length)
-            done = np.array([bool(sequence.reason) for sequence in request.sequences])
-        state = dataclasses.replace(state, done=jax.device_put(done))
+            known, done = np.asarray(state.length), np.asarray(state.done).copy()
+            for i, sequence in enumerate(request.sequences):
+                done[i] = bool(sequence.reason)
+        state = dataclasses.replace(state, done=model.put(done))
+
+
+def _settings(model: InferenceModel, request: Request) -> dict[str, np.ndarray]:
+    """Of each row, also of those that only fill up the devices."""
+    config, count = model.config, len(request.prompts) * request.n
+    settings = stack_settings(request.samplings, config.vocab_size, request.eos_ids, request.n)
+    if extra := model.rows(count) - count:
+        for name, array in settings.items():
+            if name != "eos_ids":
+                settings[name] = np.concatenate([array, array[-1:].repeat(extra, 0)])
+    return settings
 
 
 def _start(
@@ -77,7 +88,7 @@ def _advance(
     """`count` more tokens, or passes with speculation, in each row."""
     config, params, steps = model.config, model.params, np.int32(count)
     if speculation is None:
-        return loop.advance(config, params, state, settings, steps, active=active)
+        return loop.advance(config, params, state, settings, steps, active=active, mesh=model.mesh)
     draft = speculation.draft
     return speculative.advance(
         config,
@@ -89,6 +100,7 @@ def _advance(
         count=speculation.count,
         draft_config=draft.config if draft else None,
         draft_params=draft.params if draft else None,
+        mesh=model.mesh,
     )
 
 
@@ -110,13 +122,14 @@ def _first_batch(
 ) -> PromptBatch:
     context = model.config.context
     limits = [request.limit(len(prompt), 0, context) for prompt in request.prompts]
-    return PromptBatch(
+    batch = PromptBatch(
         request.prompts,
         limits=limits,
         seeds=[settings.seed for settings in request.samplings],
         slots=_slots(model, limits, speculation),
         copies=request.n,
     )
+    return batch if model.groups == 1 else batch.rows_apart(model.rows(batch.rows))
 
 
 def _shifted_batch(
@@ -139,7 +152,7 @@ def _shifted_batch(
         generated.append(len(sequence.tokens))
         limits.append(request.limit(len(prompts[i]), generated[i], context))
         seeds.append(request.samplings[i // request.n].seed)
-    return PromptBatch(
+    batch = PromptBatch(
         prompts,
         limits=limits,
         seeds=seeds,
@@ -147,6 +160,7 @@ def _shifted_batch(
         generated=generated,
         copy_numbers=[i % request.n for i in range(len(prompts))],
     )
+    return batch.rows_apart(model.rows(batch.rows))
 
 
 def _slots(model: InferenceModel, limits: Sequence[int], speculation: Speculation | None) -> int:
@@ -161,21 +175,32 @@ def compile_ahead(
 
     The parameters of `model` may be shapes.
     """
+    executables.prepare([*first_calls(model, request)], folder)
+
+
+def first_calls(model: InferenceModel, request: Request) -> tuple[Call, Call]:
+    """The calls of `loop.advance` and `loop.prefill` that `run` begins with, not yet run.
+
+    Parameters and devices of `model` may be described (`jax.ShapeDtypeStruct`).
+    """
     config = model.config
     batch = _first_batch(model, request, None)
     tokens, lengths = batch.padded()
-    state = batch.host_state()
+    state, settings = batch.host_state(), _settings(model, request)
     cache = jax.eval_shape(
         lambda: init_cache(config, len(state.length), batch.slots, dtype=model.cache_dtype)
     )
-    settings = stack_settings(request.samplings, config.vocab_size, request.eos_ids, request.n)
+    state = dataclasses.replace(state, cache=cache)
+    if model.mesh is not None:
+        state, settings, tokens, lengths = map(model.described, (state, settings, tokens, lengths))
     advance = loop.advance.call(
         config,
         model.params,
-        dataclasses.replace(state, cache=cache),
+        state,
         settings,
         np.int32(0),
         active=active_processors(request.samplings),
+        mesh=model.mesh,
     )
     prefill = loop.prefill.call(
         config,
@@ -183,6 +208,7 @@ def compile_ahead(
         tokens,
         lengths,
         cache_dtype=model.cache_dtype,
-        copies=request.n,
+        copies=batch.copies,
+        mesh=model.mesh,
     )
-    executables.prepare([advance, prefill], folder)
+    return advance, prefill

@@ -47,6 +47,7 @@ FLAGS = {
     "n": _MEANINGS["n"],
     "weights": "float32, bfloat16 or int8: smaller is faster",
     "cache_dtype": "of keys and values: float32, bfloat16 or int8; by default the compute dtype",
+    "mesh": "devices, such as tensor=4,data=2: heads and vocabulary over tensor, texts over data",
     "context_shift": "go on past the context: when it is full, its older half falls out of sight",
 }
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
 import numpy as np
+from jax.sharding import Mesh
 
 from gptjax.checkpoints import formats, pretrained
 from gptjax.checkpoints.safetensors import LazyParams
@@ -28,6 +29,7 @@ from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Params
 from gptjax.generation import beam_search, engine, pairs, requests, scoring, speculative
 from gptjax.generation.loop import InferenceModel
+from gptjax.generation.meshes import decoding_mesh
 from gptjax.generation.options import (
     BatchKeywords,
     GenerationKeywords,
@@ -41,6 +43,7 @@ from gptjax.generation.scoring import TokenScores
 from gptjax.generation.weights import (
     check_dtypes,
     inference_config,
+    place_weights,
     read_weights,
     weight_shapes,
 )
@@ -61,10 +64,11 @@ class LanguageModel:
         0, or `LazyParams` that are still in files; without a tokenizer prompts are token ids only.
     weights: how generation stores matrices, "float32", "bfloat16" or "int8".
     cache_dtype: of cached keys and values, the same names; "" is the compute dtype.
+    mesh: devices that share the work, as text or the mesh of a run (`meshes.decoding_mesh`).
     source: the checkpoint it came from, which `save` writes again.
     read: False leaves the weights unread for `load_lazily`.
 
-    Raises UserError for an unknown name of weights or cache_dtype.
+    Raises UserError for an unknown name of weights or cache_dtype, and a mesh that does not fit.
 
     >>> lm.config.layers, lm.weights, lm.tokenizer.vocab_size
     (1, 'float32', 257)
@@ -78,6 +82,7 @@ class LanguageModel:
         *,
         weights: str = "float32",
         cache_dtype: str = "",
+        mesh: str | Mesh | None = None,
         source: pretrained.Pretrained | None = None,
         read: bool = True,
     ):
@@ -86,21 +91,22 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.weights = weights
         self.cache_dtype = cache_dtype
+        self.mesh = decoding_mesh(config, mesh)
         self.source = source
         self._adapted_by = ""  # the folder of its adapter
-        self._inference_config = inference_config(config, weights)
+        self._inference_config = inference_config(config, weights, self.mesh)
         self._params: Any = params  # or a function that makes them at the first look
-        self._weights = self._read_weights() if read else weight_shapes(config, weights)
+        self._weights = self._read_weights() if read else weight_shapes(config, weights, self.mesh)
 
     def _read_weights(self) -> Params:
         params = self._params  # a look at `self.params` meanwhile would replace it
         if not isinstance(params, LazyParams):
             params = self.params
-        return read_weights(self.config, params, self.weights)
+        return read_weights(self.config, params, self.weights, self.mesh)
 
     @property
     def _model(self) -> InferenceModel:
-        return InferenceModel(self._inference_config, self._weights, self.cache_dtype)
+        return InferenceModel(self._inference_config, self._weights, self.cache_dtype, self.mesh)
 
     @property
     def params(self) -> Params:
@@ -197,9 +203,10 @@ class LanguageModel:
         other._params = lambda: adapter.merged_params(self.params)  # for who looks, and for `save`
         if adapter.needs_params:
             params = adapter.adapted_params(self.params)
-            other._weights = read_weights(other.config, params, self.weights)
+            other._weights = read_weights(other.config, params, self.weights, self.mesh)
         else:
-            other._weights = lora.apply_adapter(adapter.settings, self._weights, adapter.trained)
+            adapted = lora.apply_adapter(adapter.settings, self._weights, adapter.trained)
+            other._weights = place_weights(adapted, self.mesh)
         if source := self.source:
             other.source = dataclasses.replace(
                 source, config=other.config, tokenizer=other.tokenizer
@@ -431,19 +438,15 @@ class LanguageModel:
     ) -> speculative.Speculation | None:
         if not options.speculates:
             return None
-        draft = options.draft
-        speculation = speculative.build_speculation(
-            request, options.num_speculative_tokens, draft._model if draft else None
+        count, draft = options.num_speculative_tokens, options.draft
+        return speculative.build_speculation(
+            self._model, request, count, draft._model if draft else None
         )
-        if draft and draft.config.vocab_size != self.config.vocab_size:
-            raise UserError(
-                f"the draft model has {draft.config.vocab_size:,} tokens and the model "
-                f"{self.config.vocab_size:,}: they must share one vocabulary"
-            )
-        return speculation
 
 
-def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -> LanguageModel:
+def load(
+    path: str | Path, *, weights: str = "float32", cache_dtype: str = "", mesh: str = ""
+) -> LanguageModel:
     """The model at `path`; see `gptjax.load`. Raises UserError."""
     checkpoint = pretrained.open_for_generation(path)
     return LanguageModel(
@@ -452,13 +455,14 @@ def load(path: str | Path, *, weights: str = "float32", cache_dtype: str = "") -
         checkpoint.tokenizer,
         weights=weights,
         cache_dtype=cache_dtype,
+        mesh=mesh,
         source=checkpoint,
     )
 
 
 @contextlib.contextmanager
 def load_lazily(
-    path: str | Path, *, weights: str = "float32", cache_dtype: str = ""
+    path: str | Path, *, weights: str = "float32", cache_dtype: str = "", mesh: str = ""
 ) -> Iterator[LanguageModel]:
     """`load` whose model comes at once, and its weights when the block ends.
 
@@ -474,6 +478,7 @@ def load_lazily(
         checkpoint.tokenizer,
         weights=weights,
         cache_dtype=cache_dtype,
+        mesh=mesh,
         source=checkpoint,
         read=not in_files,
     )

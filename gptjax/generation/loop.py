@@ -21,15 +21,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array
-from gptjax.generation import sampling
+from gptjax.generation import meshes, sampling
 from gptjax.generation.sampling import History, Settings
 from gptjax.model import head, transformer
 from gptjax.model.kv_cache import init_cache, take_rows
+from gptjax.ops import collectives
 from gptjax.ops.implementations import IMPLEMENTATIONS
-from gptjax.runtime import executables
+from gptjax.runtime import executables, sharding
 
 SMALLEST_BUCKET = 256
 
@@ -40,6 +42,35 @@ class InferenceModel(NamedTuple):
     config: ModelConfig  # `LanguageModel._inference_config`
     params: Any  # in the form of `quantize.inference_params`; to compile ahead, shapes do
     cache_dtype: str = ""  # of keys and values; "" = the compute dtype
+    mesh: Mesh | None = None  # of (data, tensor) that splits texts and heads; None: one device
+
+    @property
+    def groups(self) -> int:
+        """Of devices, that the texts of a batch are divided between."""
+        return meshes.groups(self.mesh)
+
+    def rows(self, count: int) -> int:
+        """Rows of a batch with `count` texts: the least number that the groups divide."""
+        return -(-count // self.groups) * self.groups
+
+    def put(self, tree: Any) -> Any:
+        """What a batch has for each text, on the devices."""
+        return jax.device_put(tree, self.shardings(tree))
+
+    def described(self, tree: Any) -> Any:
+        """Shapes of what a batch has for each text, with their shardings."""
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            tree,
+            self.shardings(tree),
+        )
+
+    def shardings(self, tree: Any) -> Any:
+        """Of what a batch has for each text; None: the default device."""
+        if self.mesh is None:
+            return None
+        specs = sharding.decoding_specs("", tree)
+        return jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
 
     def slots(self, length: int, extra: int = 0) -> int:
         """Slots of a buffer for `length` tokens, and for `extra` ones past the context."""
@@ -82,6 +113,29 @@ class PromptBatch:
     generated: Sequence[int] = ()  # [P]: how many of a prompt's tokens were generated; default 0
     copy_numbers: Sequence[int] = ()  # [P * copies]: default 0, 1, ... for the rows of each prompt
 
+    @property
+    def rows(self) -> int:
+        return len(self.prompts) * self.copies
+
+    def rows_apart(self, rows: int) -> PromptBatch:
+        """The same with a prompt for each row, so that devices can divide them, and with rows of
+        one token that may not grow, up to so many."""
+        extra = rows - self.rows
+        copies = self.copy_numbers or [*range(self.copies)] * len(self.prompts)
+
+        def repeated(values: Sequence[Any], filler: Any) -> list[Any]:
+            return [v for v in values for _ in range(self.copies)] + [filler] * extra
+
+        return dataclasses.replace(
+            self,
+            prompts=repeated(self.prompts, [0]),
+            limits=repeated(self.limits, 1),
+            seeds=repeated(self.seeds, 0),
+            generated=repeated(self.generated or [0] * len(self.prompts), 0),
+            copies=1,
+            copy_numbers=[*copies, *[0] * extra],
+        )
+
     def padded(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens int32 [P, slots] and lengths int32 [P] of the prompts."""
         tokens = np.zeros((len(self.prompts), self.slots), np.int32)
@@ -98,13 +152,14 @@ class PromptBatch:
         copies = np.tile(np.arange(self.copies, dtype=np.uint32), len(self.prompts))
         if self.copy_numbers:
             copies = np.asarray(self.copy_numbers, np.uint32)
+        limits = np.repeat(np.asarray(self.limits, np.int32), self.copies)
         arrays: dict[str, Any] = dict(
             tokens=tokens.repeat(self.copies, 0),
             length=lengths,
             prompt_length=lengths - generated,
-            limit=np.repeat(np.asarray(self.limits, np.int32), self.copies),
+            limit=limits,
             generated=generated,
-            done=np.zeros(len(lengths), bool),
+            done=lengths >= limits,
             logprobs=np.zeros((len(lengths), self.slots), np.float32),
             seed=np.repeat(np.asarray(self.seeds, np.uint32), self.copies),
             copy=copies,
@@ -120,7 +175,9 @@ def bucket(length: int, context: int, chunk: int) -> int:
     return -(-min(size, max(context, length)) // chunk) * chunk
 
 
-@functools.partial(executables.jit, static_argnames=("config", "cache_dtype", "copies"))
+@functools.partial(
+    executables.jit, static_argnames=("config", "cache_dtype", "copies"), outputs=sharding.CACHE
+)
 def prefill(
     config: ModelConfig,
     params: Any,
@@ -137,6 +194,7 @@ def prefill(
     batch, slots = tokens_BS.shape
     size = min(IMPLEMENTATIONS[config.implementation].prefill_chunk, slots)
     cache = init_cache(config, batch, slots, dtype=cache_dtype)
+    longest = collectives.peak(length_B.max(), "data")
 
     def feed_chunk(carry: tuple[Array, Any]) -> tuple[Array, Any]:
         start, cache = carry
@@ -146,7 +204,7 @@ def prefill(
         return start + size, cache
 
     def unfinished(carry: tuple[Array, Any]) -> Array:
-        return carry[0] < length_B.max() - 1
+        return carry[0] < longest - 1
 
     _, cache = jax.lax.while_loop(unfinished, feed_chunk, (jnp.int32(0), cache))
     return cache if copies == 1 else take_rows(cache, jnp.arange(batch).repeat(copies), batch)
@@ -162,8 +220,9 @@ def start(model: InferenceModel, batch: PromptBatch) -> DecodeState:
         lengths,
         cache_dtype=model.cache_dtype,
         copies=batch.copies,
+        mesh=model.mesh,
     )
-    return dataclasses.replace(jax.device_put(batch.host_state()), cache=cache)
+    return dataclasses.replace(model.put(batch.host_state()), cache=cache)
 
 
 def row_keys(state: DecodeState) -> Array:
@@ -215,7 +274,10 @@ def append(state: DecodeState, token_B: Array, logprob_B: Array, eos_ids: Array)
 
 
 @functools.partial(
-    executables.jit, static_argnames=("config", "active"), donate_argnames=("state",)
+    executables.jit,
+    static_argnames=("config", "active"),
+    donate_argnames=("state",),
+    outputs="state",
 )
 def advance(
     config: ModelConfig,
@@ -242,7 +304,7 @@ def advance(
         return i + 1, append(state, token, logprob, settings["eos_ids"])
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Array:
-        return (carry[0] < steps) & ~carry[1].done.all()
+        return (carry[0] < steps) & collectives.anywhere(~carry[1].done.all(), "data")
 
     _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
     return state

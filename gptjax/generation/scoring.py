@@ -23,7 +23,7 @@ from gptjax.generation.loop import InferenceModel
 from gptjax.model import head, transformer
 from gptjax.runtime import executables
 
-_ROWS = 16  # at a time
+_ROWS = 16  # at a time, of each group of devices
 
 
 class TokenScores(NamedTuple):
@@ -74,14 +74,16 @@ def padded_logits(model: InferenceModel, tokens_BT: np.ndarray) -> np.ndarray:
     length = tokens_BT.shape[1]
     padding = bucket(length, model.config.context) - length
     padded = np.pad(tokens_BT.astype(np.int32), ((0, 0), (0, padding)))
-    return np.asarray(logits(model.config, model.params, padded))[:, :length]
+    padded = np.pad(padded, ((0, model.rows(len(tokens_BT)) - len(tokens_BT)), (0, 0)))
+    padded_logits = logits(model.config, model.params, padded, mesh=model.mesh)
+    return np.asarray(padded_logits)[: len(tokens_BT), :length]
 
 
 def score_rows(model: InferenceModel, rows: Sequence[Sequence[int]]) -> list[TokenScores]:
     """The scores of each row of ids, a few rows at a time."""
     scores: list[Any] = [None] * len(rows)
     for group, tokens in _groups(model, rows, extra=1):  # a row's last token is no query
-        logprobs, greedy = token_logprobs(model.config, model.params, tokens)
+        logprobs, greedy = token_logprobs(model.config, model.params, tokens, mesh=model.mesh)
         logprobs, greedy = np.asarray(logprobs), np.asarray(greedy)
         for k, i in enumerate(group):
             end = len(rows[i]) - 1
@@ -99,7 +101,9 @@ def next_logprobs(
         padded = np.zeros((len(tokens), width), np.int32)
         for k, i in enumerate(group):
             padded[k, : len(places[i])] = places[i]
-        group_logprobs = np.asarray(logprobs_at(model.config, model.params, tokens, padded))
+        group_logprobs = np.asarray(
+            logprobs_at(model.config, model.params, tokens, padded, mesh=model.mesh)
+        )
         for k, i in enumerate(group):
             logprobs[i] = group_logprobs[k, : len(places[i])]
     return logprobs
@@ -122,7 +126,9 @@ def classify_rows(
     for group, tokens in _groups(model, rows, extra=0):
         lengths = np.ones(len(tokens), np.int32)
         lengths[: len(group)] = [_length_without(rows[i], pad) for i in group]
-        group_scores = np.asarray(head_scores(model.config, model.params, tokens, lengths))
+        group_scores = np.asarray(
+            head_scores(model.config, model.params, tokens, lengths, mesh=model.mesh)
+        )
         scores[group] = group_scores[: len(group)]
     if model.config.problem == "regression":
         return scores
@@ -145,9 +151,10 @@ def _groups(
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """(numbers of a few rows of like lengths, their ids padded to a bucket and `extra` columns)."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    height = min(_ROWS, 1 << (len(rows) - 1).bit_length())
-    for first in range(0, len(order), _ROWS):
-        group = order[first : first + _ROWS]
+    most = _ROWS * model.groups
+    height = model.rows(min(most, 1 << (len(rows) - 1).bit_length()))
+    for first in range(0, len(order), most):
+        group = order[first : first + most]
         longest = len(rows[group[-1]])
         width = extra + bucket(longest - extra, model.config.context, smallest=16)
         tokens = np.zeros((height, width), np.int32)

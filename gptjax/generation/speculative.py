@@ -23,6 +23,7 @@ from gptjax.generation.loop import DecodeState, InferenceModel
 from gptjax.generation.requests import Request
 from gptjax.generation.sampling import Settings
 from gptjax.model import head, transformer
+from gptjax.ops import collectives
 from gptjax.runtime import executables
 
 # processors that may run with guesses; the others would make most guesses wrong
@@ -38,7 +39,9 @@ class Speculation:
     draft: InferenceModel | None = None
 
 
-def build_speculation(request: Request, count: int, draft: InferenceModel | None) -> Speculation:
+def build_speculation(
+    model: InferenceModel, request: Request, count: int, draft: InferenceModel | None
+) -> Speculation:
     """The speculation of a request. count: 0 = the default of a draft model. Raises UserError."""
     for settings in request.samplings:
         if settings.temperature or settings.active - _PROCESSORS:
@@ -46,6 +49,13 @@ def build_speculation(request: Request, count: int, draft: InferenceModel | None
                 "speculation gives greedy text: set temperature = 0 and leave penalties and "
                 "no_repeat_ngram off"
             )
+    if draft and draft.config.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"the draft model has {draft.config.vocab_size:,} tokens and the model "
+            f"{model.config.vocab_size:,}: they must share one vocabulary"
+        )
+    if draft and draft.mesh != model.mesh:
+        raise UserError("the draft model is on other devices: give it the mesh of the model")
     return Speculation(count or _DEFAULT_COUNT, draft)
 
 
@@ -56,7 +66,12 @@ def begin(state: DecodeState, speculation: Speculation) -> DecodeState:
     if draft is None:
         return state
     cache = loop.prefill(
-        draft.config, draft.params, state.tokens, state.length, cache_dtype=draft.cache_dtype
+        draft.config,
+        draft.params,
+        state.tokens,
+        state.length,
+        cache_dtype=draft.cache_dtype,
+        mesh=draft.mesh,
     )
     return dataclasses.replace(state, draft_cache=cache)
 
@@ -133,6 +148,7 @@ def _accept(
     executables.jit,
     static_argnames=("config", "active", "count", "draft_config"),
     donate_argnames=("state",),
+    outputs="state",
 )
 def advance(
     config: ModelConfig,
@@ -167,7 +183,7 @@ def advance(
         return i + 1, dataclasses.replace(state, passes=state.passes + 1)
 
     def unfinished(carry: tuple[Array, DecodeState]) -> Array:
-        return (carry[0] < steps) & ~carry[1].done.all()
+        return (carry[0] < steps) & collectives.anywhere(~carry[1].done.all(), "data")
 
     _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
     return state

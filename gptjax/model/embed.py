@@ -34,8 +34,7 @@ def embed(
         positions = jnp.broadcast_to(positions, tokens.shape)
         tokens, positions = (collectives.gather(ids, "fsdp", 0) for ids in (tokens, positions))
     x = _lookup(c, table, tokens)
-    # rows are whole on every device; of a table split over `tensor` each found a part
-    x = collectives.own_sequence(x) if "rows" in table else collectives.to_residual(x)
+    x = collectives.to_residual(x)  # of a table split over `tensor` each found a part
     x, positions = _scaled(c, x), collectives.own_sequence(positions)
     if "prompt" in table:
         prompt = table["prompt"]
@@ -57,12 +56,16 @@ def _scaled(config: ModelConfig, x: Array) -> Array:
 
 def _lookup(config: ModelConfig, table: Params, ids: Array) -> Array:
     """The vectors of these tokens; 0 for tokens that the table of another device has."""
-    if "rows" in table:
-        lookup = IMPLEMENTATIONS[config.implementation].quantized_lookup
-        return lookup(table, ids).astype(config.dtype)
-    tokens_VD = table["tokens"]
+
+    def own(ids: Array) -> Array:
+        if "rows" in table:
+            lookup = IMPLEMENTATIONS[config.implementation].quantized_lookup
+            return lookup(table, ids).astype(config.dtype)
+        return table["tokens"][ids]
+
     if collectives.size("tensor") == 1:
-        return tokens_VD[ids]
-    ids = ids - collectives.index("tensor") * len(tokens_VD)
-    here = (ids >= 0) & (ids < len(tokens_VD))
-    return jnp.where(here[..., None], tokens_VD[jnp.where(here, ids, 0)], 0)
+        return own(ids)
+    count = len(table["rows"] if "rows" in table else table["tokens"])
+    ids = ids - collectives.index("tensor") * count
+    here = (ids >= 0) & (ids < count)
+    return jnp.where(here[..., None], own(jnp.where(here, ids, 0)), 0)

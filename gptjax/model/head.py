@@ -25,7 +25,7 @@ def own_table(params: Params, dtype: Any = None) -> Float[Array, "V D"]:
     """
     weight = params["head"] if "head" in params else params["embed"]
     if "rows" in weight:
-        own = collectives.part(quantized.dequantize(weight), "tensor", 0)
+        own = quantized.dequantize(weight)
     else:
         own = weight["kernel"] if "head" in params else weight["tokens"]
     return own.astype(dtype or own.dtype)
@@ -41,7 +41,7 @@ def unembed(config: ModelConfig, params: Params, x: Float[Array, "*S D"]) -> Flo
     else:
         table_VD = cross_entropy.all_columns(own_table(params, x.dtype), x.shape[-1])
         logits = jnp.einsum("...D,VD->...V", x, table_VD, preferred_element_type=jnp.float32)
-        logits = collectives.gather(logits, "tensor", logits.ndim - 1)
+    logits = collectives.gather(logits, "tensor", logits.ndim - 1)
     return softcap(logits[..., : config.vocab_size], config.logit_softcap)
 
 

@@ -7,18 +7,21 @@ import jax.numpy as jnp
 
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array, Params
+from gptjax.ops import collectives
 
 
 def init_cache(
     config: ModelConfig, batch: int, length: int, *, dtype: str = ""
 ) -> tuple[Params, ...]:
-    """Zeros for each layer: {"k": [B * K, length, C], "v": [B * K, C, length]}.
+    """Zeros for each layer: {"k": [B * K, length, C], "v": [B * K, C, length]}, of K key/value
+    heads those of this device.
 
     dtype: float32, bfloat16 or int8 (default: the compute dtype); int8 adds {"k_scale", "v_scale"}:
     float32 [B * K, length]. Both products of attention contract the last axis, so that they need
     neither a transpose nor a reshape, which XLA:CPU would pay for with copies.
     """
-    heads, width, dtype = batch * config.kv, config.head_width, dtype or config.dtype
+    heads = batch * (config.kv // collectives.size("tensor"))
+    width, dtype = config.head_width, dtype or config.dtype
 
     def layer() -> Params:
         cache = {

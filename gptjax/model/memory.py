@@ -64,13 +64,13 @@ def rematerialized(
 
 def whole_layer(block: Params) -> Params:
     """The parameters of one layer as its products use them: kernels that are split over `fsdp`
-    gathered; of rows, which every device has, those of this device's heads and hidden units."""
-    if collectives.size("fsdp") == collectives.size("tensor") == 1:
-        return block
+    gathered; rows of gate and up joined, where `quantize.gates_apart` has set them apart."""
 
     def prepared(path: str, leaf: Array) -> Array:
         module, _, name = path.rpartition("/")
-        if name != "kernel":
+        if module == "mlp/gate_up" and leaf.ndim == {"rows": 3, "row_scale": 2}.get(name):
+            return leaf.reshape(-1, *leaf.shape[2:])
+        if name != "kernel" or collectives.size("fsdp") == 1:
             return leaf
         spec = tree.first_match(RULES, f"blocks/{module}/kernel")
         for dim, axis in enumerate(spec[1:]):  # the layer is the first axis of the table's shapes
@@ -78,29 +78,4 @@ def whole_layer(block: Params) -> Params:
                 leaf = collectives.gather(leaf, "fsdp", dim)
         return leaf
 
-    return tree.map_with_path(prepared, _own_rows("", block))
-
-
-def _own_rows(module: str, params: Params) -> Params:
-    """Modules kept as rows (`model.quantize`) for the part of the outputs or inputs that is split
-    over `tensor` along this device's."""
-    if "rows" not in params:
-        return {
-            name: _own_rows(name, part) if isinstance(part, dict) else part
-            for name, part in params.items()
-        }
-    if module in ("out", "down"):  # split by inputs
-        return params | {"rows": collectives.part(params["rows"], "tensor", 1)}
-    own = dict(params)
-    for name in ("rows", "row_scale"):
-        if name in params:
-            own[name] = _own_outputs(params[name], 2 if module == "gate_up" else 1)
-    if "bias" in params:
-        own["bias"] = collectives.part(params["bias"], "tensor", 1 if module == "gate_up" else 0)
-    return own
-
-
-def _own_outputs(rows: Array, groups: int) -> Array:
-    """Of [groups * F, ...] this device's outputs of each group."""
-    grouped = rows.reshape(groups, -1, *rows.shape[1:])
-    return collectives.part(grouped, "tensor", 1).reshape(-1, *rows.shape[1:])
+    return tree.map_with_path(prepared, block)

@@ -66,3 +66,35 @@ def inference_params(params: dict[str, Any], *, weights: str = "float32") -> dic
     if "score" in params:
         result["score"] = {"kernel": params["score"]["kernel"].astype(jnp.float32)}
     return result
+
+
+def gates_apart(params: dict[str, Any]) -> dict[str, Any]:
+    """The result of `inference_params` with rows of gate and up apart, [2, F, D]: so devices along
+    `tensor` can split the hidden units. `memory.whole_layer` joins them.
+    """
+
+    def apart(block: dict[str, Any]) -> dict[str, Any]:
+        if "gate_up" not in block["mlp"]:
+            return block
+        layer = dict(block["mlp"]["gate_up"])
+        for part, axes in (("rows", 2), ("row_scale", 1)):
+            if part in layer and layer[part].ndim == axes:
+                layer[part] = layer[part].reshape(2, -1, *layer[part].shape[1:])
+        return block | {"mlp": block["mlp"] | {"gate_up": layer}}
+
+    return params | {"blocks": tuple(map(apart, params["blocks"]))}
+
+
+def divisible(params: dict[str, Any], parts: int) -> dict[str, Any]:
+    """`gates_apart`, and with rows of zeros behind the vocabulary, so that it has so many parts."""
+    result = gates_apart(params)
+    for name in ("embed", "head"):
+        if name in params:
+            filled = dict(params[name])
+            padding = -len(filled["rows"]) % parts
+            for part in ("rows", "row_scale"):
+                if part in filled:
+                    axes = [(0, padding), *[(0, 0)] * (filled[part].ndim - 1)]
+                    filled[part] = jnp.pad(filled[part], axes)
+            result[name] = filled
+    return result

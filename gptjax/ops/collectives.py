@@ -41,6 +41,11 @@ def peak(x: Array, axis: str) -> Array:
     return jax.lax.pmax(jax.lax.stop_gradient(x), axis) if size(axis) > 1 else x
 
 
+def anywhere(flag: Array, axis: str) -> Array:
+    """bool: whether the flag is set on some device along an axis."""
+    return jax.lax.pmax(flag.astype(jnp.int32), axis) > 0 if size(axis) > 1 else flag
+
+
 def share(x: Array, *axes: str) -> Array:
     """The part of x, which all devices along these axes computed alike, that each answers for."""
     copies = 1

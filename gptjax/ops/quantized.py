@@ -49,8 +49,9 @@ def matmul(x: Float[Array, "N D"], weight: Any) -> Float32[Array, "N F"]:
 @jax.custom_vjp
 def matmul_accelerator(x: Float[Array, "N D"], weight: Any) -> Float32[Array, "N F"]:
     """The same with small weights as they are; x is rounded to bfloat16 with them."""
-    x, rows = _tied(x, weight)
+    rows = weight["rows"]
     if rows.dtype != x.dtype:
+        x, rows = _tied(x, weight)
         x, rows = x.astype(jnp.bfloat16), rows.astype(jnp.bfloat16)
     return _scaled(_rows_product(x, rows), weight)
 

@@ -6,7 +6,9 @@ package, the versions of Python and JAX, JAX's settings, the processor, and the 
 So a second process neither traces nor compiles.
 
 `jit(function)` gives a `JittedFunction`; `prepare([f.call(...)], folder)` fetches or compiles what
-later calls need. The folder holds machine code: trust it as you trust JAX's cache.
+later calls need. The folder holds machine code: trust it as you trust JAX's cache. Called with
+`mesh=`, each device of a mesh runs the function on its part of the arguments
+(`sharding.decoding_specs`).
 """
 
 from __future__ import annotations
@@ -31,8 +33,10 @@ import jax
 import jaxlib
 import numpy as np
 from jax.experimental import serialize_executable
+from jax.sharding import Mesh
 
 from gptjax.core import files
+from gptjax.runtime import sharding
 from gptjax.runtime.devices import default_platform
 
 # Sums in any order, which is what lets XLA:CPU use vector instructions for them. Divisions and
@@ -70,13 +74,16 @@ def jit(
     *,
     static_argnames: tuple[str, ...] = (),
     donate_argnames: tuple[str, ...] = (),
+    outputs: Any = sharding.TEXTS,
 ) -> JittedFunction:
     """`jax.jit` for the outermost function, with XLA's options for generation.
+
+    outputs: how a mesh splits them: PartitionSpecs, or the name of an argument that is split alike.
 
     On a CPU, XLA may take sums in any order; `ops.products` needs that to be fast. NaN and infinity
     survive comparisons, softmax and values read at run time, but XLA may fold x - x and x * 0 to 0.
     """
-    return JittedFunction(function, static_argnames, donate_argnames)
+    return JittedFunction(function, static_argnames, donate_argnames, outputs)
 
 
 class JittedFunction:
@@ -86,37 +93,68 @@ class JittedFunction:
     """
 
     def __init__(
-        self, function: Callable[..., Any], static: tuple[str, ...], donated: tuple[str, ...]
+        self,
+        function: Callable[..., Any],
+        static: tuple[str, ...],
+        donated: tuple[str, ...],
+        outputs: Any,
     ) -> None:
         functools.update_wrapper(self, function)
         self.function, self.static, self.donated = function, static, donated
+        self.outputs = outputs
         self.signature = inspect.signature(function)
         self.executables: dict[Any, Any] = {}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, mesh: Mesh | None = None, **kwargs: Any) -> Any:
+        if mesh is not None:
+            with jax.set_mesh(mesh):
+                return self.compiled(mesh)(*args, **kwargs)
         if self.executables:
             call = self.call(*args, **kwargs)
             if executable := self.executables.get(call.key):
                 return executable(*call.arrays.values())
         return self.compiled()(*args, **kwargs)
 
-    def call(self, *args: Any, **kwargs: Any) -> Call:
+    def call(self, *args: Any, mesh: Mesh | None = None, **kwargs: Any) -> Call:
         """This function with these arguments, not yet run."""
-        return Call(self, args, kwargs)
+        return Call(self, args, kwargs, mesh)
 
     @functools.cache  # noqa: B019 - a jitted function lives as long as its module
-    def compiled(self) -> Any:
+    def compiled(self, mesh: Mesh | None = None) -> Any:
         """The function of `jax.jit`.
 
         Made at the first call, because asking for the platform starts JAX's backend, and
         `jax.distributed` must be initialized before that.
         """
         return jax.jit(
-            self.function,
+            self.function if mesh is None else self._on_each_device(mesh),
             static_argnames=self.static,
             donate_argnames=self.donated,
-            compiler_options=_compiler_options(),
+            compiler_options=_compiler_options(mesh),
         )
+
+    def _on_each_device(self, mesh: Mesh) -> Callable[..., Any]:
+        """The function of the whole arrays, of which each device computes its part."""
+
+        @functools.wraps(self.function)
+        def of_all(*args: Any, **kwargs: Any) -> Any:
+            bound = self.signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            static = {name: bound.arguments.pop(name) for name in self.static}
+            specs = {
+                name: sharding.decoding_specs(name, value)
+                for name, value in bound.arguments.items()
+            }
+            outputs = specs[self.outputs] if isinstance(self.outputs, str) else self.outputs
+            of_each = sharding.on_each_device(
+                mesh,
+                lambda arrays: self.function(**static, **arrays),
+                in_specs=(specs,),
+                out_specs=outputs,
+            )
+            return of_each(dict(bound.arguments))
+
+        return of_all
 
 
 @dataclasses.dataclass
@@ -126,6 +164,15 @@ class Call:
     jitted: JittedFunction
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    mesh: Mesh | None = None
+
+    def lowered(self) -> jax.stages.Lowered:
+        """For its devices, which may be described rather than present; also from shapes alone."""
+        jitted = self.jitted.compiled(self.mesh)
+        if self.mesh is None:
+            return jitted.lower(*self.args, **self.kwargs)
+        with jax.set_mesh(self.mesh):
+            return jitted.lower(*self.args, **self.kwargs)
 
     @functools.cached_property
     def _arguments(self) -> dict[str, Any]:
@@ -174,7 +221,7 @@ class Call:
 
         function.__name__ = name
         donated = tuple(names.index(argument) for argument in self.jitted.donated)
-        jitted = jax.jit(function, donate_argnums=donated, compiler_options=_compiler_options())
+        jitted = jax.jit(function, donate_argnums=donated, compiler_options=_compiler_options(None))
         return jitted.lower(*self.arrays.values())
 
 
@@ -185,8 +232,8 @@ def prepare(calls: Sequence[Call], folder: str | Path | None = None) -> None:
     be stored: on anything but one CPU device, or where JAX's cache is disabled. Functions of this
     package that were replaced at run time are not noticed.
     """
-    if folder is None or not _can_store():
-        _compile(call.jitted.compiled().lower(*call.args, **call.kwargs) for call in calls)
+    if folder is None or not _can_store() or any(call.mesh for call in calls):
+        _compile(call.lowered() for call in calls)
         return
     paths = {call.path(Path(folder).expanduser()): call for call in calls}
     missing = {path: call for path, call in paths.items() if not _load(call, path)}
@@ -269,8 +316,9 @@ def _store(executable: Any, path: Path, name: str) -> None:
             old.unlink(missing_ok=True)
 
 
-def _compiler_options() -> dict[str, Any] | None:
-    return _CPU_OPTIONS if default_platform() == "cpu" else None
+def _compiler_options(mesh: Mesh | None) -> dict[str, Any] | None:
+    platform = mesh.devices.flat[0].platform if mesh else default_platform()
+    return _CPU_OPTIONS if platform == "cpu" else None
 
 
 @functools.cache

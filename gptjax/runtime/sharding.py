@@ -7,6 +7,7 @@ devices exchange in a step stands in `ops/collectives.py`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ from gptjax.core.types import Batch, TrainState
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = P(("data", "fsdp"), "context")  # of arrays [B, T]
+TEXTS = P("data")  # of what generation has for each text, [B, ...]
+CACHE = P(("data", "tensor"))  # of keys and values, [B * K, ...]
 
 
 # Parameters of blocks have the layer as axis 0. Of each matrix, one axis is split over `tensor`:
@@ -37,15 +40,23 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/mlp/gate_up/bias", P(None, None, "tensor")),
     (r"blocks/mlp/down/kernel", P(None, "tensor", "fsdp")),
     (r"blocks/attn/qkv/lora_b", P(None, None, "tensor", None, None)),
-    (r"blocks/attn/qkv/lora_(m|length)", P(None, "tensor", None, None)),
+    (r"blocks/attn/qkv/(lora_m|lora_length|dora_scale)", P(None, "tensor", None, None)),
     (r"blocks/attn/out/lora_a", P(None, "tensor", None, None)),
     (r"blocks/mlp/up/lora_b", P(None, None, "tensor")),
-    (r"blocks/mlp/up/lora_(m|length)", P(None, "tensor")),
+    (r"blocks/mlp/up/(lora_m|lora_length|dora_scale)", P(None, "tensor")),
     (r"blocks/mlp/gate_up/lora_b", P(None, None, None, "tensor")),
-    (r"blocks/mlp/gate_up/lora_(m|length)", P(None, None, "tensor")),
+    (r"blocks/mlp/gate_up/(lora_m|lora_length|dora_scale)", P(None, None, "tensor")),
     (r"blocks/mlp/down/lora_a", P(None, "tensor", None)),
-    (r"blocks/.*/(rows|row_scale|lora_[a-z]+)", P()),
-    (r"embed/(rows|row_scale|prompt)|head/(rows|row_scale)|score/kernel", P()),
+    # matrices as rows [out, in], those of gate and up apart (`model.quantize.gates_apart`)
+    (r"(embed|head)/rows", P("tensor", None)),
+    (r"(embed|head)/row_scale", P("tensor")),
+    (r"blocks/(attn/qkv|mlp/up)/rows", P(None, "tensor", None)),
+    (r"blocks/(attn/qkv|mlp/up)/row_scale", P(None, "tensor")),
+    (r"blocks/mlp/gate_up/rows", P(None, None, "tensor", None)),
+    (r"blocks/mlp/gate_up/row_scale", P(None, None, "tensor")),
+    (r"blocks/(attn/out|mlp/down)/rows", P(None, None, "tensor")),
+    (r"blocks/.*/(row_scale|dora_scale|lora_[a-z]+)", P()),
+    (r"embed/prompt|score/kernel", P()),
     (r".*/(scale|bias)", P()),
 )
 
@@ -59,6 +70,16 @@ def param_path(path: str) -> str:
         if (at := f"/{path}".rfind(f"/{start}")) >= 0:
             return path[at:]
     return ""
+
+
+def _spec_of(param: str) -> P:
+    """By `RULES`; of a parameter of one layer, blocks/3/..., without the axis of layers.
+
+    Raises ValueError for a parameter that no row matches.
+    """
+    stacked, numbers = re.subn(r"^blocks/\d+/", "blocks/", param)
+    spec = tree.first_match(RULES, stacked)
+    return P(*spec[1:]) if numbers else spec
 
 
 def reduced_spec(
@@ -89,7 +110,7 @@ def shardings(mesh: Mesh | AbstractMesh, shapes: Any) -> Any:
         name = param_path(path)
         if not leaf.ndim or not name:
             return NamedSharding(mesh, P())
-        spec, param = tree.first_match(RULES, name), params.get(name)
+        spec, param = _spec_of(name), params.get(name)
         if param is not None and leaf.shape != param.shape:
             # Optax takes means over the longest axis for rows and over the second longest for
             # columns; of axes of equal length, the last counts as the longest.
@@ -176,9 +197,23 @@ def specs(params: Any) -> Any:
 
     def spec_of(path: str, leaf: Any) -> P:
         name = param_path(path)
-        return tree.first_match(RULES, name) if leaf.ndim and name else P()
+        return _spec_of(name) if leaf.ndim and name else P()
 
     return tree.map_with_path(spec_of, params)
+
+
+def decoding_specs(name: str, argument: Any) -> Any:
+    """The PartitionSpec of each leaf of an argument of generation's functions: parameters by
+    `RULES`, what has a row for each text over `data`, caches [B * K, ...] over `tensor` too."""
+    if name.endswith("params"):
+        return specs(argument)
+
+    def spec_of(path: str, leaf: Any) -> P:
+        if not np.ndim(leaf) or path.endswith("eos_ids"):
+            return P()
+        return CACHE if "cache" in path else TEXTS
+
+    return tree.map_with_path(spec_of, argument)
 
 
 def axes_without(spec: P) -> tuple[str, ...]:

@@ -338,7 +338,7 @@ def recorded_at(workdir: Path, step: int) -> dict[str, Any]:
 def sample_text(run: Run, params: Params) -> str:
     """What the parameters write after train.sample_prompt."""
     config, train = run.config, run.config.train
-    lm = LanguageModel(config.model, params, run.tokenizer)
+    lm = LanguageModel(config.model, params, run.tokenizer, mesh=run.mesh)
     fits = config.model.context + 1 - len(lm.encode(train.sample_prompt))
     completion = lm.generate(
         train.sample_prompt,
@@ -364,7 +364,7 @@ def evaluate_task(run: Run, step: int, params: Params) -> dict[str, float]:
     assert isinstance(run.data, loading.Examples)
     config, labels = run.config, run.data.labels
     examples = subsample_evenly(run.data.eval, config.task.eval_samples)
-    lm = LanguageModel(config.model, params, run.tokenizer)
+    lm = LanguageModel(config.model, params, run.tokenizer, mesh=run.mesh)
     answered = answers.answer_examples(lm, config.task, labels, examples)
     text = "\n\n".join(
         answers.format_answer(run.tokenizer, example, answer)

@@ -65,7 +65,10 @@ class Rollouts:
         config, task = self._config, self._config.task
         chosen = [self._examples[number] for number in self._prompts(step)]
         lm = LanguageModel(
-            config.model, lora.apply_adapter(config.lora, self._frozen, params), self._run.tokenizer
+            config.model,
+            lora.apply_adapter(config.lora, self._frozen, params),
+            self._run.tokenizer,
+            mesh=self._run.mesh,
         )
         random = np.random.Generator(np.random.Philox(key=(config.train.seed, step)))
         completions = lm.generate(

@@ -48,7 +48,7 @@ def split_base_and_trainable(config: Config, params: Params) -> BaseAndTrainable
 def prepare_base(config: Config, base: Params) -> Params:
     """The frozen parameters as the step uses them: as they are, or with their matrices in int8."""
     if config.lora.base == "int8" and base:
-        return quantize.inference_params(base, weights="int8")
+        return quantize.gates_apart(quantize.inference_params(base, weights="int8"))
     return base
 
 
