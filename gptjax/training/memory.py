@@ -211,15 +211,13 @@ def estimate(shapes: Shapes, work: Work) -> Memory:
     accumulated = 4.0 * trained if work.micro_batches > 1 else 0.0
     kept = work.model.layers * saved(work)
     in_loss = Memory(0, 0, accumulated, kept, _of_loss(work), copies)
-    gathered = work.item * work.matrices
-    split = sizes["fsdp"] > 1
     in_block = Memory(
         parameters=0,
         optimizer=0,
-        gradients=accumulated + work.item * blocks + (gathered if split else 0),
+        gradients=accumulated + work.item * blocks,
         activations=kept + _working(work),
-        loss=work.item * work.table,  # the gradient of the output table, until it is summed
-        weights=copies + (2 * gathered if split else 0),
+        loss=_pending(work),
+        weights=copies + _gathered(work),
     )
     in_update = Memory(0, 0, 4.0 * trained, 0, 0, 0)
     most = max((in_loss, in_block, in_update), key=lambda memory: memory.total)
@@ -228,6 +226,25 @@ def estimate(shapes: Shapes, work: Work) -> Memory:
         parameters=local_bytes(shapes.params + shapes.frozen, sizes),
         optimizer=local_bytes(shapes.optimizer, sizes),
     )
+
+
+def _gathered(work: Work) -> float:
+    """Bytes of weights that are whole for a while, and of their gradients before they are split.
+
+    A TPU's program gathers the next ones early; a GPU's, as compiled, when they are used.
+    """
+    layer = work.item * work.matrices if work.sizes["fsdp"] > 1 else 0.0
+    return layer * (1.5 if work.platform == "gpu" else 3)
+
+
+def _pending(work: Work) -> float:
+    """Bytes of the output table's gradient, while it waits to be summed behind the blocks."""
+    m, parts = work.model, work.sizes["tensor"]
+    gradient = work.item * work.table
+    over_vocabulary = cross_entropy.goes_over_vocabulary(m.padded_vocab // parts, m.width)
+    if work.platform == "tpu":  # and, over two axes, once more in the layout of the sum
+        return gradient * (2 if parts > 1 else 1)
+    return 0.0 if over_vocabulary and work.sizes["fsdp"] > 1 else gradient
 
 
 def saved(work: Work) -> float:
