@@ -26,14 +26,12 @@ def mesh_of(**sizes):
 # For every change: each axis alone, each pair of axes, what differs between axes. All cases on all
 # kinds of meshes are in the slow test.
 QUICK = [
-    ("gpt2", mesh_of(data=8)),
     ("llama", mesh_of(fsdp=8)),
     ("qwen2", mesh_of(tensor=8)),
     ("classes", mesh_of(context=8)),
     ("qwen3", mesh_of(tensor=2, context=4)),
     ("gemma2", mesh_of(data=2, tensor=2, context=2)),
     ("dropout", mesh_of(fsdp=2, tensor=2, context=2)),
-    ("frozen", mesh_of(data=2, fsdp=4)),
     ("lora", mesh_of(data=2, fsdp=2, tensor=2)),
     ("int8", mesh_of(fsdp=2, tensor=4)),
     ("kto", mesh_of(data=4, context=2)),
