@@ -271,9 +271,7 @@ def probe_logits(checkpoint: Pretrained) -> np.ndarray:
 
     They are the logits before a final soft-cap.
     """
-    implementation = resolve(
-        checkpoint.config.implementation, platform=default_platform(), devices=1
-    )
+    implementation = resolve(checkpoint.config.implementation, platform=default_platform())
     config = dataclasses.replace(
         checkpoint.config,
         scan_layers=True,

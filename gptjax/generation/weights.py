@@ -125,8 +125,7 @@ def inference_config(config: ModelConfig, weights: str, mesh: Mesh | None = None
     """The config that generation runs with: its ops are those of the mesh's platform, or of the
     default one."""
     platform = mesh.devices.flat[0].platform if mesh else default_platform()
-    devices = mesh.size if mesh else 1
-    implementation = resolve(config.implementation, platform=platform, devices=devices)
+    implementation = resolve(config.implementation, platform=platform)
     dtype = "float32"
     if weights != "float32":
         dtype = IMPLEMENTATIONS[implementation].activation_dtype

@@ -77,7 +77,7 @@ def reference_logprobs(
 class _Form:
     """What does not change from step to step. barrier, transposed: the platform's.
 
-    one_cpu: no array is split over devices, and XLA:CPU computes what is better written otherwise.
+    cpu: XLA:CPU is the compiler, for which some steps are better written otherwise.
     """
 
     vocab_size: int
@@ -85,7 +85,7 @@ class _Form:
     chunk: int
     barrier: Barrier
     transposed: Barrier
-    one_cpu: bool = False
+    cpu: bool = False
 
 
 def chunked(
@@ -99,10 +99,10 @@ def chunked(
     chunk: int,
     barrier: Barrier = unchanged,
     transposed: Barrier = products.transposed,
-    one_cpu: bool = False,
+    cpu: bool = False,
 ) -> Float32[Array, ""]:
     """As `reference`, `chunk` positions at a time (a divisor of T)."""
-    form = _Form(vocab_size, softcap, chunk, barrier, transposed, one_cpu)
+    form = _Form(vocab_size, softcap, chunk, barrier, transposed, cpu)
     return _cross_entropy(form, x_BTD, table_VD, targets_BT, weights_BT)
 
 
@@ -191,7 +191,7 @@ def _chunk(form: _Form, table_DV: Array, x: Array, targets: Array, weights: Arra
     total = collectives.total(jnp.exp(logits - peak).sum(-1, keepdims=True), "tensor")
     log_total = form.barrier(jnp.log(total) + peak)
     is_target = ids == targets.reshape(-1, 1)
-    if form.one_cpu:
+    if form.cpu and collectives.size("tensor") == 1:
         target_ids = targets.reshape(-1, 1)
         target_logits = jnp.take_along_axis(logits, target_ids, -1, mode="clip")[:, 0]
     else:  # a sum over a mask: the target's logit, or 0 where another device has it
@@ -228,7 +228,7 @@ def _forward(form: _Form, x: Array, columns: Array, targets: Array, weights: Arr
             d_logits = d_logits * (1 - jnp.square(jnp.maximum(chunk.logits, -cap) / cap))
         d_logits = form.barrier(d_logits.astype(x.dtype))
         d_logits_VN = form.transposed(d_logits)
-        if form.one_cpu and x.dtype == jnp.bfloat16:
+        if form.cpu and x.dtype == jnp.bfloat16:
             # a product packs its second operand anew, and the table is the larger one by far
             d_x = form.barrier(jnp.matmul(table_DV, d_logits_VN)).T
         else:

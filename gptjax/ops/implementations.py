@@ -67,11 +67,13 @@ ACCELERATOR = Ops(
 )
 
 # Values with several readers are written to memory: XLA:CPU would compute them once per reader.
-CPU_SHARDED = Ops(
+CPU = Ops(
     unstack=unstack_together,
     norm=norms.saving_unit_cpu,
     head_norm=functools.partial(norms.saving_unit, barrier=materialize),
     activation=activations.CPU,
+    matmul=products.by_rows_matmul,
+    bias_add=products.by_rows_bias_add,
     low_rank=products.low_rank_materialized,
     residual_add=products.residual_add_materialized,
     split_qkv=products.split_qkv_materialized,
@@ -80,40 +82,29 @@ CPU_SHARDED = Ops(
     write_cache=functools.partial(cache.write_cache, barrier=materialize),
     quantized_matmul=quantized.matmul_cpu,
     quantized_lookup=functools.partial(quantized.lookup, barrier=materialize),
-    cross_entropy=functools.partial(losses.chunked, barrier=materialize),
+    cross_entropy=functools.partial(
+        losses.chunked, barrier=materialize, transposed=products.transposed_copy, cpu=True
+    ),
     logprobs=functools.partial(losses.chunked_logprobs, barrier=materialize),
     prefill_chunk=32,
     activation_dtype="float32",  # its products convert each weight anyway
-)
-
-# Layouts may be chosen where no array is split over devices.
-CPU = dataclasses.replace(
-    CPU_SHARDED,
-    matmul=products.by_rows_matmul,
-    bias_add=products.by_rows_bias_add,
-    cross_entropy=functools.partial(
-        losses.chunked, barrier=materialize, transposed=products.transposed_copy, one_cpu=True
-    ),
 )
 
 IMPLEMENTATIONS: dict[str, Ops] = {
     "reference": REFERENCE,
     "auto": Ops(),  # not resolved yet: the reference, with the backend of attention asked for
     "cpu": CPU,
-    "cpu_sharded": CPU_SHARDED,
     "gpu": dataclasses.replace(ACCELERATOR, attention=backends_for("gpu")),
     "tpu": dataclasses.replace(ACCELERATOR, attention=backends_for("tpu")),
 }
 
 
-def resolve(setting: str, *, platform: str, devices: int) -> str:
-    """The row for a mesh of so many devices of a platform ("cpu", "gpu", "tpu").
+def resolve(setting: str, *, platform: str) -> str:
+    """The row for devices of a platform ("cpu", "gpu", "tpu").
 
     setting: `model.implementation`; whatever is not "auto" stays as it is. A platform without a row
     of its own gets that of GPUs, which has nothing that only a GPU can do.
     """
     if setting != "auto":
         return setting
-    if platform == "cpu":
-        return "cpu" if devices == 1 else "cpu_sharded"
     return platform if platform in IMPLEMENTATIONS else "gpu"

@@ -91,17 +91,17 @@ def transposed_copy(a: Float[Array, "N D"]) -> Float[Array, "D N"]:
 
 
 def by_rows_matmul(x: Float[Array, "N D"], w: Float[Array, "D F"]) -> Float[Array, "N F"]:
-    """`matmul` for one CPU device: its gradients multiply bfloat16 operands by rows.
+    """`matmul` for CPUs: its gradients multiply bfloat16 operands by rows.
 
     From jax 0.12, XLA:CPU multiplies bfloat16 by rows on the matrix units of processors that have
     some (AMX), and a transposed operand three to four times slower without them. Not for arrays
-    that are split over devices: a layout would undo that.
+    that XLA's partitioner splits over devices: a layout would undo that.
     """
     return _matmul(x, w) if x.dtype == w.dtype == jnp.bfloat16 else x @ w
 
 
 def by_rows_bias_add(y: Float[Array, "N F"], bias: Float[Array, " F"]) -> Float[Array, "N F"]:
-    """`bias_add` for one CPU device: the gradient of a bfloat16 bias is a product."""
+    """`bias_add` for CPUs: the gradient of a bfloat16 bias is a product."""
     return _bias_add(y, bias) if y.dtype == bias.dtype == jnp.bfloat16 else y + bias
 
 

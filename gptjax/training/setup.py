@@ -121,7 +121,7 @@ def make_plan(config: Config, mesh: jax.sharding.Mesh) -> TrainPlan:
     """
     train, sizes = config.train, dict(mesh.shape)
     platform = mesh.devices.flat[0].platform
-    implementation = resolve(config.model.implementation, platform=platform, devices=mesh.size)
+    implementation = resolve(config.model.implementation, platform=platform)
     optimizer, state, frozen = abstract_state(config)
     choice = auto.choose(
         config, Shapes.of(state, frozen), sizes, platform, devices.usable_bytes(mesh)

@@ -50,7 +50,7 @@ FAMILIES = {
 @pytest.fixture(params=list(FAMILIES))
 def family(request):
     config = make_config(model=dict(vocab_size=65, context=24, **FAMILIES[request.param])).model
-    config = on_cpu(config, "cpu_sharded")
+    config = on_cpu(config)
     return config, random_params(config), jax.random.randint(jax.random.key(2), (2, 24), 0, 65)
 
 

@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_config, on_cpu, random_params
+from jax.sharding import PartitionSpec as P
 
 from gptjax.model import head, transformer
-from gptjax.ops import cross_entropy, products
+from gptjax.ops import collectives, cross_entropy, products
 from gptjax.ops.implementations import IMPLEMENTATIONS
+from gptjax.runtime import sharding
+from gptjax.runtime.mesh import make_mesh
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -65,7 +68,7 @@ def test_whole_logits_never_exist():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_products_by_rows_have_the_gradients_of_any_product(dtype):
-    """What one CPU device does with bfloat16, against what all other devices do; a frozen factor
+    """What CPUs do with bfloat16, against what all other devices do; a frozen factor
     costs nothing to save."""
     keys = jax.random.split(jax.random.key(0), 4)
     x, w, b, g = (
@@ -83,7 +86,7 @@ def test_products_by_rows_have_the_gradients_of_any_product(dtype):
         ], step.compile()(x, w, b)
 
     kinds = ((0, 1, 2), (0,), (1, 2))
-    expected = [seen(IMPLEMENTATIONS["cpu_sharded"], *which) for which in kinds]  # plain products
+    expected = [seen(IMPLEMENTATIONS["gpu"], *which) for which in kinds]  # plain products
     for (plain, (value, grads)), which in zip(expected, kinds, strict=True):
         counts, (found, found_grads) = seen(IMPLEMENTATIONS["cpu"], *which)
         factors = len({0, 1} & set(which))
@@ -126,8 +129,57 @@ def test_a_model_by_rows_has_the_gradients_of_any_device(settings):
         step = jax.jit(jax.grad(loss)).lower(params)
         return step.as_text().count("LayoutConstraint"), step.compile()(params)
 
-    plain, expected = gradient(on_cpu(config, "cpu_sharded"))
+    plain, expected = gradient(on_cpu(config, "gpu"))
     constraints, found = gradient(on_cpu(config))
     assert plain == 0 and constraints >= 10
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(ours - theirs) <= 0.02 * np.linalg.norm(theirs) + 1e-6
+
+
+def loss_of_rows(x, table, targets, weights):
+    return cross_entropy.chunked(
+        x, table, targets, weights, vocab_size=90, softcap=5.0, chunk=4, cpu=True
+    )
+
+
+@pytest.mark.parametrize("over_vocabulary", [False, True], ids=["positions", "vocabulary"])
+def test_shares_of_devices_are_the_loss_and_gradients_of_one(over_vocabulary, monkeypatch):
+    """The table is split by vocabulary and by columns, rows and positions of x by the rest; some
+    of the last device's part of the vocabulary is padding."""
+    calls = []
+    by_blocks = cross_entropy._forward_over_vocabulary
+    monkeypatch.setattr(
+        cross_entropy, "_forward_over_vocabulary", lambda *a: calls.append(1) or by_blocks(*a)
+    )
+    monkeypatch.setattr(cross_entropy, "_TABLE_GRADIENT_BYTES", 0 if over_vocabulary else 1 << 30)
+    monkeypatch.setattr(cross_entropy, "_BLOCK_ELEMENTS", 16 * 12)  # four blocks on a device
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, table = jax.random.normal(keys[0], (4, 16, 8)), jax.random.normal(keys[1], (96, 8))
+    targets = jax.random.randint(keys[2], (4, 16), 0, 90)
+    weights = jax.random.uniform(keys[3], (4, 16)).at[0, :5].set(0.0)
+
+    def of_device(x, table, targets, weights):
+        loss, grads = jax.value_and_grad(loss_of_rows, (0, 1))(x, table, targets, weights)
+        loss = collectives.total(loss, *sharding.AXES)
+        d_x = collectives.total(grads[0], "tensor")
+        return loss, d_x, collectives.total(grads[1], "data", "context")
+
+    mesh = make_mesh(make_config(mesh=dict(data=1, fsdp=2, tensor=2, context=2)))
+    rows, table_spec = sharding.BATCH, P("tensor", "fsdp")
+    step = sharding.on_each_device(
+        mesh,
+        of_device,
+        in_specs=(rows, table_spec, rows, rows),
+        out_specs=(P(), rows, table_spec),
+    )
+    loss, d_x, d_table = jax.jit(step)(x, table, targets, weights)
+    assert bool(calls) == over_vocabulary
+
+    def formula(x, table):
+        return cross_entropy.reference(x, table, targets, weights, vocab_size=90, softcap=5.0)
+
+    expected, (expected_x, expected_table) = jax.value_and_grad(formula, (0, 1))(x, table)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(d_x, expected_x, atol=1e-5)
+    np.testing.assert_allclose(d_table, expected_table, atol=1e-5)
+    assert not np.asarray(d_table[90:]).any()
