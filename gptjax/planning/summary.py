@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from gptjax.planning.advice import Advice
-from gptjax.planning.cost import OPTIMAL_TOKENS, Cost
+from gptjax.planning.cost import OPTIMAL_TOKENS
 from gptjax.planning.explain import Number
 from gptjax.planning.forecast import Forecast
 from gptjax.training import auto
@@ -171,12 +171,6 @@ def _of_time(plan: Forecast) -> list[Number]:
     return rows
 
 
-def _reason(cost: Cost) -> str:
-    if cost.bound == "links":
-        return f"of the links: MFU is {cost.arithmetic / cost.step_seconds * cost.mfu:.0%} at most"
-    return f"MFU {cost.mfu:.0%}"
-
-
 def _integer(name: str, value: int, reason: str) -> Number:
     return Number(name, value, f"{value:,}", reason)
 
@@ -191,12 +185,7 @@ _UNITS = (("ms", 1e-3, 1), ("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800
 
 def _time(seconds: float) -> str:
     """In the unit that suits: 310 ms, 12.5 s, 43 min, 5.2 h, 3.9 days."""
-    for unit, size, limit in (
-        ("ms", 1e-3, 1),
-        ("s", 1, 120),
-        ("min", 60, 7200),
-        ("h", 3600, 172800),
-    ):
+    for unit, size, limit in _UNITS:
         if seconds < limit:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 86400:,.1f} days"

@@ -21,8 +21,8 @@ _POSITIONS = 4096
 ROOM = 0.95
 
 # Layers from which on they run in a loop: it compiles in the same time at every depth, and holds
-# the gathered weights of one layer. On a CPU unrolled layers run faster.
-_SCANNED = {"cpu": 64, "gpu": 4, "tpu": 4}
+# the gathered weights of one layer. On a CPU unrolled layers run faster. "": any other platform.
+_SCANNED = {"cpu": 64, "": 4}
 
 
 class Choice(NamedTuple):
@@ -40,7 +40,7 @@ def choose(
     model = config.model
     scan = model.scan_layers
     if scan == "auto":
-        scan = model.layers >= _SCANNED[platform]
+        scan = model.layers >= _SCANNED.get(platform, _SCANNED[""])
 
     def holds(remat: str, count: int) -> float:
         return estimate(shapes, Work.of(config, sizes, count, remat, platform)).total

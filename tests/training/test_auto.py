@@ -86,7 +86,8 @@ def test_the_loss_of_kto_is_not_cut():
 
 def test_deep_models_are_scanned_on_accelerators_alone():
     config = make_config(model=dict(layers=12))
-    assert choose(config, None, platform="tpu").scan_layers
+    for platform in ("gpu", "tpu", "METAL"):
+        assert choose(config, None, platform=platform).scan_layers
     assert not choose(config, None, platform="cpu").scan_layers
     shallow = make_config(model=dict(layers=2))
     assert not choose(shallow, None, platform="gpu").scan_layers
