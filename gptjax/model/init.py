@@ -49,7 +49,8 @@ def init_params(config: ModelConfig, key: Array, *, mesh: Mesh | None = None) ->
     shapes = {path: leaf.shape for path, leaf in tree.flatten(constants).items() if path in drawn}
     if mesh is None or mesh.size == 1:
         total = sum(drawn.values())
-        total += -total % 1024  # as it was once for meshes: another total would give other numbers
+        # without it XLA may round the last few numbers otherwise than it always has
+        total += -total % 1024
         rows = jax.lax.optimization_barrier(jax.random.normal(key, (total, config.width)))
         normal = {
             path: rows[at : at + drawn[path]].reshape(shapes[path]) for path, at in starts.items()

@@ -4,8 +4,8 @@ Steps of several devices run inside one `jax.shard_map` over all axes of the mes
 (`runtime.sharding.on_each_device`), so every array in them is a device's own part, and these
 functions are the only traffic. Outside, and along an axis of one device, each is the identity.
 
-They are differentiated as they stand: gathering and summing parts are each other's transposes. What
-makes the result right is one rule: **each device computes its share of the loss; the loss is the
+Their gradients are their transposes: gathering and summing parts are each other's. What makes the
+result right is one rule: **each device computes its share of the loss; the loss is the
 sum over all devices; the gradient of a parameter is the sum over the devices that hold a copy.**
 """
 
