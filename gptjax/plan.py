@@ -19,12 +19,13 @@ import sys
 
 import jax
 
+from gptjax.config.errors import UserError
 from gptjax.config.schema import MeshConfig
 from gptjax.core import cli
 from gptjax.data import shards
 from gptjax.data.sources import TRAIN
 from gptjax.planning import communication, compile, described, summary
-from gptjax.planning.advice import advise
+from gptjax.planning.advice import advise, legal_example
 from gptjax.planning.cost import read_mfu
 from gptjax.planning.explain import derived_numbers, format_numbers
 from gptjax.planning.forecast import config_without_data, forecast, rates_of, shapes_of
@@ -51,6 +52,9 @@ def main(argv: list[str]) -> None:
     if "target" in args:
         plan_for_target(args)
         return
+    for name in FLAGS:
+        if name in args:
+            raise UserError(f"--{name} is about devices: name them, such as --target=v5e-16")
     config, source = resolve_checkpoint(args.config)
     data = load_data(config, source)
     config = resolve_config(config, data)
@@ -76,8 +80,13 @@ def plan_for_target(args: cli.Args) -> None:
     shapes = shapes_of(config)
     mfu = read_mfu(args["mfu"]) if "mfu" in args else None
     price = args.number("price", 0.0) if "price" in args else target.device.price
+    if price is not None and price < 0:
+        raise UserError(f"--price={price:g}: must be 0 or more, USD an hour and device")
     rates = rates_of(config, target, mfu, price)
-    plan = forecast(config, shapes, target, rates)
+    try:
+        plan = forecast(config, shapes, target, rates)
+    except UserError as error:
+        raise UserError(f"{error}\n{legal_example(config, target.count)}") from None
     advice = advise(plan, shapes)
     least = communication.by_axes(plan.transfers)
     compiled = compile.compile_for(config, target) if "compile" in args else None

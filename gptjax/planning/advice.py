@@ -68,6 +68,21 @@ def legal_meshes(config: Config, count: int) -> list[dict[str, int]]:
     return [sizes for sizes in _factorizations(count) if not mesh_faults(unsplit, sizes)]
 
 
+def legal_example(config: Config, count: int) -> str:
+    """A line with the legal mesh of the fewest axes, of those the one with most fsdp; or without
+    one."""
+    meshes = legal_meshes(config, count)
+    if not meshes:
+        return f"no mesh of {count} devices is legal for this model and train.batch_size"
+
+    def axes_then_fsdp(sizes: dict[str, int]) -> tuple[int, int]:
+        return sum(n > 1 for n in sizes.values()), -sizes["fsdp"]
+
+    sizes = min(meshes, key=axes_then_fsdp)
+    flags = " ".join(f"--config.mesh.{axis}={n}" for axis, n in sizes.items())
+    return f"legal on {count} devices, for one: {flags}"
+
+
 def _factorizations(count: int) -> Iterator[dict[str, int]]:
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     for data in divisors:

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from gptjax.planning.advice import Advice
-from gptjax.planning.cost import OPTIMAL_TOKENS
+from gptjax.planning.cost import OPTIMAL_TOKENS, Cost
 from gptjax.planning.explain import Number
 from gptjax.planning.forecast import Forecast
 from gptjax.training import auto
@@ -131,8 +131,7 @@ def _of_traffic(plan: Forecast) -> list[Number]:
         return rows
     arithmetic = f"arithmetic takes {_time(cost.arithmetic)} at MFU {cost.mfu:.0%}"
     if cost.links is None:
-        why = f"the rate of the links of {plan.target.device.name} is not known"
-        return [*rows, Number("time of the links", float("nan"), "unknown", why)]
+        return rows
     return [
         *rows,
         Number(
@@ -148,9 +147,7 @@ def _of_time(plan: Forecast) -> list[Number]:
     cost = plan.cost
     per_second = cost.tokens_per_second
     rows = [
-        Number(
-            "time of a step", cost.step_seconds, _time(cost.step_seconds), f"MFU {cost.mfu:.0%}"
-        ),
+        Number("time of a step", cost.step_seconds, _time(cost.step_seconds), _reason(cost)),
         Number(
             "tokens per second",
             per_second,
@@ -169,6 +166,13 @@ def _of_time(plan: Forecast) -> list[Number]:
         price = f"at {cost.price:.2f} USD an hour and device; --price states another"
         rows.append(Number("cost", cost.usd, f"{cost.usd:,.2f} USD", price))
     return rows
+
+
+def _reason(cost: Cost) -> str:
+    if cost.bound == "links":
+        return f"of the links: MFU is {cost.arithmetic / cost.step_seconds * cost.mfu:.0%} at most"
+    uncounted = ", links not counted" if cost.links is None and cost.devices > 1 else ""
+    return f"MFU {cost.mfu:.0%}{uncounted}"
 
 
 def _integer(name: str, value: int, reason: str) -> Number:

@@ -104,6 +104,18 @@ def test_an_illegal_mesh_is_refused_by_name():
         plan_of("llama_1b", "h100-8", mesh__fsdp=16)
 
 
+def test_an_illegal_mesh_comes_with_legal_ones():
+    flags = ("--config=configs/llama_1b.py", "--target=v5e-16", "--config.mesh.fsdp=1")
+    done = command("gptjax.plan", *flags, "--config.mesh.tensor=16", check=False)
+    assert done.returncode == 2
+    assert "mesh.tensor = 16 does not divide model.kv_heads = 8" in done.stderr
+    shown = [line for line in done.stderr.splitlines() if line.startswith("legal on 16 devices")]
+    axes = dict(flag.removeprefix("--config.mesh.").split("=") for flag in shown[0].split()[6:])
+    sizes = {axis: int(count) for axis, count in axes.items()}
+    settings = build.load_file("configs/llama_1b.py")
+    assert not mesh_faults(config_without_data(settings), sizes)
+
+
 def test_a_vocabulary_that_follows_from_data_is_asked_for():
     settings = build.load_file("configs/shakespeare_char.py")
     settings.data.tokenizer = "chars"
@@ -188,3 +200,26 @@ def test_the_command_prints_a_plan_and_refuses_unknown_targets():
     done = command("gptjax.plan", *flags, "--target=a1000-8", check=False)
     assert done.returncode == 2
     assert "did you mean a100?" in done.stderr
+
+
+def test_the_plan_of_devices_whose_links_are_not_known_is_json_without_gaps():
+    settings = build.load_file("configs/debug.py")
+    build.override(settings, {"model.vocab_size": "300", "train.batch_size": "16"})
+    config, target = config_without_data(settings), parse("cpu-8")
+    shapes = shapes_of(config)
+    plan = forecast(config, shapes, target, rates_of(config, target, 0.5, None))
+    written = json.dumps(summary.to_json(plan, advise(plan, shapes)), allow_nan=False)
+    assert json.loads(written)["cost"]["links"] is None
+    (step,) = (row for row in summary.rows(plan) if row.name == "time of a step")
+    assert step.reason == "MFU 50%, links not counted"
+
+
+def test_flags_about_devices_need_a_target_and_prices_are_not_negative():
+    for flag in ("--mfu=0.5", "--price=1", "--compile"):
+        done = command("gptjax.plan", "--config=configs/debug.py", flag, check=False)
+        assert done.returncode == 2
+        assert "name them, such as --target=v5e-16" in done.stderr
+    flags = ("--config=configs/gpt2_124m.py", "--target=v5e-8", "--price=-1")
+    done = command("gptjax.plan", *flags, check=False)
+    assert done.returncode == 2
+    assert "--price=-1: must be 0 or more" in done.stderr
