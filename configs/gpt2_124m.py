@@ -6,7 +6,7 @@ r"""GPT-2 124M on a corpus of your own, prepared first (nanoGPT's recipe: 0.49 M
         --config.data.path=prepared
 
 Not yet run at that size. Compiled for v5e-8 (nothing computed again, 5 micro-batches), memory of a
-device as compiled and as planned: data 8, 8.65 and 8.16 GiB; fsdp 8, 6.46 and 6.24; fsdp 4 x tensor
+device as compiled and as planned: data 8, 8.65 and 8.16 GiB; fsdp 8, 6.29 and 6.24; fsdp 4 x tensor
 2, 6.62 and 7.06. The planner's time at 40 % of the peak: v5e-8 4.6 days, h100-8 22 hours, one H100
 7.4 days. On OpenWebText the recipe is published with a validation loss of 2.85 after 600,000 steps.
 """
