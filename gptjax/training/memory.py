@@ -3,7 +3,7 @@
 A program's peak is that of the moment when it holds most. There are three candidates: the loss of a
 micro-batch, the backward pass of a block, and the optimizer's update; `estimate` adds up what is
 alive in each, and takes the largest. The figures are held against those of compilers by
-`tests/planning/test_memory.py` and the table in experiments/LOG.md.
+`tests/planning/test_planned_memory.py` and the table in experiments/LOG.md.
 
 The letters are those of `model.transformer`.
 """
@@ -250,7 +250,8 @@ def _pending(work: Work) -> float:
 def saved(work: Work) -> float:
     """Bytes that one block keeps from the forward to the backward pass.
 
-    They are those that `jax.vjp` of a block keeps, which tests/planning/test_memory.py asks it for.
+    They are those that `jax.vjp` of a block keeps, which tests/planning/test_planned_memory.py asks
+    it for.
     """
     m, e, n, parts = work.model, work.item, work.positions, work.sizes["tensor"]
     heads, hidden, stream = work.heads, m.mlp_width / parts, m.width / parts

@@ -69,8 +69,7 @@ class TrainPlan:
     frozen_shapes: Params
     batch_shapes: Batch
     micro_batches: int  # of a step
-    loss_chunk: int  # positions whose logits exist at once in a micro-batch of training
-    eval_loss_chunk: int  # and in a batch of evaluation
+    loss_chunk: int  # positions of a micro-batch whose logits exist at once
     flops_per_token: float  # of training
 
     @property
@@ -126,11 +125,7 @@ def make_plan(config: Config, mesh: jax.sharding.Mesh) -> TrainPlan:
     choice = auto.choose(
         config, Shapes.of(state, frozen), sizes, platform, devices.usable_bytes(mesh)
     )
-    groups = sizes["data"] * sizes["fsdp"]  # of devices that share the rows of a batch
-
-    def chunk(rows: int) -> int:
-        return loss_chunk(config, sizes, max(rows // groups, 1), platform)
-
+    rows = train.batch_size // choice.micro_batches // (sizes["data"] * sizes["fsdp"])
     return TrainPlan(
         config=config,
         model=dataclasses.replace(
@@ -147,8 +142,7 @@ def make_plan(config: Config, mesh: jax.sharding.Mesh) -> TrainPlan:
         frozen_shapes=sharding.with_shardings(mesh, frozen),
         batch_shapes=sharding.with_batch_sharding(mesh, objectives.batch_shapes(config)),
         micro_batches=choice.micro_batches,
-        loss_chunk=chunk(train.batch_size // choice.micro_batches),
-        eval_loss_chunk=chunk(train.batch_size),
+        loss_chunk=loss_chunk(config, sizes, max(rows, 1), platform),
         flops_per_token=flops_per_token(config, model_init.count_params(config.model)),
     )
 

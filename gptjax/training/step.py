@@ -164,19 +164,13 @@ def make_gradient(plan: TrainPlan) -> Any:
         return total, weight, grads
 
     def of_many(params: Params, frozen: Params, batch: Batch, key: Array) -> Any:
-        # Row i goes to micro-batch i mod count, so each device splits the rows that it holds.
-        def split(array: Array) -> Array:
-            rows = array.shape[0] // count
-            return array.reshape(rows, count, *array.shape[1:]).swapaxes(0, 1)
-
         def add(sums: Any, piece: tuple[Array, Batch]) -> tuple[Any, None]:
             number, rows = piece
             new = of_one(params, frozen, rows, jax.random.fold_in(key, number))
             return jax.tree.map(jnp.add, sums, new), None
 
-        micro = jax.tree.map(split, batch)
         zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        sums, _ = jax.lax.scan(add, zero, (jnp.arange(count), micro))
+        sums, _ = jax.lax.scan(add, zero, (jnp.arange(count), split_rows(batch, count)))
         return sums
 
     def sum_of_copies(path: str, grad: Array, spec: P) -> Array:
@@ -192,6 +186,16 @@ def make_gradient(plan: TrainPlan) -> Any:
     return on_parts(plan, of_device, out_specs=(P(), P(), specs))
 
 
+def split_rows(batch: Batch, count: int) -> Batch:
+    """[B, T] arrays as [count, B / count, T]: row i goes to micro-batch i mod count, so each device
+    splits the rows that it holds."""
+
+    def split(array: Array) -> Array:
+        return array.reshape(-1, count, *array.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
 def lower(plan: TrainPlan) -> jax.stages.Lowered:
     """The training step for the plan's devices, ready to be compiled, from shapes alone."""
     with jax.set_mesh(plan.mesh):
@@ -202,8 +206,18 @@ def lower(plan: TrainPlan) -> jax.stages.Lowered:
 def make_eval_step(plan: TrainPlan) -> jax.stages.Wrapped:
     """`step(params, batch, frozen) -> LossSums`, jitted, without dropout."""
 
+    # as many rows at once as in training; KTO's estimate of the divergence is of all pairs together
+    count = 1 if plan.config.task.loss == "kto" else plan.micro_batches
+
     def of_device(params: Params, frozen: Params, batch: Batch) -> LossSums:
-        sums = compute_loss(plan, params, frozen, batch, None, chunk=plan.eval_loss_chunk)
+        def of_rows(rows: Batch) -> LossSums:
+            return compute_loss(plan, params, frozen, rows, None, chunk=plan.loss_chunk)
+
+        if count == 1:
+            sums = of_rows(batch)
+        else:
+            of_each = jax.lax.map(of_rows, split_rows(batch, count))
+            sums = jax.tree.map(lambda values: values.sum(0), of_each)
         return LossSums(*(collectives.total(value, *sharding.AXES) for value in sums))
 
     of_parts = on_parts(plan, of_device, out_specs=P())
@@ -219,10 +233,16 @@ def make_logprobs_step(plan: TrainPlan) -> jax.stages.Wrapped:
     without dropout."""
 
     def of_device(params: Params, frozen: Params, batch: Batch) -> Array:
-        params, x_BTD = hidden_states(plan, params, frozen, batch, None)
-        return head.token_logprobs(
-            plan.model, params, x_BTD, batch.targets, chunk=plan.eval_loss_chunk
-        )
+        def of_rows(rows: Batch) -> Array:
+            whole, x_BTD = hidden_states(plan, params, frozen, rows, None)
+            return head.token_logprobs(
+                plan.model, whole, x_BTD, rows.targets, chunk=plan.loss_chunk
+            )
+
+        if plan.micro_batches == 1:
+            return of_rows(batch)
+        of_each = jax.lax.map(of_rows, split_rows(batch, plan.micro_batches))
+        return of_each.swapaxes(0, 1).reshape(batch.targets.shape)
 
     of_parts = on_parts(plan, of_device, out_specs=sharding.BATCH)
 

@@ -229,6 +229,8 @@ def kernels_in(jaxpr):
 @pytest.mark.parametrize("name", ["blockwise", "splash"])
 def test_a_policy_may_keep_what_the_forward_kernel_gave(name):
     """Then it does not run again: the program has one kernel fewer."""
+    if name == "splash" and jax.__version_info__ < (0, 12):
+        pytest.skip("this jax does not see the names inside of splash's own jit: it runs again")
     attend = functools.partial(FLASH[name], mask=Mask(jnp.arange(KEYS)[None]))
 
     def loss(policy, q, k, v):
