@@ -5,10 +5,11 @@ r"""GPT-2 124M on a corpus of your own, prepared first (nanoGPT's recipe: 0.49 M
     python -m gptjax.train --config=configs/gpt2_124m.py --workdir=runs/gpt2 \
         --config.data.path=prepared
 
-Not yet run at that size. Compiled for v5e-8 (nothing computed again, 5 micro-batches), memory of a
-device as compiled and as planned: data 8, 8.65 and 8.16 GiB; fsdp 8, 6.29 and 6.24; fsdp 4 x tensor
-2, 6.62 and 7.06. The planner's time at 40 % of the peak: v5e-8 4.6 days, h100-8 22 hours, one H100
-7.4 days. On OpenWebText the recipe is published with a validation loss of 2.85 after 600,000 steps.
+Not yet run at that size. Compiled for v5e-8 as it is (nothing computed again, 3 micro-batches),
+memory of a device as compiled and as planned: data 8, 12.41 and 12.05 GiB; fsdp 8, 10.03 and 10.13;
+fsdp 4 x tensor 2, 10.94 and 11.52. The planner's time at 40 % of the peak: v5e-8 4.6
+days, h100-8 22 hours, one H100 7.4 days. On OpenWebText the recipe is published with a validation
+loss of 2.85 after 600,000 steps.
 """
 
 from configs import base, sizes

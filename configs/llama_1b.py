@@ -6,8 +6,8 @@ r"""A Llama of 1.0 B parameters on prepared shards, split over all devices (fsdp
         --config.data.path=prepared
 
 Not yet run at that size, so no loss is known. Compiled with a vocabulary of 32,000, memory of a
-device as compiled and as planned: h100-8 as it is (nothing computed again, 8 micro-batches), 39.95
-and 40.04 GiB; with remat dots and 8 micro-batches, h100-8 15.79 and 15.45, v5e-16 10.34 and 10.17.
+device as compiled and as planned, as it is (nothing computed again): v5e-16 11.59 and 11.58 GiB (16
+micro-batches), v6e-16 21.22 and 21.49 (8), h100-8 39.95 and 40.04 (8).
 The planner's time at 40 % of the peak: v5e-16 3.8 days, v6e-16 19 hours, h100-8 36 hours.
 """
 

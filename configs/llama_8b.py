@@ -8,7 +8,7 @@ r"""Llama 3 8B's shape, T = 8192, on prepared shards, split over all devices (fs
 
 Not run at that size, so no loss is known. Compiled for v5p-64 as it is (nothing computed again, 2
 micro-batches), memory of a device as compiled and as planned: 68.09 and 68.23 GiB; with 64 rows and
-remat full, v5p-64 8.45 and 8.70, fsdp 32 x tensor 2 9.15 and 8.34, h100-64 6.26 and 6.24. The
+remat full, v5p-64 8.45 and 8.70, fsdp 32 x tensor 2 9.15 and 9.34, h100-64 6.26 and 6.24. The
 planner's time at 40 % of the peak: v5p-64 6.0 days, h100-8x8 2.8 days. The vocabulary has the size
 of Llama 3's, whose tokenizer is a file of its authors; `cl100k` stands for it.
 """

@@ -298,8 +298,10 @@ def _working(work: Work) -> float:
         again = taken + 2 * each * work.heads + attention.weights + attention.sums
     elif work.remat == "attention":
         again = taken + each * work.heads
-    if work.remat != "none" and work.sizes["tensor"] > 1:  # what enters the two branches
-        again += 2 * each * m.width
+    if work.remat != "none" and work.sizes["tensor"] > 1:
+        # whole sequences: what enters the two branches; on a TPU, which schedules both together,
+        # their gradients, sums and layouts too (as compiled)
+        again += (10 if work.platform == "tpu" else 2) * each * m.width
     if work.platform == "tpu":  # schedules the two branches together
         # the gradients of queries, keys and values are put side by side, in tiles of 4 and 128
         together = 2 * 4 / 3 * each * work.lanes * (work.heads + work.keys_and_values)

@@ -59,7 +59,8 @@ def test_a_program_is_what_its_mesh_needs(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_a_large_program_is_what_its_mesh_needs(name):
-    assert faults(SLOW[name], most=1.4 if "-16" in name else 1.05) == []
+    over_two_dimensions = "-16" in name or "131,072" in name  # of a torus, by one axis of the mesh
+    assert faults(SLOW[name], most=1.4 if over_two_dimensions else 1.05) == []
 
 
 @pytest.mark.slow
