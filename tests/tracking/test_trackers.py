@@ -128,6 +128,8 @@ def test_a_tracker_that_hangs_holds_nothing_up(where, tmp_path, monkeypatch, cap
         opened.log(step, {"train/loss": 1.0})
         while opened._trackers[0]._queue.qsize() > 25:  # of metrics.jsonl, which is not behind
             time.sleep(0.001)
+        while where != "start" and not opened._trackers[1]._step:  # its thread has not begun
+            time.sleep(0.001)
     opened.close()
     assert time.monotonic() - began < 5
     message = capsys.readouterr().err
