@@ -131,7 +131,7 @@ def test_a_tracker_that_hangs_holds_nothing_up(where, tmp_path, monkeypatch, cap
         while where != "start" and not opened._trackers[1]._step:  # its thread has not begun
             time.sleep(0.001)
     opened.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15  # it hangs for 20
     message = capsys.readouterr().err
     assert message.count("tracker hanging: ") == message.count("\n") == 1
     assert ("50 records wait" in message) == (where != "close")
