@@ -99,10 +99,10 @@ def test_a_mesh_gives_the_losses_and_gradients_of_one_device(name, mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
-def test_every_case_on_a_third_of_the_meshes(name):
-    """Which third changes from case to case; together they are all pairs of axes for each case."""
+def test_every_case_on_a_fifth_of_the_meshes(name):
+    """Which fifth changes from case to case: every mesh has four or five of the cases."""
     number = list(CASES).index(name)
-    for mesh in MESHES[number % 3 :: 3]:
+    for mesh in MESHES[number % 5 :: 5]:
         check(name, mesh, evaluate=True)
 
 
