@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from gptjax.config.schema import Config
 from gptjax.planning import communication, targets
-from gptjax.planning.forecast import Forecast, usable
+from gptjax.planning.forecast import Forecast
 from gptjax.planning.targets import Target
 from gptjax.runtime.mesh import mesh_faults
 from gptjax.runtime.sharding import AXES
@@ -168,7 +168,7 @@ def _shortest(fitting: Sequence[Option]) -> list[tuple[str, ...]]:
 def _larger(plan: Forecast, shapes: Shapes) -> tuple[str, ...]:
     for name in targets.larger(plan.target):
         target = targets.parse(name)
-        room = auto.ROOM * usable(target)
+        room = auto.ROOM * target.device.usable_of(target.count)
         good = [o for o in _options(plan, target, shapes) if o.held <= room]
         if good:
             return (f"--target={name}", *min(good, key=_rank).flags)

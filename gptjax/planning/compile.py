@@ -92,7 +92,7 @@ def report(plan: TrainPlan, target: Target) -> CompiledReport:
 
     XLA:GPU and XLA:CPU compile what does not fit; their programs are compared with the device.
     """
-    usable = target.device.usable
+    usable = target.device.usable_of(target.count)
     begin = time.perf_counter()
     lowered = step.lower(plan)
     lower_seconds = time.perf_counter() - begin

@@ -56,7 +56,7 @@ class Forecast:
     @property
     def usable(self) -> float:
         """Bytes that a program can have on one device."""
-        return usable(self.target)
+        return self.target.device.usable_of(self.target.count)
 
     @property
     def fits(self) -> bool:
@@ -102,12 +102,6 @@ def rates_of(config: Config, target: Target, mfu: float | None, price: float | N
     return Rates(peak, mfu or ASSUMED_MFU, stated, price, flops_per_token(config, parameters))
 
 
-def usable(target: Target) -> float:
-    """Bytes of one device; of a processor, its part of the memory of the machine."""
-    of_device = target.device.usable
-    return of_device / target.count if target.device.platform == "cpu" else of_device
-
-
 def shapes_of(config: Config) -> Shapes:
     """Of all that lasts from step to step, over all devices."""
     abstract = setup.abstract_state(config)
@@ -117,8 +111,8 @@ def shapes_of(config: Config) -> Shapes:
 def forecast(config: Config, shapes: Shapes, target: Target, rates: Rates) -> Forecast:
     """For the mesh of the config, which must be legal on that many devices (UserError)."""
     sizes = mesh_sizes(config, target.count)
-    platform = target.device.platform
-    choice = auto.choose(config, shapes, sizes, platform, usable(target))
+    platform, usable = target.device.platform, target.device.usable_of(target.count)
+    choice = auto.choose(config, shapes, sizes, platform, usable)
     work = Work.of(config, sizes, choice.micro_batches, choice.remat, platform)
     transfers = communication.transfers(shapes, work)
     again = RECOMPUTED[choice.remat].flops * FORWARD

@@ -36,6 +36,11 @@ class Device:
     price: float | None  # USD an hour, on demand
     source: str
 
+    def usable_of(self, count: int) -> float:
+        """Bytes that a program can have on each of `count` devices; those of a processor, of which
+        there may be several, share its memory."""
+        return self.usable / count if self.platform == "cpu" else self.usable
+
 
 # How the numbers of a row were made of what its sources state. Collectives are counted by the bytes
 # that a device sends, so links stated for both directions together are halved.
@@ -263,14 +268,9 @@ def cpu() -> Device:
 
 
 def usable_bytes(mesh: jax.sharding.Mesh) -> float | None:
-    """Bytes that a program can have on each device of a mesh; None for an unknown kind.
-
-    Devices of a processor, of which tests make several, share its memory.
-    """
+    """Bytes that a program can have on each device of a mesh; None for an unknown kind."""
     row = describe(mesh.devices.flat[0])
-    if row is None:
-        return None
-    return row.usable / mesh.size if row.platform == "cpu" else row.usable
+    return row.usable_of(mesh.size) if row else None
 
 
 def peak_flops(device: jax.Device) -> float | None:
