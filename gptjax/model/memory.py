@@ -16,6 +16,7 @@ from gptjax.config.schema import ModelConfig
 from gptjax.core import tree
 from gptjax.core.types import Array, Params
 from gptjax.ops import collectives
+from gptjax.ops.attention.mask import SAVED_NAME
 from gptjax.runtime.sharding import RULES
 
 _policies = jax.checkpoint_policies
@@ -32,7 +33,7 @@ def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
 POLICIES: dict[str, Any] = {
     "none": _all_but_weights,
     "dots": _policies.dots_with_no_batch_dims_saveable,
-    "attention": _policies.save_only_these_names("attention"),
+    "attention": _policies.save_only_these_names(SAVED_NAME),
     "full": _policies.nothing_saveable,
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

@@ -58,10 +58,8 @@ def gather(x: Array, axis: str, dim: int) -> Array:
     """The parts of all devices along an axis, one after the other on dimension `dim`."""
     if size(axis) == 1:
         return x
-    return _gather_weights(x, dim) if axis == "fsdp" else _gather(x, axis, dim)
-
-
-def _gather(x: Array, axis: str, dim: int) -> Array:
+    if axis == "fsdp":
+        return _gather_over_fsdp(x, dim)
     return jax.lax.all_gather(x, axis, axis=dim, tiled=True)
 
 
@@ -80,13 +78,13 @@ def sum_parts(x: Array, axis: str, dim: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather_weights(x: Array, dim: int) -> Array:
+def _gather_over_fsdp(x: Array, dim: int) -> Array:
     """Its gradient is `sum_parts`."""
-    return _gather(x, "fsdp", dim)
+    return jax.lax.all_gather(x, "fsdp", axis=dim, tiled=True)
 
 
-_gather_weights.defvjp(
-    lambda x, dim: (_gather(x, "fsdp", dim), None),
+_gather_over_fsdp.defvjp(
+    lambda x, dim: (_gather_over_fsdp(x, dim), None),
     lambda dim, _, g: (sum_parts(g, "fsdp", dim),),
 )
 

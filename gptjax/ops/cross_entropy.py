@@ -201,6 +201,16 @@ def _chunk(form: _Form, table_DV: Array, x: Array, targets: Array, weights: Arra
     return _Chunk(loss, logits, log_total, is_target)
 
 
+def _d_logits(
+    form: _Form, logits: Array, log_total: Array, is_target: Array, weights_N1: Array
+) -> Array:
+    """float32 [N, V]: the loss's gradient of the logits before their cap."""
+    d_logits = (jnp.exp(logits - log_total) - is_target) * weights_N1
+    if cap := form.softcap:
+        d_logits = d_logits * (1 - jnp.square(jnp.maximum(logits, -cap) / cap))
+    return d_logits
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(form: _Form, x: Array, columns: Array, targets: Array, weights: Array) -> Array:
     table = all_columns(columns, x.shape[-1])
@@ -222,10 +232,8 @@ def _forward(form: _Form, x: Array, columns: Array, targets: Array, weights: Arr
         x_c, _, weights_c = piece
         table_DV = form.transposed(table)
         chunk = _chunk(form, table_DV, *piece)
-        d_logits = jnp.exp(chunk.logits - chunk.log_total) - chunk.is_target
-        d_logits = d_logits * weights_c.reshape(-1, 1)
-        if cap := form.softcap:
-            d_logits = d_logits * (1 - jnp.square(jnp.maximum(chunk.logits, -cap) / cap))
+        weights_N1 = weights_c.reshape(-1, 1)
+        d_logits = _d_logits(form, chunk.logits, chunk.log_total, chunk.is_target, weights_N1)
         d_logits = form.barrier(d_logits.astype(x.dtype))
         d_logits_VN = form.transposed(d_logits)
         if form.cpu and x.dtype == jnp.bfloat16:
@@ -297,10 +305,7 @@ def _forward_over_vocabulary(form: _Form, x: Array, columns: Array, targets: Arr
 
     def differentiate(d_x: Array, block: tuple[Array, Array]):
         logits, is_target = logits_of(*block)
-        d_logits = (jnp.exp(logits - log_total) - is_target) * weight_N1
-        if cap := form.softcap:
-            d_logits = d_logits * (1 - jnp.square(jnp.maximum(logits, -cap) / cap))
-        d_logits = d_logits.astype(x.dtype)
+        d_logits = _d_logits(form, logits, log_total, is_target, weight_N1).astype(x.dtype)
         d_x += jnp.einsum("NV,VD->ND", d_logits, block[0], preferred_element_type=jnp.float32)
         return d_x, _sum_columns(d_logits.T @ x_ND, columns)
 

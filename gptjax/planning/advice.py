@@ -98,9 +98,8 @@ def _options(plan: Forecast, target: Target, shapes: Shapes) -> Iterator[Option]
     free = _with_free_batches(plan.config)
     for sizes in legal_meshes(plan.config, target.count):
         for count in auto.micro_batch_counts(free, sizes):
-            for remat in RECOMPUTED:
-                if remat != "offload":  # not on every platform
-                    yield _option(plan, target, shapes, sizes, Choice(remat, True, count))
+            for remat in auto.REMATS:
+                yield _option(plan, target, shapes, sizes, Choice(remat, True, count))
 
 
 def _option(
@@ -129,7 +128,12 @@ def _flags(plan: Forecast, sizes: Mapping[str, int], choice: Choice) -> tuple[st
     for axis in AXES:
         if getattr(stated.mesh, axis) not in (-1, sizes[axis]):
             values[f"mesh.{axis}"] = sizes[axis]
-    if plan.sizes == sizes and plan.choice[::2] == choice[::2]:
+    planned = plan.choice
+    if (plan.sizes, planned.remat, planned.micro_batches) == (
+        sizes,
+        choice.remat,
+        choice.micro_batches,
+    ):
         return ()
     if stated.train.grad_accum_steps != choice.micro_batches:
         values["train.grad_accum_steps"] = choice.micro_batches

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from gptjax.planning.targets import Target
 from gptjax.runtime.sharding import AXES
@@ -96,10 +96,15 @@ def transfers(shapes: Shapes, work: Work) -> list[Transfer]:
 
 def by_axes(transfers: list[Transfer]) -> dict[tuple[str, ...], float]:
     """{axes: bytes that a device sends over them in a step}."""
+    return sum_by_axes((transfer.axes, transfer.sent) for transfer in transfers)
+
+
+def sum_by_axes(pairs: Iterable[tuple[tuple[str, ...], float]]) -> dict[tuple[str, ...], float]:
+    """{axes: sum of the bytes} of (axes, bytes), the most bytes first."""
     sums: dict[tuple[str, ...], float] = {}
-    for transfer in transfers:
-        sums[transfer.axes] = sums.get(transfer.axes, 0.0) + transfer.sent
-    return sums
+    for axes, size in pairs:
+        sums[axes] = sums.get(axes, 0.0) + size
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
 def seconds(transfers: list[Transfer], target: Target, sizes: Mapping[str, int]) -> float | None:

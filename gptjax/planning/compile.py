@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,12 +17,13 @@ import jax
 from gptjax.config.schema import Config
 from gptjax.planning import described, program
 from gptjax.planning.collectives import Collective, collectives
+from gptjax.planning.communication import sum_by_axes
 from gptjax.planning.targets import Target
+from gptjax.runtime.devices import GIBIBYTE
 from gptjax.runtime.mesh import make_mesh
 from gptjax.training import step
 from gptjax.training.setup import TrainPlan, make_plan
 
-GIBIBYTE = 2**30
 Traffic = Mapping[tuple[str, ...], float]  # {axes: bytes that a device sends over them in a step}
 NOTHING: Traffic = {}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -72,11 +73,11 @@ class CompiledReport:
 
     def sent(self) -> dict[tuple[str, ...], float]:
         """{axes: bytes that a device sends over them in a step}."""
-        return _by_axes((one.axes, one.sent) for one in self.traffic)
+        return sum_by_axes((one.axes, one.sent) for one in self.traffic)
 
     def moved(self) -> dict[tuple[str, ...], float]:
         """{axes: bytes of the complete arrays of their collectives in a step}."""
-        return _by_axes((one.axes, one.total) for one in self.traffic)
+        return sum_by_axes((one.axes, one.total) for one in self.traffic)
 
 
 def compile_for(config: Config, target: Target) -> CompiledReport:
@@ -179,13 +180,6 @@ def _missing(message: str) -> float:
     if match := re.search(pattern, message):
         return float(match[1]) * _UNITS[match[2]] - float(match[3]) * _UNITS[match[4]]
     return 0.0
-
-
-def _by_axes(pairs: Iterable[tuple[tuple[str, ...], float]]) -> dict[tuple[str, ...], float]:
-    sums: dict[tuple[str, ...], float] = {}
-    for axes, size in pairs:
-        sums[axes] = sums.get(axes, 0.0) + size
-    return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
 def as_json(compiled: CompiledReport, least: Traffic = NOTHING) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jax.experimental import topologies
 
 from gptjax.config.errors import UserError
 from gptjax.planning.targets import Target
+from gptjax.runtime.devices import Device
 
 # libtpu looks for chips and for the cloud's description of them: it is told that there are none,
 # keeps no log files, and lets other processes use it too.
@@ -30,7 +31,7 @@ _LIBTPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What XLA:GPU wants to know of a card. Bytes, and bytes/s."""
+    """What XLA:GPU wants to know of a card beside its row of `runtime.devices`. Bytes."""
 
     name: str  # as the driver gives it
     capability: tuple[int, int]
@@ -41,11 +42,9 @@ class Gpu:
     shared_memory_of_block: int  # at most, on request
     clock: float  # GHz, the highest
     l2_cache: int
-    memory: int
-    bandwidth: float
 
 
-# Sources, read 2026-11-28. Cores, clocks, caches, memory: NVIDIA's data sheets and the white papers
+# Sources, read 2026-11-28. Cores, clocks, caches: NVIDIA's data sheets and the white papers
 # of Ampere (A100), Hopper (H100) and Ada (L4). What goes with a compute capability: "Compute
 # Capabilities" in the CUDA C++ Programming Guide. Both as openxla/xla states them for its tests
 # (xla/backends/gpu/target_config/specs), where it has the card.
@@ -71,25 +70,20 @@ _HOPPER: dict[str, Any] = dict(
 )
 _ADA: dict[str, Any] = dict(
     capability=(8, 9),
+    cores=58,
     float32_units=128,
     threads=1536,
     shared_memory=100 * 2**10,
     shared_memory_of_block=99 * 2**10,
+    clock=2.04,
+    l2_cache=48 * 2**20,
 )
 GPUS: dict[str, Gpu] = {
-    "h200": Gpu("NVIDIA H200", memory=141 * 10**9, bandwidth=4.8e12, **_HOPPER),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", memory=80 * 2**30, bandwidth=3.35e12, **_HOPPER),
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", memory=80 * 2**30, bandwidth=2.039e12, **_AMPERE),
-    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", memory=40 * 2**30, bandwidth=1.555e12, **_AMPERE),
-    "l4": Gpu(
-        "NVIDIA L4",
-        cores=58,
-        clock=2.04,
-        l2_cache=48 * 2**20,
-        memory=24 * 10**9,
-        bandwidth=3e11,
-        **_ADA,
-    ),
+    "h200": Gpu("NVIDIA H200", **_HOPPER),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", **_HOPPER),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", **_AMPERE),
+    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", **_AMPERE),
+    "l4": Gpu("NVIDIA L4", **_ADA),
 }
 
 
@@ -173,13 +167,14 @@ def _gpus(target: Target) -> list[jax.Device]:
         platform="cuda",
         topology_name="",
         topology=target.topology,
-        target_config=target_config(GPUS[target.device.name]),
+        target_config=target_config(target.device),
     )
     return list(found.devices)
 
 
-def target_config(gpu: Gpu) -> str:
-    """The card as text of XLA's `GpuTargetConfigProto`, with CUDA 12.9 and cuDNN 9.10."""
+def target_config(device: Device) -> str:
+    """A card of `GPUS` as text of XLA's `GpuTargetConfigProto`, with CUDA 12.9 and cuDNN 9.10."""
+    gpu = GPUS[device.name]
     major, minor = gpu.capability
     return f"""
 gpu_device_info {{
@@ -190,8 +185,8 @@ gpu_device_info {{
   core_count: {gpu.cores}
   fpus_per_core: {gpu.float32_units}
   clock_rate_ghz: {gpu.clock}
-  device_memory_size: {gpu.memory}
-  memory_bandwidth: {gpu.bandwidth:.0f}
+  device_memory_size: {device.memory:.0f}
+  memory_bandwidth: {device.bandwidth:.0f}
   l2_cache_size: {gpu.l2_cache}
   shared_memory_per_core: {gpu.shared_memory}
   shared_memory_per_block: {48 * 2**10}

@@ -12,10 +12,9 @@ from gptjax.planning.advice import Advice
 from gptjax.planning.cost import OPTIMAL_TOKENS, Cost
 from gptjax.planning.explain import Number
 from gptjax.planning.forecast import Forecast
+from gptjax.runtime.devices import GIBIBYTE
 from gptjax.training import auto
 from gptjax.training.memory import FORWARD, RECOMPUTED
-
-_GIBIBYTE = 2**30
 
 
 def rows(plan: Forecast) -> list[Number]:
@@ -104,7 +103,7 @@ def _of_memory(plan: Forecast) -> list[Number]:
         _gibibytes(f"memory: {name}", size, _PARTS[name]) for name, size in parts.items() if size
     ]
     left = plan.usable - plan.memory.total
-    said = "it fits" if left >= 0 else f"{-left / _GIBIBYTE:,.2f} GiB too much"
+    said = "it fits" if left >= 0 else f"{-left / GIBIBYTE:,.2f} GiB too much"
     if plan.usable > plan.memory.total > auto.ROOM * plan.usable:
         said += ", narrowly: ask the compiler with --compile"
     return [
@@ -112,7 +111,7 @@ def _of_memory(plan: Forecast) -> list[Number]:
         _gibibytes(
             "memory of a device",
             plan.memory.total,
-            f"of {plan.usable / _GIBIBYTE:,.2f} GiB that a program can have: {said}",
+            f"of {plan.usable / GIBIBYTE:,.2f} GiB that a program can have: {said}",
         ),
     ]
 
@@ -180,7 +179,7 @@ def _integer(name: str, value: int, reason: str) -> Number:
 
 
 def _gibibytes(name: str, size: float, reason: str) -> Number:
-    return Number(name, size, f"{size / _GIBIBYTE:,.2f} GiB", reason)
+    return Number(name, size, f"{size / GIBIBYTE:,.2f} GiB", reason)
 
 
 # unit, its seconds, and up to how many seconds it is used
@@ -199,7 +198,7 @@ def advice_lines(plan: Forecast, advice: Advice) -> list[str]:
     """What to do, in sentences with flags."""
     lines = []
     if not plan.fits:
-        over = (plan.memory.total - plan.usable) / _GIBIBYTE
+        over = (plan.memory.total - plan.usable) / GIBIBYTE
         lines.append(f"It does not fit: {over:,.2f} GiB too much on each device.")
         for flags in advice.fitting:
             lines.append(f"  it fits with  {' '.join(flags)}")
@@ -216,7 +215,7 @@ def advice_lines(plan: Forecast, advice: Advice) -> list[str]:
     if advice.best is not None:
         suggested = " ".join(advice.best.flags) or "as it is"
         lines.append(
-            f"Suggested: {suggested}  ({advice.best.held / _GIBIBYTE:,.2f} GiB, about "
+            f"Suggested: {suggested}  ({advice.best.held / GIBIBYTE:,.2f} GiB, about "
             f"{_time(advice.best.seconds)} a step)"
         )
     return lines

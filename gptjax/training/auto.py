@@ -25,6 +25,9 @@ ROOM = 0.95
 _SCANNED = {"cpu": 64, "": 4}
 
 
+REMATS = tuple(name for name in RECOMPUTED if name != "offload")  # which not every platform has
+
+
 class Choice(NamedTuple):
     """What `model` and `train` have, without "auto"."""
 
@@ -59,7 +62,7 @@ def choose(
 def _candidates(config: Config, sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """(remat, micro-batches), the cheapest first. What the config states is the only choice."""
     stated = config.model.remat
-    remats = [r for r in RECOMPUTED if r != "offload"] if stated == "auto" else [stated]
+    remats = REMATS if stated == "auto" else (stated,)
     counts = micro_batch_counts(config, sizes)
     positions = config.train.batch_size * config.length
     positions //= sizes["data"] * sizes["fsdp"] * sizes["context"]

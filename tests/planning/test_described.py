@@ -50,7 +50,7 @@ def test_the_process_is_prepared_and_what_the_user_set_stays(monkeypatch):
 
 
 def test_a_card_is_described_as_xla_reads_it():
-    text = described.target_config(described.GPUS["h100"])
+    text = described.target_config(targets.parse("h100-1").device)
     assert "cuda_compute_capability { major: 9 minor: 0 }" in text
     assert "core_count: 132" in text and "shared_memory_per_block_optin: 232448" in text
     assert "memory_bandwidth: 3350000000000" in text and f"memory_size: {80 * 2**30}" in text
@@ -60,5 +60,7 @@ def test_a_card_is_described_as_xla_reads_it():
 def test_each_described_card_is_a_target():
     for name, gpu in described.GPUS.items():
         device = targets.parse(f"{name}-1").device
-        assert (device.memory, device.bandwidth) == (gpu.memory, gpu.bandwidth)
+        text = described.target_config(device)
+        assert f"device_memory_size: {int(device.memory)}\n" in text
+        assert f"memory_bandwidth: {int(device.bandwidth)}\n" in text
         assert gpu.name.startswith(device.kinds)

@@ -40,7 +40,7 @@ def cudnn(
     """
     b, t, heads, groups, c = q_BTKGC.shape
     s = k_BSKC.shape[1]
-    if t == s == 1:  # shapes are asked for with one token, also where there is no cuDNN
+    if t == s == 1:  # a row of one token: nothing that kernels are for
         return reference(q_BTKGC, k_BSKC, v_BSKC, mask, softcap=softcap)
     masked = mask_shape(b, t, s, packed=mask.q_segments is not None)
     message = fault(

@@ -53,7 +53,7 @@ def splash(
             "use model.attention = 'blockwise'"
         )
     b, t, heads, groups, c = q_BTKGC.shape
-    if t == k_BSKC.shape[1] == 1:  # shapes are asked for with one token
+    if t == k_BSKC.shape[1] == 1:  # a row of one token: nothing that kernels are for
         return reference(q_BTKGC, k_BSKC, v_BSKC, mask, softcap=softcap)
     blocks, padding = zip(*(_blocks(n) for n in (t, k_BSKC.shape[1])), strict=True)
     scaled = (q_BTKGC.astype(jnp.float32) * c**-0.5).astype(q_BTKGC.dtype)
