@@ -255,21 +255,28 @@ def feed(
     return transformer.apply(config, params, tokens, cache=cache, start_B=at)
 
 
-def append(state: DecodeState, token_B: Array, logprob_B: Array, eos_ids: Array) -> DecodeState:
-    """The state with one more token in each row that is not done."""
+def append(
+    state: DecodeState, token_B: Array, logprob_B: Array | None, eos_ids: Array
+) -> DecodeState:
+    """The state with one more token in each row that is not done.
+
+    logprob_B: None leaves the log-probabilities out.
+    eos_ids: int32 [E], or [B, E] where rows have their own, with -1 in place of none.
+    """
     growing, rows, at = ~state.done, jnp.arange(token_B.shape[0]), state.length
 
     def put(array: Array, value: Array) -> Array:
         return array.at[rows, at].set(jnp.where(growing, value, array[rows, at]))
 
     length = at + growing
+    ended = (token_B[:, None] == jnp.atleast_2d(eos_ids)).any(-1)
     return dataclasses.replace(
         state,
         tokens=put(state.tokens, token_B),
-        logprobs=put(state.logprobs, logprob_B),
+        logprobs=state.logprobs if logprob_B is None else put(state.logprobs, logprob_B),
         length=length,
         generated=state.generated + growing,
-        done=state.done | (token_B == eos_ids[:, None]).any(0) | (length >= state.limit),
+        done=state.done | ended | (length >= state.limit),
     )
 
 

@@ -256,7 +256,7 @@ def _stack_banned(requests: Sequence[Sampling], eos_ids: Sequence[int]) -> np.nd
         by_request.append([s for s in sequences if s not in [[token] for token in eos_ids]])
     most = max(len(sequences) for sequences in by_request)
     longest = max((len(s) for sequences in by_request for s in sequences), default=1)
-    shape = (len(requests), _power_of_two(most), _power_of_two(longest))
+    shape = (len(requests), power_of_two(most), power_of_two(longest))
     table = np.full(shape, _NO_TOKEN, np.int32)
     for i, sequences in enumerate(by_request):
         for j, sequence in enumerate(sequences):
@@ -266,7 +266,20 @@ def _stack_banned(requests: Sequence[Sampling], eos_ids: Sequence[int]) -> np.nd
     return table
 
 
-def _power_of_two(number: int) -> int:
+def join_banned(tables: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Tables of one request each (None: it bans nothing), made one of the largest size."""
+    sizes = [table.shape[1:] for table in tables if table is not None]
+    shape = (len(tables), max(s[0] for s in sizes), max(s[1] for s in sizes))
+    joined = np.full(shape, _NO_TOKEN, np.int32)
+    for row, table in zip(joined, tables, strict=True):
+        if table is not None:
+            count, n = table.shape[1:]
+            row[:count] = _ANY_TOKEN
+            row[:count, shape[2] - n :] = table[0]
+    return joined
+
+
+def power_of_two(number: int) -> int:
     """The smallest power of two that is at least `number`."""
     return 1 << (max(1, number) - 1).bit_length()
 
@@ -342,9 +355,10 @@ def banned(logits: Array, settings: Settings, history: History) -> Array:
 
 def min_new(logits: Array, settings: Settings, history: History) -> Array:
     """Bans the end tokens until the request has its least number of new tokens."""
-    eos_ids = settings["eos_ids"]
+    ends, rows = jnp.atleast_2d(settings["eos_ids"]), jnp.arange(logits.shape[0])[:, None]
     early = history.length - history.prompt_length < settings["min_new_tokens"]
-    return logits.at[:, eos_ids].set(jnp.where(early[:, None], -jnp.inf, logits[:, eos_ids]))
+    out = jnp.where(early[:, None] & (ends >= 0), ends, logits.shape[1])
+    return logits.at[rows, out].set(-jnp.inf, mode="drop")
 
 
 def top_k(logits: Array, settings: Settings, history: History) -> Array:

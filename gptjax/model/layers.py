@@ -51,8 +51,9 @@ class Linear(Module):
     """Contracts the last `inputs` axes of x with a kernel [*inputs, *features].
 
     Where the parameters hold `rows` (see `model.quantize`) instead of a kernel, those are used; an
-    adapter next to them (see `model.lora`) adds its part. With `partial`, the inputs are split over
-    the devices along `tensor`, and the result is this device's part of a sum over them.
+    adapter next to them (see `model.lora`) adds its part, or one of each row's own. With
+    `partial`, the inputs are split over the devices along `tensor`, and the result is this
+    device's part of a sum over them.
     """
 
     features: tuple[int, ...] = ()
@@ -72,6 +73,8 @@ class Linear(Module):
             y = self.ops.matmul(x_ND, kernel.reshape(rows, columns))
         if self.has_variable("params", "lora_a"):
             y = self._add_adapter(x, y, self.variables["params"])
+        if self.has_variable("params", "lora_rows_a"):
+            y = self._add_row_adapters(x, y, self.variables["params"])
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, self.features)
             bias = collectives.once(bias, "tensor") if self.partial else bias
@@ -91,3 +94,9 @@ class Linear(Module):
         if "dora_scale" in params:
             y = y * params["dora_scale"].astype(y.dtype).reshape(-1)
         return y
+
+    def _add_row_adapters(self, x: Array, y: Array, params: Any) -> Array:
+        """y [B * T, F] + (x A) B with an A [B, r, D] and a B [B, F, r] for each row of x."""
+        a, b = params["lora_rows_a"].astype(x.dtype), params["lora_rows_b"].astype(x.dtype)
+        x_BTD = x.reshape(len(a), -1, a.shape[-1])
+        return y + self.ops.low_rank_rows(x_BTD, a, b).reshape(y.shape)

@@ -36,6 +36,7 @@ class Ops:
     matmul: Op = products.matmul
     bias_add: Op = products.bias_add
     low_rank: Op = products.low_rank
+    low_rank_rows: Op = products.low_rank_rows
     residual_add: Op = products.residual_add
     split_qkv: Callable[..., tuple[Array, Array, Array]] = products.split_qkv
     attention: dict[str, Op] = dataclasses.field(default_factory=lambda: backends_for(""))
@@ -75,6 +76,7 @@ CPU = Ops(
     matmul=products.by_rows_matmul,
     bias_add=products.by_rows_bias_add,
     low_rank=products.low_rank_materialized,
+    low_rank_rows=products.low_rank_rows_cpu,
     residual_add=products.residual_add_materialized,
     split_qkv=products.split_qkv_materialized,
     attention=backends_for("cpu"),

@@ -50,6 +50,19 @@ def low_rank_materialized(x: Array, a: Array, b: Array) -> Array:
     return materialize(x @ a) @ b
 
 
+def low_rank_rows(
+    x: Float[Array, "B T D"], a: Float[Array, "B r D"], b: Float[Array, "B F r"]
+) -> Float[Array, "B T F"]:
+    """`low_rank` where each row of a batch has its own a and b, as rows."""
+    return jnp.einsum("BTR,BFR->BTF", jnp.einsum("BTD,BRD->BTR", x, a), b)
+
+
+def low_rank_rows_cpu(x: Array, a: Array, b: Array) -> Array:
+    """The same for T at most `FEW`, each row's sums in the order that they have alone."""
+    inner_BTR = small_batch_matmul(x, a).astype(x.dtype)
+    return small_batch_matmul(inner_BTR, b).astype(x.dtype)
+
+
 def split_qkv(
     qkv: Float[Array, "B T K G2 C"], groups: int
 ) -> tuple[Float[Array, "B T K G C"], Float[Array, "B T K C"], Float[Array, "B T K C"]]:

@@ -250,6 +250,16 @@ def prepare(calls: Sequence[Call], folder: str | Path | None = None) -> None:
         _store_meanwhile(to_store)
 
 
+def executable(call: Call, folder: str | Path | None = None) -> Any:
+    """The compiled function of the call's arrays, by position; made once, as `prepare` does."""
+    executables = call.jitted.executables
+    if call.key not in executables and folder is not None and _can_store():
+        prepare([call], folder)
+    if call.key not in executables:
+        executables[call.key] = call.lower(call.jitted.function.__name__).compile()
+    return executables[call.key]
+
+
 def _can_store() -> bool:
     """Whether executables may be stored and loaded here."""
     if default_platform() != "cpu" or jax.device_count() > 1 or not _HAS_SOURCES:

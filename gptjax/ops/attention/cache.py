@@ -1,7 +1,14 @@
-"""One layer of the key/value cache (`model.kv_cache.init_cache`): written, and attended over."""
+"""One layer of the key/value cache (`model.kv_cache.init_cache`): written, and attended over.
+
+Where a layer also has `row` and `used` (int32 []), a call is about some neighbouring rows of a
+larger cache: those from `row` on. Attention then goes over blocks of slots up to the first `used`
+ones, with a softmax that is carried on from block to block (Milakov & Gimelshein 2018), so that a
+block behind the end of a row adds exactly nothing to it.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -26,31 +33,42 @@ def write_cache(
 
     The caller makes sure that these slots exist: XLA would move them back.
     """
-    result = {}
+    result: dict[str, Array] = {name: cache[name] for name in cache if name in ("row", "used")}
+    put = functools.partial(_put, start_B=start_B, first=cache.get("row"), barrier=barrier)
     for name, new in (("k", k_BTKC.swapaxes(1, 2)), ("v", v_BTKC.swapaxes(1, 2))):
         if f"{name}_scale" in cache:  # int8: one scale per slot and head
             scale = jnp.maximum(jnp.abs(new).max(-1).astype(jnp.float32) / 127, 1e-30)
             new = jnp.round(new / scale[..., None])
             old = cache[f"{name}_scale"]
-            result[f"{name}_scale"] = _put(old, scale, start_B, axis=1, barrier=barrier)
+            result[f"{name}_scale"] = put(old, scale, axis=1)
         if name == "v":
             new = new.swapaxes(2, 3)
         axis = 1 if name == "k" else 2
-        result[name] = _put(cache[name], new, start_B, axis=axis, barrier=barrier)
+        result[name] = put(cache[name], new, axis=axis)
     return result
 
 
-def _put(old: Array, new: Array, start_B: Array, *, axis: int, barrier: Barrier) -> Array:
-    """old [B * K, ...] with new [B, K, ...] at the slots from start on, on that axis of `old`."""
+def _put(
+    old: Array,
+    new: Array,
+    *,
+    start_B: Array,
+    axis: int,
+    first: Array | None,
+    barrier: Barrier,
+) -> Array:
+    """old [B * K, ...] with new [B, K, ...] at the slots from start on, on that axis of `old`; of
+    a larger `old`, in its rows from `first` on."""
     b, heads = new.shape[:2]
     # a layout of its own, or the whole cache would take that of the new rows
     new = barrier(new.astype(old.dtype))
-    if b > 32:
+    if b > 32 and first is None:
         rows = old.reshape(b, heads, *old.shape[1:])
         put = lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=axis)
         return jax.vmap(put)(rows, new, start_B).reshape(old.shape)
     for i in range(b):  # in place; the batched form is a scatter, slow on a CPU
-        index: list[Any] = [i * heads, *[0] * (old.ndim - 1)]
+        row = i if first is None else first + i
+        index: list[Any] = [row * heads, *[0] * (old.ndim - 1)]
         index[axis] = start_B[i]
         old = jax.lax.dynamic_update_slice(old, new[i], index)
     return old
@@ -69,7 +87,8 @@ def cached_attention(
         x, rows = x_NQD.astype(q_BTKGC.dtype), rows_NFD.astype(q_BTKGC.dtype)
         return jnp.einsum("NQD,NFD->NQF", x, rows, preferred_element_type=jnp.float32)
 
-    return _attend(product, q_BTKGC, cache, mask, softcap)
+    attend = _attend_by_blocks if "row" in cache else _attend
+    return attend(product, q_BTKGC, cache, mask, softcap)
 
 
 def cached_attention_cpu(
@@ -82,6 +101,8 @@ def cached_attention_cpu(
     """The same; few queries a head at the speed of reading the cache."""
     if q_BTKGC.shape[1] * q_BTKGC.shape[3] > FEW:
         return cached_attention(q_BTKGC, cache, mask, softcap=softcap)
+    if "row" in cache:
+        return _attend_by_blocks(small_batch_matmul, q_BTKGC, cache, mask, softcap)
     product = lambda x_NQD, rows_NFD: small_batch_matmul(x_NQD, materialize(rows_NFD))
     return _attend(product, q_BTKGC, cache, mask, softcap)
 
@@ -104,4 +125,50 @@ def _attend(
     if "v_scale" in cache:
         probs_NQS = probs_NQS * cache["v_scale"][:, None]
     y_NQC = product(probs_NQS, cache["v"]).astype(q_BTKGC.dtype)
+    return y_NQC.reshape(b, heads, t, groups, width).transpose(0, 2, 1, 3, 4)
+
+
+BLOCK = 256  # slots; those of a cache with `row` are a multiple
+
+
+def _attend_by_blocks(
+    product: Any, q_BTKGC: Array, cache: dict[str, Array], mask: Mask, softcap: float
+) -> Array:
+    """The same over the slots [0, used) of the rows from `row` on."""
+    b, t, heads, groups, width = q_BTKGC.shape
+    n, queries, first = b * heads, t * groups, cache["row"] * heads
+    q_NQC = q_BTKGC.transpose(0, 2, 1, 3, 4).reshape(n, queries, width)
+
+    def add_block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        peak_NQ, total_NQ, y_NQC = carry
+
+        def block(name: str, axis: int) -> Array:
+            start: list[Any] = [first, *[0] * (cache[name].ndim - 1)]
+            size = [n, *cache[name].shape[1:]]
+            start[axis], size[axis] = i * BLOCK, BLOCK
+            return jax.lax.dynamic_slice(cache[name], start, size)
+
+        scores_NQS = product(q_NQC, block("k", 1)) * width**-0.5
+        if "k_scale" in cache:
+            scores_NQS = scores_NQS * block("k_scale", 1)[:, None]
+        scores_NQS = cap_softly(scores_NQS, softcap)
+        visible = mask.allowed(i * BLOCK, BLOCK)[:, None, :, None]
+        visible = jnp.broadcast_to(visible, (b, heads, t, groups, BLOCK)).reshape(scores_NQS.shape)
+        new_peak_NQ = jnp.maximum(peak_NQ, jnp.where(visible, scores_NQS, MASKED).max(-1))
+        probs_NQS = jnp.where(visible, jnp.exp(scores_NQS - new_peak_NQ[..., None]), 0.0)
+        shrink_NQ = jnp.where(new_peak_NQ > peak_NQ, jnp.exp(peak_NQ - new_peak_NQ), 1.0)
+        total_NQ = total_NQ * shrink_NQ + probs_NQS.sum(-1)
+        if "v_scale" in cache:
+            probs_NQS = probs_NQS * block("v_scale", 1)[:, None]
+        y_NQC = y_NQC * shrink_NQ[..., None] + product(probs_NQS, block("v", 2))
+        return new_peak_NQ, total_NQ, y_NQC
+
+    start = (
+        jnp.full((n, queries), MASKED),
+        jnp.zeros((n, queries)),
+        jnp.zeros((n, queries, width)),
+    )
+    blocks = (cache["used"] + BLOCK - 1) // BLOCK
+    _, total_NQ, y_NQC = jax.lax.fori_loop(0, blocks, add_block, start)
+    y_NQC = (y_NQC / jnp.maximum(total_NQ, 1e-30)[..., None]).astype(q_BTKGC.dtype)
     return y_NQC.reshape(b, heads, t, groups, width).transpose(0, 2, 1, 3, 4)

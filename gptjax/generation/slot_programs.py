@@ -1,0 +1,194 @@
+"""The compiled programs of `slots.SlotEngine`, over one cache [slots, length] that is donated.
+
+A program works on neighbouring rows of the cache, from a row on that it is told, so one program for
+each number of rows is enough. `prefill` feeds a chunk of one row; `decode` makes a few tokens in
+each of its rows; `copy_row` copies the beginning of a row. Nothing in a row depends on the rows
+beside it, nor on which row of the cache it is.
+
+Dims: N rows of a program, S slots, T chunk, V vocabulary, M most steps of a call, A alternatives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.config.schema import ModelConfig
+from gptjax.core.types import Array, Params
+from gptjax.generation import loop, sampling
+from gptjax.generation.loop import DecodeState
+from gptjax.generation.sampling import Settings
+from gptjax.model import head, lora, transformer
+from gptjax.ops.attention.cache import BLOCK
+from gptjax.runtime import executables
+
+STEPS = 8  # the most steps of a call of `decode`
+ALTERNATIVES = 20  # how many the programs give that give some
+
+Cache = tuple[Params, ...]
+
+
+class Scored(NamedTuple):
+    """What is known of tokens, in arrays with a row for each."""
+
+    logprob: Array  # float32 [...]: the model's own, before any processor
+    top_logprobs: Array  # float32 [..., A]: of the most likely tokens, A = 0 where nobody asks
+    top_ids: Array  # int32 [..., A]
+
+
+def _score(logits: Array, tokens: Array, alternatives: int) -> Scored:
+    total = jax.nn.logsumexp(logits, -1)
+    logprob = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0] - total
+    if not alternatives:
+        empty = (*tokens.shape, 0)
+        return Scored(logprob, jnp.zeros(empty), jnp.zeros(empty, jnp.int32))
+    top, ids = jax.lax.top_k(logits, alternatives)
+    return Scored(logprob, top - total[..., None], ids.astype(jnp.int32))
+
+
+def _rows_of(cache: Cache, row: Array, used: Array) -> Cache:
+    return tuple(layer | {"row": row, "used": used} for layer in cache)
+
+
+def _whole(cache: Cache | None) -> Cache:
+    names = ("row", "used")
+    return tuple({k: v for k, v in layer.items() if k not in names} for layer in cache or ())
+
+
+def _adapt(params: Params, adapters: Any, gather: Any) -> Params:
+    """The parameters with what `gather` makes of each layer's A [adapters, r, D] and B."""
+    if not adapters:
+        return params
+
+    def layers(part: Any) -> Any:
+        if "a" in part:
+            return gather(part["a"], part["b"])
+        return {name: layers(inner) for name, inner in part.items()}
+
+    pairs = zip(params["blocks"], adapters, strict=True)
+    return params | {"blocks": tuple(lora.merge_trees(block, layers(own)) for block, own in pairs)}
+
+
+@functools.partial(
+    executables.jit, static_argnames=("config", "alternatives"), donate_argnames=("cache",)
+)
+def prefill(
+    config: ModelConfig,
+    params: Params,
+    adapters: Any,
+    cache: Cache,
+    tokens: Array,
+    row: Array,
+    start: Array,
+    adapter: Array,
+    *,
+    alternatives: int,
+) -> tuple[Cache, Scored | None]:
+    """Feeds the tokens [T] of `tokens` [T + 1] at the slots from `start` on of one row.
+
+    alternatives: -1, or how many to give with the log-probability of the T tokens after each.
+    """
+
+    def gather(a: Array, b: Array) -> Params:
+        return {"lora_a": a[adapter].T, "lora_b": b[adapter].T}
+
+    params = _adapt(params, adapters, gather)
+    chunk = tokens[None, :-1]
+    rows = _rows_of(cache, row, start + chunk.shape[1])
+    x, written = transformer.apply(config, params, chunk, cache=rows, start_B=start[None])
+    cache = _whole(written)
+    if alternatives < 0:
+        return cache, None
+    return cache, _score(head.unembed(config, params, x)[0], tokens[1:], alternatives)
+
+
+@functools.partial(
+    executables.jit,
+    static_argnames=("config", "active", "alternatives"),
+    donate_argnames=("cache",),
+)
+def decode(
+    config: ModelConfig,
+    params: Params,
+    adapters: Any,
+    cache: Cache,
+    state: DecodeState,
+    row: Array,
+    adapter: Array,
+    settings: Settings,
+    steps: Array,
+    *,
+    active: frozenset[str],
+    alternatives: int,
+) -> tuple[Cache, Array, Scored]:
+    """Up to `steps` more tokens in the N rows from `row` on: the tokens [N, M] and their scores.
+
+    state: of the rows, without logprobs and cache. A row that is done writes over its last slot.
+    adapter: int32 [N]. The other arguments are those of `loop.advance`.
+    """
+
+    def gather(a: Array, b: Array) -> Params:
+        return {"lora_rows_a": a[adapter], "lora_rows_b": b[adapter]}
+
+    params = _adapt(params, adapters, gather)
+    count = len(state.length)
+    shape = (count, STEPS)
+    state = dataclasses.replace(
+        state, logprobs=jnp.zeros((count, 0)), cache=_rows_of(cache, row, jnp.int32(0))
+    )
+    made = Scored(
+        jnp.zeros(shape),
+        jnp.zeros((*shape, alternatives)),
+        jnp.zeros((*shape, alternatives), jnp.int32),
+    )
+
+    def step(carry: Any) -> Any:
+        i, state, new, made = carry
+        used = jnp.where(state.done, 1, state.length).max()
+        state = dataclasses.replace(state, cache=_rows_of(_whole(state.cache), row, used))
+        x, rows = loop.feed(config, params, state.tokens, state.length, state.cache)
+        logits = jax.lax.optimization_barrier(head.unembed(config, params, x[:, 0]))
+        processed = sampling.process(logits, settings, state.history, active)
+        token = sampling.choose(processed, settings, loop.row_keys(state), active)
+        scored = _score(logits, token, alternatives)
+        put = lambda all_steps, now: jax.lax.dynamic_update_index_in_dim(all_steps, now, i, 1)
+        new, made = put(new, token), Scored(*map(put, made, scored))
+        state = dataclasses.replace(state, cache=rows)
+        return i + 1, loop.append(state, token, None, settings["eos_ids"]), new, made
+
+    def unfinished(carry: Any) -> Array:
+        return (carry[0] < steps) & ~carry[1].done.all()
+
+    start = (jnp.int32(0), state, jnp.zeros(shape, jnp.int32), made)
+    _, state, new, made = jax.lax.while_loop(unfinished, step, start)
+    return _whole(state.cache), new, made
+
+
+@functools.partial(executables.jit, static_argnames=("slots",), donate_argnames=("cache",))
+def copy_row(cache: Cache, source: Array, target: Array, used: Array, *, slots: int) -> Cache:
+    """The cache with the first `used` of a row's slots, rounded up to a block, in another row.
+
+    slots: rows of the cache.
+    """
+
+    def copy(i: Array, cache: Cache) -> Cache:
+        def of(name: str, array: Array) -> Array:
+            heads = array.shape[0] // slots
+            size, axis = [heads, *array.shape[1:]], 2 if name == "v" else 1
+            size[axis] = BLOCK
+
+            def at(row: Array) -> list[Array]:
+                index = [row * heads, *[jnp.int32(0)] * (array.ndim - 1)]
+                index[axis] = i * BLOCK
+                return index
+
+            block = jax.lax.dynamic_slice(array, at(source), size)
+            return jax.lax.dynamic_update_slice(array, block, at(target))
+
+        return tuple({name: of(name, x) for name, x in layer.items()} for layer in cache)
+
+    return jax.lax.fori_loop(0, (used + BLOCK - 1) // BLOCK, copy, cache)

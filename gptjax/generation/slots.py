@@ -1,0 +1,372 @@
+"""Continuous batching: texts join and leave while others are being written.
+
+A `SlotEngine` has a fixed number of slots, each a row of one key/value cache. `enter` gives a job a
+slot, and each `turn` feeds a chunk of a prompt that waits and makes a few tokens of every text
+whose prompt is in. One thread drives it; `check` may be called from any.
+
+    engine = SlotEngine(lm, slots=8, adapters={"fox": "runs/adapter"})
+    text = engine.enter(Job(lm.encode("The quick"), GenerationOptions(max_new_tokens=6)))
+    while not text.sequence.reason:
+        engine.turn()
+
+What a text gets depends on its job alone, bit for bit: a prompt is fed by the chunks that it has
+alone, wherever its beginning is in the cache already; programs for few and for many rows sum in the
+same order (`ops.products`); and what other texts ask of the choice of tokens is an exact identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config.errors import UserError, unknown_name
+from gptjax.generation import slot_programs, slot_rows
+from gptjax.generation.language_model import LanguageModel
+from gptjax.generation.options import GenerationOptions, refuse_options
+from gptjax.generation.requests import SequenceState
+from gptjax.generation.slot_programs import ALTERNATIVES
+from gptjax.generation.slot_rows import Row
+from gptjax.model.kv_cache import init_cache
+from gptjax.ops.attention.cache import BLOCK
+from gptjax.ops.implementations import IMPLEMENTATIONS
+from gptjax.runtime import executables
+
+_CACHE_BYTES = 2 << 30  # of keys and values, where the context would need more
+_TURN_STEPS = 4  # tokens of each text in a turn
+_IDLE_CHUNKS = 4  # of prompts in a turn in which no text grows
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One text that is wanted."""
+
+    prompt: list[int]  # ids, already encoded
+    options: GenerationOptions  # n = 1; beams, speculation and context shift are refused
+    adapter: str = ""  # name of one of the engine's adapters
+    alternatives: int = 0  # most likely tokens given with each new one, at most `ALTERNATIVES`
+    prompt_logprobs: bool = False  # scores of the prompt's tokens too, with as many alternatives
+
+
+Alternatives = list[tuple[int, float]]  # (id, log-probability), most likely first
+
+
+@dataclasses.dataclass(eq=False)
+class Text:
+    """A job that has a slot, as it grows."""
+
+    job: Job
+    sequence: SequenceState
+    row: Row  # what the programs are told about it
+    alternatives: list[Alternatives] = dataclasses.field(default_factory=list)  # of each new token
+    # of each prompt token but the first, where asked for: its log-probability, and alternatives
+    prompt_scores: list[tuple[float, Alternatives]] = dataclasses.field(default_factory=list)
+    slot: int = -1
+    fed: int = 0  # tokens of the prompt that are in the cache
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.job.prompt_logprobs or self.job.options.prompt_logprobs
+
+    @property
+    def waits(self) -> bool:
+        """For some of its prompt to be fed; the last token is fed by the first step."""
+        return self.fed < self.row.prompt_length - 1
+
+
+@dataclasses.dataclass
+class _Slot:
+    text: Text | None = None
+    # tokens whose keys and values stay in the cache as prefill makes them, and for which adapter
+    prefix: list[int] = dataclasses.field(default_factory=list)
+    adapter: int = 0
+    freed: int = 0  # the turn in which it was
+
+
+class SlotEngine:
+    """Slots over one model.
+
+    adapters: {name: workdir or PEFT folder}: LoRA on the model's layers; those that replace weights
+        of the model, DoRA and learned prompts are refused.
+    length: tokens that a text may have, prompt included; 0: the model's context, or as much of it
+        as keys and values of all slots in 2 GiB allow.
+    folder: where compiled programs are kept for other processes (`executables.prepare`).
+
+    Raises UserError.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        slots: int = 8,
+        adapters: Mapping[str, str | Path] = {},
+        length: int = 0,
+        folder: str | Path | None = None,
+    ):
+        if slots < 1:
+            raise UserError(f"slots = {slots}: at least 1")
+        if lm.mesh is not None:
+            raise UserError("slots are on one device: load the model without a mesh")
+        lm._require_text_model()
+        model = lm._model
+        self.lm, self.config, self.params = lm, model.config, model.params
+        self.length = _text_length(model, slots, length)
+        self.models = {"": lm}  # the model of each adapter; "": the base
+        for name, path in adapters.items():
+            self.models[name] = lm.with_adapter(path)
+        self.adapters = slot_rows.stack_adapters(self.models)
+        self.chunk = IMPLEMENTATIONS[model.config.implementation].prefill_chunk
+        self.cache_slots = -(-self.length // BLOCK) * BLOCK
+        self._cache: Any = init_cache(
+            model.config, slots, self.cache_slots, dtype=model.cache_dtype
+        )
+        self._slots = [_Slot() for _ in range(slots)]
+        self._sizes = [n for n in (1, 8, 16, 32, 64, 128) if n < slots] + [slots]
+        self._folder = folder
+        self._programs: dict[Any, Any] = {}
+        self._preparing: dict[Any, threading.Thread] = {}
+        self._turn = 0
+        self._fed_last = -1  # the slot whose prompt was fed last
+
+    @property
+    def free(self) -> int:
+        """Slots without a text."""
+        return sum(slot.text is None for slot in self._slots)
+
+    def check(self, job: Job) -> None:
+        """Raises UserError for a job that cannot run."""
+        self._text(job)
+
+    def _text(self, job: Job) -> Text:
+        if job.adapter not in self.models:
+            raise UserError(unknown_name("adapter", job.adapter, [n for n in self.models if n]))
+        if not 0 <= job.alternatives <= ALTERNATIVES:
+            raise UserError(f"alternatives = {job.alternatives}: from 0 to {ALTERNATIVES}")
+        names = ("n", "num_beams", "num_speculative_tokens", "draft", "overflow")
+        refuse_options(job.options, "a text in a slot", *names)
+        request = self.models[job.adapter]._request([job.prompt], job.options)
+        prompt = request.prompts[0]
+        if len(prompt) + request.max_new_tokens > self.length + 1:
+            raise UserError(
+                f"{len(prompt)} prompt tokens and max_new_tokens = {request.max_new_tokens} exceed "
+                f"the {self.length} tokens that a slot holds"
+            )
+        adapter = list(self.models).index(job.adapter)
+        row = slot_rows.build_row(request, self.config.vocab_size, adapter)
+        return Text(job, request.sequences[0], row)
+
+    def enter(self, job: Job) -> Text:
+        """Gives the job a free slot. Raises UserError, also where no slot is free."""
+        text = self._text(job)
+        if not self.free:
+            raise UserError("no slot is free")
+        source, shared = self._longest_prefix(text)
+        target = self._choose_slot(source)
+        slot = self._slots[target]
+        if source != target and shared:
+            self._copy(source, target, shared)
+        text.slot, text.fed = target, shared
+        slot.text, slot.adapter = text, text.row.adapter
+        slot.prefix = text.row.tokens[:shared]
+        return text
+
+    def _longest_prefix(self, text: Text) -> tuple[int, int]:
+        """(slot, tokens) of the longest beginning that is in the cache, in whole chunks."""
+        best = (-1, 0)
+        if text.scores_prompt:  # every token has to be fed
+            return best
+        prompt = text.row.tokens[:-1]
+        for i, slot in enumerate(self._slots):
+            if slot.adapter != text.row.adapter or len(slot.prefix) <= best[1]:
+                continue
+            size = min(len(prompt), len(slot.prefix))
+            differs = np.flatnonzero(np.not_equal(prompt[:size], slot.prefix[:size]))
+            shared = int(differs[0]) if len(differs) else size
+            shared -= shared % self.chunk
+            if shared > best[1]:
+                best = (i, shared)
+        return best
+
+    def _choose_slot(self, source: int) -> int:
+        """The free slot with this prefix; else of the first eight free ones that freed first."""
+        free = [i for i, slot in enumerate(self._slots) if slot.text is None]
+        if source in free:
+            return source
+        group = [i for i in free if i // self._group == free[0] // self._group]
+        return min(group, key=lambda i: self._slots[i].freed)
+
+    _group = 8
+
+    def _copy(self, source: int, target: int, used: int) -> None:
+        numbers = [np.int32(number) for number in (source, target, used)]
+        call = slot_programs.copy_row.call(self._cache, *numbers, slots=len(self._slots))
+        self._cache = self._program("copy", call)(self._cache, *numbers)
+
+    def leave(self, text: Text) -> None:
+        """Frees the slot of a text, finished or not."""
+        if text.slot >= 0:
+            slot = self._slots[text.slot]
+            slot.text, slot.freed, text.slot = None, self._turn, -1
+
+    def turn(self) -> list[Text]:
+        """A chunk of a prompt that waits (several while no text grows), and a few tokens in each
+        text whose prompt is in. Returns the texts that changed; those with a reason have left."""
+        self._turn += 1
+        texts = [slot.text for slot in self._slots if slot.text is not None]
+        chunks = 1 if any(not text.waits for text in texts) else _IDLE_CHUNKS
+        changed = []
+        for _ in range(chunks):
+            if text := self._next_waiting():
+                self._feed_chunk(text)
+                changed.append(text)
+        ready = [text for text in texts if not text.waits]
+        if ready:
+            changed += self._decode(ready)
+        return list(dict.fromkeys(changed))
+
+    def _next_waiting(self) -> Text | None:
+        """Prompts are fed in turns, so that a long one does not stop others."""
+        waiting = [slot.text for slot in self._slots if slot.text and slot.text.waits]
+        if not waiting:
+            return None
+        after = [text for text in waiting if text.slot > self._fed_last]
+        text = (after or waiting)[0]
+        self._fed_last = text.slot
+        return text
+
+    def _feed_chunk(self, text: Text) -> None:
+        row, start = text.row, text.fed
+        tokens = np.zeros(self.chunk + 1, np.int32)
+        part = row.tokens[start : start + self.chunk + 1]
+        tokens[: len(part)] = part
+        alternatives = -1
+        if text.scores_prompt:
+            alternatives = ALTERNATIVES if text.job.alternatives else 0
+        arrays = (tokens, np.int32(text.slot), np.int32(start), np.int32(row.adapter))
+        program = self._program(
+            ("prefill", alternatives),
+            lambda: slot_programs.prefill.call(
+                self.config,
+                self.params,
+                self.adapters,
+                self._cache,
+                *arrays,
+                alternatives=alternatives,
+            ),
+        )
+        self._cache, scored = program(self.params, self.adapters, self._cache, *arrays)
+        count = min(self.chunk, row.prompt_length - 1 - start)
+        text.fed = start + count
+        if count == self.chunk:
+            self._slots[text.slot].prefix = row.tokens[: text.fed]
+        if scored is not None:
+            scored = jax.device_get(scored)
+            for i in range(count):
+                pairs = _alternatives(scored, i, text.job.alternatives)
+                text.prompt_scores.append((float(scored.logprob[i]), pairs))
+
+    def _decode(self, ready: Sequence[Text]) -> list[Text]:
+        """A few steps of these texts; returns them."""
+        first, size = self._window(ready)
+        rows: list[Row | None] = [None] * size
+        for text in ready:
+            rows[text.slot - first] = text.row
+        wants = any(text.job.alternatives for text in ready)
+        active = frozenset[str]().union(*(text.row.active for text in ready))
+        batch = slot_rows.stack_rows(rows, self.config.vocab_size, self.cache_slots)
+        alternatives = ALTERNATIVES if wants else 0
+        arrays = (
+            batch.state,
+            np.int32(first),
+            batch.adapters,
+            batch.settings,
+            np.int32(_TURN_STEPS),
+        )
+        program = self._program(
+            ("decode", size, active, alternatives, batch.shapes),
+            lambda: slot_programs.decode.call(
+                self.config,
+                self.params,
+                self.adapters,
+                self._cache,
+                *arrays,
+                active=active,
+                alternatives=alternatives,
+            ),
+        )
+        self._cache, tokens, made = program(self.params, self.adapters, self._cache, *arrays)
+        tokens, made = jax.device_get((tokens, made))
+        for text in ready:
+            at = text.slot - first
+            self._collect(text, tokens[at], jax.tree.map(lambda x, at=at: x[at], made))
+        return list(ready)
+
+    def _window(self, ready: Sequence[Text]) -> tuple[int, int]:
+        """(first row, rows) of the smallest program that these texts fit in, after some moved."""
+        used = [text.slot for text in ready]
+        for size in self._sizes:
+            if size < len(ready):
+                continue
+            first = min(max(min(used), 0), len(self._slots) - size)
+            outside = [text for text in ready if not first <= text.slot < first + size]
+            holes = [i for i in range(first, first + size) if self._slots[i].text is None]
+            if len(outside) <= len(holes):
+                for text, hole in zip(outside, holes, strict=False):
+                    self._move(text, hole)
+                return first, size
+        raise AssertionError("the largest program has all rows")
+
+    def _move(self, text: Text, target: int) -> None:
+        source = text.slot
+        self._copy(source, target, len(text.row.tokens))
+        old, new = self._slots[source], self._slots[target]
+        new.text, new.prefix, new.adapter = text, old.prefix, old.adapter
+        old.text, old.prefix, old.freed = None, [], self._turn
+        text.slot = target
+
+    def _collect(self, text: Text, tokens: np.ndarray, made: slot_programs.Scored) -> None:
+        """Feeds new tokens to a text, which leaves if they end it."""
+        sequence = text.sequence
+        for i in range(_TURN_STEPS):
+            known = len(sequence.tokens)
+            sequence.feed(int(tokens[i]), float(made.logprob[i]))
+            if len(sequence.tokens) > known:
+                text.row.tokens.append(int(tokens[i]))
+                text.alternatives.append(_alternatives(made, i, text.job.alternatives))
+            if len(sequence.tokens) >= text.job.options.max_new_tokens:
+                sequence.finish("length")
+            if sequence.reason:
+                self.leave(text)
+                return
+
+    def _program(self, key: Any, call: Any) -> Any:
+        """The executable of a key, made at the first time it is needed."""
+        if key not in self._programs:
+            call = call() if callable(call) else call
+            self._programs[key] = executables.executable(call, self._folder)
+        return self._programs[key]
+
+
+def _alternatives(scored: slot_programs.Scored, i: int, count: int) -> Alternatives:
+    ids, logprobs = scored.top_ids[i, :count].tolist(), scored.top_logprobs[i, :count].tolist()
+    return list(zip(ids, logprobs, strict=True))
+
+
+def _text_length(model: Any, slots: int, length: int) -> int:
+    """Tokens that a text may have. Raises UserError."""
+    config = model.config
+    if not 0 <= length <= config.context:
+        raise UserError(f"length = {length}: from 1 to the model's context of {config.context}")
+    if length:
+        return length
+    itemsize = jnp.dtype(model.cache_dtype or config.dtype).itemsize
+    token_bytes = 2 * config.layers * config.kv * config.head_width * itemsize
+    most = _CACHE_BYTES // (token_bytes * slots) // BLOCK * BLOCK
+    return min(config.context, max(most, BLOCK))
