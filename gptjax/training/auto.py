@@ -17,8 +17,8 @@ from gptjax.training.memory import RECOMPUTED, Shapes, Work, estimate
 # hidden behind its arithmetic: rather compute more again than cut micro-batches smaller.
 _POSITIONS = 4096
 
-# What is chosen may take this share of the memory: the estimate is right to a few per cent.
-ROOM = 0.95
+# What is chosen may take this share of the memory: the estimate is right to ten per cent or so.
+ROOM = 0.88
 
 # Layers from which on they run in a loop: it compiles in the same time at every depth, and holds
 # the gathered weights of one layer. On a CPU unrolled layers run faster. "": any other platform.
