@@ -1,0 +1,1 @@
+"""HTTP requests to generation: scheduler, API, page."""
