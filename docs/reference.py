@@ -40,6 +40,7 @@ PUBLIC = (
     "LanguageModel.encode",
     "LanguageModel.classify",
     "LanguageModel.with_adapter",
+    "LanguageModel.trace",
     "LanguageModel.save",
     "GenerationOptions",
     "Completion",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 Array = jax.Array
 Params = dict[str, Any]  # nested dicts of arrays, blocks stacked on axis 0
+
+# Sees a value of the forward pass and gives what takes its place: hook(name, value, layer); a pure
+# function (`model.transformer.HOOK_POINTS` has the names).
+Hook = Callable[[str, Array, int], Array]
 
 
 @jax.tree_util.register_dataclass

@@ -27,7 +27,7 @@ from gptjax.checkpoints.safetensors import LazyParams
 from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Params
-from gptjax.generation import beam_search, engine, pairs, requests, scoring, speculative
+from gptjax.generation import beam_search, engine, pairs, requests, scoring, speculative, tracing
 from gptjax.generation.loop import InferenceModel
 from gptjax.generation.meshes import decoding_mesh
 from gptjax.generation.options import (
@@ -401,6 +401,8 @@ class LanguageModel:
         options = merge_options(options, keywords)
         refuse_options(options, "compile", "num_beams", "num_speculative_tokens", "draft")
         engine.compile_ahead(self._model, self._request([prompt], options), folder=folder)
+
+    trace = tracing.trace
 
     def save(self, path: str | Path, *, form: str = "hf", dtype: str = "") -> None:
         """Writes the model: a Hugging Face folder, a .gguf file or a workdir.

@@ -1,8 +1,9 @@
 """The decoder: GPT-2 exactly; GPT-NeoX, Llama and its relatives, Phi-3 and Gemma 2 by config.
 
 `apply` turns tokens into hidden states: the Linen modules describe one block, `apply` runs it over
-the layers. head.py turns hidden states into logits, scores or a loss; init.py makes the parameters,
-kv_cache.py the cache that `apply` takes and returns; layers.py and embed.py have the parts.
+the layers, and a hook may see and change what arises on the way (`HOOK_POINTS`). head.py turns
+hidden states into logits, scores or a loss; init.py makes the parameters, kv_cache.py the cache
+that `apply` takes and returns; layers.py and embed.py have the parts.
 
 Dims: B batch, T time, S keys, D width, H query heads, K key/value heads, G = H / K, C head width,
 F MLP width, V vocabulary, L layers.
@@ -11,7 +12,9 @@ F MLP width, V vocabulary, L layers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from gptjax.config.schema import ModelConfig
-from gptjax.core.types import Params
+from gptjax.core.types import Hook, Params
 from gptjax.model.dropout import ROWS, Dropout, keep_mask
 from gptjax.model.embed import embed
 from gptjax.model.layers import Linear, Module, Norm
@@ -29,10 +32,49 @@ from gptjax.model.memory import rematerialized, whole_layer
 from gptjax.model.rope import rope_tables, rotate
 from gptjax.ops import collectives
 from gptjax.ops.attention.mask import Mask
+from gptjax.ops.attention.reference import reference as reference_attention
 from gptjax.ops.implementations import IMPLEMENTATIONS
 
+# What a hook is called with, in the order of the forward pass, and the dims of the value. Values of
+# all layers but the first and the last rows, whose layer is -1.
+HOOK_POINTS: dict[str, str] = {
+    "embedding": "BTD",  # what enters the first block: tokens, and learned positions
+    "residual": "BTD",  # the residual stream before a block
+    "attention_input": "BTD",  # the block's first norm
+    "queries": "BTHC",  # after RoPE, before the division by the root of C
+    "keys": "BTKC",  # after RoPE
+    "values": "BTKC",
+    "scores": "BHTS",  # before the softmax; -1e30 where a query must not look
+    "pattern": "BHTS",  # after it
+    "heads": "BTHC",  # what each head read, before the output product
+    "attention_output": "BTD",  # what attention adds to the residual stream
+    "residual_middle": "BTD",  # the residual stream between attention and MLP
+    "mlp_input": "BTD",  # the block's second norm
+    "mlp_before": "BTF",  # hidden units before the activation; of a gated MLP gate and up, BT2F
+    "mlp_after": "BTF",  # and after it (and after the gate)
+    "mlp_output": "BTD",  # what the MLP adds to the residual stream
+    "residual_after": "BTD",  # the residual stream after a block
+    "final_norm": "BTD",
+}
 
-class Attention(Module):
+
+class Hooked(Module):
+    """A module with the hook of its layer: called with a name of `HOOK_POINTS` and a value."""
+
+    hook: Callable[[str, Array], Array] | None = None
+
+    def hooked(self, name: str, value: Array) -> Array:
+        return value if self.hook is None else self.hook(name, value)
+
+    def hooked_by_head(self, name: str, value: Array, axis: int) -> Array:
+        """Of a value with K and G from `axis` on: the hook sees H in their place."""
+        if self.hook is None:
+            return value
+        by_head = value.reshape(*value.shape[:axis], -1, *value.shape[axis + 2 :])
+        return self.hook(name, by_head).reshape(value.shape)
+
+
+class Attention(Hooked):
     """Grouped-query attention.
 
     The kernel of q, k, v is [D, K, G + 2, C]: each key/value head next to its own queries, so that
@@ -62,12 +104,14 @@ class Attention(Module):
             cos, sin = rope_tables(c, positions)
             q_BTKGC = rotate(q_BTKGC, cos[:, :, None, None], sin[:, :, None, None])
             k_BTKC = rotate(k_BTKC, cos[:, :, None], sin[:, :, None])
+        q_BTKGC = self.hooked_by_head("queries", q_BTKGC, 2)
+        k_BTKC, v_BTKC = self.hooked("keys", k_BTKC), self.hooked("values", v_BTKC)
         if c.query_pre_attn_scalar:  # attention divides by the root of C
             q_BTKGC = q_BTKGC * math.sqrt(c.head_width / c.query_pre_attn_scalar)
         if c.scale_scores_by_layer:
             q_BTKGC = q_BTKGC / (layer + 1)
         if cache is None:
-            y_BTKGC = ops.attention[c.attention](
+            y_BTKGC = self._backend(
                 q_BTKGC,
                 collectives.gather(k_BTKC, "context", 1),
                 collectives.gather(v_BTKC, "context", 1),
@@ -80,8 +124,16 @@ class Attention(Module):
             cache = ops.write_cache(cache, k_BTKC, v_BTKC, mask.q_index[:, 0])
             y_BTKGC = ops.cached_attention(q_BTKGC, cache, mask, softcap=c.attention_softcap)
         y_BTHC = y_BTKGC.reshape(*y_BTKGC.shape[:2], heads * groups, c.head_width)
+        y_BTHC = self.hooked("heads", y_BTHC)
         biased = c.bias in ("all", "attention")
         return Linear(c, (c.width,), biased, inputs=2, partial=True, name="out")(y_BTHC), cache
+
+    @property
+    def _backend(self) -> Callable[..., Array]:
+        if self.hook is not None:
+            by_head = functools.partial(self.hooked_by_head, axis=1)
+            return functools.partial(reference_attention, hook=by_head)
+        return self.ops.attention[self.config.attention]
 
     def _dropout(self, of_queries: tuple[int, ...]) -> Array:
         """What multiplies the attention weights: 0, or 1 / (1 - dropout)."""
@@ -93,7 +145,7 @@ class Attention(Module):
         return keep / jnp.float32(keep_prob)
 
 
-class MLP(Module):
+class MLP(Hooked):
     """An activation between two products, or a gate, with gate and up in one kernel [D, 2, F].
 
     Split over `tensor`, the result is this device's part of a sum.
@@ -107,11 +159,12 @@ class MLP(Module):
             h = Linear(c, (2, hidden), bias, name="gate_up")(x_BTD)
         else:
             h = Linear(c, (hidden,), bias, name="up")(x_BTD)
-        h_BTF = self.ops.activation[c.mlp](h)
+        h = self.hooked("mlp_before", h)
+        h_BTF = self.hooked("mlp_after", self.ops.activation[c.mlp](h))
         return Linear(c, (c.width,), bias, partial=True, name="down")(h_BTF)
 
 
-class Block(Module):
+class Block(Hooked):
     """x + attention(norm(x)), then + mlp(norm(x)); in parallel, both norms read the same x.
 
     With `post_norms`, what is added is normalized too.
@@ -130,18 +183,25 @@ class Block(Module):
         c, ops, length = self.config, self.ops, positions.shape[1]
         whole, to_residual = collectives.whole_sequence, collectives.to_residual
         dropout = Dropout(c.dropout if train else 0.0)
+        x_BTD = self.hooked("residual", x_BTD)
         normed_BTD = whole(Norm(c, name="norm1")(x_BTD), length)
-        attention = Attention(c, name="attn")
+        normed_BTD = self.hooked("attention_input", normed_BTD)
+        attention = Attention(c, self.hook, name="attn")
         partial_BTD, cache = attention(normed_BTD, positions, mask, cache, train, layer)
         update_BTD = to_residual(partial_BTD)
         if c.post_norms:
             update_BTD = Norm(c, name="post_norm1")(update_BTD)
+        update_BTD = self.hooked("attention_output", update_BTD)
         attended_BTD = ops.residual_add(x_BTD, dropout(update_BTD))
+        attended_BTD = self.hooked("residual_middle", attended_BTD)
         normed_BTD = whole(Norm(c, name="norm2")(x_BTD if c.parallel else attended_BTD), length)
-        update_BTD = to_residual(MLP(c, name="mlp")(normed_BTD))
+        normed_BTD = self.hooked("mlp_input", normed_BTD)
+        update_BTD = to_residual(MLP(c, self.hook, name="mlp")(normed_BTD))
         if c.post_norms:
             update_BTD = Norm(c, name="post_norm2")(update_BTD)
-        return ops.residual_add(attended_BTD, dropout(update_BTD)), cache
+        update_BTD = self.hooked("mlp_output", update_BTD)
+        x_BTD = ops.residual_add(attended_BTD, dropout(update_BTD))
+        return self.hooked("residual_after", x_BTD), cache
 
 
 # Leaves that keep their dtype: scales of norms, the rows of `model.quantize`, parts of adapters.
@@ -166,6 +226,7 @@ def apply(
     cache: tuple[Params, ...] | None = None,
     start_B: Int[Array, " B"] | None = None,
     dropout_key: Array | None = None,
+    hook: Hook | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Params, ...] | None]:
     """Final hidden states [B, T, D] in the compute dtype (normalized, ready for `head.unembed`) and
     the updated cache.
@@ -174,7 +235,14 @@ def apply(
     isolate documents; a `dropout_key` turns dropout on. With a cache (`kv_cache.init_cache`), row
     b's tokens stand at the slots start_B[b], start_B[b] + 1, ...; `positions` default to the slots.
     Blocks may be stacked on axis 0 or, for inference, a tuple.
+
+    hook: a pure function `hook(name, value, layer)`, called at `HOOK_POINTS`; what it returns, in
+    the same shape, takes the value's place. The blocks are then unrolled, `layer` is a number of
+    Python (-1: of no layer), and attention is the reference, whose scores can be seen. Not with a
+    cache, nor in a manual region. None: the program has nothing of it.
     """
+    if hook is not None and cache is not None:
+        raise ValueError("a hook sees whole texts: give no cache")
     c = config
     params = cast(c, params)
     slots = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
@@ -190,8 +258,10 @@ def apply(
         rngs = {"dropout": jax.random.fold_in(dropout_key, c.layers)}
         dropped: Any = Dropout(c.dropout).apply({}, x_BTD, rngs=rngs)
         x_BTD = dropped
+    if hook is not None:
+        x_BTD = hook("embedding", x_BTD, -1)
 
-    def block(x_BTD: Array, layer: tuple[Params, Array, Params | None]) -> Any:
+    def block(x_BTD: Array, layer: tuple[Params, Array, Params | None], hook: Any = None) -> Any:
         block_params, number, block_cache = layer
         block_mask = mask
         if c.alternate_windows:
@@ -199,32 +269,43 @@ def apply(
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
         rngs = None if key is None else {"dropout": key}
         variables = {"params": whole_layer(block_params)}
-        return Block(c).apply(
+        return Block(c, hook).apply(
             variables, x_BTD, positions, block_mask, block_cache, train, number, rngs=rngs
         )
 
     blocks = params["blocks"]
-    scanned = c.scan_layers is True and cache is None and isinstance(blocks, dict)
-    block = rematerialized(c, block, scanned=scanned)
+    scanned = c.scan_layers is True and cache is None and hook is None and isinstance(blocks, dict)
+    run = rematerialized(c, block, scanned=scanned) if hook is None else block
     if scanned:
-        x_BTD, _ = jax.lax.scan(block, x_BTD, (blocks, jnp.arange(c.layers), None))
+        x_BTD, _ = jax.lax.scan(run, x_BTD, (blocks, jnp.arange(c.layers), None))
     else:
         if isinstance(blocks, dict):
             blocks = IMPLEMENTATIONS[c.implementation].unstack(blocks)
-        else:
-            block = jax.jit(block)  # for inference: traced once for all layers
-        x_BTD, cache = _unrolled(block, x_BTD, blocks, cache)
+        elif hook is None:
+            run = jax.jit(run)  # for inference: traced once for all layers
+        x_BTD, cache = _unrolled(run, x_BTD, blocks, cache, hook)
     final: Any = Norm(c).apply({"params": params["final_norm"]}, x_BTD)
+    if hook is not None:
+        final = hook("final_norm", final, -1)
     return collectives.whole_sequence(final, tokens_BT.shape[1]), cache
 
 
 def _unrolled(
-    block: Any, x_BTD: Array, blocks: tuple[Params, ...], cache: tuple[Params, ...] | None
+    block: Any,
+    x_BTD: Array,
+    blocks: tuple[Params, ...],
+    cache: tuple[Params, ...] | None,
+    hook: Hook | None,
 ) -> tuple[Array, tuple[Params, ...] | None]:
     """The blocks one after the other, each with its layer of the cache."""
     new_cache = []
     for i, params in enumerate(blocks):
         layer = (params, jnp.asarray(i), None if cache is None else cache[i])
-        x_BTD, layer_cache = block(x_BTD, layer)
+        own = () if hook is None else (functools.partial(_call, hook, i),)
+        x_BTD, layer_cache = block(x_BTD, layer, *own)
         new_cache.append(layer_cache)
     return x_BTD, None if cache is None else tuple(new_cache)
+
+
+def _call(hook: Hook, layer: int, name: str, value: Array) -> Array:
+    return hook(name, value, layer)
