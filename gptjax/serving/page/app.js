@@ -26,6 +26,7 @@ function draw() {
     radio.disabled = isChatless && radio.value === "chat";
   }
   document.body.dataset.mode = mode;
+  document.title = `${titleOf(current)} · gptjax`;
   const isChat = mode === "chat";
   $("text-label").textContent = isChat ? "Message" : "Text to go on from";
   $("text").placeholder = isChat ? "Message" : "Text to go on from";
@@ -185,8 +186,12 @@ function remove(message) {
 }
 
 async function copy(message) {
-  await navigator.clipboard?.writeText(message.content);
-  say("Copied.");
+  try {
+    await navigator.clipboard.writeText(message.content);
+    say("Copied.");
+  } catch {
+    notify("The browser lets this page copy nothing: select the text and copy it yourself.");
+  }
 }
 
 function example(text) {

@@ -4,10 +4,10 @@ import * as tokens from "./tokens.js";
 
 const log = document.getElementById("messages");
 const ENDS = {
-  length: "Cut at the number of tokens that was asked for.",
-  stopped: "Stopped.",
-  content_filter: "The server ended it.",
-  "": "Not finished.",
+  length: "cut at max tokens",
+  stopped: "stopped",
+  content_filter: "ended by the server",
+  "": "not finished",
 };
 const EXAMPLES = {
   chat: ["What is the capital of France?", "Write two lines about the sea.", "Why is the sky blue?"],

@@ -178,18 +178,18 @@ function open(target, { token: [text, logprob, others], instead }) {
   place(target.getClientRects()[0] ?? target.getBoundingClientRect());
 }
 
-/** The surprise of each token as a bar, one after the other; 10 bits are the full height. */
+/** The surprise of each token as a bar, one after the other; 8 bits are the full height. */
 export function pulse(tokens) {
   const space = "http://www.w3.org/2000/svg";
   const drawing = document.createElementNS(space, "svg");
   const width = Math.max(tokens.length, 120);
-  drawing.setAttribute("viewBox", `0 0 ${width} 10`);
+  drawing.setAttribute("viewBox", `0 0 ${width} 8`);
   drawing.setAttribute("preserveAspectRatio", "none");
   drawing.setAttribute("aria-hidden", "true");
   drawing.classList.add("pulse");
   const bars = document.createElementNS(space, "path");
-  const heights = tokens.map(([, logprob]) => Math.min(Math.max(-logprob / Math.LN2, 0.15), 10));
-  bars.setAttribute("d", heights.map((h, i) => `M${i} 10v${-h}h.7v${h}z`).join(""));
+  const heights = tokens.map(([, logprob]) => Math.min(Math.max(-logprob / Math.LN2, 0.4), 8));
+  bars.setAttribute("d", heights.map((h, i) => `M${i} 8v${-h}h.7v${h}z`).join(""));
   bars.setAttribute("fill", "currentColor");
   drawing.append(bars);
   return drawing;
