@@ -24,7 +24,7 @@ def error(status, message, param=None):
 def words_of(asked):
     """The answer's tokens: it repeats how many messages it was sent, so that tests can see it."""
     if isinstance(asked, str):
-        return [" and", " so", " on", "."]
+        return [" and", " so", " on", " 5", " ", "bytes:\\xe2\\x82", "bytes:\\xac", "."]
     if "slow" in asked[-1]["content"]:
         return [" slow"] * 400
     first_word, *others = ANSWER.split()
@@ -43,7 +43,8 @@ def chunk_of(is_chat, i, word):
             "top_logprobs": [{text: math.log(p) for text, p in others}],
             "text_offset": [0],
         }
-        return {"text": word, "logprobs": logprobs, "finish_reason": None}
+        text = {"bytes:\\xe2\\x82": "", "bytes:\\xac": "€"}.get(word, word)
+        return {"text": text, "logprobs": logprobs, "finish_reason": None}
     rows = [
         {"token": text, "logprob": math.log(p), "bytes": list(text.encode())} for text, p in others
     ]

@@ -338,13 +338,14 @@ def test_a_model_without_chat_writes_on_from_a_text(open_page, server):
     expect(page.get_by_label("Chat", exact=True)).to_be_disabled()
     page.get_by_label("Text to go on from").fill("Once upon a time")
     page.get_by_role("button", name="Go on").click()
-    expect(answers(page)).to_have_text(" and so on.")
+    expect(answers(page)).to_have_text(" and so on 5 €.")
     assert server.requests[0]["prompt"] == "Once upon a time"
+    assert server.requests[0]["max_tokens"] == 100
     page.locator(".assistant .token").nth(1).hover()
     page.get_by_role("button", name=re.compile("Go on with else")).click()
-    expect(answers(page)).to_have_text(" and else and so on.")
+    expect(answers(page)).to_have_text(" and else and so on 5 €.")
     assert server.requests[1]["prompt"] == "Once upon a time and else"
-    expect(page.locator(".assistant .token")).to_have_count(6)
+    expect(page.locator(".assistant .token")).to_have_count(10)
 
 
 def test_a_key_is_asked_for_where_the_server_wants_one(open_page):

@@ -10,6 +10,7 @@ import * as tokens from "./tokens.js";
 const $ = (id) => document.getElementById(id);
 const running = new Map(); // conversation id -> {message, controller}
 const SAVE_EVERY = 400; // ms, while an answer grows
+const TEXT_TOKENS = 100; // of a text, where the user says nothing: the API's own default is 16
 let current = null; // the conversation on the screen
 let known = []; // the server's models
 let isEditing = false;
@@ -266,7 +267,9 @@ function requestOf(conversation) {
   const body = { model, ...settings.request(values, mode) };
   if (mode === "text") {
     const prompt = conversation.messages.map((message) => message.content).join("");
-    return ["v1/completions", { ...body, prompt }];
+    const context = known.find((row) => row.id === model)?.context_length ?? 4 * TEXT_TOKENS;
+    const max_tokens = Math.min(TEXT_TOKENS, Math.max(1, Math.floor(context / 4)));
+    return ["v1/completions", { max_tokens, ...body, prompt }];
   }
   const system = (values.system ?? "").trim();
   const turns = conversation.messages

@@ -161,4 +161,5 @@ export function edit(message, { save, cancel }) {
   });
   article.replaceChildren(article.querySelector(".who"), form);
   box.focus();
+  article.scrollIntoView({ block: "nearest" });
 }

@@ -1,7 +1,7 @@
 // The two panels at the sides, the appearance, and the dialog that asks for a key.
 
 const wide = { conversations: matchMedia("(min-width: 56rem)"), settings: matchMedia("(min-width: 80rem)") };
-const rest = () => document.querySelectorAll("main, .top, .skip");
+const rest = () => document.querySelectorAll("main, .top, .skip, .panel:not(.open)");
 
 /** A panel stands beside the text where there is room; else a button opens it over the text. */
 export function start() {
@@ -13,6 +13,9 @@ export function start() {
     panel.addEventListener("keydown", (event) => event.key === "Escape" && close(name));
     wide[name].addEventListener("change", () => close(name, false));
   }
+  document.addEventListener("click", ({ target }) => {
+    if (target === document.body || target === document.documentElement) Object.keys(wide).map((name) => close(name));
+  });
   startTheme();
 }
 

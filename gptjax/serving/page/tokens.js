@@ -15,18 +15,29 @@ export class TokenReader {
   read(logprobs) {
     if (!logprobs) return [];
     if (logprobs.content) return logprobs.content.map((entry) => this.chat(entry));
-    return (logprobs.tokens ?? []).map((text, i) => {
+    return (logprobs.tokens ?? []).map((token, i) => {
       const others = Object.entries(logprobs.top_logprobs?.[i] ?? {});
-      return [text, round(logprobs.token_logprobs[i] ?? 0), sorted(others)];
+      return [this.text(bytesOf(token)), round(logprobs.token_logprobs[i] ?? 0), sorted(others)];
     });
   }
 
+  text(bytes) {
+    return this.decoder.decode(new Uint8Array(bytes), { stream: true });
+  }
+
   chat({ token, bytes, logprob, top_logprobs }) {
-    const text = bytes ? this.decoder.decode(new Uint8Array(bytes), { stream: true }) : token;
+    const text = this.text(bytes ?? bytesOf(token));
     const others = (top_logprobs ?? []).map((other) => [other.token, other.logprob]);
     return [text, round(logprob), sorted(others)];
   }
 }
+
+/** A part of a character is written out as its bytes: "bytes:\\xe2\\x82". */
+const PART = /^bytes:(\\x[0-9a-f]{2})+$/;
+const bytesOf = (token) =>
+  PART.test(token)
+    ? token.match(/[0-9a-f]{2}(?=\\|$)/g).map((byte) => parseInt(byte, 16))
+    : new TextEncoder().encode(token);
 
 const sorted = (others) =>
   others.map(([text, logprob]) => [text, round(logprob)]).sort((a, b) => b[1] - a[1]);
@@ -34,15 +45,15 @@ const sorted = (others) =>
 /** Spans of the tokens that make up `content`, and what is left of it as plain text. */
 export function draw(element, content, tokens) {
   element.replaceChildren();
-  grow(element, content, tokens);
+  grow(element, content, tokens, true);
 }
 
-/** As `draw`, where the element already has the first tokens of the same answer. */
-export function grow(element, content, tokens) {
+/** As `draw`, where the element already has the first tokens, and more of the text may come. */
+export function grow(element, content, tokens, isEnded = false) {
   if (element.lastChild?.nodeType === Node.TEXT_NODE) element.lastChild.remove();
   let at = 0;
   for (let i = 0; i < tokens.length; i++) {
-    const text = part(content, at, tokens[i][0]);
+    const text = part(content, at, tokens[i][0], isEnded);
     if (text === null) break;
     at += text.length;
     if (i >= element.childNodes.length) element.append(span(i, text, tokens[i]));
@@ -51,11 +62,11 @@ export function grow(element, content, tokens) {
 }
 
 /** What of a token's text stands at a place of the content; null where they differ. */
-function part(content, at, text) {
+function part(content, at, text, isEnded) {
   const here = at === 0 && !content.startsWith(text) ? text.trimStart() : text;
   if (content.startsWith(here, at)) return here;
-  const rest = content.slice(at); // cut by a stop text, or not written yet
-  return here.startsWith(rest) ? rest : null;
+  const rest = content.slice(at); // cut by a stop text, or not here yet
+  return isEnded && here.startsWith(rest) ? rest : null;
 }
 
 function span(index, text, [, logprob]) {
@@ -165,7 +176,8 @@ function open(target, { token: [text, logprob, others], instead }) {
   head.classList.add("chosen");
   const alternatives = document.createElement("ul");
   for (const [other, value] of others) {
-    const item = row(other, value, "li", instead && other !== text ? () => instead([other, value]) : null);
+    const isOther = other !== text && !PART.test(other);
+    const item = row(other, value, "li", instead && isOther ? () => instead([other, value]) : null);
     if (other === text) item.setAttribute("aria-current", "true");
     alternatives.append(item);
   }
