@@ -1,7 +1,8 @@
 """A server of the same API without a model: its answers are known and as slow as a test wants.
 
-A message with "slow" in it is answered for 20 s; a schema whose type is "nonsense" is refused;
-the model "base" has no chat template; with a key, requests without it are answered 401.
+A message with "slow" in it is answered for 20 s, one with "late" begins after 3 s, in which the
+server says that it starts; a schema whose type is "nonsense" is refused; the model "base" has no
+chat template; with a key, requests without it are answered 401.
 """
 
 import asyncio
@@ -54,10 +55,12 @@ def chunk_of(is_chat, i, word):
 
 def make_app(requests, key=""):
     from starlette.applications import Starlette
-    from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
+    from starlette.responses import JSONResponse, StreamingResponse
     from starlette.routing import Route
 
     from gptjax.serving.page_files import page_routes
+
+    status = {"status": "ok"}
 
     def is_refused(request):
         return bool(key) and request.headers.get("authorization") != f"Bearer {key}"
@@ -87,6 +90,10 @@ def make_app(requests, key=""):
         words = ['{"city": ', '"Paris"}'] if schema else words_of(asked)
 
         async def events():
+            if is_chat and "late" in asked[-1]["content"]:
+                status["status"] = "starting"
+                await asyncio.sleep(3)
+                status["status"] = "ok"
             for i, word in enumerate(words):
                 yield f"data: {json.dumps({'choices': [chunk_of(is_chat, i, word)]})}\n\n"
                 await asyncio.sleep(0.05 if len(words) > 100 else 0.002)
@@ -102,7 +109,7 @@ def make_app(requests, key=""):
             Route("/v1/models", models),
             Route("/v1/chat/completions", answer, methods=["POST"]),
             Route("/v1/completions", answer, methods=["POST"]),
-            Route("/health", lambda request: PlainTextResponse("ok")),
+            Route("/health", lambda request: JSONResponse(status)),
         ]
     )
 

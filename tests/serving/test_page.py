@@ -20,6 +20,7 @@ ANSWER = (
     "({} messages, system: {})"
 )
 expect = sync_api.expect
+expect.set_options(timeout=20_000)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def open_page(browser, server):
 
 
 def watched(page, url, faults):
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)
     page.on("pageerror", lambda fault: faults.append(str(fault)))
     page.goto(url)
     return page
@@ -118,6 +119,14 @@ def test_chat_with_the_probability_of_each_token(open_page, server):
     assert [m["role"] for m in server.requests[2]["messages"]] == [
         *("system", "user", "assistant", "user")
     ]
+
+
+def test_a_server_that_compiles_says_so(open_page):
+    page = open_page()
+    ask(page, "late please")
+    expect(page.locator(".note")).to_contain_text("compiles its programs")
+    ended(page)
+    expect(page.locator(".note")).to_contain_text("16 tokens")
 
 
 def test_stop_keeps_what_is_written_and_frees_the_box(open_page):

@@ -49,11 +49,12 @@ export async function models() {
   return (await (await ask("v1/models")).json()).data;
 }
 
-export async function healthy() {
+/** "ok", "starting" (its first program is being compiled), "stopping", or "gone". */
+export async function health() {
   try {
-    return (await fetch("health", { cache: "no-store" })).ok;
+    return (await (await fetch("health", { cache: "no-store" })).json()).status;
   } catch {
-    return false;
+    return "gone";
   }
 }
 

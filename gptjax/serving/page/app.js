@@ -10,6 +10,7 @@ import * as tokens from "./tokens.js";
 const $ = (id) => document.getElementById(id);
 const running = new Map(); // conversation id -> {message, controller}
 const SAVE_EVERY = 400; // ms, while an answer grows
+const SLOW = 2000; // ms without a token, after which the page asks why
 const TEXT_TOKENS = 100; // of a text, where the user says nothing: the API's own default is 16
 let current = null; // the conversation on the screen
 let known = []; // the server's models
@@ -308,12 +309,14 @@ async function answer(begun = { content: "", tokens: [] }) {
 
 async function receive(id, message, [path, body], signal) {
   const reader = new tokens.TokenReader();
+  const asking = setTimeout(() => explain(message), SLOW);
   let saved = Date.now();
   let began = 0; // when the first tokens came, and how many there were then
   let first = 0;
   for await (const chunk of api.stream(path, body, signal)) {
     const choice = chunk.choices?.[0];
     if (!choice) continue;
+    if (choice.delta?.content || choice.text) clearTimeout(asking);
     message.content += choice.delta?.content ?? choice.text ?? "";
     message.tokens.push(...reader.read(choice.logprobs));
     message.ended = choice.finish_reason ?? message.ended;
@@ -328,6 +331,13 @@ async function receive(id, message, [path, body], signal) {
       if (!save(id, message)) return; // deleted in another tab
     }
   }
+}
+
+/** Says why nothing has come yet, where the server knows. */
+async function explain(message) {
+  const isStarting = (await api.health()) === "starting";
+  const text = isStarting ? "The server compiles its programs: the first answer takes longer." : "";
+  if (messages.remark(message, text)) sayMore(text);
 }
 
 /** Whole sentences go to the screen reader as they come; `rest` is what it has not said. */
@@ -367,7 +377,7 @@ function fail(id, message, fault) {
 let looking = 0;
 function gone() {
   const look = async () => {
-    if (!(await api.healthy())) return;
+    if (["gone", "stopping"].includes(await api.health())) return;
     clearInterval(looking);
     looking = 0;
     notify("");

@@ -130,11 +130,20 @@ function buttons(message, mode, actions) {
 
 export const find = (id) => log.querySelector(`[data-id="${CSS.escape(id)}"]`);
 
+/** Says something under a growing answer, as long as there is none of it; whether it did. */
+export function remark(message, text) {
+  const note = find(message.id)?.querySelector(".note");
+  if (!note || message.content || message.ended) return false;
+  note.textContent = text;
+  return true;
+}
+
 /** Draws what a growing answer has got since. */
 export function grow(message) {
   const element = find(message.id)?.querySelector(".content");
   if (!element) return;
   const isFollowing = isAtEnd();
+  if (message.content) find(message.id).querySelector(".note").textContent = "";
   tokens.grow(element, message.content, message.tokens);
   if (isFollowing) toEnd();
 }
