@@ -32,7 +32,16 @@ from gptjax.core.streams import OutputLostError, say, say_once
 
 __all__ = ["Args", "main", "parse", "progress", "reporting", "result", "run", "say", "say_once"]
 
-VERBS = ("train", "generate", "evaluate", "convert", "plan", "data.prepare", "data.preview")
+VERBS = (
+    "train",
+    "generate",
+    "evaluate",
+    "convert",
+    "plan",
+    "serve",
+    "data.prepare",
+    "data.preview",
+)
 _COMMON_FLAGS = {
     "help": "this text",
     "json": "machine-readable results on stdout",

@@ -124,16 +124,20 @@ class SlotEngine:
         self.adapters = slot_rows.stack_adapters(self.models)
         self.chunk = IMPLEMENTATIONS[model.config.implementation].prefill_chunk
         self.cache_slots = -(-self.length // BLOCK) * BLOCK
-        self._cache: Any = init_cache(
-            model.config, slots, self.cache_slots, dtype=model.cache_dtype
-        )
         self._slots = [_Slot() for _ in range(slots)]
+        self.reset()
         self._sizes = [n for n in (1, 8, 16, 32, 64, 128) if n < slots] + [slots]
         self._folder = folder
         self._programs: dict[Any, Any] = {}
         self._preparing: dict[Any, threading.Thread] = {}
         self._turn = 0
         self._fed_last = -1  # the slot whose prompt was fed last
+
+    def reset(self) -> None:
+        """Frees all slots and begins with an empty cache, as after an error in a turn."""
+        self._slots = [_Slot() for _ in self._slots]
+        dtype = self.lm._model.cache_dtype
+        self._cache: Any = init_cache(self.config, len(self._slots), self.cache_slots, dtype=dtype)
 
     @property
     def free(self) -> int:
