@@ -4,9 +4,18 @@ import json
 import os
 import re
 import shutil
+from urllib.request import Request, urlopen
 
 import pytest
-from small_server import serving
+from helpers import tiny_language_model
+from small_server import Server, serving
+
+from gptjax.generation.slots import SlotEngine
+from gptjax.serving.app import build_app
+from gptjax.serving.metrics import Metrics
+from gptjax.serving.scheduler import Scheduler
+from gptjax.serving.served import Served
+from gptjax.tokenizer.trained import ByteTokenizer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -370,6 +379,37 @@ def test_a_key_is_asked_for_where_the_server_wants_one(open_page):
         page.reload()
         expect(page.get_by_label("Model")).to_have_value("toy")
         assert "secret" not in page.evaluate("JSON.stringify(localStorage)")
+
+
+def test_the_server_of_this_package_with_tokens_that_are_parts_of_characters(open_page):
+    engine = SlotEngine(tiny_language_model("llama", tokenizer=ByteTokenizer(), vocab=257), slots=2)
+    scheduler = Scheduler(engine, Metrics())
+    scheduler.start()
+    server = Server(build_app(Served("bytes", engine), scheduler))
+    try:
+        page = open_page(server.url)
+        expect(page.get_by_label("Chat", exact=True)).to_be_disabled()
+        for name, value in (("Seed", "3"), ("Max tokens", "40"), ("Stop texts", "never")):
+            page.get_by_label(name).fill(value)
+        page.get_by_label("Text to go on from").fill("Once")
+        page.get_by_role("button", name="Go on").click()
+        ended(page)
+        body = dict(model="bytes", prompt="Once", seed=3, max_tokens=40, stop=["never"])
+        sent = Request(f"{server.url}v1/completions", json.dumps(body).encode())
+        sent.add_header("Content-Type", "application/json")
+        with urlopen(sent) as answer:
+            expected = json.load(answer)["choices"][0]["text"]
+        assert answers(page).evaluate("(element) => element.textContent") == expected
+        spans = page.locator(".assistant .token")
+        expect(spans).to_have_count(40)
+        spans.nth(39).hover()
+        expect(page.get_by_role("region", name="Token").get_by_role("listitem")).to_have_count(5)
+        page.get_by_label("Max tokens").fill("4000")
+        page.get_by_role("button", name="Write the answer again").click()
+        expect(page.locator(".message .error")).to_contain_text("max_tokens")
+    finally:
+        server.stop()
+        scheduler.close(drain=False)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
