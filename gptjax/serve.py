@@ -16,6 +16,7 @@ from pathlib import Path
 from gptjax.config.errors import UserError
 from gptjax.core import cli, files
 from gptjax.generation import language_model
+from gptjax.generation.language_model import LanguageModel
 from gptjax.generation.options import GenerationOptions
 from gptjax.generation.slots import Job, SlotEngine
 from gptjax.runtime.compile_cache import enable_compile_cache
@@ -61,6 +62,17 @@ def join_repeated(argv: list[str], flag: str) -> list[str]:
     return [*others, f"--{flag}={','.join(values)}"] if values else others
 
 
+def load(args: cli.Args) -> LanguageModel:
+    lm = language_model.load(
+        args["checkpoint"], weights=args["weights"] or "float32", cache_dtype=args["cache_dtype"]
+    )
+    if args["chat_template"] == "plain":
+        lm.text_tokenizer.chat_template = chat_template.plain_template(lm.text_tokenizer)
+    elif args["chat_template"]:
+        chat_template.choose(lm.text_tokenizer, args["chat_template"])
+    return lm
+
+
 def main(argv: list[str]) -> None:
     args = cli.parse(join_repeated(argv, "adapter"), __doc__, FLAGS, required=("checkpoint",))
     adapters = read_adapters(args["adapter"])
@@ -75,37 +87,25 @@ def main(argv: list[str]) -> None:
     if queue < 0 or timeout <= 0 or limits["max_tokens"] < 0:
         raise UserError("--queue and --max_tokens must be 0 or more, and --timeout above 0")
     metrics = Metrics()
-    sock = server.listen(host, args.number("port", 8000))
     enable_compile_cache()
-    lm = language_model.load(
-        args["checkpoint"],
-        weights=args["weights"] or "float32",
-        cache_dtype=args["cache_dtype"],
-    )
-    if args["chat_template"] == "plain":
-        lm.text_tokenizer.chat_template = chat_template.plain_template(lm.text_tokenizer)
-    elif args["chat_template"]:
-        chat_template.choose(lm.text_tokenizer, args["chat_template"])
-    engine = SlotEngine(
-        lm,
-        slots=limits["slots"],
-        adapters=adapters,
-        length=limits["length"],
-        folder=files.cache_path("executables"),
-    )
-    served = Served(name, engine, max_tokens=limits["max_tokens"])
-    scheduler = Scheduler(engine, metrics, queue=queue, timeout=timeout)
-    options = GenerationOptions(max_new_tokens=1, temperature=1.0)
-    prompt = [lm.text_tokenizer.eot] * 2
-    scheduler.start([Job(prompt, options, alternatives=count) for count in (0, 5)])
-    asgi = app.build_app(
-        served,
-        scheduler,
-        api_key=key,
-        hosts=() if key else (*server.LOCAL_NAMES, host),
-    )
-    cli.say(f"serving {name} at {server.url(sock)}")
-    server.serve(asgi, sock, scheduler)
+    with server.listen(host, args.number("port", 8000)) as sock:
+        lm = load(args)
+        engine = SlotEngine(
+            lm,
+            slots=limits["slots"],
+            adapters=adapters,
+            length=limits["length"],
+            folder=files.cache_path("executables"),
+        )
+        served = Served(name, engine, max_tokens=limits["max_tokens"])
+        scheduler = Scheduler(engine, metrics, queue=queue, timeout=timeout)
+        options = GenerationOptions(max_new_tokens=1, temperature=1.0)
+        prompt = [lm.text_tokenizer.eot] * 2
+        scheduler.start([Job(prompt, options, alternatives=count) for count in (5, 0)])
+        hosts = () if key else (*server.LOCAL_NAMES, host)
+        asgi = app.build_app(served, scheduler, api_key=key, hosts=hosts)
+        cli.say(f"serving {name} at {server.url(sock)}")
+        server.serve(asgi, sock, scheduler)
 
 
 if __name__ == "__main__":

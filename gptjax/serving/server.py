@@ -35,9 +35,11 @@ def is_local(host: str) -> bool:
 def listen(host: str, port: int) -> socket.socket:
     """The socket of an address. Raises UserError where it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port={port}: from 0 (a free one) to 65535")
     try:
         return socket.create_server((host, port), family=family, backlog=512)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(
             f"cannot listen on {host}, port {port}: {error}; choose another --host or --port"
         ) from None
