@@ -32,7 +32,7 @@ def main() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}/"
-    arguments = [f"--checkpoint={flags.checkpoint}", f"--port={port}"]
+    arguments = [f"--checkpoint={flags.checkpoint}", f"--port={port}", "--slots=2", "--length=1024"]
     server = subprocess.Popen([sys.executable, "-m", "gptjax.serve", *arguments])
     try:
         wait_for(url, server)

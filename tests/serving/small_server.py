@@ -90,6 +90,8 @@ def make_app(requests, key=""):
         words = ['{"city": ', '"Paris"}'] if schema else words_of(asked)
 
         async def events():
+            opening = {"delta": {"role": "assistant", "content": ""}, "text": "", "logprobs": None}
+            yield f"data: {json.dumps({'choices': [opening]})}\n\n"
             if is_chat and "late" in asked[-1]["content"]:
                 status["status"] = "starting"
                 await asyncio.sleep(3)

@@ -321,7 +321,7 @@ async function receive(id, message, [path, body], signal) {
     message.tokens.push(...reader.read(choice.logprobs));
     message.ended = choice.finish_reason ?? message.ended;
     if (began) message.speed = ((message.tokens.length - first) * 1000) / (Date.now() - began + 1);
-    else [began, first] = [Date.now(), message.tokens.length];
+    else if (choice.logprobs) [began, first] = [Date.now(), message.tokens.length];
     if (current.id === id) {
       messages.grow(message);
       speak(message);
