@@ -24,6 +24,7 @@ from gptjax.generation.loop import DecodeState
 from gptjax.generation.sampling import Settings
 from gptjax.model import head, lora, transformer
 from gptjax.ops.attention.cache import BLOCK
+from gptjax.ops.products import row_sum
 from gptjax.runtime import executables
 
 STEPS = 8  # the most steps of a call of `decode`
@@ -41,7 +42,8 @@ class Scored(NamedTuple):
 
 
 def _score(logits: Array, tokens: Array, alternatives: int) -> Scored:
-    total = jax.nn.logsumexp(logits, -1)
+    peak = logits.max(-1)
+    total = peak + jnp.log(row_sum(jnp.exp(logits - peak[..., None])))
     logprob = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0] - total
     if not alternatives:
         empty = (*tokens.shape, 0)
@@ -98,7 +100,7 @@ def prefill(
 
     params = _adapt(params, adapters, gather)
     chunk = tokens[None, :-1]
-    rows = _rows_of(cache, row, start + chunk.shape[1])
+    rows = _rows_of(cache, row, start[None] + chunk.shape[1])
     x, written = transformer.apply(config, params, chunk, cache=rows, start_B=start[None])
     cache = _whole(written)
     if alternatives < 0:
@@ -135,10 +137,12 @@ def decode(
         return {"lora_rows_a": a[adapter], "lora_rows_b": b[adapter]}
 
     params = _adapt(params, adapters, gather)
+    if config.implementation == "cpu":
+        config = dataclasses.replace(config, implementation="cpu in order")
     count = len(state.length)
     shape = (count, STEPS)
     state = dataclasses.replace(
-        state, logprobs=jnp.zeros((count, 0)), cache=_rows_of(cache, row, jnp.int32(0))
+        state, logprobs=jnp.zeros((count, 0)), cache=_rows_of(cache, row, state.length)
     )
     made = Scored(
         jnp.zeros(shape),
@@ -147,8 +151,8 @@ def decode(
     )
 
     def step(carry: Any) -> Any:
-        i, state, new, made = carry
-        used = jnp.where(state.done, 1, state.length).max()
+        i, state, new, made, unit = carry
+        used = jnp.where(state.done, 0, state.length)
         state = dataclasses.replace(state, cache=_rows_of(_whole(state.cache), row, used))
         x, rows = loop.feed(config, params, state.tokens, state.length, state.cache)
         logits = jax.lax.optimization_barrier(head.unembed(config, params, x[:, 0]))
@@ -158,13 +162,18 @@ def decode(
         put = lambda all_steps, now: jax.lax.dynamic_update_index_in_dim(all_steps, now, i, 1)
         new, made = put(new, token), Scored(*map(put, made, scored))
         state = dataclasses.replace(state, cache=rows)
-        return i + 1, loop.append(state, token, None, settings["eos_ids"]), new, made
+        state = loop.append(state, token, None, settings["eos_ids"])
+        return i + 1, state, new, made, unit @ unit
 
     def unfinished(carry: Any) -> Array:
-        return (carry[0] < steps) & ~carry[1].done.all()
+        return (carry[0] < steps) & ~carry[1].done.all() & (carry[-1][0, 0] > 0)
 
-    start = (jnp.int32(0), state, jnp.zeros(shape, jnp.int32), made)
-    _, state, new, made = jax.lax.while_loop(unfinished, step, start)
+    # XLA:CPU makes one kernel of a loop that it takes for small, as it does this one with one row:
+    # minutes to compile, on one core, and with other sums. A loop with a product of matrices, such
+    # as that of this unit matrix, it leaves alone.
+    unit = jnp.eye(8)
+    start = (jnp.int32(0), state, jnp.zeros(shape, jnp.int32), made, unit)
+    _, state, new, made, _ = jax.lax.while_loop(unfinished, step, start)
     return _whole(state.cache), new, made
 
 

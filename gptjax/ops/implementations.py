@@ -92,10 +92,19 @@ CPU = Ops(
     activation_dtype="float32",  # its products convert each weight anyway
 )
 
+# For decoding rows whose results must not depend on how many there are.
+CPU_IN_ORDER = dataclasses.replace(
+    CPU,
+    norm=norms.in_order,
+    head_norm=norms.in_order,
+    quantized_matmul=quantized.matmul_in_order,
+)
+
 IMPLEMENTATIONS: dict[str, Ops] = {
     "reference": REFERENCE,
     "auto": Ops(),  # not resolved yet: the reference, with the backend of attention asked for
     "cpu": CPU,
+    "cpu in order": CPU_IN_ORDER,
     "gpu": dataclasses.replace(ACCELERATOR, attention=backends_for("gpu")),
     "tpu": dataclasses.replace(ACCELERATOR, attention=backends_for("tpu")),
 }

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gptjax.ops.materialize import Barrier, materialize, unchanged
+from gptjax.ops.products import row_sum
 
 
 def reference(
@@ -54,6 +55,25 @@ def saving_unit_cpu(
     """The same, written to memory once for all that read it."""
     y = saving_unit(x, scale, bias, eps=eps, center=center, barrier=materialize)
     return materialize(y)
+
+
+def in_order(
+    x: Float[Array, "... D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"] | None,
+    *,
+    eps: float,
+    center: bool,
+) -> Float[Array, "... D"]:
+    """The same for decoding on CPUs: a row's sums have one order, however many rows there are."""
+    y, width = materialize(x.astype(jnp.float32)), x.shape[-1]
+    if center:
+        y = y - row_sum(y)[..., None] / width
+    variance = row_sum(y * y)[..., None] / width
+    # for each value anew: vectors of roots are not rounded as single ones are
+    variance = materialize(jnp.broadcast_to(variance, y.shape))
+    y = materialize(y * jax.lax.rsqrt(variance + eps)) * scale  # or three factors had any order
+    return materialize((y if bias is None else y + bias).astype(x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

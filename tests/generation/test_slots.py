@@ -2,13 +2,17 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from helpers import tiny_language_model
 
+from gptjax.checkpoints import peft
 from gptjax.config.errors import UserError
+from gptjax.config.schema import LoraConfig
 from gptjax.generation.options import GenerationOptions
 from gptjax.generation.slots import Job, SlotEngine
+from gptjax.model import lora
 
 LENGTHS = (3, 40, 33, 1, 90, 200, 64, 65, 32, 20)
 SETTINGS = (
@@ -26,17 +30,20 @@ def lm():
     return tiny_language_model("llama", context=512, layers=2)
 
 
+def make_jobs(settings):
+    """One for each length; the last settings come with alternatives."""
+    random, jobs = np.random.default_rng(0), []
+    for i, length in enumerate(LENGTHS):
+        number = i % len(settings)
+        options = GenerationOptions(max_new_tokens=9 + 3 * i, seed=i, **settings[number])
+        alternatives = 3 * (number == len(settings) - 1)
+        jobs.append(Job(random.integers(0, 264, length).tolist(), options, "", alternatives))
+    return jobs
+
+
 @pytest.fixture(scope="module")
 def jobs():
-    random = np.random.default_rng(0)
-    jobs = []
-    for i, length in enumerate(LENGTHS):
-        settings = SETTINGS[i % len(SETTINGS)]
-        options = GenerationOptions(max_new_tokens=9 + 3 * i, seed=i, **settings)
-        jobs.append(
-            Job(random.integers(0, 264, length).tolist(), options, alternatives=3 * (i % 2))
-        )
-    return jobs
+    return make_jobs(({}, {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.2}))
 
 
 def run(engine, jobs, arrivals=None):
@@ -53,15 +60,138 @@ def run(engine, jobs, arrivals=None):
 
 
 def test_texts_are_those_of_generate(lm, jobs):
-    engine = SlotEngine(lm, slots=4)
+    engine = SlotEngine(lm, slots=8)
     texts = run(engine, jobs, [0, 0, 1, 2, 2, 3, 8, 9, 9, 9])
-    assert engine.free == 4
+    assert engine.free == 8
     for job, text in zip(jobs, texts, strict=True):
         alone = lm.generate([job.prompt], job.options)[0]
         assert text.sequence.tokens == alone.tokens
         assert text.sequence.reason == alone.finish_reason
         np.testing.assert_allclose(text.sequence.logprobs, alone.logprobs, atol=1e-4)
         assert [len(pairs) for pairs in text.alternatives] == [job.alternatives] * len(alone.tokens)
+
+
+def results(texts):
+    return [(t.sequence.tokens, t.sequence.logprobs, t.alternatives) for t in texts]
+
+
+def check_independence(lm, jobs, slots, rounds):
+    """Bit for bit: alone in whatever slot, among others that come and go, after their prompts."""
+    engine = SlotEngine(lm, slots=slots)
+    alone = results([run(engine, [job])[0] for job in jobs])
+    random = np.random.default_rng(1)
+    for _ in range(rounds):
+        arrivals = random.integers(0, 12, len(jobs)).tolist()
+        assert results(run(engine, jobs, arrivals)) == alone
+    assert results([run(SlotEngine(lm, slots=1), [job])[0] for job in jobs[:4]]) == alone[:4]
+
+
+def test_a_text_does_not_depend_on_its_neighbours(lm, jobs):
+    check_independence(lm, jobs, 8, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_a_text_does_not_depend_on_what_others_ask_for(family):
+    check_independence(tiny_language_model(family, context=512), make_jobs(SETTINGS), 9, 6)
+
+
+def test_a_shared_beginning_is_fed_once(lm):
+    system = list(range(100))
+    options = GenerationOptions(max_new_tokens=6)
+    jobs = [Job([*system, i, i + 1], options) for i in (3, 50, 90)]
+    fresh = [run(SlotEngine(lm, slots=8), [job])[0] for job in jobs]
+    engine = SlotEngine(lm, slots=8)
+    first = engine.enter(jobs[0])
+    while not first.sequence.tokens:
+        engine.turn()
+    others = [engine.enter(job) for job in jobs[1:]]  # the first one is alive: copied
+    assert [text.fed for text in others] == [96, 96]
+    while engine.free < 8:
+        engine.turn()
+    assert results([first, *others]) == results(fresh)
+    assert engine.enter(jobs[2]).fed == 96  # its slot has it still
+    assert engine.enter(dataclasses.replace(jobs[2], prompt_logprobs=True)).fed == 0
+
+
+def test_scores_of_the_prompt(lm, jobs):
+    engine = SlotEngine(lm, slots=8)
+    job = dataclasses.replace(jobs[4], prompt_logprobs=True, alternatives=2)
+    text = run(engine, [job])[0]
+    expected = lm.token_logprobs([job.prompt])[0].logprobs
+    np.testing.assert_allclose([score for score, _ in text.prompt_scores], expected, atol=1e-4)
+    assert all(len(pairs) == 2 for _, pairs in text.prompt_scores)
+    assert results([text])[0][:2] == results(run(engine, [jobs[4]]))[0][:2]
+
+
+def test_a_long_prompt_does_not_stop_others_and_leaving_frees_at_once(lm):
+    engine = SlotEngine(lm, slots=8)
+    short = engine.enter(Job([1, 2, 3], GenerationOptions(max_new_tokens=80)))
+    engine.turn()
+    long = engine.enter(Job(list(range(240)), GenerationOptions(max_new_tokens=4)))
+    later = engine.enter(Job(list(range(9)), GenerationOptions(max_new_tokens=4)))
+    turns = 0
+    while long.waits:
+        known = len(short.sequence.tokens)
+        engine.turn()
+        turns += 1
+        assert len(short.sequence.tokens) > known
+    assert turns >= 7 and later.sequence.reason  # prompts are fed in turns
+    engine.leave(short)
+    assert engine.free >= 7 and not short.sequence.reason
+    again = run(engine, [short.job])[0]
+    assert again.sequence.tokens[: len(short.sequence.tokens)] == short.sequence.tokens
+
+
+def test_no_program_is_made_in_a_steady_state_and_the_cache_is_donated(lm, jobs):
+    engine = SlotEngine(lm, slots=8)
+    for _ in range(2):
+        run(engine, jobs)
+    known, cache = set(engine._programs), engine._cache
+    run(engine, jobs)
+    assert set(engine._programs) == known
+    assert all(leaf.is_deleted() for layer in cache for leaf in layer.values())
+
+
+def test_each_text_has_its_own_adapter(tmp_path, jobs):
+    lm, folders = adapted_model(tmp_path)
+    engine = SlotEngine(lm, slots=8, adapters=folders)
+    plain = [dataclasses.replace(job, adapter="", alternatives=0) for job in jobs[:3]]
+    asked = []
+    for i, job in enumerate(plain):
+        asked += [dataclasses.replace(job, adapter=name) for name in ("", *folders)[i:]]
+    texts = run(engine, asked)
+    for job, text in zip(asked, texts, strict=True):
+        model = lm.with_adapter(folders[job.adapter]) if job.adapter else lm
+        alone = model.generate([job.prompt], job.options)[0]
+        assert text.sequence.tokens == alone.tokens
+        np.testing.assert_allclose(text.sequence.logprobs, alone.logprobs, atol=1e-4)
+        assert results(run(engine, [job])) == results([text])
+    assert texts[0].sequence.logprobs != texts[1].sequence.logprobs
+    assert texts[1].sequence.logprobs != texts[2].sequence.logprobs
+
+
+def adapted_model(tmp_path):
+    """A model and {name: folder} of adapters of two ranks, in PEFT's form."""
+    lm = tiny_language_model("llama", context=512, layers=2)
+    folders = {}
+    for name, rank in (("fox", 2), ("cat", 4)):
+        settings = LoraConfig(rank=rank, alpha=8.0)
+        new = lora.init(lm.config, settings, jax.random.key(rank), lm.params)
+        random = np.random.default_rng(rank)
+        new = jax.tree.map(lambda p, r=random: p + 0.1 * r.standard_normal(p.shape), new)
+        folders[name] = tmp_path / name
+        peft.write_adapter(folders[name], lm.config, settings, new, "base")
+    return lm, folders
+
+
+def test_an_adapter_that_replaces_weights_is_refused(tmp_path):
+    lm = tiny_language_model("llama", context=64, layers=2)
+    settings = LoraConfig(rank=2, dora=True)
+    new = lora.init(lm.config, settings, jax.random.key(0), lm.params)
+    peft.write_adapter(tmp_path, lm.config, settings, new, "base")
+    with pytest.raises(UserError, match="the adapter fox changes"):
+        SlotEngine(lm, adapters={"fox": tmp_path})
 
 
 def test_a_slot_refuses_what_it_cannot_do(lm):

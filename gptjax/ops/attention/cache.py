@@ -1,13 +1,13 @@
 """One layer of the key/value cache (`model.kv_cache.init_cache`): written, and attended over.
 
-Where a layer also has `row` and `used` (int32 []), a call is about some neighbouring rows of a
-larger cache: those from `row` on. Attention then goes over blocks of slots up to the first `used`
-ones, with a softmax that is carried on from block to block (Milakov & Gimelshein 2018), so that a
-block behind the end of a row adds exactly nothing to it.
+Where a layer also has `row` (int32 []) and `used` (int32 [B]), a call is about B neighbouring rows
+of a larger cache: those from `row` on. Attention then goes over blocks of a row's first `used`
+slots, with a softmax that is carried on from block to block (Milakov & Gimelshein 2018).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from gptjax.ops.activation import softcap as cap_softly
 from gptjax.ops.attention.mask import MASKED, Mask
 from gptjax.ops.materialize import Barrier, materialize, unchanged
-from gptjax.ops.products import FEW, small_batch_matmul
+from gptjax.ops.products import FEW, IN_ORDER, row_sum, small_batch_matmul
 
 
 def write_cache(
@@ -102,7 +102,8 @@ def cached_attention_cpu(
     if q_BTKGC.shape[1] * q_BTKGC.shape[3] > FEW:
         return cached_attention(q_BTKGC, cache, mask, softcap=softcap)
     if "row" in cache:
-        return _attend_by_blocks(small_batch_matmul, q_BTKGC, cache, mask, softcap)
+        in_order = functools.partial(small_batch_matmul, at_once=IN_ORDER)
+        return _attend_by_blocks(in_order, q_BTKGC, cache, mask, softcap)
     product = lambda x_NQD, rows_NFD: small_batch_matmul(x_NQD, materialize(rows_NFD))
     return _attend(product, q_BTKGC, cache, mask, softcap)
 
@@ -134,41 +135,80 @@ BLOCK = 256  # slots; those of a cache with `row` are a multiple
 def _attend_by_blocks(
     product: Any, q_BTKGC: Array, cache: dict[str, Array], mask: Mask, softcap: float
 ) -> Array:
-    """The same over the slots [0, used) of the rows from `row` on."""
+    """The same for the rows from `row` on, each over its first `used` slots.
+
+    Row after row, so that the loop's body, and with it the order of all sums, is the same for any
+    number of rows. The rows are in two halves, which a CPU may compute at the same time.
+    """
     b, t, heads, groups, width = q_BTKGC.shape
-    n, queries, first = b * heads, t * groups, cache["row"] * heads
-    q_NQC = q_BTKGC.transpose(0, 2, 1, 3, 4).reshape(n, queries, width)
-
-    def add_block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        peak_NQ, total_NQ, y_NQC = carry
-
-        def block(name: str, axis: int) -> Array:
-            start: list[Any] = [first, *[0] * (cache[name].ndim - 1)]
-            size = [n, *cache[name].shape[1:]]
-            start[axis], size[axis] = i * BLOCK, BLOCK
-            return jax.lax.dynamic_slice(cache[name], start, size)
-
-        scores_NQS = product(q_NQC, block("k", 1)) * width**-0.5
-        if "k_scale" in cache:
-            scores_NQS = scores_NQS * block("k_scale", 1)[:, None]
-        scores_NQS = cap_softly(scores_NQS, softcap)
-        visible = mask.allowed(i * BLOCK, BLOCK)[:, None, :, None]
-        visible = jnp.broadcast_to(visible, (b, heads, t, groups, BLOCK)).reshape(scores_NQS.shape)
-        new_peak_NQ = jnp.maximum(peak_NQ, jnp.where(visible, scores_NQS, MASKED).max(-1))
-        probs_NQS = jnp.where(visible, jnp.exp(scores_NQS - new_peak_NQ[..., None]), 0.0)
-        shrink_NQ = jnp.where(new_peak_NQ > peak_NQ, jnp.exp(peak_NQ - new_peak_NQ), 1.0)
-        total_NQ = total_NQ * shrink_NQ + probs_NQS.sum(-1)
-        if "v_scale" in cache:
-            probs_NQS = probs_NQS * block("v_scale", 1)[:, None]
-        y_NQC = y_NQC * shrink_NQ[..., None] + product(probs_NQS, block("v", 2))
-        return new_peak_NQ, total_NQ, y_NQC
-
-    start = (
-        jnp.full((n, queries), MASKED),
-        jnp.zeros((n, queries)),
-        jnp.zeros((n, queries, width)),
-    )
-    blocks = (cache["used"] + BLOCK - 1) // BLOCK
-    _, total_NQ, y_NQC = jax.lax.fori_loop(0, blocks, add_block, start)
-    y_NQC = (y_NQC / jnp.maximum(total_NQ, 1e-30)[..., None]).astype(q_BTKGC.dtype)
+    q_NQC = q_BTKGC.transpose(0, 2, 1, 3, 4).reshape(b * heads, t * groups, width)
+    half = -(-b // 2)
+    parts = []
+    for start in range(0, b, half):
+        rows = range(start, min(start + half, b))
+        parts.append(_attend_rows(product, q_NQC, cache, mask, softcap, heads, rows))
+    y_NQC = jnp.concatenate(parts).astype(q_BTKGC.dtype)
     return y_NQC.reshape(b, heads, t, groups, width).transpose(0, 2, 1, 3, 4)
+
+
+def _attend_rows(
+    product: Any,
+    q_NQC: Array,
+    cache: dict[str, Array],
+    mask: Mask,
+    softcap: float,
+    heads: int,
+    rows: range,
+) -> Array:
+    """float32 [rows * K, Q, C]."""
+    _, queries, width = q_NQC.shape
+
+    def attend(r: Array, y_NQC: Array) -> Array:
+        q_KQC = jax.lax.dynamic_slice_in_dim(q_NQC, (rows.start + r) * heads, heads)
+        index = jax.lax.dynamic_slice_in_dim(mask.q_index, rows.start + r, 1)
+        own_mask = dataclasses.replace(mask, q_index=index)
+        row = cache["row"] + rows.start + r
+
+        def add_block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            peak_KQ, total_KQ, y_KQC = carry
+            block = functools.partial(_block, cache, row * heads, heads, i)
+            scores_KQS = product(q_KQC, block("k", 1)) * width**-0.5
+            if "k_scale" in cache:
+                scores_KQS = scores_KQS * block("k_scale", 1)[:, None]
+            visible = own_mask.allowed(i * BLOCK, BLOCK)[0]  # [T, S]
+            visible = jnp.repeat(visible, queries // len(visible), 0)[None]  # [1, Q, S]
+            scores_KQS = jnp.where(visible, cap_softly(scores_KQS, softcap), MASKED)
+            new_peak_KQ = jnp.maximum(peak_KQ, scores_KQS.max(-1))
+            probs_KQS = jnp.where(visible, jnp.exp(scores_KQS - new_peak_KQ[..., None]), 0.0)
+            probs_KQS = materialize(probs_KQS)
+            shrink_KQ = jnp.where(new_peak_KQ > peak_KQ, jnp.exp(peak_KQ - new_peak_KQ), 1.0)
+            total_KQ = total_KQ * shrink_KQ + row_sum(probs_KQS)
+            if "v_scale" in cache:
+                probs_KQS = probs_KQS * block("v_scale", 1)[:, None]
+            y_KQC = y_KQC * shrink_KQ[..., None] + product(probs_KQS, block("v", 2))
+            return new_peak_KQ, total_KQ, y_KQC
+
+        start = (
+            jnp.full((heads, queries), MASKED),
+            jnp.zeros((heads, queries)),
+            jnp.zeros((heads, queries, width)),
+        )
+        blocks = (cache["used"][rows.start + r] + BLOCK - 1) // BLOCK
+        _, total_KQ, y_KQC = jax.lax.fori_loop(0, blocks, add_block, start)
+        y_KQC = y_KQC / jnp.maximum(total_KQ, 1e-30)[..., None]
+        return jax.lax.dynamic_update_slice_in_dim(y_NQC, y_KQC, r * heads, 0)
+
+    # how many rows there are is no constant for the compiler, which would unroll a loop over one
+    count = jnp.minimum(len(rows), cache["used"].sum() + len(rows))
+    y_NQC = jnp.zeros((len(rows) * heads, queries, width))
+    return jax.lax.fori_loop(0, count, attend, y_NQC)
+
+
+def _block(
+    cache: dict[str, Array], first: Array, heads: int, i: Array, name: str, axis: int
+) -> Array:
+    """Block i of the slots, which are that axis, of the heads from `first` on."""
+    start: list[Any] = [first, *[0] * (cache[name].ndim - 1)]
+    size = [heads, *cache[name].shape[1:]]
+    start[axis], size[axis] = i * BLOCK, BLOCK
+    return jax.lax.dynamic_slice(cache[name], start, size)
