@@ -100,6 +100,28 @@ def test_a_path_to_a_receiver_goes_through_it_alone():
     assert abs(by_head.values[0] - by_head.into).max() > 1e-4
 
 
+@pytest.mark.parametrize("freeze_mlps", [False, True])
+def test_a_path_to_the_logits_passes_no_other_head(freeze_mlps):
+    lm = tiny_language_model("llama", layers=2)
+    source, into = lm.trace(SOURCE), lm.trace(INTO)
+    sweep = patch_paths(lm, SOURCE, INTO, 5, against=77, freeze_mlps=freeze_mlps)
+
+    def held(name, value, layer):
+        if name == "mlp_output" and freeze_mlps:
+            return value.at[:, : len(INTO)].set(into[name][layer])
+        if name != "heads":
+            return value
+        heads = into["heads"][layer].copy()
+        if layer == 0:
+            heads[:, 1] = source["heads"][0, :, 1]
+        return value.at[:, : len(INTO)].set(heads)
+
+    assert sweep.values[0, 1] == pytest.approx(contrast(lm, INTO, [held]), abs=1e-5)
+    freely = patch_heads(lm, SOURCE, INTO, 5, against=77).values
+    np.testing.assert_allclose(sweep.values[1], freely[1], **CLOSE)  # the last layer has one path
+    assert abs(sweep.values[0] - freely[0]).max() > 1e-4
+
+
 def test_what_cannot_be_patched_is_refused():
     lm = tiny_language_model()
     with pytest.raises(UserError, match="9 and 8 tokens: patching needs two of equal length"):
