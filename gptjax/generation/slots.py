@@ -128,8 +128,8 @@ class SlotEngine:
         self.reset()
         self._sizes = [n for n in (1, 8, 16, 32, 64, 128) if n < slots] + [slots]
         self._folder = folder
-        self._programs: dict[Any, Any] = {}
-        self._preparing: dict[Any, threading.Thread] = {}
+        self._programs: dict[Any, Any] = {}  # by what they are for
+        self._making: threading.Thread | None = None  # a program
         self._turn = 0
         self._fed_last = -1  # the slot whose prompt was fed last
 
@@ -211,7 +211,7 @@ class SlotEngine:
     def _copy(self, source: int, target: int, used: int) -> None:
         numbers = [np.int32(number) for number in (source, target, used)]
         call = slot_programs.copy_row.call(self._cache, *numbers, slots=len(self._slots))
-        self._cache = self._program("copy", call)(self._cache, *numbers)
+        self._cache = self._program(("copy",), call)(self._cache, *numbers)
 
     def leave(self, text: Text) -> None:
         """Frees the slot of a text, finished or not."""
@@ -293,24 +293,51 @@ class SlotEngine:
             batch.settings,
             np.int32(_TURN_STEPS),
         )
-        program = self._program(
-            ("decode", size, active, alternatives, batch.shapes),
-            lambda: slot_programs.decode.call(
-                self.config,
-                self.params,
-                self.adapters,
-                self._cache,
-                *arrays,
-                active=active,
-                alternatives=alternatives,
-            ),
-        )
+        program = self._decode_program(arrays, batch.shapes, size, active, alternatives)
         self._cache, tokens, made = program(self.params, self.adapters, self._cache, *arrays)
         tokens, made = jax.device_get((tokens, made))
         for text in ready:
             at = text.slot - first
             self._collect(text, tokens[at], jax.tree.map(lambda x, at=at: x[at], made))
         return list(ready)
+
+    def _decode_program(
+        self,
+        arrays: Any,
+        shapes: tuple[Any, ...],
+        size: int,
+        active: frozenset[str],
+        alternatives: int,
+    ) -> Any:
+        """The program for what these texts ask for; until a thread has made it, one that does more,
+        which changes nothing for them."""
+        key = ("decode", size, shapes, active, alternatives)
+        if key in self._programs:
+            return self._programs[key]
+        call = slot_programs.decode.call
+        described = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self._cache, arrays)
+        )
+        make = lambda: call(
+            self.config,
+            self.params,
+            self.adapters,
+            described[0],
+            *described[1],
+            active=active,
+            alternatives=alternatives,
+        )
+        able = [
+            known
+            for known in list(self._programs)
+            if known[:3] == key[:3] and known[3] >= active and known[4] >= alternatives
+        ]
+        if not able:
+            return self._program(key, make)
+        if not self._making or not self._making.is_alive():
+            self._making = threading.Thread(target=self._program, args=(key, make), daemon=True)
+            self._making.start()
+        return self._programs[min(able, key=lambda known: len(known[3]))]
 
     def _window(self, ready: Sequence[Text]) -> tuple[int, int]:
         """(first row, rows) of the smallest program that these texts fit in, after some moved."""

@@ -145,18 +145,33 @@ def test_a_long_prompt_does_not_stop_others_and_leaving_frees_at_once(lm):
 
 def test_no_program_is_made_in_a_steady_state_and_the_cache_is_donated(lm, jobs):
     engine = SlotEngine(lm, slots=8)
-    for _ in range(2):
+    known = None
+    while known != set(engine._programs):
+        known = set(engine._programs)
         run(engine, jobs)
-    known, cache = set(engine._programs), engine._cache
+        if engine._making:
+            engine._making.join()
+    cache = engine._cache
     run(engine, jobs)
     assert set(engine._programs) == known
     assert all(leaf.is_deleted() for layer in cache for leaf in layer.values())
 
 
+def test_while_a_program_is_made_one_that_does_more_is_used(lm, jobs):
+    engine = SlotEngine(lm, slots=1)
+    alone = [run(engine, [job])[0] for job in jobs[:2]]
+    fresh = SlotEngine(lm, slots=1)
+    run(fresh, [jobs[1]])
+    text = run(fresh, [jobs[0]])[0]
+    assert fresh._making is not None
+    fresh._making.join()
+    assert results([text, run(fresh, [jobs[0]])[0]]) == results(alone[:1] * 2)
+
+
 def test_each_text_has_its_own_adapter(tmp_path, jobs):
     lm, folders = adapted_model(tmp_path)
     engine = SlotEngine(lm, slots=8, adapters=folders)
-    plain = [dataclasses.replace(job, adapter="", alternatives=0) for job in jobs[:3]]
+    plain = [dataclasses.replace(job, adapter="", alternatives=0) for job in jobs[0:4:2]]
     asked = []
     for i, job in enumerate(plain):
         asked += [dataclasses.replace(job, adapter=name) for name in ("", *folders)[i:]]
