@@ -1,8 +1,8 @@
 """A server of the same API without a model: its answers are known and as slow as a test wants.
 
 A message with "slow" in it is answered for 20 s, one with "late" begins after 3 s, in which the
-server says that it starts; a schema whose type is "nonsense" is refused; the model "base" has no
-chat template; with a key, requests without it are answered 401.
+server says that it starts; a schema whose type is "nonsense" is refused, and so is temperature 2,
+with 429; the model "base" has no chat template; with a key, requests without it are answered 401.
 """
 
 import asyncio
@@ -15,11 +15,12 @@ from contextlib import contextmanager
 ANSWER = "The capital of France is Paris. It lies on the river Seine, and has <b>bridges</b>."
 
 
-def error(status, message, param=None):
+def error(status, message, param=None, wait=None):
     from starlette.responses import JSONResponse
 
     fault = {"message": message, "type": "invalid_request_error", "param": param, "code": None}
-    return JSONResponse({"error": fault}, status_code=status)
+    headers = {"Retry-After": wait} if wait else {}
+    return JSONResponse({"error": fault}, status_code=status, headers=headers)
 
 
 def words_of(asked):
@@ -84,7 +85,7 @@ def make_app(requests, key=""):
         if schema.get("type") == "nonsense":
             return error(400, 'type is none of JSON schema\'s: "nonsense"', "response_format")
         if body.get("temperature", 0) == 2:
-            return error(429, "the queue is full")
+            return error(429, "the queue is full.", wait="7")
         is_chat = "messages" in body
         asked = body["messages"] if is_chat else body["prompt"]
         words = ['{"city": ', '"Paris"}'] if schema else words_of(asked)

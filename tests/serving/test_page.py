@@ -140,6 +140,20 @@ def test_a_server_that_compiles_says_so(open_page):
     assert float(speed) > 16 / 3  # what was waited for at first is not in it
 
 
+def test_a_full_queue_and_a_full_storage_are_told(open_page):
+    page = open_page()
+    page.get_by_label("Temperature").fill("2")
+    ask(page)
+    fault = page.locator(".message .error")
+    expect(fault).to_have_text("the queue is full. Try again in 7 s.")
+    page.evaluate("void (Storage.prototype.setItem = () => { throw new Error('full'); })")
+    page.get_by_label("Temperature").fill("")
+    expect(page.locator("#notice")).to_contain_text("storage is full")
+    page.get_by_role("button", name="Write the answer again").click()
+    expect(answers(page)).to_contain_text("The capital")  # goes on, as long as the page is open
+    expect(page.locator("#notice")).to_contain_text("storage is full")
+
+
 def test_stop_keeps_what_is_written_and_frees_the_box(open_page):
     page = open_page()
     ask(page, "slow please")

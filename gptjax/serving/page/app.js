@@ -15,6 +15,7 @@ const TEXT_TOKENS = 100; // of a text, where the user says nothing: the API's ow
 let current = null; // the conversation on the screen
 let known = []; // the server's models
 let isEditing = false;
+let isComplaining = false; // about a setting, until it is changed
 
 // --- the screen ---
 
@@ -259,6 +260,7 @@ function isSendable() {
     if (!(fault instanceof settings.SettingError)) throw fault;
     settings.complain(fault.field, fault.message);
     notify(fault.message);
+    isComplaining = true;
     return false;
   }
 }
@@ -449,8 +451,9 @@ function start() {
     draw();
   });
   settings.onChange((values) => {
+    if (isComplaining) notify("");
+    isComplaining = false;
     change((c) => (c.settings = values), false);
-    notify("");
   });
   $("new").addEventListener("click", () => {
     show(create().id);
