@@ -3,6 +3,7 @@
     python -m gptjax.generate --checkpoint=runs/quickstart --prompt="My fellow citizens"
         [--max_new_tokens=100] [--temperature=0.8] [--top_k=0] [--top_p=1.0] [--seed=0]
         [--num_beams=4] [--stop="."] [--weights=int8] [--context_shift]
+        [--json_schema=FILE | --regex="[0-9]+" | --choices=yes,no | --grammar=FILE]
     python -m gptjax.generate --checkpoint=PATH --chat [--system="You are brief."]
 
 Streams to stdout. --chat is a conversation through the checkpoint's own template; /help in it lists

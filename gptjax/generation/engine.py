@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +26,8 @@ from gptjax.generation.speculative import Speculation
 from gptjax.model.kv_cache import init_cache
 from gptjax.runtime import executables
 from gptjax.runtime.executables import Call
+
+FORCED = (0, 4, 16)  # widths of a pass: how many tokens that a grammar forces it writes at most
 
 
 def run(
@@ -44,7 +47,10 @@ def run(
     known, turn = np.asarray(state.length), 0
     while True:
         count, turn = steps[min(turn, len(steps) - 1)], turn + 1
-        state = _advance(model, state, settings, count, active, speculation)
+        if request.guided:
+            state = _extend(model, state, settings, known, request, active)
+        else:
+            state = _advance(model, state, settings, count, active, speculation)
         done = _collect(state, known, request)
         known = np.asarray(state.length)
         yield
@@ -104,6 +110,50 @@ def _advance(
     )
 
 
+def _extend(
+    model: InferenceModel,
+    state: DecodeState,
+    settings: Settings,
+    known: np.ndarray,
+    request: Request,
+    active: frozenset[str],
+) -> DecodeState:
+    """In each row the tokens that its grammar forces, and one that the grammar allows."""
+    rows, limits = len(known), np.asarray(state.limit)
+    given, counts, chooses = _given(rows, FORCED[-1])
+    allowed = np.zeros((rows, -(-model.config.vocab_size // 32)), np.uint32)
+    for i, sequence in enumerate(request.sequences):
+        room = min(limits[i] - known[i], FORCED[-1])
+        tokens = sequence.take_given(room)
+        given[i, : len(tokens)], counts[i] = tokens, len(tokens)
+        if sequence.guide and not sequence.reason and not sequence.guide.ended:
+            chooses[i] = True
+            sequence.guide.write_mask(allowed[i])
+    arrays = model.put(
+        {"allowed": allowed, "rows": (given[:, : _width(counts.max())], counts, chooses)}
+    )
+    return loop.extend(
+        model.config,
+        model.params,
+        state,
+        {**settings, "allowed": arrays["allowed"]},
+        *arrays["rows"],
+        active=active,
+        mesh=model.mesh,
+    )
+
+
+def _width(count: int) -> int:
+    """The narrowest pass that writes so many given tokens, or the widest."""
+    return next((width for width in FORCED if width >= count), FORCED[-1])
+
+
+def _given(rows: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The arguments of `loop.extend` for rows that are done."""
+    given = np.zeros((rows, width), np.int32)
+    return given, np.zeros(rows, np.int32), np.zeros(rows, bool)
+
+
 def _collect(state: DecodeState, known: np.ndarray, request: Request) -> np.ndarray:
     """Feeds the tokens from slot `known` on to the sequences. Returns which rows are done [B]."""
     tokens, lengths = np.asarray(state.tokens), np.asarray(state.length)
@@ -126,7 +176,7 @@ def _first_batch(
         request.prompts,
         limits=limits,
         seeds=[settings.seed for settings in request.samplings],
-        slots=_slots(model, limits, speculation),
+        slots=_slots(model, request, limits, speculation),
         copies=request.n,
     )
     return batch if model.groups == 1 else batch.rows_apart(model.rows(batch.rows))
@@ -156,16 +206,22 @@ def _shifted_batch(
         prompts,
         limits=limits,
         seeds=seeds,
-        slots=_slots(model, limits, speculation),
+        slots=_slots(model, request, limits, speculation),
         generated=generated,
         copy_numbers=[i % request.n for i in range(len(prompts))],
     )
     return batch.rows_apart(model.rows(batch.rows))
 
 
-def _slots(model: InferenceModel, limits: Sequence[int], speculation: Speculation | None) -> int:
-    """Slots of the buffer: for the longest row, and for guesses behind its end."""
-    return model.slots(max(limits), extra=speculation.count + 1 if speculation else 0)
+def _slots(
+    model: InferenceModel,
+    request: Request,
+    limits: Sequence[int],
+    speculation: Speculation | None,
+) -> int:
+    """Slots of the buffer: for the longest row, and for guesses or forced tokens behind its end."""
+    extra = speculation.count + 1 if speculation else FORCED[-1] if request.guided else 0
+    return model.slots(max(limits), extra=extra)
 
 
 def compile_ahead(
@@ -191,16 +247,18 @@ def first_calls(model: InferenceModel, request: Request) -> tuple[Call, Call]:
         lambda: init_cache(config, len(state.length), batch.slots, dtype=model.cache_dtype)
     )
     state = dataclasses.replace(state, cache=cache)
+    active = active_processors(request.samplings)
+    step, arrays = loop.advance, tuple[Any, ...]([np.int32(0)])
+    if request.guided:
+        width = _width(max(len(row.guide.forced()) for row in request.sequences if row.guide))
+        rows, words = len(batch.host_state().length), -(-config.vocab_size // 32)
+        settings = {**settings, "allowed": np.zeros((rows, words), np.uint32)}
+        step, arrays = loop.extend, _given(rows, width)
     if model.mesh is not None:
         state, settings, tokens, lengths = map(model.described, (state, settings, tokens, lengths))
-    advance = loop.advance.call(
-        config,
-        model.params,
-        state,
-        settings,
-        np.int32(0),
-        active=active_processors(request.samplings),
-        mesh=model.mesh,
+        arrays = model.described(arrays) if request.guided else arrays
+    advance = step.call(
+        config, model.params, state, settings, *arrays, active=active, mesh=model.mesh
     )
     prefill = loop.prefill.call(
         config,

@@ -7,8 +7,10 @@ another option, add it to `FLAGS` and to `read_options`.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+from gptjax.config.errors import UserError
 from gptjax.core import cli
 from gptjax.core.characters import check_characters
 from gptjax.generation.language_model import LanguageModel
@@ -24,7 +26,14 @@ _MEANINGS = {
     field.name: field.metadata["meaning"] for field in dataclasses.fields(GenerationOptions)
 }
 
-_TEXTS = ("prompt", "system", "stop", "banned")  # flags that hold text, not numbers or paths
+_TEXTS = (
+    "prompt",
+    "system",
+    "stop",
+    "banned",
+    "regex",
+    "choices",
+)  # flags that hold text, not numbers or paths
 
 FLAGS = {
     "checkpoint": "a workdir, a step's folder in it, a Hugging Face folder or a .gguf file",
@@ -41,6 +50,10 @@ FLAGS = {
     "temperature": f"{_MEANINGS['temperature']} ({_DEFAULTS['temperature']})",
     "stop": _MEANINGS["stop"],
     "banned": "words that must not occur, with commas between them",
+    "json_schema": "a file with a JSON schema: the text is JSON by it (extra [guide])",
+    "regex": _MEANINGS["regex"],
+    "choices": f"{_MEANINGS['choices']}, with commas between them",
+    "grammar": "a file with a context-free grammar in Lark that the text follows",
     "num_beams": _MEANINGS["num_beams"],
     "length_penalty": f"{_MEANINGS['length_penalty']} (1.0)",
     "num_speculative_tokens": _MEANINGS["num_speculative_tokens"],
@@ -73,8 +86,23 @@ def read_options(args: cli.Args) -> GenerationOptions:
     if args["stop"]:
         options["stop"] = args["stop"].replace("\\n", "\n").replace("\\t", "\t")
     options["banned"] = [word for word in args["banned"].split(",") if word]
+    for flag, name in (("json_schema", "schema"), ("grammar", "grammar")):
+        if args[flag]:
+            options[name] = _read(args[flag], flag)
+    if args["regex"]:
+        options["regex"] = args["regex"]
+    if args["choices"]:
+        options["choices"] = args["choices"].split(",")
     options["overflow"] = "slide" if "context_shift" in args else "refuse"
     return GenerationOptions(**options)
+
+
+def _read(path: str, flag: str) -> str:
+    """The text of a file. Raises UserError."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--{flag}={path}: {error}") from None
 
 
 def new_tokens(lm: LanguageModel, args: cli.Args) -> int:

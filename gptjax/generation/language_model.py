@@ -426,6 +426,7 @@ class LanguageModel:
             context=self.config.context,
             eos_ids=sorted({*own, *self._ids(options.stop_tokens)}),
             banned=requests.encode_banned(options.banned, self.tokenizer, self._ids),
+            vocab_size=self.config.vocab_size,
         )
 
     def _run(self, request: Request, options: GenerationOptions) -> None:

@@ -315,3 +315,52 @@ def advance(
 
     _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
     return state
+
+
+@functools.partial(
+    executables.jit,
+    static_argnames=("config", "active"),
+    donate_argnames=("state",),
+    outputs="state",
+)
+def extend(
+    config: ModelConfig,
+    params: Any,
+    state: DecodeState,
+    settings: Settings,
+    given: Array,
+    counts: Array,
+    chooses: Array,
+    *,
+    active: frozenset[str],
+) -> DecodeState:
+    """The state after given tokens and one more that is chosen after them, all in one pass.
+
+    given int32 [B, K]: the first counts[b] of row b are appended to it; none to rows that are done.
+    chooses bool [B]: whether row b gets the token after them. The buffer has K slots more than any
+    row's limit. Log-probabilities are the model's own, of given tokens too.
+    """
+    count = given.shape[1]
+    rows, steps = jnp.arange(len(given))[:, None], jnp.arange(count)[None]
+    counts = jnp.where(state.done, 0, jnp.minimum(counts, state.limit - state.length))
+    slots = jnp.where(steps < counts[:, None], state.length[:, None] + steps, len(state.tokens[0]))
+    tokens = state.tokens.at[rows, slots].set(given, mode="drop")
+    x, cache = feed(config, params, tokens, state.length, state.cache, count + 1)
+    logits = head.unembed(config, params, x)
+    logprobs = sampling.logprob(logits[:, :count], given)
+    length = state.length + counts
+    state = dataclasses.replace(
+        state,
+        tokens=tokens,
+        logprobs=state.logprobs.at[rows, slots].set(logprobs, mode="drop"),
+        length=length,
+        generated=state.generated + counts,
+        done=state.done | (length >= state.limit),
+        cache=cache,
+    )
+    last = jnp.take_along_axis(logits, counts[:, None, None], 1)[:, 0]
+    processed = sampling.process(last, settings, state.history, active)
+    token = sampling.choose(processed, settings, row_keys(state), active)
+    paused = dataclasses.replace(state, done=state.done | ~chooses)
+    after = append(paused, token, sampling.logprob(last, token), settings["eos_ids"])
+    return dataclasses.replace(after, done=jnp.where(chooses, after.done, state.done))

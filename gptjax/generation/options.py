@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gptjax.generation.language_model import LanguageModel
 
 OVERFLOWS = ("refuse", "slide")
+CONSTRAINTS = ("schema", "regex", "choices", "grammar")  # see `constraints.py`; at most one
 RENAMED = {"speculate_tokens": "num_speculative_tokens"}  # old keywords that still work
 # names that other libraries have for an option: its name here
 CALLED = {
@@ -61,6 +62,7 @@ class GenerationOptions(Sampling):
         logit_bias: changes of the logits before that.
     seed: s stands for s + i in request i, so a text does not depend on the rest of its batch.
     banned: words (with and without a space before them) or lists of ids that must not occur.
+    schema, regex, choices, grammar: what the text must be, at most one of them (extra [guide]).
 
     Raises UserError for a value out of its range.
 
@@ -93,11 +95,25 @@ class GenerationOptions(Sampling):
         "past the context: 'refuse', or 'slide': whenever it is full, go on from its latest half",
     )
     prompt_logprobs: bool = option(False, "also the log-probability of each prompt token")
+    schema: Mapping[str, Any] | str | None = option(None, "JSON by this schema, and nothing else")
+    regex: str | None = option(None, "a text that this regular expression matches")
+    choices: Sequence[str] | None = option(None, "one of these texts")
+    grammar: str | None = option(None, "a text of this context-free grammar, written in Lark")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.overflow not in OVERFLOWS:
             raise UserError(unknown_name("overflow policy", self.overflow, list(OVERFLOWS)))
+        constraints = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(constraints) > 1:
+            raise UserError(f"{' and '.join(constraints)}: a text follows one of them, not both")
+        if constraints and (self.num_beams > 1 or self.speculates):
+            other = "beam search (num_beams)" if self.num_beams > 1 else "speculation"
+            raise UserError(f"{constraints[0]} does not work with {other}: leave one of them out")
+
+    @property
+    def guided(self) -> bool:
+        return any(getattr(self, name) is not None for name in CONSTRAINTS)
 
     @property
     def stop_texts(self) -> list[str]:
@@ -127,6 +143,10 @@ class GenerationKeywords(SamplingKeywords, total=False):
     draft: LanguageModel | None
     overflow: Literal["refuse", "slide"]
     prompt_logprobs: bool
+    schema: Mapping[str, Any] | str | None
+    regex: str | None
+    choices: Sequence[str] | None
+    grammar: str | None
 
 
 class BatchKeywords(GenerationKeywords, total=False):

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from gptjax.config.errors import UserError
+from gptjax.core import cli
 from gptjax.core.characters import check_characters
+from gptjax.generation.constraints import GuideState, build_guide
 from gptjax.generation.options import GenerationOptions
 from gptjax.generation.sampling import Sampling
 from gptjax.tokenizer.base import StreamDecoder, Tokenizer
@@ -46,6 +48,7 @@ class SequenceState:
         stop: Sequence[str],
         eos_ids: Sequence[int],
         prompt: Sequence[int] = (),
+        guide: GuideState | None = None,
     ):
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
@@ -55,11 +58,18 @@ class SequenceState:
         self._decoder = StreamDecoder(tokenizer, prompt) if tokenizer else None
         self._size = tokenizer.vocab_size if tokenizer else 0
         self._stop, self._eos_ids = stop, set(eos_ids)
+        self.guide, self._given = guide, 0
+        self._end_with_guide()
 
     def feed(self, token: int, logprob: float) -> None:
         """Adds a token; none is added after the end."""
         if self.reason:
             return
+        if self.guide:
+            if self._given:
+                self._given -= 1  # its guide knows it
+            else:
+                self.guide.accept(token)
         if token in self._eos_ids:
             self.end = token
             self.finish("stop")
@@ -70,6 +80,25 @@ class SequenceState:
             before = len(self.text)
             self.text += self._decoder.feed(token)
             self._cut_at_stop(before)
+        self._end_with_guide()
+
+    def take_given(self, room: int) -> list[int]:
+        """Tokens, at most `room`, that the grammar leaves no choice about. They must be fed next;
+        the guide is behind them already."""
+        given = self.guide.forced()[:room] if self.guide and not self.reason else []
+        for token in given:
+            self.guide.accept(token)  # type: ignore[union-attr]
+        self._given = len(given)
+        return given
+
+    def _end_with_guide(self) -> None:
+        """Ends the text with its grammar, or where the grammar leaves no token."""
+        if self.guide and not self._given and not self.reason:
+            if self.guide.finished:
+                self.finish("stop")
+            elif self.guide.fault:
+                cli.say(f"note: a text ends before its grammar does: {self.guide.fault}")
+                self.finish("length")
 
     def _cut_at_stop(self, before: int) -> None:
         """Ends the text at the first stop text that the characters from `before` on complete."""
@@ -117,6 +146,7 @@ class Request:
     eos_ids: list[int]
     has_stop_text: bool
     context_shift: bool  # go on past the context
+    guided: bool = False  # each text follows a grammar
 
     @property
     def finished(self) -> bool:
@@ -141,11 +171,14 @@ def build_request(
     context: int,
     eos_ids: Sequence[int],
     banned: list[list[int]],
+    vocab_size: int = 0,
 ) -> Request:
     """The request for prompts (ids), all of it checked. Raises UserError.
 
-    eos_ids: ids that end a text; banned: `options.banned` as ids (`encode_banned`).
+    eos_ids: ids that end a text; banned: `options.banned` as ids (`encode_banned`); vocab_size: the
+    model's, which a grammar's masks have.
     """
+    guide = build_guide(tokenizer, vocab_size, eos_ids, options)
     stop = options.stop_texts
     if stop and tokenizer is None:
         raise UserError("stop texts need a tokenizer, which this checkpoint lacks: use stop_tokens")
@@ -161,7 +194,8 @@ def build_request(
         seed = (options.seed + i) % 2**32
         samplings.append(dataclasses.replace(options, banned=banned, seed=seed))
         for _ in range(options.n):
-            sequences.append(SequenceState(tokenizer, stop, eos_ids, prompt))
+            state = guide.start() if guide else None
+            sequences.append(SequenceState(tokenizer, stop, eos_ids, prompt, state))
     return Request(
         prompts=fitting,
         samplings=samplings,
@@ -171,6 +205,7 @@ def build_request(
         eos_ids=list(eos_ids),
         has_stop_text=bool(stop),
         context_shift=options.context_shift,
+        guided=guide is not None,
     )
 
 

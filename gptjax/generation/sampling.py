@@ -117,6 +117,11 @@ class Sampling:
         object.__setattr__(self, "logit_bias", _read_bias(self.logit_bias))
 
     @property
+    def guided(self) -> bool:
+        """Whether a grammar says which tokens may come (`constraints.py`)."""
+        return False
+
+    @property
     def active(self) -> frozenset[str]:
         """Names of the processors that do something, and "sample" where a token is drawn."""
         names = {p.variant(name, self) for name, p in PROCESSORS.items() if p.used(self)}
@@ -361,6 +366,13 @@ def min_new(logits: Array, settings: Settings, history: History) -> Array:
     return logits.at[rows, out].set(-jnp.inf, mode="drop")
 
 
+def guide(logits: Array, settings: Settings, history: History) -> Array:
+    """Bans what a grammar does not allow: tokens whose bit in uint32 [B, ceil(V / 32)] is 0."""
+    bits = settings["allowed"][:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    allowed = bits.reshape(len(bits), -1)[:, : logits.shape[1]] > 0
+    return jnp.where(allowed, logits, -jnp.inf)
+
+
 def top_k(logits: Array, settings: Settings, history: History) -> Array:
     """Keeps the k largest logits and their equals."""
     ordered, vocab_size = jnp.sort(logits, axis=-1), logits.shape[1]
@@ -418,6 +430,7 @@ PROCESSORS: dict[str, Processor] = {
     "ngram": Processor(no_repeat_ngram, lambda s: s.no_repeat_ngram > 0, size="no_repeat_ngram"),
     "banned": Processor(banned, lambda s: bool(_banned_sequences(s))),
     "min_new": Processor(min_new, lambda s: s.min_new_tokens > 0),
+    "guide": Processor(guide, lambda s: s.guided),
 }
 
 
@@ -435,9 +448,9 @@ def process(
     """Logits [B, V] after all active processors, -inf for tokens that are out.
 
     Where every token is out, the logits come back as they were: a distribution over nothing has no
-    sample.
+    sample. What a grammar bans stays out even then.
     """
-    original = logits_BV
+    original = guide(logits_BV, settings, history) if "guide" in active else logits_BV
     for name, processor in PROCESSORS.items():
         for variant in sorted(active):
             kind, _, size = variant.partition(":")

@@ -1,0 +1,239 @@
+"""Text that follows a grammar: masks against brute force, and texts that are what was asked for."""
+
+import json
+import re
+
+import jsonschema
+import numpy as np
+import pytest
+from helpers import tiny_language_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.config.errors import UserError
+from gptjax.generation import constraints
+from gptjax.generation.constraints import build_guide
+from gptjax.generation.options import GenerationOptions
+from gptjax.tokenizer.base import Tokenizer
+from gptjax.tokenizer.openai import OpenAITokenizer
+from gptjax.tokenizer.pretrained import from_gpt2
+from gptjax.tokenizer.trained import ByteTokenizer, CharTokenizer, SentencePieceTokenizer
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 4},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "kind": {"enum": ["cat", "dog", "naïve 😀"]},
+    },
+    "required": ["name", "age", "kind"],
+    "additionalProperties": False,
+}
+TEXT = ["The quick brown fox jumps over the lazy dog, 12 times: \"a\", 'b', naïve 😀.\n"] * 30
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_language_model(tokenizer=ByteTokenizer(), context=128)
+
+
+def tokenizers():
+    gpt2 = OpenAITokenizer.find("gpt2", "")
+    return {
+        "bytes": ByteTokenizer(),
+        "gpt2": gpt2,
+        "tokenizer.json": from_gpt2(gpt2),
+        "sentencepiece": SentencePieceTokenizer.train(TEXT, 300),
+        "chars": CharTokenizer.train(['abcdefgh "{}:,0123456789\n']),
+    }
+
+
+@pytest.fixture(scope="module")
+def vocabularies():
+    return tokenizers()
+
+
+def allowed_ids(state, vocab_size):
+    row = np.zeros(-(-vocab_size // 32), np.uint32)
+    state.write_mask(row)
+    bits = np.unpackbits(row.view(np.uint8), bitorder="little")
+    return set(np.flatnonzero(bits).tolist())
+
+
+@pytest.mark.parametrize("kind", ["bytes", "gpt2", "tokenizer.json", "sentencepiece", "chars"])
+def test_masks_are_those_of_brute_force(vocabularies, kind):
+    """A token is allowed if and only if a sentence goes on from it; where all sentences go on
+    alike, tokens that the tokenizer would write are forced."""
+    tokenizer: Tokenizer = vocabularies[kind]
+    vocab_size = tokenizer.vocab_size + 37  # rows that only fill up the model's table
+    sentences = ["a bad cab", "a bad", "abc", "cab", "ca\n", "had a cab: 10", "had a cab: 12"]
+    if kind != "chars":
+        sentences += ["naïve", "naive", "😀", "😃"]
+    wanted = [sentence.encode() for sentence in sentences]
+    options = GenerationOptions(choices=sentences)
+    guide = build_guide(tokenizer, vocab_size, tokenizer.eos_ids, options)
+    prefixes = {b""}
+    seen = 0
+    while prefixes:
+        prefix = prefixes.pop()
+        state, text, forced = guide.start(), b"", []
+        # reach the prefix by tokens that the masks allow, the longest first
+        while text != prefix:
+            rest = prefix[len(text) :]
+            ids = allowed_ids(state, vocab_size)
+            fitting = [i for i in ids if i < tokenizer.vocab_size]
+            fitting = [i for i in fitting if rest.startswith(tokenizer.token_bytes[i] or b"\xff")]
+            if not fitting:
+                break
+            token = max(fitting, key=lambda i: (len(tokenizer.token_bytes[i]), i))
+            text += tokenizer.token_bytes[token]
+            state.accept(token)
+        if text != prefix:
+            continue
+        expected = set(tokenizer.eos_ids) if prefix in wanted else set()
+        for i, piece in enumerate(tokenizer.token_bytes):
+            if piece and any(sentence.startswith(prefix + piece) for sentence in wanted):
+                expected.add(i)
+        ids, forced = allowed_ids(state, vocab_size), state.forced()
+        if forced:
+            assert ids <= expected and forced[0] in ids
+        else:
+            assert ids == expected
+        seen += 1
+        assert state.finished == (expected <= set(tokenizer.eos_ids))
+        for i in expected - set(tokenizer.eos_ids):
+            prefixes.add(prefix + tokenizer.token_bytes[i])
+    assert seen > 15
+
+
+@settings(max_examples=40, deadline=None)
+@given(words=st.lists(st.text('ab ñ😀\n"\\', max_size=6), min_size=1, max_size=6), data=st.data())
+def test_any_walk_along_the_masks_ends_in_a_choice(vocabularies, words, data):
+    for tokenizer in (vocabularies["bytes"], vocabularies["sentencepiece"]):
+        options = GenerationOptions(choices=words)
+        state = build_guide(tokenizer, 400, tokenizer.eos_ids, options).start()
+        tokens = []
+        while not state.finished:
+            assert not state.fault
+            token = data.draw(st.sampled_from(sorted(allowed_ids(state, 400))))
+            state.accept(token)
+            tokens.append(token)
+        assert tokenizer.decode_bytes(tokens).decode() in words
+
+
+def test_what_is_asked_for_comes(lm):
+    for seed in range(4):
+        asked = dict(temperature=1.0, seed=seed, max_new_tokens=110)
+        person = lm.generate("A person:", schema=PERSON, **asked)
+        assert person.finish_reason == "stop"
+        jsonschema.validate(json.loads(person.text), PERSON)
+        assert len(person.tokens) == len(person.logprobs)
+        assert re.fullmatch("[a-c]{3,5}x?", lm.generate("x", regex="[a-c]{3,5}x?", **asked).text)
+        assert lm.generate("x", choices=["yes", "né\n", '"'], **asked).text in ["yes", "né\n", '"']
+        nested = lm.generate("x", grammar='start: "(" start ")" | "."', **asked).text
+        assert nested == "(" * nested.count("(") + "." + ")" * nested.count("(")
+
+
+def test_log_probabilities_are_the_models_own_of_forced_tokens_too(lm):
+    prompt = lm.encode("x")
+    completion = lm.generate([prompt], choices=["a long choice", "another one"])[0]
+    scores = lm.token_logprobs([prompt + completion.tokens])[0]
+    np.testing.assert_allclose(completion.logprobs, scores.logprobs, atol=1e-4)
+
+
+def test_rows_have_states_of_their_own_and_a_text_is_what_it_is_alone(lm):
+    asked = dict(schema=PERSON, temperature=1.0, max_new_tokens=80)
+    together = lm.generate(["a", "bcd", "efghijk"], n=2, seed=5, **asked)
+    assert len({completion.text for completion in together}) > 3
+    alone = lm.generate(["bcd"], n=2, seed=6, **asked)
+    assert [c.text for c in together[2:4]] == [c.text for c in alone]
+
+
+def test_nothing_lifts_what_a_grammar_bans(lm):
+    """Other processors may ban every token that it allows: then it alone decides."""
+    asked = dict(regex="[ab]{6}", max_new_tokens=9)
+    for other in (
+        dict(banned=["a", "b"]),
+        dict(no_repeat_ngram=1),
+        dict(no_repeat_ngram=1, temperature=1.0, top_k=1),
+        dict(logit_bias={ord("z"): 1e6}),
+        dict(min_new_tokens=9),
+        dict(temperature=2.0, top_p=0.1, min_p=0.5, typical_p=0.2, repetition_penalty=3.0),
+    ):
+        text = lm.generate("ab", **asked, **other).text
+        assert re.fullmatch("[ab]{6}", text), (other, text)
+    assert lm.generate("x", regex="a|ab+", min_new_tokens=3, max_new_tokens=9).text.startswith(
+        "abb"
+    )
+
+
+def test_ends(lm):
+    def end(**options):
+        completion = lm.generate("x", **options)
+        return completion.text, completion.finish_reason
+
+    assert end(choices=["abcdef"], max_new_tokens=3) == ("abc", "length")
+    assert end(choices=["abcdef"], max_new_tokens=6) == ("abcdef", "stop")
+    assert end(choices=["abcdef"], stop="cd") == ("ab", "stop")
+    assert end(choices=["ab"], ignore_end=True) == ("ab", "stop")
+    assert end(choices=["ab", "ac"], stop_tokens=[ord("c")]) == ("ab", "stop")
+    assert end(regex="") == ("", "stop")
+    assert end(regex="(ab)+", max_new_tokens=300, overflow="slide") == ("ab" * 150, "length")
+    assert "".join(lm.stream("x", choices=["né 😀"])) == "né 😀"
+    lm.compile("x", choices=["ab", "b"])
+
+
+def test_a_vocabulary_that_cannot_go_on_ends_a_text_as_a_limit_does(capsys):
+    lm = tiny_language_model(tokenizer=CharTokenizer.train(["abc"]), vocab=4)
+    completion = lm.generate("a", choices=["abx"])
+    assert (completion.text, completion.finish_reason) == ("ab", "length")
+    assert "ends before its grammar does" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(regex="a("), "regex: unclosed group"),
+        (dict(regex=r"\b"), "regex: lookarounds not supported"),
+        (dict(schema={"properties": {"q": {"items": {"not": {}}}}}), r'"not".*/properties/q/items'),
+        (dict(schema="{"), "schema: no JSON.*line 1 column 2"),
+        (dict(schema={"type": "integer", "minimum": 5, "maximum": 3}), "minimum .5. is greater"),
+        (dict(schema=False), "no JSON schema"),
+        (dict(grammar="start: x"), r"grammar: at 1\(8\): unknown name"),
+        (dict(grammar="start: start"), "no text follows it"),
+        (dict(grammar="start: <|endoftext|>"), "unknown special token"),
+        (dict(grammar="start: <[256]>"), "no token"),
+        (dict(choices=[]), "choices"),
+        (dict(choices="ab"), "choices"),
+        (dict(choices=["a", 1]), "choices: 1"),
+        (dict(regex=3), "regex"),
+        (dict(regex="a", choices=["a"]), "regex and choices"),
+        (dict(regex="a", num_beams=2), "beam search"),
+        (dict(regex="a", num_speculative_tokens=2), "speculation"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(lm, options, message):
+    with pytest.raises(UserError, match=message):
+        lm.generate("x", **options)
+
+
+def test_tokens_without_bytes_are_refused(monkeypatch):
+    tokenizer = ByteTokenizer()
+    monkeypatch.setattr(tokenizer, "joins_bytes", False)
+    with pytest.raises(UserError, match="decodes words"):
+        build_guide(tokenizer, 257, [256], GenerationOptions(regex="a"))
+    with pytest.raises(UserError, match="needs a tokenizer"):
+        build_guide(None, 257, [256], GenerationOptions(regex="a"))
+
+
+def test_the_package_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    with pytest.raises(UserError, match=r"gptjax\[guide\]"):
+        build_guide(ByteTokenizer(), 257, [256], GenerationOptions(regex="a"))
+
+
+def test_a_grammar_is_compiled_once():
+    tokenizer, options = ByteTokenizer(), GenerationOptions(schema=PERSON)
+    guides = [build_guide(tokenizer, 257, [256], options) for _ in range(2)]
+    assert guides[0] is guides[1]
+    assert constraints._compiled.cache_info().maxsize
