@@ -77,6 +77,8 @@ def main(argv: list[str]) -> None:
     args = cli.parse(join_repeated(argv, "adapter"), __doc__, FLAGS, required=("checkpoint",))
     adapters = read_adapters(args["adapter"])
     host, key = args["host"] or "127.0.0.1", args["api_key"] or os.environ.get("GPTJAX_API_KEY", "")
+    if "api_key" in args and args["api_key"] in ("", "true"):
+        raise UserError("--api_key has no value: give the key that requests must bring")
     if not server.is_local(host) and not key:
         raise UserError(f"--host={host} is reached from other machines: set --api_key=KEY as well")
     name = args["name"] or Path(args["checkpoint"]).resolve().name.removesuffix(".gguf")

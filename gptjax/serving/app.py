@@ -305,6 +305,8 @@ class _Guarded:
     def _problem(self, scope: Any) -> ApiError | None:
         headers = dict(scope["headers"])
         host = re.sub(r":\d+\Z", "", headers.get(b"host", b"").decode("latin-1")).lower()
+        if not scope["http_version"].startswith(("1.", "2")):
+            return ApiError(400, f"this server does not speak HTTP/{scope['http_version']}")
         if self._hosts and host not in self._hosts:
             return ApiError(403, f"this server is not {host[:80]!r}")
         needs_key = scope["path"].startswith("/v1/") or scope["path"] == "/metrics"

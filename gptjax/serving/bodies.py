@@ -24,6 +24,9 @@ async def read_bytes(request: Request, limit: int) -> bytes:
         raise ApiError(
             415, f"the body's Content-Type is {kind or 'missing'}: it must be application/json"
         )
+    packing = request.headers.get("content-encoding", "identity").lower()
+    if packing != "identity":
+        raise ApiError(415, f"the body's Content-Encoding is {packing[:40]}: it must not be packed")
     said = request.headers.get("content-length", "")
     if said.isdecimal() and int(said[:20]) > limit:
         raise _too_large(limit)

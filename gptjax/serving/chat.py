@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gptjax.config.errors import UserError
 from gptjax.generation.slots import Job
 from gptjax.serving import fields, tool_calls
 from gptjax.serving.answers import Answer, Choice, Scored
@@ -67,7 +68,11 @@ class Chat(Answer):
             )
         size = sum(len(str(message.get("content", ""))) for message in messages)
         served.check_size(size, "messages")
-        ids = chat_template.encode(self._tokenizer, messages, tools=tools or None)
+        served.check_size(len(messages) * served.longest, "messages")  # a token each, at least
+        try:
+            ids = chat_template.encode(self._tokenizer, messages, tools=tools or None)
+        except UserError as error:
+            raise wrong_field("messages", f"messages: {error}") from None
         return [self._tokenizer.eot] * lm.prompt_tokens + ids
 
     def first_chunks(self) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from gptjax.config.errors import nearest
 from gptjax.core.characters import shorten
 from gptjax.generation.options import GenerationOptions
 from gptjax.serving.errors import ApiError, wrong_field
+from gptjax.tokenizer.messages import REASONING
 
 Schema = Mapping[str, Any]
 
@@ -294,7 +295,12 @@ _MESSAGE: Schema = {
         "name": {"type": "string"},
         "tool_calls": {"type": "array", "items": {"type": "object"}},
         "tool_call_id": {"type": "string"},
+        # what an answer has beside them, for conversations that go on
+        **{name: {"type": "string"} for name in ("refusal", *REASONING)},
+        "annotations": {"type": "array"},
+        **{name: {"type": "object"} for name in ("audio", "function_call")},
     },
+    "additionalProperties": False,
 }
 _TOOL: Schema = {
     "type": "object",

@@ -31,9 +31,9 @@ class Served:
         self.created = int(time.time())
         self._tokenizer = tokenizer = engine.lm.text_tokenizer
         self._control = {number: name.encode() for name, number in tokenizer.control.items()}
-        self._longest = 64  # characters of a token, about
+        self.longest = 64  # characters of a token, about
         if tokenizer.joins_bytes:
-            self._longest = max(map(len, tokenizer.token_bytes))
+            self.longest = max(map(len, tokenizer.token_bytes))
 
     def adapter(self, model: str | None) -> str:
         """The adapter that a request's `model` names; "" is the checkpoint. Raises ApiError."""
@@ -70,7 +70,7 @@ class Served:
 
     def check_size(self, characters: int, param: str) -> None:
         """Raises ApiError for a text that is too long to be worth encoding."""
-        if characters > 4 * self._longest * (self.engine.length + 1):
+        if characters > 4 * self.longest * (self.engine.length + 1):
             raise self._too_long(f"{characters:,} characters", param)
 
     def room(self, ids: Sequence[int], param: str) -> int:

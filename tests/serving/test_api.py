@@ -190,7 +190,11 @@ def test_a_wrong_field_of_a_chat(server):
     ):
         assert server.chat(**field).json()["error"]["param"] == param
     assert server.chat(store=False, modalities=["text"], max_tokens=2).status_code == 200
-    for messages in ([], [{}], [{"role": "pope", "content": "x"}], ["hi"], [{"role": "user"}]):
+    user = {"role": "user", "content": "x"}
+    for wrong in ({}, {"role": "pope", "content": "x"}, "hi", {"role": "user"}, {**user, "a": 1}):
+        error = server.post("/v1/chat/completions", messages=[wrong]).json()["error"]
+        assert error["param"].startswith("messages")
+    for messages in ([], [user] * 5000):
         error_of(server.post("/v1/chat/completions", messages=messages), 400)
 
 

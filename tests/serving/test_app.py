@@ -70,6 +70,8 @@ def test_wrong_routes_methods_and_types(server):
     ):
         assert response.status_code == status
         assert response.json()["error"]["message"]
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    assert server.ask("POST", "/v1/completions", content=b"{}", headers=headers).status_code == 415
     assert send(server, b'{"prompt": "hi"}', "application/json; charset=utf-8").status_code == 200
 
 
