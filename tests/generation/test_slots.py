@@ -111,6 +111,7 @@ def test_a_shared_beginning_is_fed_once(lm):
         engine.turn()
     assert results([first, *others]) == results(fresh)
     assert engine.enter(jobs[2]).fed == 96  # its slot has it still
+    assert engine.enter(Job([*range(70), *range(7, 40)], options)).fed == 64  # whole chunks
     assert engine.enter(dataclasses.replace(jobs[2], prompt_logprobs=True)).fed == 0
 
 
