@@ -104,6 +104,7 @@ def test_patching_everything_gives_the_other_run(name):
         assert abs(patched["logits"] - own["logits"]).max() > 1e-3, point
 
 
+@pytest.mark.slow
 def test_a_patch_at_a_position_changes_nothing_before_it():
     lm = tiny_language_model("llama", layers=2)
     source, own = lm.trace(OTHER), lm.trace(PROMPT)
@@ -144,7 +145,8 @@ def test_other_numbers_compile_nothing():
     assert tracing._captured._cache_size() == count
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_traces_with_adapters_small_weights_and_on_a_mesh(name):
     shape = dict(vocab_size=265, vocab_multiple=1, context=64, layers=2)
     adapted = dict(lora=dict(rank=2, dora=True), train=dict(init_from="base"))
@@ -189,7 +191,9 @@ def _lowered(apply, config):
     return jax.jit(jax.value_and_grad(loss)).lower(params).as_text()
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    "implementation", ["reference", pytest.param("cpu", marks=pytest.mark.slow)]
+)
 def test_the_program_without_a_hook_has_nothing_of_it(implementation, monkeypatch):
     source = ast.parse(inspect.getsource(transformer))
     plain = types.ModuleType("plain")

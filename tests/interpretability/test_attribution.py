@@ -57,6 +57,7 @@ def test_integrated_gradients_are_complete(name):
     assert result.error <= 0.01 and result.scores.shape == (len(PROMPT),)
 
 
+@pytest.mark.slow
 def test_a_gradient_times_the_input_is_the_slope_along_it():
     lm = tiny_language_model("gpt2", layers=2)
     result = token_attribution(lm, PROMPT, 5, method="gradient")
@@ -76,6 +77,7 @@ def test_a_gradient_times_the_input_is_the_slope_along_it():
         assert result.scores[at] == pytest.approx((up - down) / 2e-2, rel=0.02, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_tokens_behind_the_position_have_no_part_in_it():
     lm = tiny_language_model("llama", layers=2)
     for method in ("gradient", "integrated"):

@@ -34,6 +34,7 @@ def test_a_sweep_over_positions_is_each_patch_alone(name):
     np.testing.assert_allclose(equal, sweep.into, **CLOSE)  # the prompts are equal there
 
 
+@pytest.mark.slow
 def test_a_sweep_over_heads_is_each_patch_alone():
     lm = tiny_language_model("gemma2", layers=2)
     source, into = lm.trace(SOURCE), lm.trace(INTO)
@@ -60,7 +61,7 @@ def test_all_paths_patched_are_the_other_run(name):
     lm = tiny_language_model(name, layers=2)
     senders = [EVERYTHING, [], EVERYTHING[3:]]
     sweep = patch_paths(lm, SOURCE, INTO, 5, against=77, senders=senders, freeze_mlps=True)
-    assert sweep.values[0] == sweep.source and sweep.restored[0] == 1
+    assert sweep.values[0] == pytest.approx(sweep.source, rel=1e-6)  # batches of 2 rows and of 16
     assert sweep.values[1] == pytest.approx(sweep.into, abs=1e-5)
     direct = {
         name: lm.trace(prompt, names=["head_results", "residual_after"])
@@ -80,6 +81,7 @@ def test_all_paths_patched_are_the_other_run(name):
     assert sweep.values[2] == pytest.approx(contrast(lm, INTO, [last]), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_path_to_a_receiver_goes_through_it_alone():
     lm = tiny_language_model("qwen2", layers=2)
     every = dict(against=77, senders=[EVERYTHING, []])
@@ -100,7 +102,7 @@ def test_a_path_to_a_receiver_goes_through_it_alone():
     assert abs(by_head.values[0] - by_head.into).max() > 1e-4
 
 
-@pytest.mark.parametrize("freeze_mlps", [False, True])
+@pytest.mark.parametrize("freeze_mlps", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_path_to_the_logits_passes_no_other_head(freeze_mlps):
     lm = tiny_language_model("llama", layers=2)
     source, into = lm.trace(SOURCE), lm.trace(INTO)
