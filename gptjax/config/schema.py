@@ -199,6 +199,11 @@ class TaskConfig:
         shapes=False,
     )
     stop: tuple[str, ...] = setting((), "Answers end before any of these texts.", shapes=False)
+    regex: str = setting(
+        "",
+        "Written answers match this regular expression (extra [guide]); empty = any text.",
+        shapes=False,
+    )
     max_new_tokens: int = setting(
         64, "Answers end after this many tokens.", low=1, high=1 << 20, shapes=False
     )

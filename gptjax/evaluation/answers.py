@@ -205,6 +205,7 @@ def _answer_by_writing(
                 max_new_tokens=limit,
                 num_beams=config.num_beams,
                 stop=config.stop,
+                regex=config.regex or None,
             )
             for i, completion in zip(batch, completions, strict=True):
                 answers[i] = Answer(completion.text.strip(), ids=tuple(completion.tokens))

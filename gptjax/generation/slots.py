@@ -40,6 +40,7 @@ from gptjax.runtime import executables
 
 _CACHE_BYTES = 2 << 30  # of keys and values, where the context would need more
 _TURN_STEPS = 4  # tokens of each text in a turn
+_FORCED = 8  # tokens that a grammar forces take a pass of their own from so many on
 _IDLE_CHUNKS = 4  # of prompts in a turn in which no text grows
 
 
@@ -231,8 +232,17 @@ class SlotEngine:
                 self._feed_chunk(text)
                 changed.append(text)
         ready = [text for text in texts if not text.waits]
-        if ready:
-            changed += self._decode(ready)
+        for text in ready:
+            self._feed_forced(text)
+        # a grammar looks at every token before the next one is chosen
+        guided = any(text.sequence.guide for text in ready)
+        for _ in range(_TURN_STEPS if guided else 1):
+            if growing := [text for text in ready if not text.sequence.reason]:
+                self._decode(growing, 1 if guided else _TURN_STEPS)
+        for text in ready:
+            if text.sequence.reason:  # also of a grammar of the empty text
+                self.leave(text)
+        changed += ready
         return list(dict.fromkeys(changed))
 
     def _next_waiting(self) -> Text | None:
@@ -247,12 +257,39 @@ class SlotEngine:
 
     def _feed_chunk(self, text: Text) -> None:
         row, start = text.row, text.fed
-        tokens = np.zeros(self.chunk + 1, np.int32)
-        part = row.tokens[start : start + self.chunk + 1]
-        tokens[: len(part)] = part
         alternatives = -1
         if text.scores_prompt:
             alternatives = ALTERNATIVES if text.job.alternatives else 0
+        scored = self._prefill(
+            text, row.tokens[start : start + self.chunk + 1], start, alternatives
+        )
+        count = min(self.chunk, row.prompt_length - 1 - start)
+        text.fed = start + count
+        if count == self.chunk:
+            self._slots[text.slot].prefix = row.tokens[: text.fed]
+        if scored is not None:
+            for i in range(count):
+                pairs = _alternatives(scored, i, text.job.alternatives)
+                text.prompt_scores.append((float(scored.logprob[i]), pairs))
+
+    def _feed_forced(self, text: Text) -> None:
+        """Writes what a text's grammar leaves no choice about, in one pass where that is long."""
+        known, sequence = len(text.row.tokens), text.sequence
+        room = min(self.chunk, text.row.limit - known)
+        is_long = sequence.guide and len(sequence.guide.forced()) >= _FORCED
+        if not is_long or known - 1 + self.chunk > self.cache_slots:
+            return
+        given = sequence.take_given(room)
+        alternatives = ALTERNATIVES if text.job.alternatives else 0
+        tokens = [text.row.tokens[-1], *given]
+        scored = self._prefill(text, tokens, known - 1, alternatives)
+        for i, token in enumerate(given):
+            self._add(text, token, scored, i)
+
+    def _prefill(self, text: Text, part: Sequence[int], start: int, alternatives: int) -> Any:
+        """Feeds all but the last of at most chunk + 1 tokens; scores of the tokens after them."""
+        row, tokens = text.row, np.zeros(self.chunk + 1, np.int32)
+        tokens[: len(part)] = part
         arrays = (tokens, np.int32(text.slot), np.int32(start), np.int32(row.adapter))
         program = self._program(
             ("prefill", alternatives),
@@ -266,18 +303,10 @@ class SlotEngine:
             ),
         )
         self._cache, scored = program(self.params, self.adapters, self._cache, *arrays)
-        count = min(self.chunk, row.prompt_length - 1 - start)
-        text.fed = start + count
-        if count == self.chunk:
-            self._slots[text.slot].prefix = row.tokens[: text.fed]
-        if scored is not None:
-            scored = jax.device_get(scored)
-            for i in range(count):
-                pairs = _alternatives(scored, i, text.job.alternatives)
-                text.prompt_scores.append((float(scored.logprob[i]), pairs))
+        return None if scored is None else jax.device_get(scored)
 
-    def _decode(self, ready: Sequence[Text]) -> list[Text]:
-        """A few steps of these texts; returns them."""
+    def _decode(self, ready: Sequence[Text], steps: int) -> None:
+        """So many steps of these texts."""
         first, size = self._window(ready)
         rows: list[Row | None] = [None] * size
         for text in ready:
@@ -285,21 +314,26 @@ class SlotEngine:
         wants = any(text.job.alternatives for text in ready)
         active = frozenset[str]().union(*(text.row.active for text in ready))
         batch = slot_rows.stack_rows(rows, self.config.vocab_size, self.cache_slots)
+        if "guide" in active:
+            allowed = np.full((size, -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+            for text in ready:
+                if text.sequence.guide:
+                    text.sequence.guide.write_mask(allowed[text.slot - first])
+            batch.settings["allowed"] = allowed
         alternatives = ALTERNATIVES if wants else 0
         arrays = (
             batch.state,
             np.int32(first),
             batch.adapters,
             batch.settings,
-            np.int32(_TURN_STEPS),
+            np.int32(steps),
         )
         program = self._decode_program(arrays, batch.shapes, size, active, alternatives)
         self._cache, tokens, made = program(self.params, self.adapters, self._cache, *arrays)
         tokens, made = jax.device_get((tokens, made))
         for text in ready:
             at = text.slot - first
-            self._collect(text, tokens[at], jax.tree.map(lambda x, at=at: x[at], made))
-        return list(ready)
+            self._collect(text, tokens[at, :steps], jax.tree.map(lambda x, at=at: x[at], made))
 
     def _decode_program(
         self,
@@ -363,19 +397,22 @@ class SlotEngine:
         text.slot = target
 
     def _collect(self, text: Text, tokens: np.ndarray, made: slot_programs.Scored) -> None:
-        """Feeds new tokens to a text, which leaves if they end it."""
-        sequence = text.sequence
-        for i in range(_TURN_STEPS):
-            known = len(sequence.tokens)
-            sequence.feed(int(tokens[i]), float(made.logprob[i]))
-            if len(sequence.tokens) > known:
-                text.row.tokens.append(int(tokens[i]))
-                text.alternatives.append(_alternatives(made, i, text.job.alternatives))
-            if len(sequence.tokens) >= text.job.options.max_new_tokens:
-                sequence.finish("length")
-            if sequence.reason:
-                self.leave(text)
-                return
+        """Feeds new tokens to a text until it ends."""
+        for i, token in enumerate(tokens.tolist()):
+            if not text.sequence.reason:
+                self._add(text, token, made, i)
+
+    def _add(self, text: Text, token: int, scored: slot_programs.Scored, i: int) -> None:
+        """Feeds a token to a text, which leaves if that ends it."""
+        sequence, known = text.sequence, len(text.sequence.tokens)
+        sequence.feed(token, float(scored.logprob[i]))
+        if len(sequence.tokens) > known:
+            text.row.tokens.append(token)
+            text.alternatives.append(_alternatives(scored, i, text.job.alternatives))
+        if len(sequence.tokens) >= text.job.options.max_new_tokens:
+            sequence.finish("length")
+        if sequence.reason:
+            self.leave(text)
 
     def _program(self, key: Any, call: Any) -> Any:
         """The executable of a key, made at the first time it is needed."""

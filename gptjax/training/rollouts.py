@@ -75,6 +75,7 @@ class Rollouts:
             [example.ids[: example.prompt].tolist() for example in chosen],
             max_new_tokens=task.max_new_tokens,
             n=task.num_generations,
+            regex=task.regex or None,
             temperature=1.0,
             seed=int(random.integers(1 << 31)),
         )

@@ -14,6 +14,7 @@ from gptjax.config.errors import UserError
 from gptjax.generation import constraints
 from gptjax.generation.constraints import build_guide
 from gptjax.generation.options import GenerationOptions
+from gptjax.generation.slots import Job, SlotEngine
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.openai import OpenAITokenizer
 from gptjax.tokenizer.pretrained import from_gpt2
@@ -72,11 +73,13 @@ def test_masks_are_those_of_brute_force(vocabularies, kind):
     wanted = [sentence.encode() for sentence in sentences]
     options = GenerationOptions(choices=sentences)
     guide = build_guide(tokenizer, vocab_size, tokenizer.eos_ids, options)
+    pieces = enumerate(tokenizer.token_bytes)
+    pieces = [(i, piece) for i, piece in pieces if piece and any(piece in s for s in wanted)]
     prefixes = {b""}
     seen = 0
     while prefixes:
         prefix = prefixes.pop()
-        state, text, forced = guide.start(), b"", []
+        state, text = guide.start(), b""
         # reach the prefix by tokens that the masks allow, the longest first
         while text != prefix:
             rest = prefix[len(text) :]
@@ -91,8 +94,8 @@ def test_masks_are_those_of_brute_force(vocabularies, kind):
         if text != prefix:
             continue
         expected = set(tokenizer.eos_ids) if prefix in wanted else set()
-        for i, piece in enumerate(tokenizer.token_bytes):
-            if piece and any(sentence.startswith(prefix + piece) for sentence in wanted):
+        for i, piece in pieces:
+            if any(sentence.startswith(prefix + piece) for sentence in wanted):
                 expected.add(i)
         ids, forced = allowed_ids(state, vocab_size), state.forced()
         if forced:
@@ -132,6 +135,34 @@ def test_what_is_asked_for_comes(lm):
         assert lm.generate("x", choices=["yes", "né\n", '"'], **asked).text in ["yes", "né\n", '"']
         nested = lm.generate("x", grammar='start: "(" start ")" | "."', **asked).text
         assert nested == "(" * nested.count("(") + "." + ")" * nested.count("(")
+
+
+def test_in_slots_a_text_is_what_it_is_alone_whatever_is_beside_it(lm):
+    """Its neighbours follow other grammars or none; long forced parts are fed in one pass."""
+    asked = [
+        dict(schema=PERSON),
+        dict(),
+        dict(regex="[a-c]{3,5}x?"),
+        dict(choices=["a very long choice", "another one"]),
+        dict(schema=PERSON, max_new_tokens=20),
+        dict(regex=""),
+    ]
+    jobs = []
+    for i, options in enumerate(asked):
+        options = {"max_new_tokens": 80, "temperature": 1.0, "seed": i, **options}
+        jobs.append(Job(lm.encode("x" * (1 + 9 * i)), GenerationOptions(**options), alternatives=2))
+    alone = [lm.generate([job.prompt], job.options)[0] for job in jobs]
+    engine = SlotEngine(lm, slots=4)
+    waiting, texts = list(jobs), []
+    while waiting or engine.free < 4:
+        while waiting and engine.free:
+            texts.append(engine.enter(waiting.pop(0)))
+        engine.turn()
+    for text, completion in zip(texts, alone, strict=True):
+        assert text.sequence.text == completion.text
+        assert text.sequence.reason == completion.finish_reason
+        np.testing.assert_allclose(text.sequence.logprobs, completion.logprobs, atol=1e-4)
+        assert [len(pairs) for pairs in text.alternatives] == [2] * len(completion.tokens)
 
 
 def test_log_probabilities_are_the_models_own_of_forced_tokens_too(lm):
