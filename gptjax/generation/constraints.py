@@ -28,6 +28,7 @@ from gptjax.tokenizer.base import Tokenizer
 # JSON as `json.dumps` writes it: free white space could go on for ever, and what is not free is
 # forced. A schema's own "x-guidance" wins.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_NOTHING = "no text that the vocabulary can write follows it"
 _CACHED_VOCABULARIES, _CACHED_GUIDES = 4, 64
 
 
@@ -89,7 +90,7 @@ class GuideState:
             self.fault = _first_line(self._matcher.get_error())
         elif self._matcher.is_stopped():
             self.finished = bool(self._matcher.is_accepting())
-            self.fault = "" if self.finished else "no text follows it"
+            self.fault = "" if self.finished else _NOTHING
         else:
             self._compute()
 
@@ -271,7 +272,7 @@ _GRAMMARS: dict[str, Callable[[Any], str]] = {  # an option's value: the library
 
 def _first_line(message: str) -> str:
     if message.startswith("NoExtension"):
-        return "no text follows it"
+        return _NOTHING
     return message.strip().splitlines()[0][:200] if message.strip() else "unknown fault"
 
 

@@ -255,13 +255,38 @@ SAMPLING: Table = {
         "include_usage: a last event with the number of tokens",
     ),
     "user": text(_NO_EFFECT),
-    **{
-        name: refused("constrained output is not in this version", {"type": "text"})
-        for name in (
-            *("response_format", "guided_json", "guided_regex"),
-            *("guided_choice", "guided_grammar"),
-        )
-    },
+    "response_format": Field(
+        {
+            "type": "object",
+            "required": ["type"],
+            "properties": {
+                "type": {"enum": ["text", "json_object", "json_schema"]},
+                "json_schema": {
+                    "type": "object",
+                    "required": ["schema"],
+                    "properties": {
+                        "name": {"type": "string"},
+                        "description": {"type": "string"},
+                        "schema": {"type": "object"},
+                        "strict": {"type": "boolean"},
+                    },
+                    "additionalProperties": False,
+                },
+            },
+            "additionalProperties": False,
+        },
+        "json_object: an object; json_schema: JSON by `json_schema.schema`, always strictly",
+    ),
+    "guided_json": Field(
+        {"description": "a JSON schema", "anyOf": [{"type": "object"}, {"type": "string"}]},
+        "the text is JSON by this schema",
+    ),
+    "guided_regex": text("the text matches this regular expression"),
+    "guided_choice": Field(
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 2048},
+        "the text is one of these",
+    ),
+    "guided_grammar": text("the text follows this grammar, written in Lark"),
 }
 
 COMPLETIONS: Table = {

@@ -118,6 +118,7 @@ class Served:
         for name, option in RENAMED.items():
             if name in fields:
                 given[option] = fields[name]
+        given |= _constraints(fields)
         seed = fields["seed"] % 2**32 if "seed" in fields else secrets.randbits(32)
         return GenerationOptions(**{"temperature": 1.0, **given, "seed": seed})
 
@@ -126,6 +127,31 @@ class Served:
         if token in self._control:
             return self._control[token]
         return self._tokenizer.decode_bytes([token]) if token < self._tokenizer.vocab_size else b""
+
+
+_GUIDED = {
+    "guided_json": "schema",
+    "guided_regex": "regex",
+    "guided_choice": "choices",
+    "guided_grammar": "grammar",
+}
+
+
+def _constraints(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What the text must be, as options. Raises ApiError where several fields say it."""
+    wanted = {name: fields[name] for name in _GUIDED if name in fields}
+    shape = fields.get("response_format", {"type": "text"})
+    if shape["type"] == "json_object":
+        wanted["response_format"] = {"type": "object"}
+    elif shape["type"] == "json_schema":
+        if "json_schema" not in shape:
+            name = "response_format.json_schema"
+            raise ApiError(400, f"{name} is missing", param=name, code="missing_field")
+        wanted["response_format"] = shape["json_schema"]["schema"]
+    if len(wanted) > 1:
+        names = " and ".join(wanted)
+        raise ApiError(400, f"{names}: a text follows one of them", param=names, code="conflict")
+    return {_GUIDED.get(name, "schema"): value for name, value in wanted.items()}
 
 
 def token_text(text: bytes) -> str:

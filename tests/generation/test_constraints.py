@@ -209,14 +209,17 @@ def test_ends(lm):
     assert end(choices=["ab"], ignore_end=True) == ("ab", "stop")
     assert end(choices=["ab", "ac"], stop_tokens=[ord("c")]) == ("ab", "stop")
     assert end(regex="") == ("", "stop")
-    assert end(regex="(ab)+", max_new_tokens=300, overflow="slide") == ("ab" * 150, "length")
+    endless = dict(regex="(ab)+", max_new_tokens=300, overflow="slide", ignore_end=True)
+    assert end(**endless) == ("ab" * 150, "length")
     assert "".join(lm.stream("x", choices=["né 😀"])) == "né 😀"
     lm.compile("x", choices=["ab", "b"])
 
 
 def test_a_vocabulary_that_cannot_go_on_ends_a_text_as_a_limit_does(capsys):
     lm = tiny_language_model(tokenizer=CharTokenizer.train(["abc"]), vocab=4)
-    completion = lm.generate("a", choices=["abx"])
+    with pytest.raises(UserError, match="no text that the vocabulary can write"):
+        lm.generate("a", choices=["abx"])
+    completion = lm.generate("a", choices=["abx", "aby"])
     assert (completion.text, completion.finish_reason) == ("ab", "length")
     assert "ends before its grammar does" in capsys.readouterr().err
 
@@ -231,7 +234,7 @@ def test_a_vocabulary_that_cannot_go_on_ends_a_text_as_a_limit_does(capsys):
         (dict(schema={"type": "integer", "minimum": 5, "maximum": 3}), "minimum .5. is greater"),
         (dict(schema=False), "no JSON schema"),
         (dict(grammar="start: x"), r"grammar: at 1\(8\): unknown name"),
-        (dict(grammar="start: start"), "no text follows it"),
+        (dict(grammar="start: start"), "no text that"),
         (dict(grammar="start: <|endoftext|>"), "unknown special token"),
         (dict(grammar="start: <[256]>"), "no token"),
         (dict(choices=[]), "choices"),
