@@ -219,7 +219,7 @@ def test_a_vocabulary_that_cannot_go_on_ends_a_text_as_a_limit_does(capsys):
     lm = tiny_language_model(tokenizer=CharTokenizer.train(["abc"]), vocab=4)
     with pytest.raises(UserError, match="no text that the vocabulary can write"):
         lm.generate("a", choices=["abx"])
-    completion = lm.generate("a", choices=["abx", "aby"])
+    completion = lm.generate("a", choices=["abx", "aby"], max_new_tokens=9)
     assert (completion.text, completion.finish_reason) == ("ab", "length")
     assert "ends before its grammar does" in capsys.readouterr().err
 
