@@ -328,7 +328,8 @@ class SlotEngine:
             batch.settings,
             np.int32(steps),
         )
-        program = self._decode_program(arrays, batch.shapes, size, active, alternatives)
+        shapes = (*batch.shapes, "guide" in active)  # which has a setting of its own
+        program = self._decode_program(arrays, shapes, size, active, alternatives)
         self._cache, tokens, made = program(self.params, self.adapters, self._cache, *arrays)
         tokens, made = jax.device_get((tokens, made))
         for text in ready:
