@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coro
 from typing import TYPE_CHECKING, Any
 
 from gptjax.config.errors import UserError
+from gptjax.generation.options import CONSTRAINTS
 from gptjax.serving import bodies, openapi
 from gptjax.serving.answers import Answer
 from gptjax.serving.chat import Chat
@@ -271,7 +272,8 @@ def _answering(
         except ApiError as error:
             return _refusal(error)
         except UserError as error:
-            return _refusal(ApiError(400, str(error)))
+            name = next((n for n in CONSTRAINTS if str(error).startswith(f"{n}: ")), None)
+            return _refusal(ApiError(400, str(error), param=name))
         except ClientDisconnect:
             return _nobody()
         except Exception:
