@@ -98,7 +98,8 @@ class Server:
         return self
 
     def __exit__(self, *error):
-        self.engine.gate.set()
+        if isinstance(self.engine, KnownEngine):
+            self.engine.gate.set()
         self.scheduler.close(drain=False)
 
     def ask(self, method, path, **settings):
