@@ -36,7 +36,7 @@ class KnownEngine:
         self.script, self.slots, self.texts = script, slots, []
         self.gate, self.broken, self.turns = threading.Event(), False, 0
         self.gate.set()
-        self.entered = []
+        self.entered, self.resets = [], 0
 
     @property
     def free(self):
@@ -59,6 +59,7 @@ class KnownEngine:
 
     def reset(self):
         self.texts.clear()
+        self.resets += 1
 
     def turn(self):
         self.gate.wait(20)

@@ -112,6 +112,7 @@ def test_an_error_of_the_engine_fails_its_requests_alone(server, capsys):
     server.engine.broken = True
     assert server.complete("hi").status_code == 500
     assert "the device is gone" in capsys.readouterr().err
+    assert server.engine.resets == 1  # what is in its cache is not to be trusted
     assert server.engine.free == 2
     assert server.complete("hi").status_code == 200
     server.engine.broken = True
