@@ -55,6 +55,15 @@ def one_device():
     return jax.devices()[:1]
 
 
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """`python -m gptjax.serve` over a toy model, started for the first test that wants it."""
+    from served import serve_toy
+
+    with serve_toy(tmp_path_factory.mktemp("served")) as served:
+        yield served
+
+
 def make_config(**sections):
     """A toy config: 2 layers x 32, context 16, bytes; each keyword updates one section."""
     base = {

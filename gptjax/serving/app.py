@@ -12,6 +12,7 @@ import functools
 import hmac
 import json
 import re
+import secrets
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
@@ -84,7 +85,7 @@ def build_app(
                 **origins,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
-                expose_headers=["Retry-After"],
+                expose_headers=["Retry-After", "X-Request-Id"],
             ),
             Middleware(_Guarded, api_key=api_key, hosts=set(hosts)),
         ],
@@ -326,7 +327,7 @@ class _Guarded:
 
 
 class _Counted:
-    """Counts requests by path and status, and their seconds."""
+    """Counts requests by path and status, and their seconds; names each, as clients show it."""
 
     def __init__(self, app: Any, metrics: Any, paths: Collection[str]):
         self._app, self._metrics, self._paths = app, metrics, paths
@@ -341,6 +342,8 @@ class _Counted:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                identity = (b"x-request-id", secrets.token_hex(8).encode())
+                message = {**message, "headers": [*message.get("headers", []), identity]}
             await send(message)
 
         try:
