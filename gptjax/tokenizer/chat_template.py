@@ -127,7 +127,9 @@ def words_of(template: str) -> Words:
     messages = {
         loop.target.name
         for loop in tree.find_all(nodes.For)
-        if isinstance(loop.target, nodes.Name) and isinstance(loop.iter, nodes.Name)
+        if isinstance(loop.target, nodes.Name)
+        and isinstance(loop.iter, nodes.Name)
+        and loop.iter.name not in ("tools", "documents")
     }
     whole = [
         node.name == "tojson" and isinstance(node.node, nodes.Name) and node.node.name in messages
