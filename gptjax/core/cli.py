@@ -33,14 +33,8 @@ from gptjax.core.streams import OutputLostError, say, say_once
 __all__ = ["Args", "main", "parse", "progress", "reporting", "result", "run", "say", "say_once"]
 
 VERBS = (
-    "train",
-    "generate",
-    "evaluate",
-    "convert",
-    "plan",
-    "serve",
-    "data.prepare",
-    "data.preview",
+    *("train", "generate", "evaluate", "convert", "plan", "serve", "interpret"),
+    *("data.prepare", "data.preview"),
 )
 _COMMON_FLAGS = {
     "help": "this text",

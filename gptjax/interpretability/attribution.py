@@ -34,7 +34,6 @@ from gptjax.ops.activation import softcap
 METHODS = ("gradient", "integrated")
 _NODES, _WEIGHTS = (x / 2 for x in np.polynomial.legendre.leggauss(3))  # on [-1/2, 1/2]
 _COMPLETE = 0.01  # integrated gradients take more steps until the scores are so complete,
-_MOST_STEPS = 1024  # or there are so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +190,7 @@ def token_attribution(
     position: int = -1,
     method: str = "integrated",
     steps: int = 32,
+    most_steps: int = 1024,
 ) -> TokenAttribution:
     """What each token contributed to the logit of `target` (less that of `against`).
 
@@ -198,8 +198,8 @@ def token_attribution(
         along the line from a baseline, times the distance. The baseline has the mean of all
         embeddings in place of every token; positions stay.
     steps: points of the line to begin with. A deep model jumps on it, so the piece whose gradients
-        agree least with its ends is halved until the scores are complete within 1 %, at most 1,024
-        points in all: see `error` of the result.
+        agree least with its ends is halved until the scores are complete within 1 %.
+    most_steps: so many points in all are enough: see `error` of the result.
 
     Raises UserError.
     """
@@ -223,7 +223,7 @@ def token_attribution(
         return TokenAttribution(scores[0], float(logits[0]))
     way = inputs - baselines
     logits, _ = look([0.0, 1.0] * 4, way)
-    return _integrate(lambda points: look(points, way), logits[0], logits[1], steps)
+    return _integrate(lambda points: look(points, way), logits[0], logits[1], steps, most_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +240,9 @@ class _Piece:
         return float(self.scores.sum()) - (self.logits[1] - self.logits[0])
 
 
-def _integrate(look: Callable[..., Any], first: float, last: float, steps: int) -> TokenAttribution:
+def _integrate(
+    look: Callable[..., Any], first: float, last: float, steps: int, most_steps: int
+) -> TokenAttribution:
     """The integral of the gradients over the line, by Gauss and Legendre's rule in each piece."""
     pieces: list[_Piece] = []
 
@@ -260,7 +262,7 @@ def _integrate(look: Callable[..., Any], first: float, last: float, steps: int) 
     while True:
         error = abs(sum(piece.error for piece in pieces)) / max(abs(change), 1e-9)
         taken = 4 * len(pieces)
-        if error <= _COMPLETE or taken >= _MOST_STEPS:
+        if error <= _COMPLETE or taken >= most_steps:
             scores = np.sum([piece.scores for piece in pieces], 0)
             return TokenAttribution(scores, float(last), float(first), error, taken)
         worst = max(pieces, key=lambda piece: abs(piece.error))

@@ -32,9 +32,9 @@ def findings(**changes):
         "layers": 1,
         "heads": 1,
         "chosen_head": [0, 0],
-        "target": {"word": 2, "p": 0.25},
+        "target": {"token": 9, "word": 2, "p": 0.25, "rank": 3},
         "lens_rows": ["embedding", "layer 0"],
-        "lenses": {"logit lens": {"top": [[[[3, 0.5]]] * 2] * 2, "kl": [1.0, 0.0]}},
+        "lenses": {"logit lens": {"top": [[[[3, 0.5]]] * 2] * 2, "agreement": [-1.0, -0.5]}},
         "logit": {"total": 1.0, "rest": [["embedding", 0.5]], "attention": [0.5], "mlp": [0.0]},
         "importance": [],
         "attention": "AAAA",
@@ -68,7 +68,7 @@ class Reader(html.parser.HTMLParser):
 
 
 def test_texts_of_a_model_stay_texts():
-    text = page.to_html(findings(model=NASTY[0]), [(NASTY[0], NASTY[1])])
+    text = page.to_html(findings(model=NASTY[0]))
     reader = Reader(text)
     assert len(reader.scripts) == 2 and text.count("</script>") == 2
     assert json.loads(reader.scripts[0]) == findings(model=NASTY[0])
@@ -76,7 +76,7 @@ def test_texts_of_a_model_stay_texts():
 
 
 def test_the_page_fetches_nothing():
-    text = page.to_html(findings(), [])
+    text = page.to_html(findings())
     assert not re.search(r"https?:|//[\w.]+/|@import|url\(|\bfetch\(|XMLHttpRequest", text)
     loads = {"src", "href", "srcset", "data", "action", "poster"}
     assert not [(tag, a) for tag, a in Reader(text).tags if loads & set(a)]
@@ -85,7 +85,7 @@ def test_the_page_fetches_nothing():
 
 def test_a_number_that_json_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="JSON"):
-        page.to_html(findings(attention=float("nan")), [])
+        page.to_html(findings(attention=float("nan")))
 
 
 def test_words_show_what_a_token_is():

@@ -27,13 +27,14 @@ const el = (name, attributes = {}, ...children) => {
 };
 const percent = (p) =>
   p >= 0.1 ? Math.round(100 * p) + "%" : p >= 0.001 ? (100 * p).toFixed(1) + "%" : "<0.1%";
-// Two digits after the first of the largest number beside it.
+// About three digits of the largest number beside it.
 const short = (x, most = Math.abs(x)) => {
   if (x === null) return "from 0";
-  const digits = Math.min(Math.max(2 - Math.floor(Math.log10(most || 1)), 0), 6);
+  const digits = Math.min(Math.max(2 - Math.round(Math.log10(most || 1)), 0), 6);
   const text = x.toFixed(digits);
   return Number(text) ? text.replace("-", "−") : "0";
 };
+const share = (x) => (x === null ? "more than all of it, which was 0" : percent(x));
 const quoted = (word) => "“" + word + "”";
 // Colours a cell by a value of -1 to 1.
 const paint = (node, value) => {
@@ -227,14 +228,16 @@ const drawLenses = () => {
     const cell = place.querySelector(".chosen"), window = place.querySelector(".scroll");
     window.scrollLeft = cell.offsetLeft - window.clientWidth / 2;
   });
-  const kl = el("details", {}, el("summary", {}, "how far each layer is from the output"),
-    el("p", { class: "note" }, "KL(output || layer) in nats, the mean over the prompt's tokens"),
+  node.append(el("details", {},
+    el("summary", {}, "how soon the layers agree with the output"),
+    el("p", { class: "note" },
+      "Log-probability of what the model says in the end, the mean over the prompt's tokens."),
     el("div", { class: "scroll" }, el("table", {},
       el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "after"),
         ...names.map((name) => el("th", { scope: "col", class: "number" }, name)))),
       el("tbody", {}, ...layers.map((layer, i) => el("tr", {}, el("th", { scope: "row" }, layer),
-        ...names.map((name) => el("td", { class: "number" }, DATA.lenses[name].kl[i].toFixed(2)))))))));
-  node.append(kl);
+        ...names.map((name) => el("td", { class: "number" },
+          short(DATA.lenses[name].agreement[i]))))))))));
 };
 
 // What speaks for the prediction
@@ -459,10 +462,12 @@ const drawPatching = () => {
 };
 
 const drawDifference = () => {
-  const { other, settings, map: tensors, moved, unmatched, kl, predictions, reason } =
+  const { other, settings, map: tensors, single, unmatched, kl, predictions, reason } =
     DATA.difference;
-  const node = section("difference", `Against ${other}`, moved);
+  const node = section("difference", `Against ${other}`,
+    `${DATA.difference.moved_count} of ${DATA.difference.count} tensors moved.`);
   const facts = [...settings.map(([name, a, b]) => `${name}: ${a} here, ${b} there`),
+    ...Object.entries(single).map(([path, change]) => `${path} moved by ${share(change)}`),
     ...unmatched, ...(reason ? [`The predictions are not compared: ${reason}.`] : [])];
   if (facts.length) node.append(el("ul", {}, ...facts.map((fact) => el("li", {}, fact))));
   if (predictions.length) {
