@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 from conftest import ROOT
 
+WITH_MODEL = ("chat", "look_inside")  # a GGUF file, which takes an extra
 FOLDER = ROOT / "experiments" / "colab"
 _spec = importlib.util.spec_from_file_location("colab_build", FOLDER / "build.py")
 build = importlib.util.module_from_spec(_spec)
@@ -124,7 +125,8 @@ def test_the_first_cell_installs_what_is_missing_and_holds_jax(name, place, tmp_
     found = {}
     with mock.patch.dict(sys.modules):
         exec(sources(name)[0], found)
-    assert found["ROOT"] == ROOT and needed[-1] == ("gguf" if name == "chat" else "gptjax.train")
+    last = "gguf" if name in WITH_MODEL else "gptjax.train"
+    assert found["ROOT"] == ROOT and needed[-1] == last
     if place == "installed":
         assert not said
         return
@@ -133,7 +135,7 @@ def test_the_first_cell_installs_what_is_missing_and_holds_jax(name, place, tmp_
     assert clone == [
         f"git clone --quiet --depth=1 https://github.com/{build.REPOSITORY} {root}"
     ] * (place == "bare")
-    target = re.escape(f"{root}[gguf]" if name == "chat" else str(root))
+    target = re.escape(f"{root}[gguf]" if name in WITH_MODEL else str(root))
     assert re.fullmatch(
         rf"\S+ -m pip install --quiet --editable {target} --constraint \S+",
         pip,
@@ -244,3 +246,11 @@ def test_chat_runs(tmp_path):
     assert "<|im_start|>user\nWhat is the capital of France?<|im_end|>" in said
     answers = re.findall(r"^> (.*)\n(.*)", said, flags=re.M)
     assert len(answers) == 2 and "Paris" in answers[0][1] and "Seine" in answers[1][1]
+
+
+@pytest.mark.notebook
+def test_look_inside_runs(tmp_path):
+    """Its own assertions are the test; what it found is what is known of this model."""
+    said = execute("look_inside", tmp_path)
+    assert "layer 23, head 4 turns" in said and "it looks at ' France'" in said
+    assert "layer 18, head 6 looks from the last token at" in said

@@ -14,7 +14,7 @@ from pathlib import Path
 
 REPOSITORY = "gptjax/gptjax"  # the public address on GitHub; stands for @REPOSITORY@ in the texts
 FOLDER = Path(__file__).parent
-NAMES = ("pretrain", "finetune", "chat")
+NAMES = ("pretrain", "finetune", "chat", "look_inside")
 _MARKDOWN, _CODE = "# %% [markdown]", "# %%"
 
 
