@@ -56,7 +56,6 @@ class SequenceState:
         self.reason = ""  # why it is finished; empty while it grows
         self.end: int | None = None
         self._decoder = StreamDecoder(tokenizer, prompt) if tokenizer else None
-        self._size = tokenizer.vocab_size if tokenizer else 0
         self._stop, self._eos_ids = stop, set(eos_ids)
         self.guide, self._given = guide, 0
         self._end_with_guide()
@@ -76,7 +75,7 @@ class SequenceState:
             return
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        if self._decoder and token < self._size:
+        if self._decoder:
             before = len(self.text)
             self.text += self._decoder.feed(token)
             self._cut_at_stop(before)

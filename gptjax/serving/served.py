@@ -126,7 +126,7 @@ class Served:
         """What a token stands for alone; of a control token its name."""
         if token in self._control:
             return self._control[token]
-        return self._tokenizer.decode_bytes([token]) if token < self._tokenizer.vocab_size else b""
+        return self._tokenizer.decode_bytes([token])
 
 
 _GUIDED = {

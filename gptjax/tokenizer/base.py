@@ -121,10 +121,12 @@ class Tokenizer:
         return self.chat_template
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """What the ids stand for, in UTF-8."""
+        """What the ids stand for, in UTF-8. Ids past the vocabulary, for which a model may have
+        rows, stand for nothing."""
         if not self.joins_bytes:
             return self.decode(ids).encode()
-        return b"".join(self.token_bytes[i] for i in ids)
+        table = self.token_bytes
+        return b"".join(table[i] for i in ids if i < len(table))
 
     def byte_counts(self, ids_BT: np.ndarray) -> np.ndarray:
         """int [B, T]: how many bytes of text each id adds to those before it in its row."""
@@ -182,7 +184,8 @@ class Tokenizer:
 class StreamDecoder:
     """Turns ids into text one at a time and never emits half a character.
 
-    before: ids that stand before the text, such as a prompt's.
+    before: ids that stand before the text, such as a prompt's. Ids past the vocabulary have no
+    text.
     """
 
     _CONTEXT = 16  # ids before a token that its text can depend on
@@ -191,11 +194,14 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._ids = list(before)[-self._CONTEXT :]
+        self._size = tokenizer.vocab_size
+        self._ids = [i for i in before[-self._CONTEXT :] if i < self._size]
         self._written = "" if tokenizer.joins_bytes else tokenizer.decode(self._ids)
 
     def feed(self, token: int) -> str:
         """The text that is complete with this id; may be empty."""
+        if token >= self._size:
+            return ""
         if self._tokenizer.joins_bytes:
             return self._utf8.decode(self._tokenizer.token_bytes[token])
         self._ids.append(token)

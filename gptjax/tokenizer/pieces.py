@@ -135,7 +135,8 @@ class PieceReader:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids without control tokens."""
-        text = b"".join(self.token_bytes[i] for i in ids).decode(errors="replace")
+        known = [self.token_bytes[i] for i in ids if i < len(self.token_bytes)]
+        text = b"".join(known).decode(errors="replace")
         if self._removes_spaces:
             return text.lstrip(" ")
         return text[1:] if self.leading_space and text.startswith(" ") else text

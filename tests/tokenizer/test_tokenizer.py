@@ -93,6 +93,15 @@ def test_long_text_is_encoded_as_its_lines_are(trained):
     ]
 
 
+def test_an_id_past_the_vocabulary_has_no_text(any_text):
+    """A model may have more rows than its tokenizer has tokens."""
+    past, ids = any_text.vocab_size + 3, any_text.encode("x 漢")
+    assert any_text.decode([past, *ids, past]) == any_text.decode(ids)
+    decoder = StreamDecoder(any_text, [past])
+    parts = [decoder.feed(i) for i in [past, *ids[:-1], past, ids[-1]]]
+    assert "".join(parts) + decoder.finish() == "x 漢"
+
+
 def test_streaming_never_emits_half_a_character(any_text):
     decoder = StreamDecoder(any_text)
     parts = [decoder.feed(i) for i in any_text.encode("漢字 🎉!")]
