@@ -151,31 +151,27 @@ _bias_add.defvjp(
 )
 
 FEW = 8  # rows: with more, the sums do not fit the registers, and packing the weights pays
-
-
-IN_ORDER = 8  # sums at a time, from which on LLVM keeps one register for each
+_SUMS = 8  # at a time, from which on LLVM keeps one register for each
 
 
 def small_batch_matmul(
-    x: Num[Array, "B N D"], rows: Num[Array, "B F D"], *, at_once: int = 0
+    x: Num[Array, "B N D"], rows: Num[Array, "B F D"]
 ) -> Float32[Array, "B N F"]:
     """x [B, N, D] times rows [B, F, D] in any dtypes, N at most `FEW` -> float32 [B, N, F].
 
     For XLA:CPU, inside an `executables.jit`: one pass over the rows as they lie in memory, at the
-    speed of reading them, where a dot packs them anew in every call. The F rows are cut into up to
-    four parts that are read at the same time, and the products of every part with every row of x
-    are summed by *one* reduction of several operands: XLA fuses the products into it and leaves
-    its loop to LLVM, which makes vectors of it.
+    speed of reading them, where a dot packs them anew in every call. The F rows are cut into parts
+    that are read at the same time, and the products of every part with every row of x are summed
+    by *one* reduction of several operands: XLA fuses the products into it and leaves its loop to
+    LLVM, which makes vectors of it. Of eight sums and more at once it makes one vector each; of
+    fewer, several, in another order. So there are always eight, and what a row of x gets does not
+    depend on how many others there are.
 
     For N = 3 rows of x and F = 7 rows there are three parts of three rows; they start at 0, 3 and
     4 (the last one overlaps, so that all have one size). The operands are, part by part:
 
         rows[0:3] * x[0], rows[0:3] * x[1], rows[0:3] * x[2],
         rows[3:6] * x[0], ..., rows[4:7] * x[2]
-
-    at_once: the least number of sums at a time; 0: as many as are fast. With `IN_ORDER`, the
-    products of a row of x are summed in the same order however many rows there are, because with
-    fewer sums LLVM spreads each over several registers.
 
     The results for x[0] are sum 0 (rows 0 to 2), sum 3 (rows 3 to 5) and the end of sum 6 (row 6).
     """
@@ -184,7 +180,7 @@ def small_batch_matmul(
         # this XLA forgets barriers before it fuses, and would compute x inside the reduction, but
         # a concatenation it keeps
         x = jax.lax.optimization_barrier(jnp.concatenate([x, x], 2))[:, :, :d]
-    parts = -(-at_once // n) if at_once else max(1, min(4, 10 // n))
+    parts = -(-_SUMS // n)
     size = -(-f // parts)
     starts = [min(at, f - size) for at in range(0, f, size)]
     operands = []
@@ -206,14 +202,14 @@ def small_batch_matmul(
 def row_sum(x: Float[Array, "*N D"]) -> Float[Array, "*N"]:
     """Sums over the last axis, of a row in the same order however many rows there are.
 
-    For XLA:CPU, which rewrites a reduction of one operand by its shape: `IN_ORDER` parts of a row
+    For XLA:CPU, which rewrites a reduction of one operand by its shape: `_SUMS` parts of a row
     are summed at a time.
     """
-    size = -(-x.shape[-1] // IN_ORDER)
-    if filler := size * IN_ORDER - x.shape[-1]:
+    size = -(-x.shape[-1] // _SUMS)
+    if filler := size * _SUMS - x.shape[-1]:
         x = jnp.concatenate([x, jnp.zeros((*x.shape[:-1], filler), x.dtype)], -1)
-    parts = tuple(x[..., i * size : (i + 1) * size] for i in range(IN_ORDER))
-    zeros = (jnp.zeros((), x.dtype),) * IN_ORDER
+    parts = tuple(x[..., i * size : (i + 1) * size] for i in range(_SUMS))
+    zeros = (jnp.zeros((), x.dtype),) * _SUMS
     add = lambda a, b: tuple(map(jnp.add, a, b))
     sums = jax.lax.reduce(parts, zeros, add, (x.ndim - 1,))
     return functools.reduce(jnp.add, sums)

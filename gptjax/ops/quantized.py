@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from gptjax.ops.materialize import Barrier, materialize, unchanged
-from gptjax.ops.products import FEW, IN_ORDER, small_batch_matmul
+from gptjax.ops.products import FEW, small_batch_matmul
 
 _PASSES = 8  # over small weights, before converting them pays
 
@@ -83,7 +83,7 @@ def matmul_in_order(x: Float[Array, "N D"], weight: Any) -> Float32[Array, "N F"
     x, rows = _tied(x, weight)
     parts = []
     for i in range(0, len(x), FEW):
-        parts.append(small_batch_matmul(x[None, i : i + FEW], rows[None], at_once=IN_ORDER)[0])
+        parts.append(small_batch_matmul(x[None, i : i + FEW], rows[None])[0])
     return _scaled(jnp.concatenate(parts), weight)
 
 

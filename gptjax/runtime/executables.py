@@ -40,8 +40,9 @@ from gptjax.runtime import sharding
 from gptjax.runtime.devices import default_platform
 
 # Sums in any order, which is what lets XLA:CPU use vector instructions for them. Divisions and
-# functions stay exact, and NaN and infinities are honoured.
+# functions stay exact, and NaN and infinities are honoured. Vectors as wide as the processor's.
 _CPU_OPTIONS = {
+    "xla_cpu_prefer_vector_width": 512,
     "xla_cpu_enable_fast_math": True,
     "xla_cpu_fast_math_honor_nans": True,
     "xla_cpu_fast_math_honor_infs": True,

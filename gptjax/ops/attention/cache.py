@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from gptjax.ops.activation import softcap as cap_softly
 from gptjax.ops.attention.mask import MASKED, Mask
 from gptjax.ops.materialize import Barrier, materialize, unchanged
-from gptjax.ops.products import FEW, IN_ORDER, row_sum, small_batch_matmul
+from gptjax.ops.products import FEW, row_sum, small_batch_matmul
 
 
 def write_cache(
@@ -102,8 +102,7 @@ def cached_attention_cpu(
     if q_BTKGC.shape[1] * q_BTKGC.shape[3] > FEW:
         return cached_attention(q_BTKGC, cache, mask, softcap=softcap)
     if "row" in cache:
-        in_order = functools.partial(small_batch_matmul, at_once=IN_ORDER)
-        return _attend_by_blocks(in_order, q_BTKGC, cache, mask, softcap)
+        return _attend_by_blocks(small_batch_matmul, q_BTKGC, cache, mask, softcap)
     product = lambda x_NQD, rows_NFD: small_batch_matmul(x_NQD, materialize(rows_NFD))
     return _attend(product, q_BTKGC, cache, mask, softcap)
 
