@@ -68,11 +68,12 @@ def in_order(
     """The same for decoding on CPUs: a row's sums have one order, however many rows there are."""
     y, width = materialize(x.astype(jnp.float32)), x.shape[-1]
     if center:
-        y = y - row_sum(y)[..., None] / width
+        y = materialize(y - row_sum(y)[..., None] / width)
     variance = row_sum(y * y)[..., None] / width
     # for each value anew: vectors of roots are not rounded as single ones are
     variance = materialize(jnp.broadcast_to(variance, y.shape))
-    y = materialize(y * jax.lax.rsqrt(variance + eps)) * scale  # or three factors had any order
+    root = materialize(jax.lax.rsqrt(variance + eps))
+    y = materialize(y * root) * scale  # or three factors had any order
     return materialize((y if bias is None else y + bias).astype(x.dtype))
 
 

@@ -151,6 +151,7 @@ _bias_add.defvjp(
 )
 
 FEW = 8  # rows: with more, the sums do not fit the registers, and packing the weights pays
+_SHORT = 16  # values of a sum: LLVM turns loops over fewer into vectors across rows
 _SUMS = 8  # at a time, from which on LLVM keeps one register for each
 
 
@@ -205,11 +206,12 @@ def row_sum(x: Float[Array, "*N D"]) -> Float[Array, "*N"]:
     For XLA:CPU, which rewrites a reduction of one operand by its shape: `_SUMS` parts of a row
     are summed at a time.
     """
-    size = -(-x.shape[-1] // _SUMS)
+    size = max(-(-x.shape[-1] // _SUMS), _SHORT)
     if filler := size * _SUMS - x.shape[-1]:
         x = jnp.concatenate([x, jnp.zeros((*x.shape[:-1], filler), x.dtype)], -1)
+    x = materialize(x)
     parts = tuple(x[..., i * size : (i + 1) * size] for i in range(_SUMS))
     zeros = (jnp.zeros((), x.dtype),) * _SUMS
     add = lambda a, b: tuple(map(jnp.add, a, b))
-    sums = jax.lax.reduce(parts, zeros, add, (x.ndim - 1,))
+    sums = materialize(jax.lax.reduce(parts, zeros, add, (x.ndim - 1,)))
     return functools.reduce(jnp.add, sums)

@@ -26,7 +26,6 @@ def test_products(dtype):
     weight = quantized.quantize_rows(matrix, dtype)
     x = random.standard_normal((16, 576)).astype(np.float32)
     assert same_bits(lambda x: CPU_IN_ORDER.quantized_matmul(x, weight), x)
-    assert not same_bits(lambda x: CPU.quantized_matmul(x, weight), x)  # or there is no need
 
 
 @pytest.mark.parametrize("center", [False, True])
