@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.config.errors import UserError
 from gptjax.generation.slots import Alternatives, Job
-from gptjax.serving.errors import ApiError
+from gptjax.serving.errors import ApiError, wrong_field
 from gptjax.serving.scheduler import Piece
-from gptjax.serving.served import Usage, new_id
+from gptjax.serving.served import CONSTRAINTS, Usage, new_id
 from gptjax.tokenizer.base import StreamDecoder, Tokenizer
 
 
@@ -89,8 +90,16 @@ class Answer(abc.ABC):
             raise ApiError(
                 400, "stream_options is for stream = true", param="stream_options", code="conflict"
             )
+        self._constraint = next((n for n in CONSTRAINTS if n in fields), None)
         self.prompt_tokens = 0
         self._id, self._created, self._model = new_id(self.prefix), int(time.time()), model
+
+    def fault(self, error: UserError) -> ApiError:
+        """What an engine says of a job, in the words of the request."""
+        option, colon, reason = str(error).partition(": ")
+        if self._constraint and colon and option in CONSTRAINTS.values():
+            return wrong_field(self._constraint, f"{self._constraint}: {reason}")
+        return ApiError(400, str(error))
 
     @property
     def usage(self) -> Usage:

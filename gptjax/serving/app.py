@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coro
 from typing import TYPE_CHECKING, Any
 
 from gptjax.config.errors import UserError
-from gptjax.generation.options import CONSTRAINTS
 from gptjax.serving import bodies, openapi
 from gptjax.serving.answers import Answer
 from gptjax.serving.chat import Chat
@@ -159,7 +158,10 @@ class _Api:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        ticket = await asyncio.to_thread(self._scheduler.submit, answer.jobs, give)
+        try:
+            ticket = await asyncio.to_thread(self._scheduler.submit, answer.jobs, give)
+        except UserError as error:
+            raise answer.fault(error) from None
         if answer.stream:
             return _EventStream(answer, pieces, lambda: self._scheduler.cancel(ticket))
         collecting = asyncio.create_task(_collect(answer, pieces))
@@ -273,8 +275,7 @@ def _answering(
         except ApiError as error:
             return _refusal(error)
         except UserError as error:
-            name = next((n for n in CONSTRAINTS if str(error).startswith(f"{n}: ")), None)
-            return _refusal(ApiError(400, str(error), param=name))
+            return _refusal(ApiError(400, str(error)))
         except ClientDisconnect:
             return _nobody()
         except Exception:

@@ -152,6 +152,10 @@ def _problem_of_object(
 
 
 def _show(value: Any) -> str:
+    """The beginning of a value; a large one is not written out for it."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    value = value[:100] if isinstance(value, str) else value
     return shorten(json.dumps(value, ensure_ascii=False))
 
 

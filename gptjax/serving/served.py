@@ -129,7 +129,8 @@ class Served:
         return self._tokenizer.decode_bytes([token])
 
 
-_GUIDED = {
+CONSTRAINTS = {  # fields that say what the text must be: the option that each is
+    "response_format": "schema",
     "guided_json": "schema",
     "guided_regex": "regex",
     "guided_choice": "choices",
@@ -139,8 +140,8 @@ _GUIDED = {
 
 def _constraints(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What the text must be, as options. Raises ApiError where several fields say it."""
-    wanted = {name: fields[name] for name in _GUIDED if name in fields}
-    shape = fields.get("response_format", {"type": "text"})
+    wanted = {name: fields[name] for name in CONSTRAINTS if name in fields}
+    shape = wanted.pop("response_format", {"type": "text"})
     if shape["type"] == "json_object":
         wanted["response_format"] = {"type": "object"}
     elif shape["type"] == "json_schema":
@@ -151,7 +152,7 @@ def _constraints(fields: Mapping[str, Any]) -> dict[str, Any]:
     if len(wanted) > 1:
         names = " and ".join(wanted)
         raise ApiError(400, f"{names}: a text follows one of them", param=names, code="conflict")
-    return {_GUIDED.get(name, "schema"): value for name, value in wanted.items()}
+    return {CONSTRAINTS[name]: value for name, value in wanted.items()}
 
 
 def token_text(text: bytes) -> str:

@@ -51,9 +51,9 @@ def test_texts_are_what_the_fields_ask_for(server):
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [
-        (dict(guided_regex="a("), "regex", "unclosed group"),
-        (dict(guided_json={"type": "nonsense"}), "schema", "nonsense"),
-        (dict(guided_json={"properties": {"a": {"not": {}}}}), "schema", "/properties/a"),
+        (dict(guided_regex="a("), "guided_regex", "unclosed group"),
+        (dict(guided_json={"type": "nonsense"}), "guided_json", "nonsense"),
+        (dict(guided_json={"properties": {"a": {"not": {}}}}), "guided_json", "/properties/a"),
         (dict(guided_regex="a", guided_choice=["b"]), "guided_regex and guided_choice", "one of"),
         (dict(response_format={"type": "json_schema"}), "response_format.json_schema", "missing"),
         (dict(response_format={"type": "xml"}), "response_format.type", "xml"),
