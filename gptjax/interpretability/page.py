@@ -49,13 +49,15 @@ def summary(findings: dict[str, Any]) -> list[tuple[str, str]]:
         strongest = _strongest(scores["values"])
         named = [f"{words[tokens[i]]} {value:+.2f}" for i, value in strongest]
         lines.append((scores["title"].lower(), ", ".join(named)))
-    for spec in [*findings["head_maps"], *(findings["patching"] or {"maps": []})["maps"]]:
-        flat = [value for row in spec["values"] for value in row]
+    maps = [(spec["title"].lower(), spec) for spec in findings["head_maps"]]
+    if patching := findings["patching"]:
+        maps += [(f"patching, {spec['title']}", spec) for spec in patching["maps"]]
+    for title, spec in maps:
         named = []
-        for i, value in _strongest(flat):
+        for i, value in _strongest([value for row in spec["values"] for value in row]):
             row, column = divmod(i, len(spec["columns"]))
             named.append(f"{spec['rows'][row]}, {spec['columns'][column]}: {value:.2f}")
-        lines.append((spec["title"].lower(), "; ".join(named)))
+        lines.append((title, "; ".join(named)))
     if difference := findings["difference"]:
         lines += _difference_lines(findings, difference)
     return lines

@@ -275,8 +275,8 @@ def _patching(subject: Subject, corrupted: Prompt) -> dict[str, Any]:
         measured += f" less that of {words.texts[words.number(foil)]}"
     maps = []
     for name, title in (
-        ("residual", "Residual stream"),
-        ("attention_output", "Attention"),
+        ("residual", "residual stream"),
+        ("attention_output", "attention"),
         ("mlp_output", "MLP"),
     ):
         sweep = patching.patch_positions(lm, tokens, ids, target, against=foil, name=name)
@@ -285,7 +285,7 @@ def _patching(subject: Subject, corrupted: Prompt) -> dict[str, Any]:
         maps.append(_map(title, text, subject.layers, columns, sweep.restored))
     sweep = patching.patch_heads(lm, tokens, ids, target, against=foil)
     text = "What one head reads, at all tokens."
-    maps.append(_map("Heads, patched", text, subject.layers, subject.heads, sweep.restored))
+    maps.append(_map("heads", text, subject.layers, subject.heads, sweep.restored))
     return {
         "corrupted": words.numbers(ids),
         "meaning": "Another prompt is run, and at one place it gets the value of this prompt's "

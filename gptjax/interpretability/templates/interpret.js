@@ -36,14 +36,38 @@ const short = (x, most = Math.abs(x)) => {
 };
 const share = (x) => (x === null ? "more than all of it, which was 0" : percent(x));
 const quoted = (word) => "“" + word + "”";
+// Colours, of the scheme that the page is shown in; `painted` is painted again when it changes.
+const scheme = matchMedia("(prefers-color-scheme: dark)");
+const painted = new Map(), repaints = [];
+let colours;
+const readColours = () => {
+  const style = getComputedStyle(document.documentElement);
+  const [none, above, below] = ["--panel", "--hot", "--cold"].map((name) =>
+    style.getPropertyValue(name).trim().match(/\w\w/g).map((part) => parseInt(part, 16)));
+  colours = (value) => {
+    const size = Math.min(Math.abs(value), 1), to = value < 0 ? below : above;
+    return none.map((from, i) => Math.round(from + (to[i] - from) * size));
+  };
+};
+// Black or white, whichever can be read better on a colour (WCAG 2, relative luminance).
+const ink = (rgb) => {
+  const [r, g, b] = rgb.map((x) => x / 255)
+    .map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
+};
 // Colours a cell by a value of -1 to 1.
 const paint = (node, value) => {
-  const size = Math.min(Math.abs(value), 1);
-  node.classList.add("v");
-  node.classList.toggle("below", value < 0);
-  node.classList.toggle("strong", size > 0.55);
-  node.style.setProperty("--v", size.toFixed(3));
+  painted.set(node, value);
+  const colour = colours(value);
+  node.style.backgroundColor = `rgb(${colour.join(" ")})`;
+  node.style.color = ink(colour);
 };
+readColours();
+scheme.addEventListener("change", () => {
+  readColours();
+  painted.forEach((value, node) => paint(node, value));
+  repaints.forEach((repaint) => repaint());
+});
 const largest = (values) =>
   values.flat().reduce((most, x) => Math.max(most, Math.abs(x ?? 0)), 0) || 1;
 
@@ -286,15 +310,6 @@ const decodePatterns = () => {
     : bytes[(layer * DATA.heads + head) * size + (query * (query + 1)) / 2 + key] / 255;
 };
 
-// The colour of a share of 0 to 1, in the scheme of the page.
-const shades = () => {
-  const style = getComputedStyle(document.documentElement);
-  const rgb = (name) => style.getPropertyValue(name).trim().match(/\w\w/g)
-    .map((part) => parseInt(part, 16));
-  const [from, to] = [rgb("--panel"), rgb("--hot")];
-  return (share) => from.map((a, i) => Math.round(a + (to[i] - a) * share));
-};
-
 const drawAttention = () => {
   const node = section("attention", "Where each head looks",
     "One small picture a head: each row is a token, each column what it looks at, from the first "
@@ -328,31 +343,32 @@ const drawAttention = () => {
     shade, hover: (i) => { query = i; recolour(); },
   });
   const thumbnails = () => {
-    const shadeOf = shades();
     for (const { layer, head, canvas } of pictures) {
       const image = new ImageData(count, count);
       for (let i = 0; i < count * count; i++) {
         const share = weight(layer, head, Math.floor(i / count), i % count);
-        image.data.set([...shadeOf(Math.sqrt(share)), 255], 4 * i);
+        image.data.set([...colours(Math.sqrt(share)), 255], 4 * i);
       }
       canvas.getContext("2d").putImageData(image, 0, 0);
     }
   };
   const frame = () => {
-    const width = Math.min(large.clientWidth || 500, 704), margin = Math.min(90, width / 4);
+    const room = Math.min(large.parentElement.clientWidth || 500, 704);
+    const margin = Math.min(90, room / 4), width = Math.min(room, margin + 60 * count);
     return { width, margin, cell: (width - margin) / count };
   };
   const matrix = () => {
     const { width, margin, cell } = frame(), ratio = window.devicePixelRatio || 1;
     large.width = large.height = Math.round(width * ratio);
-    const context = large.getContext("2d"), shadeOf = shades();
+    large.style.width = width + "px";
+    const context = large.getContext("2d");
     const style = getComputedStyle(document.documentElement);
     context.scale(ratio, ratio);
     context.font = `${Math.max(Math.min(cell * 0.8, 13), 6)}px system-ui, sans-serif`;
     for (let i = 0; i < count; i++) {
       for (let j = 0; j <= i; j++) {
         const share = Math.sqrt(weight(state.layer, state.head, i, j));
-        context.fillStyle = `rgb(${shadeOf(share).join(" ")})`;
+        context.fillStyle = `rgb(${colours(share).join(" ")})`;
         context.fillRect(margin + j * cell, margin + i * cell, cell - 0.5, cell - 0.5);
       }
       const at = margin + (i + 0.5) * cell;
@@ -414,6 +430,10 @@ const drawAttention = () => {
     for (const picture of pictures) {
       const pressed = picture.layer === layer && picture.head === head;
       picture.button.setAttribute("aria-pressed", pressed);
+      if (pressed) {
+        const line = picture.button.closest("tr");
+        small.scrollTop = line.offsetTop + line.offsetHeight - small.clientHeight / 2;
+      }
     }
     values.replaceChildren(...TOKENS.map((word, i) => {
       const shares = TOKENS.slice(0, i + 1).map((_, j) => [weight(layer, head, i, j), j]);
@@ -428,7 +448,7 @@ const drawAttention = () => {
   });
   const repaint = () => { thumbnails(); matrix(); };
   repaint();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
+  repaints.push(repaint);
   new ResizeObserver(matrix).observe(large.parentElement);
 };
 
