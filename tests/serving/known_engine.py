@@ -37,6 +37,7 @@ class KnownEngine:
         self.gate, self.broken, self.turns = threading.Event(), False, 0
         self.gate.set()
         self.entered, self.resets = [], 0
+        self.likes = {}  # of a seed: the log-probability of each token
 
     @property
     def free(self):
@@ -75,7 +76,7 @@ class KnownEngine:
                 text.prompt_scores = [(-1.0, [(65, -0.5)])] * (len(job.prompt) - 1)
             for _ in range(2):
                 known = len(sequence.tokens)
-                sequence.feed(ids[known % len(ids)], -0.25)
+                sequence.feed(ids[known % len(ids)], self.likes.get(job.options.seed, -0.25))
                 if len(sequence.tokens) > known:
                     text.alternatives.append([(66 + i, -0.5 - i) for i in range(job.alternatives)])
                 if len(sequence.tokens) >= job.options.max_new_tokens:

@@ -3,9 +3,12 @@
 import base64
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from known_engine import KnownEngine, Server
+
+from gptjax.model import transformer
 
 SCRIPT = "and so on. The end"
 
@@ -143,6 +146,11 @@ def test_settings_reach_the_job(server):
 
 
 def test_best_of(server):
+    server.engine.likes = {7: -3.0, 8: -1.0, 9: -2.0}
+    best = server.complete("hi", best_of=3, n=2, seed=7, logprobs=0, max_tokens=1).json()["choices"]
+    assert [choice["logprobs"]["token_logprobs"] for choice in best] == [[-1.0], [-2.0]]
+    assert [choice["index"] for choice in best] == [0, 1]
+    server.engine.likes = {}
     body = server.complete("hi", best_of=3, n=2, max_tokens=4).json()
     assert len(body["choices"]) == 2 and body["usage"]["completion_tokens"] == 12
     error_of(server.complete("hi", best_of=1, n=2), 400, "invalid_value", "best_of")
@@ -253,7 +261,9 @@ def test_embeddings(server):
     assert rows.shape == (3, lm.config.width)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(rows[0], rows[2], atol=1e-6)
-    assert abs(rows[0] - rows[1]).max() > 1e-3
+    states, _ = transformer.apply(lm.config, lm.params, jnp.array([list(b"hi there")]))
+    mean = np.asarray(states[0]).mean(0)
+    np.testing.assert_allclose(rows[1], mean / np.linalg.norm(mean), atol=1e-5)
     assert body["usage"] == {"prompt_tokens": 12, "total_tokens": 12}
     coded = server.post("/v1/embeddings", input="hi", encoding_format="base64").json()
     numbers = np.frombuffer(base64.b64decode(coded["data"][0]["embedding"]), "<f4")
