@@ -36,6 +36,5 @@ request.add_header("Content-Type", "application/json")
 answer = json.load(urllib.request.urlopen(request, timeout=240))
 assert answer["usage"]["completion_tokens"] == 4, answer
 server.send_signal(signal.SIGTERM)
-server.stderr.close()
-code = server.wait(60)
-sys.exit(code and f"the server ended with {code}")
+_, rest = server.communicate()
+sys.exit(server.returncode and f"the server ended with {server.returncode}\n{rest}")

@@ -39,6 +39,7 @@ QUICK = {
     "tests/generation/test_requests.py": (ALL,),
     "tests/generation/test_sampling.py": (r"test_warpers_by_hand",),
     "tests/generation/test_scoring.py": (ALL,),
+    "tests/interpretability/test_heads.py": (ALL,),
     "tests/metrics/test_metrics.py": (ALL,),
     "tests/model/test_lora.py": (
         r"test_new_adapters_are_the_base_exactly\[llama\]",
@@ -55,6 +56,7 @@ QUICK = {
     ),
     "tests/planning/test_explain.py": (r"test_(?!the_command_prints).*",),
     "tests/runtime/test_executables.py": (r"test_(?!a_second_process_).*",),
+    "tests/serving/test_scheduler.py": (ALL,),
     "tests/tasks/test_loading.py": (
         r"test_(?!packed_examples).*",
         r"test_packed_examples.*\[xla\]",

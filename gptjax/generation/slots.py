@@ -140,6 +140,12 @@ class SlotEngine:
         dtype = self.lm._model.cache_dtype
         self._cache: Any = init_cache(self.config, len(self._slots), self.cache_slots, dtype=dtype)
 
+    def close(self) -> None:
+        """Waits for the program that is being made: XLA would compile on while the process takes
+        itself apart, and crash it."""
+        if self._making:
+            self._making.join()
+
     @property
     def free(self) -> int:
         """Slots without a text."""

@@ -150,6 +150,7 @@ class Scheduler:
             self._changed.notify()
         if self._thread.ident:
             self._thread.join()
+        self.engine.close()
 
     def _refuse_if_stopping(self) -> None:
         if self.stopping:

@@ -58,6 +58,9 @@ class KnownEngine:
         if text in self.texts:
             self.texts.remove(text)
 
+    def close(self):
+        pass
+
     def reset(self):
         self.texts.clear()
         self.resets += 1

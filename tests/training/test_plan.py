@@ -93,7 +93,7 @@ def test_devices_may_be_described_rather_than_present():
     kernel = plan.state_shapes.params["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 64 // 4, 256 // 4)
     assert "num_partitions = 64" in train_step.lower(plan).as_text()[:200]
-    assert len(jax.live_arrays()) == arrays
+    assert len(jax.live_arrays()) <= arrays  # those of other tests may go meanwhile
 
 
 def test_the_compiled_step_takes_real_arrays_and_gives_the_same_losses(one_device):
