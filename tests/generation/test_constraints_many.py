@@ -21,7 +21,7 @@ from gptjax.generation.constraints import build_guide
 from gptjax.generation.options import GenerationOptions
 from gptjax.tokenizer.trained import ByteTokenizer, SentencePieceTokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.parity]
+pytestmark = pytest.mark.slow
 SCHEMAS, EXPRESSIONS = 1000, 200
 TEXT = ['{"name": "fox", "age": 12.5, "naïve": ["quick", "brown 😀", true, null]}\n'] * 30
 NAMES = ["a", "name", "größe", "日本", "x y", 'q"uote', "back\\slash", "😀"]
@@ -37,60 +37,42 @@ PATTERNS = [
 FORMATS = ["date", "uuid", "ipv4", "email", "time"]
 
 
-def with_type(name, **properties):
-    return {
-        "type": "object",
-        "properties": {"type": {"const": name}, **properties},
-        "required": ["type"],
-        "additionalProperties": False,
-    }
+def schemas():
+    """JSON schemas: nested, with enums, patterns, formats and bounds, some unfulfillable."""
+    size, number = st.integers(0, 8), st.integers(-2000, 2000)
+    fraction = st.floats(-100, 100).map(lambda x: round(x, 3))
+    value = st.text('ab é日😀"\\\n', max_size=6) | st.integers() | st.none() | st.booleans()
 
+    def typed(name, fixed=(), **optional):
+        return st.fixed_dictionaries({"type": st.just(name), **dict(fixed)}, optional=optional)
 
-def schema_of_schemas(depth):
-    """What hypothesis-jsonschema makes schemas of: nested at most so deep."""
-    size = {"type": "integer", "minimum": 0, "maximum": 8}
-    number = {"type": "integer", "minimum": -2000, "maximum": 2000}
-    fraction = {"type": "number", "minimum": -100, "maximum": 100}
-    value = {"type": ["string", "integer", "boolean", "null"], "maxLength": 6}
-    plain = [
-        with_type("string", minLength=size, maxLength=size),
-        with_type("string", pattern={"enum": PATTERNS}) | {"required": ["type", "pattern"]},
-        with_type("string", format={"enum": FORMATS}) | {"required": ["type", "format"]},
-        with_type("integer", minimum=number, maximum=number),
-        with_type("integer", exclusiveMinimum=number, multipleOf={"enum": [1, 3, 10]}),
-        with_type("number", minimum=fraction, exclusiveMaximum=fraction),
-        with_type("boolean"),
-        with_type("null"),
-        {
-            "type": "object",
-            "properties": {"enum": {"type": "array", "items": value, "minItems": 1, "maxItems": 4}},
-            "required": ["enum"],
-            "additionalProperties": False,
-        },
-    ]
-    if not depth:
-        return {"anyOf": plain}
-    inner = schema_of_schemas(depth - 1)
-    some = dict.fromkeys(NAMES, inner)
-    names = {"type": "array", "items": {"enum": NAMES}, "uniqueItems": True, "maxItems": 3}
-    variants = {"type": "array", "items": inner, "minItems": 1, "maxItems": 3}
-    nested = [
-        with_type("array", items=inner, minItems=size, maxItems=size) | {"required": ["items"]},
-        with_type(
-            "object",
-            properties={"type": "object", "properties": some, "additionalProperties": False},
-            required=names,
-            additionalProperties={"enum": [True, False]},
+    plain = st.one_of(
+        typed("string", minLength=size, maxLength=size),
+        typed("string", {"pattern": st.sampled_from(PATTERNS)}),
+        typed("string", {"format": st.sampled_from(FORMATS)}),
+        typed("integer", minimum=number, maximum=number),
+        typed("integer", exclusiveMinimum=number, multipleOf=st.sampled_from([1, 3, 10])),
+        typed("number", minimum=fraction, exclusiveMaximum=fraction),
+        typed("boolean"),
+        typed("null"),
+        st.fixed_dictionaries({"enum": st.lists(value, min_size=1, max_size=4)}),
+        st.fixed_dictionaries({"const": value}),
+    )
+
+    def nested(inner):
+        names = st.sampled_from(NAMES)
+        return st.one_of(
+            typed("array", {"items": inner}, minItems=size, maxItems=size),
+            typed(
+                "object",
+                {"properties": st.dictionaries(names, inner, max_size=5)},
+                required=st.lists(names, unique=True, max_size=3),
+                additionalProperties=st.booleans(),
+            ),
+            st.fixed_dictionaries({"anyOf": st.lists(inner, min_size=1, max_size=3)}),
         )
-        | {"required": ["type", "properties", "required"]},
-        {
-            "type": "object",
-            "properties": {"anyOf": variants},
-            "required": ["anyOf"],
-            "additionalProperties": False,
-        },
-    ]
-    return {"anyOf": [*nested, *nested, *plain]}
+
+    return st.recursive(plain, lambda inner: nested(inner) | nested(plain), max_leaves=12)
 
 
 def drawn(strategy, count):
@@ -116,7 +98,7 @@ def drawn(strategy, count):
 
 def expressions():
     escape = st.text('ab 1é日😀.*\\"', min_size=1, max_size=3).map(re.escape)
-    classes = st.sampled_from(["[a-d]", "[^a-y]", r"\d", r"[é-ü]", ".", "[日本😀]", r"\w"])
+    classes = st.sampled_from(["[a-d]", "[^a-y]", "[0-9]", r"[é-ü]", ".", "[日本😀]", "[^é]"])
     counts = st.sampled_from(["", "", "?", "*", "+", "{2}", "{1,3}", "{0,4}"])
 
     def grown(inner):
@@ -181,11 +163,10 @@ def check_expression(option, text):
 
 @pytest.mark.parametrize("model", [toy, checkpoint])
 def test_what_finishes_is_valid_and_what_is_cut_is_the_beginning_of_it(model):
-    hypothesis_jsonschema = pytest.importorskip("hypothesis_jsonschema")
     lm, limit = model()
-    schemas = drawn(hypothesis_jsonschema.from_schema(schema_of_schemas(2)), SCHEMAS)
-    ends = follow(lm, limit, [dict(schema=schema) for schema in schemas], check_json)
-    print(f"\n{len(schemas)} schemas: {dict(ends)}")
+    asked = [dict(schema=schema) for schema in drawn(schemas(), SCHEMAS)]
+    ends = follow(lm, limit, asked, check_json)
+    print(f"\n{len(asked)} schemas: {dict(ends)}")
     assert ends["stop"] > SCHEMAS / 2
     asked = [dict(regex=regex) for regex in drawn(expressions(), EXPRESSIONS)]
     ends = follow(lm, limit, asked, check_expression)
