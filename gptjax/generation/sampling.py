@@ -25,6 +25,7 @@ import numpy as np
 
 from gptjax.config.errors import UserError
 from gptjax.core.types import Array
+from gptjax.ops.materialize import Barrier, unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -443,9 +444,17 @@ WARPERS: dict[str, Processor] = {
 
 
 def process(
-    logits_BV: Array, settings: Settings, history: History, active: frozenset[str]
+    logits_BV: Array,
+    settings: Settings,
+    history: History,
+    active: frozenset[str],
+    *,
+    barrier: Barrier = unchanged,
 ) -> Array:
     """Logits [B, V] after all active processors, -inf for tokens that are out.
+
+    barrier: `materialize` keeps the compiler from making one sum of several processors, whose
+    rounding then depends on which there are.
 
     Where every token is out, the logits come back as they were: a distribution over nothing has no
     sample. What a grammar bans stays out even then.
@@ -458,13 +467,14 @@ def process(
                 logits_BV = processor.apply(logits_BV, settings, history, int(size))
             elif kind == name:
                 logits_BV = processor.apply(logits_BV, settings, history)
+            logits_BV = barrier(logits_BV)
     if "sample" in active:
         temperature = settings["temperature"][:, None]
         sampled = temperature > 0
-        warped = logits_BV / jnp.where(sampled, temperature, 1.0)
+        warped = barrier(logits_BV / jnp.where(sampled, temperature, 1.0))
         for name, warper in WARPERS.items():
             if name in active:
-                warped = warper.apply(warped, settings, history)
+                warped = barrier(warper.apply(warped, settings, history))
         logits_BV = jnp.where(sampled, warped, logits_BV)
     return jnp.where((logits_BV == -jnp.inf).all(-1, keepdims=True), original, logits_BV)
 

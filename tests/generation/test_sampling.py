@@ -11,6 +11,8 @@ from helpers import PROMPTS, tiny_language_model
 from gptjax.config.errors import UserError
 from gptjax.generation import sampling
 from gptjax.generation.sampling import Sampling
+from gptjax.ops.materialize import materialize
+from gptjax.runtime import executables
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +155,23 @@ def test_settings_out_of_range_are_refused(lm):
         lm.logits([[1] * 65])
     with pytest.raises(UserError, match="did you mean 'int8'"):
         tiny_language_model(weights="int9")
+
+
+def test_with_barriers_what_others_ask_for_changes_no_bit():
+    """Penalties are not added up in one with the processors that only others need."""
+    random, options = np.random.default_rng(0), executables._CPU_OPTIONS
+    options = options | {"xla_backend_optimization_level": 3}
+    asked = sampling.Sampling(frequency_penalty=0.37, presence_penalty=0.53)
+    others = sampling.Sampling(logit_bias={3: 1.3}, repetition_penalty=1.3, temperature=0.7)
+    settings = sampling.stack_settings([asked], 264, [1])
+    settings["logit_bias"] = np.zeros((1, 264), np.float32)
+    tokens = random.integers(0, 50, (1, 60)).astype(np.int32)
+    history = sampling.History(tokens, np.array([60]), np.array([15]))
+    logits = (3 * random.standard_normal((1, 264))).astype(np.float32)
+
+    def run(active):
+        process = lambda *args: sampling.process(*args, active, barrier=materialize)
+        compiled = jax.jit(process, compiler_options=options)
+        return np.asarray(compiled(logits, settings, history))
+
+    np.testing.assert_array_equal(run(asked.active), run(asked.active | others.active))
