@@ -9,12 +9,12 @@ import time
 
 import numpy as np
 import pytest
-from pydantic import BaseModel
 from served import KEY
 
 from gptjax.serving import fields
 
 openai = pytest.importorskip("openai")
+pydantic = pytest.importorskip("pydantic")  # which openai brings
 
 QUICK = "The quick"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -259,7 +259,7 @@ def streams_by_the_helper(served):
 
 @guided
 def parses_an_answer(served):
-    class Point(BaseModel):
+    class Point(pydantic.BaseModel):
         x: int
         ok: bool
 
