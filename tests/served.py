@@ -111,7 +111,7 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(sent)
         try:
-            return self.process.wait(60)
+            return self.process.wait(180)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise

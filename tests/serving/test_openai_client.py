@@ -201,7 +201,6 @@ def test_the_npm_client_sees_the_same(served):
         "url": served.server.url,
         "key": KEY,
         "table": TABLE,
-        "special": list(SPECIAL),
         "constants": constants(),
     }
     done = subprocess.run(
