@@ -7,7 +7,8 @@ Every client asks for one completion after another (greedy, prompts and answers 
 and reads it as a stream. For each server and number of clients: tokens/s in all, time to the first
 token and between the tokens of a text (an event with several tokens is divided among them), what
 was refused with 429 (asked again after a moment), lost or unlike the answer that the same request
-has alone, and the memory of the process --pid. --kill is the share of requests whose client goes
+has alone, and of the process --pid its memory and its processor time a token, which says something
+on a busy machine too. --kill is the share of requests whose client goes
 away in the middle. All clients are in this process; its own processor time is printed with the
 rest.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import random
 import statistics
 import sys
@@ -152,6 +154,11 @@ def resident_mib(pid: int) -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 async def run(args: dict[str, str]) -> None:
     urls = args["url"].split(",")
     pids = [int(pid) for pid in args["pid"].split(",")] if "pid" in args else []
@@ -161,13 +168,20 @@ async def run(args: dict[str, str]) -> None:
         for clients in map(int, args.get("clients", "1,8,32").split(",")):
             for i, url in enumerate(urls):
                 busy = time.process_time()
+                server_busy = processor_seconds(pids[i]) if pids else 0.0
                 kill, seconds = float(args.get("kill", 0)), float(args.get("seconds", 20))
                 result = await load(
                     url, bodies, alone[url], clients=clients, seconds=seconds, kill=kill
                 )
                 own = (time.process_time() - busy) / result.seconds
-                memory = f", {resident_mib(pids[i]):.0f} MiB" if pids else ""
-                print(f"{url} {clients} clients: {describe(result)}{memory}; ", end="")
+                print(f"{url} {clients} clients: {describe(result)}; ", end="")
+                if pids:
+                    tokens = max(sum(a.tokens for a in result.answers), 1)
+                    milliseconds = 1e3 * (processor_seconds(pids[i]) - server_busy) / tokens
+                    print(
+                        f"{resident_mib(pids[i]):.0f} MiB, {milliseconds:.1f} core ms a token; ",
+                        end="",
+                    )
                 print(f"clients took {100 * own:.0f} % of a core", flush=True)
 
 
