@@ -30,6 +30,7 @@ from gptjax.tokenizer.base import Tokenizer
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _NOTHING = "no text that the vocabulary can write follows it"
 _CACHED_VOCABULARIES, _CACHED_GUIDES = 4, 64
+_EXACT = 2**53  # the largest integer up to which float64 has all
 
 
 class Guide:
@@ -206,6 +207,16 @@ def _read_vocabulary(
     )
 
 
+def _inexact_integer(schema: Any) -> int:
+    """An integer in a schema that float64 may round, as the library does; 0 if there is none."""
+    if isinstance(schema, int):
+        return schema if abs(schema) > _EXACT else 0
+    parts = schema.values() if isinstance(schema, dict) else schema
+    if not isinstance(schema, dict | list):
+        return 0
+    return next(filter(None, map(_inexact_integer, parts)), 0)
+
+
 def _schema_grammar(schema: Any) -> str:
     from_json_schema = _library().grammar_from_json_schema
     if isinstance(schema, str):
@@ -218,6 +229,11 @@ def _schema_grammar(schema: Any) -> str:
         schema = {}
     if not isinstance(schema, dict):
         raise UserError(f"schema: {schema!r:.80} is no JSON schema of any text: give an object")
+    if too_large := _inexact_integer(schema):
+        raise UserError(
+            f"schema: {too_large} is no integer that JSON readers keep exactly: "
+            f"use one of at most 2**53 = {_EXACT:,}, or a string"
+        )
     try:
         return str(from_json_schema(json.dumps(schema, allow_nan=False), _JSON))
     except (TypeError, ValueError) as error:

@@ -233,6 +233,7 @@ def test_a_vocabulary_that_cannot_go_on_ends_a_text_as_a_limit_does(capsys):
         (dict(schema="{"), "schema: no JSON.*line 1 column 2"),
         (dict(schema={"type": "integer", "minimum": 5, "maximum": 3}), "minimum .5. is greater"),
         (dict(schema=False), "no JSON schema"),
+        (dict(schema={"enum": [1, -(2**53) - 1]}), "-9007199254740993 is no integer"),
         (dict(grammar="start: x"), r"grammar: at 1\(8\): unknown name"),
         (dict(grammar="start: start"), "no text that"),
         (dict(grammar="start: <|endoftext|>"), "unknown special token"),

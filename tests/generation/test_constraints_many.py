@@ -41,7 +41,12 @@ def schemas():
     """JSON schemas: nested, with enums, patterns, formats and bounds, some unfulfillable."""
     size, number = st.integers(0, 8), st.integers(-2000, 2000)
     fraction = st.floats(-100, 100).map(lambda x: round(x, 3))
-    value = st.text('ab é日😀"\\\n', max_size=6) | st.integers() | st.none() | st.booleans()
+    value = (
+        st.text('ab é日😀"\\\n', max_size=6)
+        | st.integers(-(2**53), 2**53)
+        | st.none()
+        | st.booleans()
+    )
 
     def typed(name, fixed=(), **optional):
         return st.fixed_dictionaries({"type": st.just(name), **dict(fixed)}, optional=optional)
