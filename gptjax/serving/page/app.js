@@ -9,6 +9,8 @@ import * as tokens from "./tokens.js";
 
 const $ = (id) => document.getElementById(id);
 const running = new Map(); // conversation id -> {message, controller}
+const fresh = new Set(); // ids of messages that this tab added a moment ago
+const FRESH = 5000; // ms in which another tab may still write a state without them
 const SAVE_EVERY = 400; // ms, while an answer grows
 const SLOW = 2000; // ms without a token, after which the page asks why
 const TEXT_TOKENS = 100; // of a text, where the user says nothing: the API's own default is 16
@@ -151,11 +153,23 @@ function change(edit, isTouched = true) {
   current = store.change(current.id, edit, isTouched) ?? current;
 }
 
-/** Shows what is stored now: another tab may have written it. */
+function add(message) {
+  fresh.add(message.id);
+  setTimeout(() => fresh.delete(message.id), FRESH);
+  change((c) => c.messages.push(message));
+}
+
+/**
+ * Shows what is stored now: another tab may have written it. What that tab did not know of yet, and
+ * so wrote over, comes back.
+ */
 function reread() {
   const stored = store.read(current.id);
   if (!stored) return showLast();
+  const isLost = ({ id }) => fresh.has(id) && !stored.messages.some((other) => other.id === id);
+  const lost = current.messages.filter(isLost);
   current = stored;
+  if (lost.length) change((c) => c.messages.push(...lost));
   settings.show(current.settings);
   draw();
 }
@@ -243,7 +257,7 @@ function send() {
   const isChat = current.mode === "chat";
   const isWaiting = current.messages.at(-1)?.role === (isChat ? "user" : "assistant");
   if (running.has(current.id) || !(text.trim() || isWaiting) || !isSendable()) return;
-  if (text.trim()) change((c) => c.messages.push({ id: store.newId(), role: "user", content: text }));
+  if (text.trim()) add({ id: store.newId(), role: "user", content: text });
   $("text").value = "";
   fit();
   answer();
@@ -291,7 +305,7 @@ async function answer(begun = { content: "", tokens: [] }) {
   Object.assign(message, { model: current.model, ended: "", error: "" });
   const controller = new AbortController();
   running.set(id, { message, controller });
-  change((c) => c.messages.push(message));
+  add(message);
   const request = requestOf(current);
   draw();
   messages.toEnd();
@@ -360,7 +374,7 @@ function save(id, message) {
     isThere = at >= 0;
     if (isThere) c.messages[at] = message;
   });
-  return isThere;
+  return isThere || fresh.has(message.id); // one that was written over comes back: see reread
 }
 
 function fail(id, message, fault) {
