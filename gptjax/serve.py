@@ -75,6 +75,7 @@ def load(args: cli.Args) -> LanguageModel:
 
 def main(argv: list[str]) -> None:
     args = cli.parse(join_repeated(argv, "adapter"), __doc__, FLAGS, required=("checkpoint",))
+    server.check_installed()
     adapters = read_adapters(args["adapter"])
     host, key = args["host"] or "127.0.0.1", args["api_key"] or os.environ.get("GPTJAX_API_KEY", "")
     if "api_key" in args and args["api_key"] in ("", "true"):

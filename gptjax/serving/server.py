@@ -7,6 +7,7 @@ that still answers; a second one ends the process at once.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import ipaddress
 import os
 import signal
@@ -23,6 +24,13 @@ from gptjax.serving.scheduler import Scheduler
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _FLUSH_SECONDS = 5  # for the last bytes of finished answers
+
+
+def check_installed() -> None:
+    """Raises UserError where a library of the extra is missing."""
+    for name in ("starlette", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"a server needs {name}: pip install 'gptjax[serve]'")
 
 
 def is_local(host: str) -> bool:

@@ -44,6 +44,12 @@ def test_wrong_flags(flags, message):
         serve.main(flags)
 
 
+def test_without_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else 1)
+    with pytest.raises(UserError, match=r"needs uvicorn: pip install 'gptjax\[serve\]'"):
+        serve.main(["--checkpoint=x"])
+
+
 def test_flags_of_adapters():
     argv = serve.join_repeated(["--adapter=a=b", "--port=1", "--adapter=c=d,e=f"], "adapter")
     assert argv == ["--port=1", "--adapter=a=b,c=d,e=f"]
