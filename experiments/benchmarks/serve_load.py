@@ -64,7 +64,9 @@ def make_bodies(count: int = 12, *, seed: int = 0) -> list[dict]:
 async def ask(url: str, body: dict, *, leave_after: int = 0) -> Answer:
     """Streams one completion; with `leave_after` it hangs up after so many events."""
     place = urlsplit(url)
-    content = json.dumps({"temperature": 0, "seed": 0, "stream": True, **body}).encode()
+    settings = {"temperature": 0, "seed": 0, "stream": True}
+    settings |= {"stream_options": {"include_usage": True}}  # an event may hold several tokens
+    content = json.dumps(settings | body).encode()
     reader, writer = await asyncio.open_connection(place.hostname, place.port, limit=1 << 24)
     try:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {place.netloc}\r\nConnection: close\r\n"
@@ -93,6 +95,7 @@ async def ask(url: str, body: dict, *, leave_after: int = 0) -> Answer:
             if events == leave_after:
                 return answer
         answer.tokens = answer.tokens or events
+        answer.gaps = [gap * events / max(answer.tokens, 1) for gap in answer.gaps]
         return answer
     finally:
         writer.close()
