@@ -95,7 +95,6 @@ async def ask(url: str, body: dict, *, leave_after: int = 0) -> Answer:
             if events == leave_after:
                 return answer
         answer.tokens = answer.tokens or events
-        answer.gaps = [gap * events / max(answer.tokens, 1) for gap in answer.gaps]
         return answer
     finally:
         writer.close()
