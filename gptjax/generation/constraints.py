@@ -153,9 +153,7 @@ class _Vocabulary:
     ends: np.ndarray  # the same: tokens that end a text
 
     def matcher(self, grammar: str) -> Any:
-        import llguidance
-
-        return llguidance.LLMatcher(self.library, grammar, log_level=0)
+        return _library().LLMatcher(self.library, grammar, log_level=0)
 
 
 class _Tokens:
@@ -183,12 +181,7 @@ def _read_vocabulary(
     tokenizer: Tokenizer, vocab_size: int, eos_ids: tuple[int, ...]
 ) -> _Vocabulary:
     """Control tokens, ends and rows that only fill up the model's table stand for nothing here."""
-    try:
-        import llguidance
-    except ImportError:
-        raise UserError(
-            "constrained output needs the package llguidance: pip install 'gptjax[guide]'"
-        ) from None
+    llguidance = _library()
     tokens = [b"" if 0xFF in text else text for text in tokenizer.token_bytes[:vocab_size]]
     tokens += [b""] * (vocab_size - len(tokens))
     for i in {*eos_ids, *tokenizer.control.values()}:
@@ -218,7 +211,7 @@ def _inexact_integer(schema: Any) -> int:
 
 
 def _schema_grammar(schema: Any) -> str:
-    from_json_schema = _library().grammar_from_json_schema
+    from_json_schema = _library().LLMatcher.grammar_from_json_schema
     if isinstance(schema, str):
         check_characters(schema, "the schema")
         try:
@@ -244,7 +237,7 @@ def _regex_grammar(regex: Any) -> str:
     if not isinstance(regex, str):
         raise UserError(f"regex: {regex!r:.80} must be a text")
     check_characters(regex, "the regular expression")
-    return str(_library().grammar_from_regex(regex))
+    return str(_library().LLMatcher.grammar_from_regex(regex))
 
 
 def _choices_grammar(choices: Any) -> str:
@@ -265,7 +258,7 @@ def _lark_grammar(grammar: Any) -> str:
     if not isinstance(grammar, str):
         raise UserError(f"grammar: {grammar!r:.80} must be a text")
     check_characters(grammar, "the grammar")
-    return str(_library().grammar_from_lark(grammar))
+    return str(_library().LLMatcher.grammar_from_lark(grammar))
 
 
 def _library() -> Any:
@@ -275,7 +268,7 @@ def _library() -> Any:
         raise UserError(
             "constrained output needs the package llguidance: pip install 'gptjax[guide]'"
         ) from None
-    return llguidance.LLMatcher
+    return llguidance
 
 
 _GRAMMARS: dict[str, Callable[[Any], str]] = {  # an option's value: the library's grammar
@@ -317,7 +310,8 @@ def _place_of(vocabulary: _Vocabulary, schema: Any, message: str, place: str = "
         if deeper := _place_of(vocabulary, part, message, inside):
             return deeper
         if isinstance(part, dict):
-            grammar = _library().grammar_from_json_schema(json.dumps(part), _JSON)
+            matcher = _library().LLMatcher
+            grammar = matcher.grammar_from_json_schema(json.dumps(part), _JSON)
             if vocabulary.matcher(grammar).get_error() == message:
                 return inside
     return ""
