@@ -65,8 +65,7 @@ def matmul_cpu(x: Float[Array, "N D"], weight: Any) -> Float32[Array, "N F"]:
     """
     x, rows = _tied(x, weight)
     if len(x) <= FEW * (1 if rows.dtype == x.dtype else _PASSES):
-        parts = [x[None, i : i + FEW] for i in range(0, len(x), FEW)]
-        y = jnp.concatenate([small_batch_matmul(part, rows[None])[0] for part in parts])
+        y = _by_passes(x, rows)
     else:
         dtype = jnp.promote_types(x.dtype, rows.dtype)
         x, rows = x.astype(dtype), materialize(rows.astype(dtype))
@@ -80,11 +79,13 @@ def matmul_cpu(x: Float[Array, "N D"], weight: Any) -> Float32[Array, "N F"]:
 
 def matmul_in_order(x: Float[Array, "N D"], weight: Any) -> Float32[Array, "N F"]:
     """`matmul_cpu` for decoding: the sums of a row of x have one order, whatever N is."""
-    x, rows = _tied(x, weight)
-    parts = []
-    for i in range(0, len(x), FEW):
-        parts.append(small_batch_matmul(x[None, i : i + FEW], rows[None])[0])
-    return _scaled(jnp.concatenate(parts), weight)
+    return _scaled(_by_passes(*_tied(x, weight)), weight)
+
+
+def _by_passes(x: Array, rows: Array) -> Array:
+    """x [N, D], rows [F, D] -> float32 [N, F]: a pass over the rows for each `FEW` rows of x."""
+    parts = [x[None, i : i + FEW] for i in range(0, len(x), FEW)]
+    return jnp.concatenate([small_batch_matmul(part, rows[None])[0] for part in parts])
 
 
 def _tied(x: Array, weight: Any) -> tuple[Array, Array]:
