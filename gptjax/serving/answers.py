@@ -17,7 +17,7 @@ from gptjax.config.errors import UserError
 from gptjax.generation.slots import Alternatives, Job
 from gptjax.serving.errors import ApiError, wrong_field
 from gptjax.serving.scheduler import Piece
-from gptjax.serving.served import CONSTRAINTS, Usage, new_id
+from gptjax.serving.served import CONSTRAINTS, Served, Usage, new_id
 from gptjax.tokenizer.base import StreamDecoder, Tokenizer
 
 
@@ -75,13 +75,17 @@ class Choice:
 
 
 class Answer(abc.ABC):
-    """A checked request and what it gets. `jobs` are for the scheduler."""
+    """A checked request and what it gets. `jobs` are for the scheduler. Raises ApiError."""
 
     kind = ""  # `object` of a response
     chunk_kind = ""  # and of a chunk
     prefix = ""  # of its id
 
-    def __init__(self, fields: Mapping[str, Any], model: str):
+    def __init__(self, fields: Mapping[str, Any], served: Served):
+        self.served, self.adapter = served, served.adapter(fields.get("model"))
+        self.lm = served.engine.models[self.adapter]
+        self.tokenizer = self.lm.text_tokenizer
+        self.model = self.adapter or served.name
         self.jobs: list[Job] = []
         self.choices: list[Choice] = []  # one for each job
         self.stream: bool = fields.get("stream", False)
@@ -92,7 +96,7 @@ class Answer(abc.ABC):
             )
         self._constraint = next((n for n in CONSTRAINTS if n in fields), None)
         self.prompt_tokens = 0
-        self._id, self._created, self._model = new_id(self.prefix), int(time.time()), model
+        self._id, self._created = new_id(self.prefix), int(time.time())
 
     def fault(self, error: UserError) -> ApiError:
         """What an engine says of a job, in the words of the request."""
@@ -131,7 +135,7 @@ class Answer(abc.ABC):
             "id": self._id,
             "object": kind,
             "created": self._created,
-            "model": self._model,
+            "model": self.model,
             "choices": list(choices),
             **more,
         }

@@ -15,7 +15,7 @@ import re
 import secrets
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from gptjax.config.errors import UserError
@@ -353,6 +353,3 @@ class _Counted:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.request.observe(time.monotonic() - began)
-
-
-__all__: Sequence[str] = ["BODY_BYTES", "build_app"]

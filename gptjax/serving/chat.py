@@ -24,16 +24,13 @@ class Chat(Answer):
 
     def __init__(self, body: Mapping[str, Any], served: Served):
         asked = fields.check(body, fields.CHAT)
-        adapter = served.adapter(asked.get("model"))
-        super().__init__(asked, adapter or served.name)
-        self._served = served
-        self._tokenizer = served.engine.models[adapter].text_tokenizer
+        super().__init__(asked, served)
         self._logprobs: bool = asked.get("logprobs", False)
         if "top_logprobs" in asked and not self._logprobs:
             raise wrong_field("top_logprobs", "top_logprobs is for logprobs = true")
         tools = asked.get("tools", []) if asked.get("tool_choice") != "none" else []
         self._tool_names = {tool["function"]["name"] for tool in tools}
-        ids = self._encode(asked["messages"], tools, served, adapter)
+        ids = self._encode(asked["messages"], tools)
         self.prompt_tokens = len(ids)
         name = "max_completion_tokens"
         if name in asked and asked.get("max_tokens", asked[name]) != asked[name]:
@@ -47,20 +44,18 @@ class Chat(Answer):
             job = Job(
                 ids,
                 dataclasses.replace(options, seed=seed),
-                adapter=adapter,
+                adapter=self.adapter,
                 alternatives=asked.get("top_logprobs", 0),
             )
             self.jobs.append(job)
-            self.choices.append(_Held(index, self._tokenizer, job))
+            self.choices.append(_Held(index, self.tokenizer, job))
 
-    def _encode(
-        self, messages: Sequence[Any], tools: Sequence[Any], served: Served, adapter: str
-    ) -> list[int]:
-        lm = served.engine.models[adapter]
-        if not self._tokenizer.template_for(tools) and not self._tokenizer.templates:
+    def _encode(self, messages: Sequence[Any], tools: Sequence[Any]) -> list[int]:
+        served = self.served
+        if not self.tokenizer.template_for(tools) and not self.tokenizer.templates:
             raise ApiError(
                 400,
-                f"{adapter or served.name} has no chat template, so it is no chat model: use "
+                f"{self.model} has no chat template, so it is no chat model: use "
                 "/v1/completions, serve a checkpoint that was tuned for dialogue, or start the "
                 "server with --chat_template=plain",
                 param="messages",
@@ -70,10 +65,10 @@ class Chat(Answer):
         served.check_size(size, "messages")
         served.check_size(len(messages) * served.longest, "messages")  # a token each, at least
         try:
-            ids = chat_template.encode(self._tokenizer, messages, tools=tools or None)
+            ids = chat_template.encode(self.tokenizer, messages, tools=tools or None)
         except UserError as error:
             raise wrong_field("messages", f"messages: {error}") from None
-        return [self._tokenizer.eot] * lm.prompt_tokens + ids
+        return [self.tokenizer.eot] * self.lm.prompt_tokens + ids
 
     def first_chunks(self) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
@@ -135,7 +130,7 @@ class Chat(Answer):
         return {"content": content, "refusal": None}
 
     def _name(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self._served.token_bytes(token)
+        text = self.served.token_bytes(token)
         return {"token": text.decode(errors="replace"), "logprob": logprob, "bytes": list(text)}
 
 

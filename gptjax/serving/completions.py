@@ -30,9 +30,7 @@ class Completions(Answer):
 
     def __init__(self, body: Mapping[str, Any], served: Served):
         asked = fields.check(body, fields.COMPLETIONS)
-        adapter = served.adapter(asked.get("model"))
-        super().__init__(asked, adapter or served.name)
-        self._served = served
+        super().__init__(asked, served)
         self._n = asked.get("n", 1)
         self._drawn = asked.get("best_of", self._n)
         if self._drawn < self._n:
@@ -41,29 +39,28 @@ class Completions(Answer):
             raise wrong_field("best_of", "which texts are best is known at their end: stream none")
         self._logprobs: int | None = asked.get("logprobs")
         self._echo: bool = asked.get("echo", False)
-        self._tokenizer = served.engine.models[adapter].text_tokenizer
         options = served.options(asked)
         for prompt in list_prompts(asked["prompt"]):
-            ids = served.encode(prompt, adapter, "prompt")
+            ids = served.encode(prompt, self.adapter, "prompt")
             self.prompt_tokens += len(ids)
             count = served.new_tokens(
                 asked.get("max_tokens"), MAX_TOKENS, served.room(ids, "prompt"), "max_tokens"
             )
             echo = ""
             if self._echo:
-                echo = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
+                echo = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids)
             for _ in range(self._drawn):
                 index = len(self.jobs)
                 seed = (options.seed + index) % 2**32
                 job = Job(
                     ids,
                     dataclasses.replace(options, max_new_tokens=max(count, 1), seed=seed),
-                    adapter=adapter,
+                    adapter=self.adapter,
                     alternatives=self._logprobs or 0,
                     prompt_logprobs=self._echo and self._logprobs is not None,
                 )
                 self.jobs.append(job)
-                choice = _Echoed(index, self._tokenizer, job, before=len(echo), keeps=count > 0)
+                choice = _Echoed(index, self.tokenizer, job, before=len(echo), keeps=count > 0)
                 choice.echo = echo
                 self.choices.append(choice)
 
@@ -91,7 +88,7 @@ class Completions(Answer):
 
     def _score_prompt(self, job: Job, piece: Piece) -> list[Scored]:
         """The prompt's tokens; nothing stands before the first."""
-        decoder, offset = StreamDecoder(self._tokenizer), 0
+        decoder, offset = StreamDecoder(self.tokenizer), 0
         scores: list[Any] = [(None, []), *piece.prompt_scores]
         result = []
         for token, (logprob, alternatives) in zip(job.prompt, scores, strict=True):
@@ -114,7 +111,7 @@ class Completions(Answer):
         }
 
     def _text(self, token: int) -> str:
-        return token_text(self._served.token_bytes(token))
+        return token_text(self.served.token_bytes(token))
 
     def results(self) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = []

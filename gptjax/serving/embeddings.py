@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from gptjax.generation import embeddings
 from gptjax.serving import fields
 from gptjax.serving.completions import list_prompts
-from gptjax.serving.served import Served, Usage
+from gptjax.serving.served import Served
 
 
 class Embeddings:
@@ -40,10 +39,10 @@ class Embeddings:
             if self._base64:
                 shown = base64.b64encode(vector.astype("<f4").tobytes()).decode()
             data.append({"object": "embedding", "index": index, "embedding": shown})
-        usage = dataclasses.asdict(Usage(sum(map(len, self.rows))))
+        tokens = sum(map(len, self.rows))
         return {
             "object": "list",
             "data": data,
             "model": self._name,
-            "usage": {"prompt_tokens": usage["prompt"], "total_tokens": usage["prompt"]},
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
