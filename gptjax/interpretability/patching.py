@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from gptjax.generation.tracing import NO_LAYER, capture, computation, filler, pa
 from gptjax.interpretability.attribution import check_pair
 from gptjax.model import head
 
-_ROWS = 16  # places at a time
+ROWS = 16  # places at a time
 Part = tuple  # ("embedding",), ("mlp", layer) or ("head", layer, head)
 Receiver = tuple[str, int, int]  # ("queries" | "keys" | "values", layer, head)
 
@@ -56,7 +57,7 @@ class Sweep:
     jax.tree_util.register_dataclass, data_fields=["values", "chosen"], meta_fields=["name"]
 )
 @dataclasses.dataclass(frozen=True)
-class _Overlay:
+class Overlay:
     """An intervention that gives each row of the batch its own places.
 
     values: [L, B or 1, ...], dims of `name`; chosen: bool [L, B, ...], of the same axes or 1. Of
@@ -114,15 +115,18 @@ class _Runs:
                 values[name] = values[name][None]
         return values, np.asarray(logits)
 
-    def logits(self, changes: Sequence[Sequence[_Overlay]], rows: int) -> np.ndarray:
-        """float32 [rows] of `into`, with the interventions of each batch of `_ROWS` rows."""
-        logits = [np.asarray(self.of_batch(batch)[0]) for batch in changes]
-        return np.concatenate(logits)[:rows]
+    def sweep(
+        self, changes: Sequence[Sequence[Overlay]], shape: tuple[int, int], logits: np.ndarray
+    ) -> Sweep:
+        """Of `into`, with the interventions of each batch of `ROWS` places. logits: of both."""
+        swept = np.concatenate([np.asarray(self.of_batch(batch)[0]) for batch in changes])
+        values = swept[: math.prod(shape)].reshape(shape)
+        return Sweep(values, float(logits[0]), float(logits[1]))
 
     def of_batch(
-        self, changes: Sequence[_Overlay], names: tuple[str, ...] = ()
+        self, changes: Sequence[Overlay], names: tuple[str, ...] = ()
     ) -> tuple[Array, dict[str, Array]]:
-        tokens_BT = np.repeat(self.tokens[1:], _ROWS, axis=0)
+        tokens_BT = np.repeat(self.tokens[1:], ROWS, axis=0)
         return self._run(tokens_BT, tuple(changes), names)
 
     def _run(self, tokens_BT: np.ndarray, changes: tuple, names: tuple[str, ...]) -> Any:
@@ -149,11 +153,11 @@ def _run(
     return logits_B, {name: values[name] for name in names}
 
 
-def _batches(places: np.ndarray) -> list[np.ndarray]:
-    """Rows of places [N, ...], `_ROWS` at a time; the last batch is filled with none."""
-    filled = np.zeros((-(-len(places) // _ROWS) * _ROWS, *places.shape[1:]), places.dtype)
+def batches_of(places: np.ndarray) -> list[np.ndarray]:
+    """Rows of places [N, ...], `ROWS` at a time; the last batch is filled with none."""
+    filled = np.zeros((-(-len(places) // ROWS) * ROWS, *places.shape[1:]), places.dtype)
     filled[: len(places)] = places
-    return np.split(filled, len(filled) // _ROWS)
+    return np.split(filled, len(filled) // ROWS)
 
 
 def patch_positions(
@@ -182,11 +186,10 @@ def patch_positions(
     places = np.arange(count)
     chosen[places, places // runs.length, places % runs.length] = True
     batches = []
-    for batch in _batches(chosen):
-        mask = batch.swapaxes(0, 1).reshape(layers, _ROWS, time, *[1] * len(rest))
-        batches.append([_Overlay(name, values[name][:, :1], mask)])
-    swept = runs.logits(batches, count).reshape(layers, runs.length)
-    return Sweep(swept, float(logits[0]), float(logits[1]))
+    for batch in batches_of(chosen):
+        mask = batch.swapaxes(0, 1).reshape(layers, ROWS, time, *[1] * len(rest))
+        batches.append([Overlay(name, values[name][:, :1], mask)])
+    return runs.sweep(batches, (layers, runs.length), logits)
 
 
 def patch_heads(
@@ -203,18 +206,17 @@ def patch_heads(
     values, logits = runs.values(["heads"])
     layers, heads = len(values["heads"]), lm.config.heads
     batches = []
-    for batch in _batches(_each_head(layers, heads)):
-        batches.append([_Overlay("heads", values["heads"][:, :1], _of_heads(batch))])
-    swept = runs.logits(batches, layers * heads).reshape(layers, heads)
-    return Sweep(swept, float(logits[0]), float(logits[1]))
+    for batch in batches_of(each_head(layers, heads)):
+        batches.append([Overlay("heads", values["heads"][:, :1], of_heads(batch))])
+    return runs.sweep(batches, (layers, heads), logits)
 
 
-def _each_head(layers: int, heads: int) -> np.ndarray:
+def each_head(layers: int, heads: int) -> np.ndarray:
     """bool [N, L, H]: one head at each place."""
     return np.eye(layers * heads, dtype=bool).reshape(-1, layers, heads)
 
 
-def _of_heads(chosen_BLH: np.ndarray) -> np.ndarray:
+def of_heads(chosen_BLH: np.ndarray) -> np.ndarray:
     """[L, B, 1, H, 1], for values [L, B, T, H, C]."""
     return chosen_BLH.swapaxes(0, 1)[:, :, None, :, None]
 
@@ -253,18 +255,18 @@ def patch_paths(
     embedding_N, heads_NLH, mlps_NL = _sender_masks(each, layers, heads)
     kept = {name: value[:, 1:] for name, value in values.items()}
     given = {name: value[:, :1] for name, value in values.items()}
-    frozen = [_Overlay("heads", kept["heads"], np.ones((layers, 1, 1, 1, 1), bool))]
+    frozen = [Overlay("heads", kept["heads"], np.ones((layers, 1, 1, 1, 1), bool))]
     if freeze_mlps:
         held = np.ones((layers, 1, 1, 1), bool)
-        frozen.append(_Overlay("mlp_output", kept["mlp_output"], held))
+        frozen.append(Overlay("mlp_output", kept["mlp_output"], held))
     swept = []
-    for of_embedding, of_heads, of_mlps in zip(
-        *map(_batches, (embedding_N, heads_NLH, mlps_NL)), strict=True
+    for embeddings_B, heads_BLH, mlps_BL in zip(
+        *map(batches_of, (embedding_N, heads_NLH, mlps_NL)), strict=True
     ):
         sent = [
-            _Overlay("embedding", given["embedding"], of_embedding[None, :, None, None]),
-            _Overlay("heads", given["heads"], _of_heads(of_heads)),
-            _Overlay("mlp_output", given["mlp_output"], of_mlps.T[:, :, None, None]),
+            Overlay("embedding", given["embedding"], embeddings_B[None, :, None, None]),
+            Overlay("heads", given["heads"], of_heads(heads_BLH)),
+            Overlay("mlp_output", given["mlp_output"], mlps_BL.T[:, :, None, None]),
         ]
         points = tuple(sorted({name for name, _, _ in receivers}))
         of_rows, received = runs.of_batch([*frozen, *sent], points)
@@ -283,7 +285,7 @@ def _sender_masks(
     """bool [N], [N, L, H] and [N, L]: whether embedding, heads and MLPs send."""
     count = len(senders)
     embedding, mlps = np.zeros(count, bool), np.zeros((count, layers), bool)
-    of_heads = np.zeros((count, layers, heads), bool)
+    head_masks = np.zeros((count, layers, heads), bool)
     for i, parts in enumerate(senders):
         for kind, *place in parts:
             if kind == "embedding":
@@ -291,13 +293,13 @@ def _sender_masks(
             elif kind == "mlp":
                 mlps[i, *place] = True
             elif kind == "head":
-                of_heads[i, *place] = True
+                head_masks[i, *place] = True
             else:
                 raise ValueError(f"a sender {kind!r}: there are embedding, mlp and head")
-    return embedding, of_heads, mlps
+    return embedding, head_masks, mlps
 
 
-def _received(receivers: Sequence[Receiver], values: dict[str, Array]) -> list[_Overlay]:
+def _received(receivers: Sequence[Receiver], values: dict[str, Array]) -> list[Overlay]:
     """Interventions that give the receivers what they received."""
     overlays = []
     for name, value in values.items():
@@ -306,5 +308,5 @@ def _received(receivers: Sequence[Receiver], values: dict[str, Array]) -> list[_
         for point, layer, number in receivers:
             if point == name:
                 chosen[0, layer, number] = True
-        overlays.append(_Overlay(name, value, _of_heads(chosen)))
+        overlays.append(Overlay(name, value, of_heads(chosen)))
     return overlays
