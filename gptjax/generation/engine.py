@@ -21,7 +21,12 @@ import numpy as np
 from gptjax.generation import loop, speculative
 from gptjax.generation.loop import DecodeState, InferenceModel, PromptBatch
 from gptjax.generation.requests import Request
-from gptjax.generation.sampling import Settings, active_processors, stack_settings
+from gptjax.generation.sampling import (
+    Settings,
+    active_processors,
+    mask_words,
+    stack_settings,
+)
 from gptjax.generation.speculative import Speculation
 from gptjax.model.kv_cache import init_cache
 from gptjax.runtime import executables
@@ -121,7 +126,7 @@ def _extend(
     """In each row the tokens that its grammar forces, and one that the grammar allows."""
     rows, limits = len(known), np.asarray(state.limit)
     given, counts, chooses = _given(rows, FORCED[-1])
-    allowed = np.zeros((rows, -(-model.config.vocab_size // 32)), np.uint32)
+    allowed = np.zeros((rows, mask_words(model.config.vocab_size)), np.uint32)
     for i, sequence in enumerate(request.sequences):
         room = min(limits[i] - known[i], FORCED[-1])
         tokens = sequence.take_given(room)
@@ -251,7 +256,7 @@ def first_calls(model: InferenceModel, request: Request) -> tuple[Call, Call]:
     step, arrays = loop.advance, tuple[Any, ...]([np.int32(0)])
     if request.guided:
         width = _width(max(len(row.guide.forced()) for row in request.sequences if row.guide))
-        rows, words = len(batch.host_state().length), -(-config.vocab_size // 32)
+        rows, words = len(state.length), mask_words(config.vocab_size)
         settings = {**settings, "allowed": np.zeros((rows, words), np.uint32)}
         step, arrays = loop.extend, _given(rows, width)
     if model.mesh is not None:

@@ -367,6 +367,11 @@ def min_new(logits: Array, settings: Settings, history: History) -> Array:
     return logits.at[rows, out].set(-jnp.inf, mode="drop")
 
 
+def mask_words(vocab_size: int) -> int:
+    """Numbers of 32 bits that have one for each token."""
+    return -(-vocab_size // 32)
+
+
 def guide(logits: Array, settings: Settings, history: History) -> Array:
     """Bans what a grammar does not allow: tokens whose bit in uint32 [B, ceil(V / 32)] is 0."""
     bits = settings["allowed"][:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1

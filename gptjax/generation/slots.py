@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.errors import UserError, unknown_name
-from gptjax.generation import slot_programs, slot_rows
+from gptjax.generation import sampling, slot_programs, slot_rows
 from gptjax.generation.language_model import LanguageModel
 from gptjax.generation.options import GenerationOptions, refuse_options
 from gptjax.generation.requests import SequenceState
@@ -128,7 +128,7 @@ class SlotEngine:
         self.adapters = slot_rows.stack_adapters(self.models)
         self.chunk = IMPLEMENTATIONS[model.config.implementation].prefill_chunk
         self.cache_slots = -(-self.length // BLOCK) * BLOCK
-        self._slots = [_Slot() for _ in range(slots)]
+        self.slots = slots
         self.reset()
         self._sizes = [n for n in (1, 8, 16, 32, 64, 128) if n < slots] + [slots]
         self._folder = folder
@@ -139,9 +139,9 @@ class SlotEngine:
 
     def reset(self) -> None:
         """Frees all slots and begins with an empty cache, as after an error in a turn."""
-        self._slots = [_Slot() for _ in self._slots]
+        self._slots = [_Slot() for _ in range(self.slots)]
         dtype = self.lm._model.cache_dtype
-        self._cache: Any = init_cache(self.config, len(self._slots), self.cache_slots, dtype=dtype)
+        self._cache: Any = init_cache(self.config, self.slots, self.cache_slots, dtype=dtype)
 
     def close(self) -> None:
         """Waits for the program that is being made: XLA would compile on while the process takes
@@ -220,7 +220,7 @@ class SlotEngine:
 
     def _copy(self, source: int, target: int, used: int) -> None:
         numbers = [np.int32(number) for number in (source, target, used)]
-        call = slot_programs.copy_row.call(self._cache, *numbers, slots=len(self._slots))
+        call = slot_programs.copy_row.call(self._cache, *numbers, slots=self.slots)
         self._cache = self._program(("copy",), call)(self._cache, *numbers)
 
     def leave(self, text: Text) -> None:
@@ -324,7 +324,9 @@ class SlotEngine:
         active = frozenset[str]().union(*(text.row.active for text in ready))
         batch = slot_rows.stack_rows(rows, self.config.vocab_size, self.cache_slots)
         if "guide" in active:
-            allowed = np.full((size, -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+            allowed = np.full(
+                (size, sampling.mask_words(self.config.vocab_size)), 0xFFFFFFFF, np.uint32
+            )
             for text in ready:
                 if text.sequence.guide:
                     text.sequence.guide.write_mask(allowed[text.slot - first])
@@ -389,7 +391,7 @@ class SlotEngine:
         for size in self._sizes:
             if size < len(ready):
                 continue
-            first = min(max(min(used), 0), len(self._slots) - size)
+            first = min(max(min(used), 0), self.slots - size)
             outside = [text for text in ready if not first <= text.slot < first + size]
             holes = [i for i in range(first, first + size) if self._slots[i].text is None]
             if len(outside) <= len(holes):
