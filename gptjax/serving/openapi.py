@@ -77,7 +77,9 @@ def describe() -> dict[str, Any]:
         content = {"application/json": {"schema": schema_of(table)}}
         responses = _responses()
         if table is not fields.EMBEDDINGS:
-            responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+            # no schema: OpenAPI 3.1 has none for the events of a stream, and readers take one of
+            # the whole text for that of each event
+            responses["200"]["content"]["text/event-stream"] = {}
         paths[path] = {
             "post": {
                 "summary": summary,

@@ -52,6 +52,7 @@ def ask(operation, mode, count, seen):
         schemathesis.checks.not_a_server_error,
         checks.status_code_conformance,
         checks.content_type_conformance,
+        checks.response_schema_conformance,
     ]
 
     @settings(
