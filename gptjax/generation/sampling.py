@@ -458,7 +458,7 @@ def process(
 ) -> Array:
     """Logits [B, V] after all active processors, -inf for tokens that are out.
 
-    barrier: `materialize` keeps the compiler from making one sum of several processors, whose
+    barrier: `kept` keeps the compiler from making one sum of several processors, whose
     rounding then depends on which there are.
 
     Where every token is out, the logits come back as they were: a distribution over nothing has no

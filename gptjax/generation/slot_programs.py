@@ -24,7 +24,7 @@ from gptjax.generation.loop import DecodeState
 from gptjax.generation.sampling import Settings
 from gptjax.model import head, lora, transformer
 from gptjax.ops.attention.cache import BLOCK
-from gptjax.ops.materialize import materialize
+from gptjax.ops.materialize import kept
 from gptjax.ops.products import row_sum
 from gptjax.runtime import executables
 
@@ -158,7 +158,7 @@ def decode(
         x, rows = loop.feed(config, params, state.tokens, state.length, state.cache)
         logits = jax.lax.optimization_barrier(head.unembed(config, params, x[:, 0]))
         history = state.history
-        processed = sampling.process(logits, settings, history, active, barrier=materialize)
+        processed = sampling.process(logits, settings, history, active, barrier=kept)
         token = sampling.choose(processed, settings, loop.row_keys(state), active)
         scored = _score(logits, token, alternatives)
         put = lambda all_steps, now: jax.lax.dynamic_update_index_in_dim(all_steps, now, i, 1)

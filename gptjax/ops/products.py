@@ -15,7 +15,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32, Num
 
-from gptjax.ops.materialize import materialize
+from gptjax.ops.materialize import kept, materialize
 
 
 def matmul(x: Float[Array, "N D"], w: Float[Array, "D F"]) -> Float[Array, "N F"]:
@@ -176,11 +176,9 @@ def small_batch_matmul(
 
     The results for x[0] are sum 0 (rows 0 to 2), sum 3 (rows 3 to 5) and the end of sum 6 (row 6).
     """
-    (_, n, d), f = x.shape, rows.shape[1]
+    n, f = x.shape[1], rows.shape[1]
     if jax.__version_info__ < (0, 12):
-        # this XLA forgets barriers before it fuses, and would compute x inside the reduction, but
-        # a concatenation it keeps
-        x = jax.lax.optimization_barrier(jnp.concatenate([x, x], 2))[:, :, :d]
+        x = kept(x)  # this XLA would compute it inside the reduction
     parts = -(-_SUMS // n)
     size = -(-f // parts)
     starts = [min(at, f - size) for at in range(0, f, size)]

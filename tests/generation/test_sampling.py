@@ -11,7 +11,7 @@ from helpers import PROMPTS, tiny_language_model
 from gptjax.config.errors import UserError
 from gptjax.generation import sampling
 from gptjax.generation.sampling import Sampling
-from gptjax.ops.materialize import materialize
+from gptjax.ops.materialize import kept
 from gptjax.runtime import executables
 
 
@@ -170,7 +170,7 @@ def test_with_barriers_what_others_ask_for_changes_no_bit():
     logits = (3 * random.standard_normal((1, 264))).astype(np.float32)
 
     def run(active):
-        process = lambda *args: sampling.process(*args, active, barrier=materialize)
+        process = lambda *args: sampling.process(*args, active, barrier=kept)
         compiled = jax.jit(process, compiler_options=options)
         return np.asarray(compiled(logits, settings, history))
 
