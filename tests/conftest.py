@@ -24,7 +24,9 @@ from quick import is_quick
 from gptjax.config import build
 from gptjax.core import tree
 from gptjax.model import init as model_init
+from gptjax.runtime import executables
 from gptjax.runtime.compile_cache import enable_compile_cache
+from gptjax.runtime.programs import is_crowded
 
 ROOT = Path(__file__).parent.parent
 SHARED = (
@@ -48,6 +50,15 @@ def cache(tmp_path_factory):
     os.environ["GPTJAX_CACHE"] = str(folder)
     enable_compile_cache()
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Without it those of a lane are more than a process may map."""
+    yield
+    if is_crowded():
+        jax.clear_caches()
+        executables._programs.make_room()
 
 
 @pytest.fixture

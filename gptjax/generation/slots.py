@@ -132,7 +132,7 @@ class SlotEngine:
         self.reset()
         self._sizes = [n for n in (1, 8, 16, 32, 64, 128) if n < slots] + [slots]
         self._folder = folder
-        self._programs: dict[Any, Any] = {}  # by what they are for
+        self._programs: dict[Any, Any] = {}  # names of executables, by what they are for
         self._making: threading.Thread | None = None  # a program
         self._turn = 0
         self._fed_last = -1  # the slot whose prompt was fed last
@@ -358,8 +358,8 @@ class SlotEngine:
         """The program for what these texts ask for; until a thread has made it, one that does more,
         which changes nothing for them."""
         key = ("decode", size, shapes, active, alternatives)
-        if key in self._programs:
-            return self._programs[key]
+        if program := self._ready(key):
+            return program
         call = slot_programs.decode.call
         described = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self._cache, arrays)
@@ -374,16 +374,17 @@ class SlotEngine:
             alternatives=alternatives,
         )
         able = [
-            known
+            (len(known[3]), program)
             for known in list(self._programs)
             if known[:3] == key[:3] and known[3] >= active and known[4] >= alternatives
+            if (program := self._ready(known))
         ]
         if not able:
             return self._program(key, make)
         if not self._making or not self._making.is_alive():
             self._making = threading.Thread(target=self._program, args=(key, make), daemon=True)
             self._making.start()
-        return self._programs[min(able, key=lambda known: len(known[3]))]
+        return min(able, key=lambda pair: pair[0])[1]
 
     def _window(self, ready: Sequence[Text]) -> tuple[int, int]:
         """(first row, rows) of the smallest program that these texts fit in, after some moved."""
@@ -426,12 +427,17 @@ class SlotEngine:
         if sequence.reason:
             self.leave(text)
 
+    def _ready(self, key: Any) -> Any:
+        """The executable of a key; None if it was not made, or is needed no longer."""
+        return executables.ready(self._programs[key]) if key in self._programs else None
+
     def _program(self, key: Any, call: Any) -> Any:
-        """The executable of a key, made at the first time it is needed."""
-        if key not in self._programs:
+        """The executable of a key, made where it is not ready."""
+        program = self._ready(key)
+        if program is None:
             call = call() if callable(call) else call
-            self._programs[key] = executables.executable(call, self._folder)
-        return self._programs[key]
+            program, self._programs[key] = executables.executable(call, self._folder), call.name
+        return program
 
 
 def _alternatives(scored: slot_programs.Scored, i: int, count: int) -> Alternatives:

@@ -6,9 +6,10 @@ package, the versions of Python and JAX, JAX's settings, the processor, and the 
 So a second process neither traces nor compiles.
 
 `jit(function)` gives a `JittedFunction`; `prepare([f.call(...)], folder)` fetches or compiles what
-later calls need. The folder holds machine code: trust it as you trust JAX's cache. Called with
-`mesh=`, each device of a mesh runs the function on its part of the arguments
-(`sharding.decoding_specs`).
+later calls need, and `executable(f.call(...))` gives it. The folder holds machine code: trust it as
+you trust JAX's cache. Called with `mesh=`, each device of a mesh runs the function on its part of
+the arguments (`sharding.decoding_specs`). A process with many programs lets go of those that it
+used longest ago (`programs`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from jax.sharding import Mesh
 from gptjax.core import files
 from gptjax.runtime import sharding
 from gptjax.runtime.devices import default_platform
+from gptjax.runtime.programs import Programs
 
 # Sums in any order, which is what lets XLA:CPU use vector instructions for them. Divisions and
 # functions stay exact, and NaN and infinities are honoured. Vectors as wide as the processor's.
@@ -88,10 +90,7 @@ def jit(
 
 
 class JittedFunction:
-    """A jitted function with the executables that are ready.
-
-    executables: {key of a `Call`: compiled function of the arrays}.
-    """
+    """A jitted function, some of whose calls may have executables that are ready."""
 
     def __init__(
         self,
@@ -104,35 +103,46 @@ class JittedFunction:
         self.function, self.static, self.donated = function, static, donated
         self.outputs = outputs
         self.signature = inspect.signature(function)
-        self.executables: dict[Any, Any] = {}
+        self.is_prepared = False  # whether any of its calls was
+        self._compiled: dict[Mesh | None, Any] = {}
+        _jitted.append(self)
 
     def __call__(self, *args: Any, mesh: Mesh | None = None, **kwargs: Any) -> Any:
-        if mesh is not None:
-            with jax.set_mesh(mesh):
-                return self.compiled(mesh)(*args, **kwargs)
-        if self.executables:
+        if mesh is None and self.is_prepared:
             call = self.call(*args, **kwargs)
-            if executable := self.executables.get(call.key):
-                return executable(*call.arrays.values())
-        return self.compiled()(*args, **kwargs)
+            if program := _programs.get(call.name):
+                return program(*call.arrays.values())
+        jitted = self.compiled(mesh)
+        known = jitted._cache_size()
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            result = jitted(*args, **kwargs)
+        if jitted._cache_size() > known:
+            _programs.make_room()
+        return result
 
     def call(self, *args: Any, mesh: Mesh | None = None, **kwargs: Any) -> Call:
         """This function with these arguments, not yet run."""
         return Call(self, args, kwargs, mesh)
 
-    @functools.cache  # noqa: B019 - a jitted function lives as long as its module
     def compiled(self, mesh: Mesh | None = None) -> Any:
         """The function of `jax.jit`.
 
         Made at the first call, because asking for the platform starts JAX's backend, and
         `jax.distributed` must be initialized before that.
         """
-        return jax.jit(
-            self.function if mesh is None else self._on_each_device(mesh),
-            static_argnames=self.static,
-            donate_argnames=self.donated,
-            compiler_options=_compiler_options(mesh),
-        )
+        if mesh not in self._compiled:
+            self._compiled[mesh] = jax.jit(
+                self.function if mesh is None else self._on_each_device(mesh),
+                static_argnames=self.static,
+                donate_argnames=self.donated,
+                compiler_options=_compiler_options(mesh),
+            )
+        return self._compiled[mesh]
+
+    def forget(self) -> None:
+        """Lets go of the programs that `jax.jit` keeps."""
+        for jitted in list(self._compiled.values()):
+            jitted.clear_cache()
 
     def _on_each_device(self, mesh: Mesh) -> Callable[..., Any]:
         """The function of the whole arrays, of which each device computes its part."""
@@ -204,6 +214,11 @@ class Call:
         ]
         return repr(settings), tuple(static), structure, shapes
 
+    @property
+    def name(self) -> Any:
+        """Of the program, in this process: hashable."""
+        return self.jitted, self.key
+
     def path(self, folder: Path) -> Path:
         """The file of this call's executable."""
         versions = [platform.python_version()]
@@ -245,7 +260,7 @@ def prepare(calls: Sequence[Call], folder: str | Path | None = None) -> None:
     compiled = _compile(lowered)
     to_store = []
     for (path, call), name, executable in zip(missing.items(), names, compiled, strict=True):
-        call.jitted.executables[call.key] = executable
+        _keep(call, executable)
         to_store.append((executable, path, name))
     if to_store:
         _store_meanwhile(to_store)
@@ -253,12 +268,32 @@ def prepare(calls: Sequence[Call], folder: str | Path | None = None) -> None:
 
 def executable(call: Call, folder: str | Path | None = None) -> Any:
     """The compiled function of the call's arrays, by position; made once, as `prepare` does."""
-    executables = call.jitted.executables
-    if call.key not in executables and folder is not None and _can_store():
+    if ready(call.name) is None and folder is not None and _can_store():
         prepare([call], folder)
-    if call.key not in executables:
-        executables[call.key] = call.lower(call.jitted.function.__name__).compile()
-    return executables[call.key]
+    program = ready(call.name)
+    if program is None:
+        program = call.lower(call.jitted.function.__name__).compile()
+        _keep(call, program)
+    return program
+
+
+def ready(name: Any) -> Any:
+    """The executable of a `Call.name`; None where it was not made, or the process let it go."""
+    return _programs.get(name)
+
+
+def _keep(call: Call, program: Any) -> None:
+    call.jitted.is_prepared = True
+    _programs.add(call.name, program)
+
+
+def _forget() -> None:
+    for jitted in _jitted:
+        jitted.forget()
+
+
+_jitted: list[JittedFunction] = []  # all of the process
+_programs = Programs(_forget)
 
 
 def _can_store() -> bool:
@@ -284,14 +319,13 @@ def _compile(lowered: Iterable[Any]) -> list[Any]:
 
 def _load(call: Call, path: Path) -> bool:
     """Whether the executable is ready now: it was, or its file is there and intact."""
-    if call.key in call.jitted.executables:
+    if ready(call.name) is not None:
         return True
     try:
         data = files.read_cached(path)
         if data is None:
             return False
-        executable = serialize_executable.deserialize_and_load(*pickle.loads(data))
-        call.jitted.executables[call.key] = executable
+        _keep(call, serialize_executable.deserialize_and_load(*pickle.loads(data)))
     except Exception:  # missing, or of another machine (XLA raises what it likes): compile it
         return False
     with contextlib.suppress(OSError):

@@ -118,8 +118,8 @@ def test_static_arguments_and_their_order_count():
 
 def test_a_ready_executable_is_for_its_settings():
     call = lambda: twice(np.ones(2, np.float32), bias=np.ones(1, np.float32)).tolist()
-    key = twice.call(np.zeros(2, np.float32), bias=np.zeros(1, np.float32)).key
-    twice.executables[key] = lambda x, bias: np.array([7])
+    seven = twice.call(np.zeros(2, np.float32), bias=np.zeros(1, np.float32))
+    executables._keep(seven, lambda x, bias: np.array([7]))
     try:
         assert call() == [7]
         with jax.default_matmul_precision("highest"):
@@ -128,7 +128,7 @@ def test_a_ready_executable_is_for_its_settings():
             assert call() == [3, 3]
         assert twice(np.ones(2), bias=1).tolist() == [3, 3]
     finally:
-        twice.executables.clear()
+        executables._programs.remove(seven.name)
 
 
 def test_the_executables_used_longest_ago_are_removed(tmp_path, monkeypatch, capsys):
