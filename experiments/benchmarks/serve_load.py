@@ -1,16 +1,16 @@
 """Load on one or more servers with OpenAI's API, in turns.
 
     python experiments/benchmarks/serve_load.py --url=http://127.0.0.1:8000,http://127.0.0.1:8001
-        [--clients=1,8,32] [--seconds=20] [--rounds=1] [--kill=0] [--pid=123,124]
+        [--clients=1,8,32] [--seconds=20] [--warm=0] [--rounds=1] [--kill=0] [--pid=123,124]
 
 Every client asks for one completion after another (greedy, prompts and answers of mixed lengths)
 and reads it as a stream. For each server and number of clients: tokens/s in all, time to the first
 token and between the tokens of a text (an event with several tokens is divided among them), what
 was refused with 429 (asked again after a moment), lost or unlike the answer that the same request
 has alone, and of the process --pid its memory and its processor time a token, which says something
-on a busy machine too. --kill is the share of requests whose client goes
-away in the middle. All clients are in this process; its own processor time is printed with the
-rest.
+on a busy machine too. --kill is the share of requests whose client goes away in the middle; --warm
+is how many seconds each load runs before anything is counted, so that all programs are compiled.
+All clients are in this process; its own processor time is printed with the rest.
 """
 
 from __future__ import annotations
@@ -166,6 +166,10 @@ async def run(args: dict[str, str]) -> None:
     pids = [int(pid) for pid in args["pid"].split(",")] if "pid" in args else []
     bodies = make_bodies()
     alone = {url: [(await ask(url, body)).text for body in bodies] for url in urls}
+    if warm := float(args.get("warm", 0)):
+        for clients in map(int, args.get("clients", "1,8,32").split(",")):
+            for url in urls:
+                await load(url, bodies, alone[url], clients=clients, seconds=warm)
     for _ in range(int(args.get("rounds", 1))):
         for clients in map(int, args.get("clients", "1,8,32").split(",")):
             for i, url in enumerate(urls):
