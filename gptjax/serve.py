@@ -104,6 +104,7 @@ def main(argv: list[str]) -> None:
         scheduler = Scheduler(engine, metrics, queue=queue, timeout=timeout)
         options = GenerationOptions(max_new_tokens=1, temperature=1.0)
         prompt = [lm.text_tokenizer.eot] * 2
+        scheduler.call(engine.prepare)
         scheduler.start([Job(prompt, options, alternatives=count) for count in (5, 0)])
         hosts = () if key else (*server.LOCAL_NAMES, host)
         asgi = app.build_app(served, scheduler, api_key=key, hosts=hosts)

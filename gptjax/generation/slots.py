@@ -19,6 +19,7 @@ of GPT-2 were seen to differ by a rounding.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
@@ -126,11 +127,13 @@ class SlotEngine:
         for name, path in adapters.items():
             self.models[name] = lm.with_adapter(path)
         self.adapters = slot_rows.stack_adapters(self.models)
-        self.chunk = IMPLEMENTATIONS[model.config.implementation].prefill_chunk
+        ops = IMPLEMENTATIONS[model.config.implementation]
+        self.chunk = ops.prefill_chunk
         self.cache_slots = -(-self.length // BLOCK) * BLOCK
         self.slots = slots
         self.reset()
-        self._sizes = [n for n in (1, 8, 16, 32, 64, 128) if n < slots] + [slots]
+        most = min(slots, ops.decode_rows)  # rows of a program of decoding
+        self._sizes = [n for n in (1, 8, 16, 32, 64, 128) if n < most] + [most]
         self._folder = folder
         self._programs: dict[Any, Any] = {}  # names of executables, by what they are for
         self._making: threading.Thread | None = None  # a program
@@ -148,6 +151,10 @@ class SlotEngine:
         itself apart, and crash it."""
         if self._making:
             self._making.join()
+
+    def prepare(self) -> None:
+        """Makes the program that copies rows, for which the first texts that share would wait."""
+        self._copy(0, 0, 0)
 
     @property
     def free(self) -> int:
@@ -181,29 +188,40 @@ class SlotEngine:
         text = self._text(job)
         if not self.free:
             raise UserError("no slot is free")
-        source, shared = self._longest_prefix(text)
-        target = self._choose_slot(source)
-        slot = self._slots[target]
-        if source != target and shared:
-            self._copy(source, target, shared)
-        text.slot, text.fed = target, shared
+        source, _ = self._longest_prefix(text)
+        text.slot = self._choose_slot(source)
+        slot = self._slots[text.slot]
+        if source != text.slot:
+            slot.prefix = []
         slot.text, slot.adapter = text, text.row.adapter
-        slot.prefix = text.row.tokens[:shared]
+        self._share(text)
         return text
 
+    def _share(self, text: Text) -> None:
+        """Takes over more of its prompt where the cache has more of it than the text: who comes
+        together with the same beginning feeds it once."""
+        source, shared = self._longest_prefix(text)
+        if shared > text.fed:
+            if source != text.slot:
+                self._copy(source, text.slot, shared)
+            text.fed = shared
+        self._slots[text.slot].prefix = text.row.tokens[: text.fed]
+
     def _longest_prefix(self, text: Text) -> tuple[int, int]:
-        """(slot, tokens) of the longest beginning that is in the cache, in whole chunks."""
+        """(slot, tokens) of the longest beginning that is in the cache, in whole chunks, unless it
+        is all that has to be fed: the rest of a chunk is fed in its place in the chunk."""
         best = (-1, 0)
         if text.scores_prompt:  # every token has to be fed
             return best
-        prompt = text.row.tokens[:-1]
+        prompt = text.row.tokens[: text.row.prompt_length - 1]
         for i, slot in enumerate(self._slots):
             if slot.adapter != text.row.adapter or len(slot.prefix) <= best[1]:
                 continue
             size = min(len(prompt), len(slot.prefix))
             differs = np.flatnonzero(np.not_equal(prompt[:size], slot.prefix[:size]))
             shared = int(differs[0]) if len(differs) else size
-            shared -= shared % self.chunk
+            if shared < len(prompt):
+                shared -= shared % self.chunk
             if shared > best[1]:
                 best = (i, shared)
         return best
@@ -236,18 +254,21 @@ class SlotEngine:
         texts = [slot.text for slot in self._slots if slot.text is not None]
         chunks = 1 if any(not text.waits for text in texts) else _IDLE_CHUNKS
         changed = []
-        for _ in range(chunks):
-            if text := self._next_waiting():
+        while chunks and (text := self._next_waiting()):
+            self._share(text)
+            if text.waits:
                 self._feed_chunk(text)
-                changed.append(text)
+                chunks -= 1
+            changed.append(text)
         ready = [text for text in texts if not text.waits]
         for text in ready:
             self._feed_forced(text)
         # a grammar looks at every token before the next one is chosen
         guided = any(text.sequence.guide for text in ready)
         for _ in range(_TURN_STEPS if guided else 1):
-            if growing := [text for text in ready if not text.sequence.reason]:
-                self._decode(growing, 1 if guided else _TURN_STEPS)
+            growing = [text for text in ready if not text.sequence.reason]
+            for group in self._group_texts(growing):
+                self._decode(group, 1 if guided else _TURN_STEPS)
         for text in ready:
             if text.sequence.reason:  # also of a grammar of the empty text
                 self.leave(text)
@@ -274,8 +295,7 @@ class SlotEngine:
         )
         count = min(self.chunk, row.prompt_length - 1 - start)
         text.fed = start + count
-        if count == self.chunk:
-            self._slots[text.slot].prefix = row.tokens[: text.fed]
+        self._slots[text.slot].prefix = row.tokens[: text.fed]
         if scored is not None:
             for i in range(count):
                 pairs = _alternatives(scored, i, text.job.alternatives)
@@ -314,8 +334,26 @@ class SlotEngine:
         self._cache, scored = program(self.params, self.adapters, self._cache, *arrays)
         return None if scored is None else jax.device_get(scored)
 
+    def _group_texts(self, ready: Sequence[Text]) -> list[list[Text]]:
+        """The texts by the windows of the largest program, few after some moved."""
+        most, windows = self._sizes[-1], collections.defaultdict[int, list[Text]](list)
+        for text in ready:
+            windows[text.slot // most].append(text)
+        while len(windows) > 1:
+            last = max(windows)
+            holes = []
+            for i, slot in enumerate(self._slots):
+                if slot.text is None and i // most in windows and i // most < last:
+                    holes.append(i)
+            if len(windows[last]) > len(holes):
+                break
+            for text, hole in zip(windows.pop(last), holes, strict=False):
+                self._move(text, hole)
+                windows[hole // most].append(text)
+        return list(windows.values())
+
     def _decode(self, ready: Sequence[Text], steps: int) -> None:
-        """So many steps of these texts."""
+        """So many steps of these texts, which one program has rows for."""
         first, size = self._window(ready)
         rows: list[Row | None] = [None] * size
         for text in ready:
@@ -341,6 +379,10 @@ class SlotEngine:
         )
         shapes = (*batch.shapes, "guide" in active)  # which has a setting of its own
         program = self._decode_program(arrays, shapes, size, active, alternatives)
+        if program is None:
+            for text in ready:
+                self._decode([text], steps)
+            return
         self._cache, tokens, made = program(self.params, self.adapters, self._cache, *arrays)
         tokens, made = jax.device_get((tokens, made))
         for text in ready:
@@ -356,7 +398,7 @@ class SlotEngine:
         alternatives: int,
     ) -> Any:
         """The program for what these texts ask for; until a thread has made it, one that does more,
-        which changes nothing for them."""
+        which changes nothing for them, or none where they can go on one by one."""
         key = ("decode", size, shapes, active, alternatives)
         if program := self._ready(key):
             return program
@@ -379,12 +421,12 @@ class SlotEngine:
             if known[:3] == key[:3] and known[3] >= active and known[4] >= alternatives
             if (program := self._ready(known))
         ]
-        if not able:
+        if not able and size == 1:
             return self._program(key, make)
         if not self._making or not self._making.is_alive():
             self._making = threading.Thread(target=self._program, args=(key, make), daemon=True)
             self._making.start()
-        return min(able, key=lambda pair: pair[0])[1]
+        return min(able, key=lambda pair: pair[0])[1] if able else None
 
     def _window(self, ready: Sequence[Text]) -> tuple[int, int]:
         """(first row, rows) of the smallest program that these texts fit in, after some moved."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+import threading
 
 import jax
 import numpy as np
@@ -122,9 +123,28 @@ def test_a_shared_beginning_is_fed_once(lm):
     while engine.free < 8:
         engine.turn()
     assert results([first, *others]) == results(fresh)
-    assert engine.enter(jobs[2]).fed == 96  # its slot has it still
+    assert engine.enter(jobs[2]).fed == 101  # its slot has it still, and a copy will do as well
+    again = engine.enter(jobs[2])
+    assert again.fed == 101 and not again.waits
+    while engine.free < 8:
+        engine.turn()
+    assert results([again]) == results(fresh[2:])
     assert engine.enter(Job([*range(70), *range(7, 40)], options)).fed == 64  # whole chunks
     assert engine.enter(dataclasses.replace(jobs[2], prompt_logprobs=True)).fed == 0
+
+
+def test_texts_that_come_together_feed_their_prompt_once(lm, monkeypatch):
+    """As the `n` texts of one request do, also beside one that goes another way."""
+    prompt = list(range(100))
+    options = GenerationOptions(max_new_tokens=6, temperature=1.0)
+    jobs = [Job(prompt, dataclasses.replace(options, seed=seed)) for seed in range(6)]
+    jobs.append(Job([*prompt[:70], *prompt[:20]], options))
+    fresh = results([run(SlotEngine(lm, slots=8), [job])[0] for job in jobs])
+    engine, fed = SlotEngine(lm, slots=8), []
+    feed = engine._feed_chunk
+    monkeypatch.setattr(engine, "_feed_chunk", lambda text: (fed.append(text.fed), feed(text)))
+    assert results(run(engine, jobs)) == fresh
+    assert sorted(fed) == [0, 32, 64, 64, 96]
 
 
 def test_scores_of_the_prompt(lm, jobs):
@@ -179,6 +199,50 @@ def test_while_a_program_is_made_one_that_does_more_is_used(lm, jobs):
     assert fresh._making is not None
     fresh._making.join()
     assert results([text, run(fresh, [jobs[0]])[0]]) == results(alone[:1] * 2)
+
+
+def test_texts_go_on_one_by_one_while_a_program_for_all_is_made(lm, jobs, monkeypatch):
+    engine, may_end = SlotEngine(lm, slots=8), threading.Event()
+    alone = results([run(engine, [job])[0] for job in jobs[:4]])
+    engine.close()
+    make = engine._program
+
+    def make_slowly(key, call):
+        if key[0] == "decode" and key[1] > 1:
+            may_end.wait()
+        return make(key, call)
+
+    monkeypatch.setattr(engine, "_program", make_slowly)
+    assert results(run(engine, jobs[:4])) == alone
+    assert rows_of_programs(engine) == {1}
+    may_end.set()
+    engine.close()
+    assert results(run(engine, jobs[:4])) == alone
+    assert rows_of_programs(engine) == {1, 8}
+
+
+def rows_of_programs(engine):
+    return {key[1] for key in engine._programs if key[0] == "decode"}
+
+
+def test_more_texts_than_a_program_has_rows(lm, jobs):
+    """A program of few rows is called several times, and texts move to where calls are few."""
+    engine = SlotEngine(lm, slots=20)
+    alone = results([run(engine, [job])[0] for job in jobs])
+    assert results(run(engine, jobs * 2)) == alone * 2
+    engine.close()
+    assert rows_of_programs(engine) == {1, 8}
+    many = [
+        engine.enter(Job([1, 2, i], GenerationOptions(max_new_tokens=8 if i % 2 else 40)))
+        for i in range(20)
+    ]
+    while any(text.waits or not text.sequence.tokens for text in many):
+        engine.turn()
+    while engine.free < 10:
+        engine.turn()
+    engine.turn()
+    left = [text for text in many if not text.sequence.reason]
+    assert len(left) == 10 and max(text.slot for text in left) < 16
 
 
 def test_each_text_has_its_own_adapter(tmp_path, jobs):
