@@ -23,6 +23,7 @@ from gptjax.config.errors import UserError
 from gptjax.core.characters import check_characters
 from gptjax.generation.options import CONSTRAINTS, GenerationOptions
 from gptjax.generation.pairs import encode_inside
+from gptjax.runtime.memory import join_freed_blocks
 from gptjax.tokenizer.base import Tokenizer
 
 # JSON as `json.dumps` writes it: free white space could go on for ever, and what is not free is
@@ -64,7 +65,15 @@ class GuideState:
         return self.finished or bool(self.fault)
 
     def write_mask(self, row: np.ndarray) -> None:
-        """Writes uint32 [ceil(V / 32)]: a bit for each token, set where it is allowed."""
+        """Writes uint32 [ceil(V / 32)]: a bit for each token, set where it is allowed.
+
+        Of the tokens that may begin a forced text, only the first of `forced`: so a text is cut
+        into the same tokens whether they are written in one pass or chosen one by one.
+        """
+        if forced := self.forced():
+            row[:] = 0
+            row[forced[0] // 32] = 1 << forced[0] % 32
+            return
         self._compute()
         np.bitwise_and(self._words[: len(row)], self._vocabulary.texts, out=row)
         if self._matcher.is_accepting():
@@ -182,6 +191,7 @@ def _read_vocabulary(
 ) -> _Vocabulary:
     """Control tokens, ends and rows that only fill up the model's table stand for nothing here."""
     llguidance = _library()
+    join_freed_blocks()
     tokens = [b"" if 0xFF in text else text for text in tokenizer.token_bytes[:vocab_size]]
     tokens += [b""] * (vocab_size - len(tokens))
     for i in {*eos_ids, *tokenizer.control.values()}:

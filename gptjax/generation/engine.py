@@ -18,9 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from gptjax.config.schema import ModelConfig
+from gptjax.core.types import Array
 from gptjax.generation import loop, speculative
 from gptjax.generation.loop import DecodeState, InferenceModel, PromptBatch
-from gptjax.generation.requests import Request
+from gptjax.generation.requests import Request, SequenceState
 from gptjax.generation.sampling import (
     Settings,
     active_processors,
@@ -29,6 +31,7 @@ from gptjax.generation.sampling import (
 )
 from gptjax.generation.speculative import Speculation
 from gptjax.model.kv_cache import init_cache
+from gptjax.ops.implementations import IMPLEMENTATIONS
 from gptjax.runtime import executables
 from gptjax.runtime.executables import Call
 
@@ -49,11 +52,11 @@ def run(
     active = active_processors(request.samplings)
     settings = model.put(_settings(model, request))
     state = _start(model, _first_batch(model, request, speculation), speculation)
-    known, turn = np.asarray(state.length), 0
+    logits, known, turn = None, np.asarray(state.length), 0
     while True:
         count, turn = steps[min(turn, len(steps) - 1)], turn + 1
         if request.guided:
-            state = _extend(model, state, settings, known, request, active)
+            state, logits = _extend(model, state, logits, settings, known, request, active)
         else:
             state = _advance(model, state, settings, count, active, speculation)
         done = _collect(state, known, request)
@@ -63,10 +66,12 @@ def run(
             return
         if done.all():  # the rest have filled the context
             state = _start(model, _shifted_batch(model, request, state, speculation), speculation)
+            logits = None
             known, done = np.asarray(state.length), np.asarray(state.done).copy()
             for i, sequence in enumerate(request.sequences):
                 done[i] = bool(sequence.reason)
-        state = dataclasses.replace(state, done=model.put(done))
+        if (done != np.asarray(state.done)).any():
+            state = dataclasses.replace(state, done=model.put(done))
 
 
 def _settings(model: InferenceModel, request: Request) -> dict[str, np.ndarray]:
@@ -118,39 +123,80 @@ def _advance(
 def _extend(
     model: InferenceModel,
     state: DecodeState,
+    logits: Array | None,
     settings: Settings,
     known: np.ndarray,
     request: Request,
     active: frozenset[str],
-) -> DecodeState:
-    """In each row the tokens that its grammar forces, and one that the grammar allows."""
-    rows, limits = len(known), np.asarray(state.limit)
-    given, counts, chooses = _given(rows, FORCED[-1])
-    allowed = np.zeros((rows, mask_words(model.config.vocab_size)), np.uint32)
+) -> tuple[DecodeState, Array | None]:
+    """One more token in each row, that its grammar allows, and before it those that the grammar
+    forces, where writing them in one pass pays.
+
+    logits: of the token after each row's last one, where they are being computed. So are those that
+    come back: the pass for the next token begins before the host has seen this one, and what the
+    host does with it takes no time of the device's.
+    """
+    config, params = model.config, model.params
+    rows, rooms = len(known), np.asarray(state.limit) - known
+    forced = [
+        _forced(sequence, room) for sequence, room in zip(request.sequences, rooms, strict=False)
+    ]
+    width = _width([len(tokens) for tokens in forced], config)
+    given, counts, chooses = _given(rows, width)
+    allowed = np.zeros((rows, mask_words(config.vocab_size)), np.uint32)
     for i, sequence in enumerate(request.sequences):
-        room = min(limits[i] - known[i], FORCED[-1])
-        tokens = sequence.take_given(room)
+        tokens = sequence.take_given(min(rooms[i], width))
         given[i, : len(tokens)], counts[i] = tokens, len(tokens)
         if sequence.guide and not sequence.reason and not sequence.guide.ended:
             chooses[i] = True
             sequence.guide.write_mask(allowed[i])
-    arrays = model.put(
-        {"allowed": allowed, "rows": (given[:, : _width(counts.max())], counts, chooses)}
-    )
-    return loop.extend(
-        model.config,
-        model.params,
-        state,
-        {**settings, "allowed": arrays["allowed"]},
-        *arrays["rows"],
-        active=active,
-        mesh=model.mesh,
-    )
+    arrays: Any = (allowed, given, counts, chooses)
+    if model.mesh is not None:  # one device is quicker to take them with the call
+        arrays = model.put(arrays)
+    settings = {**settings, "allowed": arrays[0]}
+    options: dict[str, Any] = {"active": active, "mesh": model.mesh}
+    if width:
+        state = loop.extend(config, params, state, settings, *arrays[1:], **options)
+    else:
+        if logits is None:
+            state, logits = _forward(model, state)
+        cache, without = state.cache, dataclasses.replace(state, cache=None)
+        without = loop.choose(without, settings, logits, arrays[-1], **options)
+        state = dataclasses.replace(without, cache=cache)
+    if (rooms <= width + 1).all():
+        return state, None  # it may be the last one
+    return _forward(model, state)
 
 
-def _width(count: int) -> int:
-    """The narrowest pass that writes so many given tokens, or the widest."""
-    return next((width for width in FORCED if width >= count), FORCED[-1])
+def _forward(model: InferenceModel, state: DecodeState) -> tuple[DecodeState, Array]:
+    """The state, and the logits after each row's last token."""
+    logits, cache = loop.forward(
+        model.config, model.params, state.tokens, state.length, state.cache, mesh=model.mesh
+    )
+    return dataclasses.replace(state, cache=cache), logits
+
+
+def _forced(sequence: SequenceState, room: int) -> list[int]:
+    """Tokens that a text's grammar leaves no choice about."""
+    if not sequence.guide or sequence.reason:
+        return []
+    return sequence.guide.forced()[: max(room, 0)]
+
+
+def _width(counts: Sequence[int], config: ModelConfig) -> int:
+    """The width of the pass that saves most time, with so many forced tokens in each row.
+
+    A row saves a step for each token that it is given. A pass costs as much more as it feeds
+    tokens, and a step more: the one that has begun is for nothing.
+    """
+    rows, together = len(counts), IMPLEMENTATIONS[config.implementation].tokens_of_a_pass
+
+    def gain(width: int) -> float:
+        saved = sum(min(count, width) for count in counts) / rows
+        times = -(-rows * (width + 1) // together) / -(-rows // together)
+        return saved - times if width else 0.0
+
+    return max(FORCED, key=gain)
 
 
 def _given(rows: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -239,12 +285,13 @@ def compile_ahead(
     executables.prepare([*first_calls(model, request)], folder)
 
 
-def first_calls(model: InferenceModel, request: Request) -> tuple[Call, Call]:
-    """The calls of `loop.advance` and `loop.prefill` that `run` begins with, not yet run.
+def first_calls(model: InferenceModel, request: Request) -> tuple[Call, ...]:
+    """The calls of `loop.advance` and `loop.prefill` that `run` begins with, not yet run; where
+    texts are guided, of what stands in the place of `loop.advance`.
 
     Parameters and devices of `model` may be described (`jax.ShapeDtypeStruct`).
     """
-    config = model.config
+    config, params = model.config, model.params
     batch = _first_batch(model, request, None)
     tokens, lengths = batch.padded()
     state, settings = batch.host_state(), _settings(model, request)
@@ -252,26 +299,39 @@ def first_calls(model: InferenceModel, request: Request) -> tuple[Call, Call]:
         lambda: init_cache(config, len(state.length), batch.slots, dtype=model.cache_dtype)
     )
     state = dataclasses.replace(state, cache=cache)
-    active = active_processors(request.samplings)
-    step, arrays = loop.advance, tuple[Any, ...]([np.int32(0)])
+    width, rows, arrays = 0, len(state.length), tuple[Any, ...]()
     if request.guided:
-        width = _width(max(len(row.guide.forced()) for row in request.sequences if row.guide))
-        rows, words = len(state.length), mask_words(config.vocab_size)
-        settings = {**settings, "allowed": np.zeros((rows, words), np.uint32)}
-        step, arrays = loop.extend, _given(rows, width)
+        settings["allowed"] = np.zeros((rows, mask_words(config.vocab_size)), np.uint32)
+        rooms = np.asarray(state.limit) - np.asarray(state.length)
+        pairs = zip(request.sequences, rooms, strict=False)
+        width = _width([len(_forced(sequence, room)) for sequence, room in pairs], config)
+        logits = jax.ShapeDtypeStruct((rows, config.vocab_size), np.float32)
+        arrays = (*_given(rows, width), logits)
     if model.mesh is not None:
         state, settings, tokens, lengths = map(model.described, (state, settings, tokens, lengths))
-        arrays = model.described(arrays) if request.guided else arrays
-    advance = step.call(
-        config, model.params, state, settings, *arrays, active=active, mesh=model.mesh
-    )
+        arrays = model.described(arrays)
+    options: dict[str, Any] = {
+        "active": active_processors(request.samplings),
+        "mesh": model.mesh,
+    }
     prefill = loop.prefill.call(
         config,
-        model.params,
+        params,
         tokens,
         lengths,
         cache_dtype=model.cache_dtype,
         copies=batch.copies,
         mesh=model.mesh,
     )
-    return advance, prefill
+    if not request.guided:
+        steps = np.int32(0)
+        return loop.advance.call(config, params, state, settings, steps, **options), prefill
+    *given, logits = arrays
+    texts = (state.tokens, state.length, state.cache)
+    forward = loop.forward.call(config, params, *texts, mesh=model.mesh)
+    without = dataclasses.replace(state, cache=None)
+    choose = loop.choose.call(without, settings, logits, given[-1], **options)
+    if not width:
+        return forward, choose, prefill
+    extend = loop.extend.call(config, params, state, settings, *given, **options)
+    return extend, forward, choose, prefill

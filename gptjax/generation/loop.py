@@ -359,8 +359,46 @@ def extend(
         cache=cache,
     )
     last = jnp.take_along_axis(logits, counts[:, None, None], 1)[:, 0]
-    processed = sampling.process(last, settings, state.history, active)
+    return _append_chosen(state, settings, last, chooses, active)
+
+
+@functools.partial(
+    executables.jit,
+    static_argnames=("config",),
+    donate_argnames=("cache",),
+    outputs=(sharding.TEXTS, sharding.CACHE),
+)
+def forward(
+    config: ModelConfig, params: Any, tokens: Array, length: Array, cache: Any
+) -> tuple[Array, Any]:
+    """Logits [B, V] of the token after each row's last one, and the cache with that one in it.
+
+    With `choose` behind it one step of `advance`, in two calls: the host looks at a grammar while
+    this one runs. The cache keeps its meaning, because feeding a token again changes nothing.
+    """
+    x, cache = feed(config, params, tokens, length, cache)
+    return head.unembed(config, params, x[:, 0]), cache
+
+
+@functools.partial(
+    executables.jit, static_argnames=("active",), donate_argnames=("state",), outputs="state"
+)
+def choose(
+    state: DecodeState, settings: Settings, logits: Array, chooses: Array, *, active: frozenset[str]
+) -> DecodeState:
+    """The state, given without its cache, after one more token in the rows that choose [B]."""
+    return _append_chosen(state, settings, logits, chooses, active)
+
+
+def _append_chosen(
+    state: DecodeState,
+    settings: Settings,
+    logits: Array,
+    chooses: Array,
+    active: frozenset[str],
+) -> DecodeState:
+    processed = sampling.process(logits, settings, state.history, active)
     token = sampling.choose(processed, settings, row_keys(state), active)
     paused = dataclasses.replace(state, done=state.done | ~chooses)
-    after = append(paused, token, sampling.logprob(last, token), settings["eos_ids"])
+    after = append(paused, token, sampling.logprob(logits, token), settings["eos_ids"])
     return dataclasses.replace(after, done=jnp.where(chooses, after.done, state.done))

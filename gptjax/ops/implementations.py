@@ -47,10 +47,12 @@ class Ops:
     cross_entropy: Op = losses.reference
     logprobs: Op = losses.reference_logprobs
     # For generation, not ops: how many tokens prefill feeds at once, enough to be limited by
-    # arithmetic rather than by reading weights; the most rows of a program of decoding in slots;
-    # the dtype of activations next to bfloat16 and int8 weights.
+    # arithmetic rather than by reading weights; the most rows of a program of decoding in slots; up
+    # to how many tokens a pass takes about as long as one of a single token; the dtype of
+    # activations next to bfloat16 and int8 weights.
     prefill_chunk: int = 256
     decode_rows: int = 128
+    tokens_of_a_pass: int = 256
     activation_dtype: str = "bfloat16"
 
 
@@ -93,6 +95,7 @@ CPU = Ops(
     # what one pass over the weights takes; a program of 32 rows is 10 to 15 % faster than four
     # calls, takes minutes to compile and half a GiB
     decode_rows=products.FEW,
+    tokens_of_a_pass=products.FEW,
     activation_dtype="float32",  # its products convert each weight anyway
 )
 

@@ -1,4 +1,4 @@
-"""How the C library's allocator treats freed memory. Both functions do nothing where the C library
+"""How the C library's allocator treats freed memory. The functions do nothing where the C library
 is not glibc.
 """
 
@@ -10,6 +10,7 @@ import sys
 import jax
 
 # Options of mallopt(3), from glibc's <malloc.h>.
+_MAX_FAST = 1
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -2, -3, -4, -8
 _HEAP_BYTES = 1 << 26  # the most that a heap of any thread but the main one can hold
 
@@ -32,6 +33,16 @@ def return_freed_memory() -> None:
     """The opposite: blocks of 1 MiB and more go back to the kernel as soon as they are freed."""
     # set, because the threshold would grow with the blocks freed; one heap for all threads
     _mallopt({_MMAP_THRESHOLD: 1 << 20, _ARENA_MAX: 1})
+
+
+def join_freed_blocks() -> None:
+    """For texts that follow a grammar: small freed blocks become part of free ones beside them.
+
+    A call of a compiled decoding program takes and frees thousands of small blocks. glibc keeps
+    them apart until somebody asks for a large one, and that is the grammar's library, once or more
+    for each token (measured in experiments/LOG.md).
+    """
+    _mallopt({_MAX_FAST: 0})
 
 
 def _mallopt(options: dict[int, int]) -> bool:

@@ -1,5 +1,6 @@
 """Text that follows a grammar: masks against brute force, and texts that are what was asked for."""
 
+import dataclasses
 import json
 import re
 
@@ -11,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config.errors import UserError
-from gptjax.generation import constraints
+from gptjax.generation import constraints, engine, loop
 from gptjax.generation.constraints import build_guide
 from gptjax.generation.options import GenerationOptions
 from gptjax.generation.slots import Job, SlotEngine
+from gptjax.ops.implementations import IMPLEMENTATIONS
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.openai import OpenAITokenizer
 from gptjax.tokenizer.pretrained import from_gpt2
@@ -170,6 +172,40 @@ def test_log_probabilities_are_the_models_own_of_forced_tokens_too(lm):
     completion = lm.generate([prompt], choices=["a long choice", "another one"])[0]
     scores = lm.token_logprobs([prompt + completion.tokens])[0]
     np.testing.assert_allclose(completion.logprobs, scores.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("together", [1, 256])
+def test_a_text_does_not_depend_on_which_forced_tokens_share_a_pass(lm, together, monkeypatch):
+    """Tokens, however many a pass takes; and passes of several tokens are as few as pay."""
+    ops = dataclasses.replace(IMPLEMENTATIONS["cpu"], tokens_of_a_pass=together)
+    monkeypatch.setitem(IMPLEMENTATIONS, "cpu", ops)
+    widths, extend = [], loop.extend
+    monkeypatch.setattr(
+        loop, "extend", lambda *a, **k: widths.append(a[4].shape[1]) or extend(*a, **k)
+    )
+    asked = dict(schema=PERSON, temperature=1.0, max_new_tokens=80, seed=3)
+    texts = [completion.text for completion in lm.generate(["a", "bcd"], **asked)]
+    assert texts == [lm.generate("a", **asked).text, lm.generate("bcd", **asked | {"seed": 4}).text]
+    assert set(widths) == (set() if together == 1 else {4, 16})
+    for text in texts:
+        jsonschema.validate(json.loads(text), PERSON)
+
+
+def test_a_pass_of_several_tokens_must_save_more_than_it_costs(lm):
+    config = lm._model.config
+    assert [engine._width([count], config) for count in (0, 1, 2, 4, 5, 9)] == [0, 0, 4, 4, 4, 16]
+    assert engine._width([4] + [0] * 7, config) == engine._width([16] * 8, config) == 0
+
+
+def test_the_mask_has_the_first_forced_token_alone(vocabularies):
+    """So the tokens are those of the tokenizer, whether they come in one pass or one by one."""
+    tokenizer = vocabularies["gpt2"]
+    options = GenerationOptions(choices=["b wonderful choice", "another"])
+    state = build_guide(tokenizer, 50257, tokenizer.eos_ids, options).start()
+    state.accept(tokenizer.encode("b")[0])
+    forced = state.forced()
+    assert tokenizer.decode(forced).startswith(" wonderful")
+    assert allowed_ids(state, 50257) == {forced[0]}
 
 
 def test_rows_have_states_of_their_own_and_a_text_is_what_it_is_alone(lm):
