@@ -211,7 +211,7 @@ def decoding_specs(name: str, argument: Any) -> Any:
     def spec_of(path: str, leaf: Any) -> P:
         if not np.ndim(leaf) or path.endswith("eos_ids"):
             return P()
-        return CACHE if "cache" in path else TEXTS
+        return CACHE if "cache" in f"{name}/{path}" else TEXTS
 
     return tree.map_with_path(spec_of, argument)
 

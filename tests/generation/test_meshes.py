@@ -64,6 +64,13 @@ def test_sampled_texts_are_those_of_one_device():
     assert_same(completions, expected)
 
 
+def test_guided_texts_are_those_of_one_device():
+    guided = SAMPLED | dict(n=1, regex="(a long beginning|b), [a-z]{3,8}!", max_new_tokens=40)
+    alone, together = (model_of(CASES["gpt2"][0], mesh) for mesh in ("", "data=2,tensor=4"))
+    together.compile(PROMPTS[0], regex="xyzxyz[ab]", max_new_tokens=9)
+    assert_same(together.generate(PROMPTS[:3], **guided), alone.generate(PROMPTS[:3], **guided))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("mesh", ["data=8", "tensor=-1", "data=2,tensor=4", "data=3,tensor=2"])
