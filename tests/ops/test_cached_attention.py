@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.ops.attention.cache import cached_attention_cpu
+from gptjax.ops.attention.cache import BLOCK, cached_attention_cpu, write_cache
 from gptjax.ops.attention.mask import Mask
 
 
@@ -41,3 +41,21 @@ def test_one_query_reads_a_cache_as_the_definition_does(dtype, groups):
     np.testing.assert_allclose(
         jax.jit(cached_attention_cpu)(q, cache, Mask(last)), exact, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_nan_that_a_text_leaves_in_a_row_does_not_reach_the_next_text(dtype):
+    cache = {"k": jnp.zeros((2, BLOCK, 8), dtype), "v": jnp.zeros((2, 8, BLOCK), dtype)}
+    if dtype == "int8":
+        cache |= {name: jnp.zeros((2, BLOCK)) for name in ("k_scale", "v_scale")}
+
+    def feed(cache, value, start):
+        cache = cache | {"row": jnp.int32(0), "used": jnp.array([start + 1])}
+        new = jnp.full((1, 1, 2, 8), value)
+        cache = write_cache(cache, new, new, jnp.array([start]))
+        mask = Mask(jnp.array([[start]]), None, None, 0)
+        return cache, cached_attention_cpu(jnp.ones((1, 1, 2, 1, 8)), cache, mask)
+
+    cache, of_nan = feed(cache, jnp.nan, 40)
+    assert np.isnan(of_nan).all()  # its own text is not taken for a sound one
+    np.testing.assert_allclose(feed(cache, 1.0, 0)[1], 1.0)

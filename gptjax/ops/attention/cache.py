@@ -35,6 +35,10 @@ def write_cache(
     """
     result: dict[str, Array] = {name: cache[name] for name in cache if name in ("row", "used")}
     put = functools.partial(_put, start_B=start_B, first=cache.get("row"), barrier=barrier)
+    if "row" in cache:
+        # Another text may come to these slots, whose mask gives what is left here the weight 0, and
+        # 0 * nan is nan. Its own text still meets the nan in the keys.
+        v_BTKC = jnp.where(jnp.isfinite(v_BTKC), v_BTKC, 0)
     for name, new in (("k", k_BTKC.swapaxes(1, 2)), ("v", v_BTKC.swapaxes(1, 2))):
         if f"{name}_scale" in cache:  # int8: one scale per slot and head
             scale = jnp.maximum(jnp.abs(new).max(-1).astype(jnp.float32) / 127, 1e-30)
