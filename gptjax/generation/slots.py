@@ -242,9 +242,9 @@ class SlotEngine:
         self._cache = self._program(("copy",), call)(self._cache, *numbers)
 
     def leave(self, text: Text) -> None:
-        """Frees the slot of a text, finished or not."""
-        if text.slot >= 0:
-            slot = self._slots[text.slot]
+        """Frees the slot of a text, finished or not; after a reset it has none."""
+        slot = self._slots[text.slot]
+        if slot.text is text:
             slot.text, slot.freed, text.slot = None, self._turn, -1
 
     def turn(self) -> list[Text]:

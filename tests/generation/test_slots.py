@@ -309,3 +309,14 @@ def test_a_slot_refuses_what_it_cannot_do(lm):
         engine.enter(job)
     engine.leave(texts[0])
     assert engine.free == 1
+
+
+def test_a_text_from_before_a_reset_frees_no_slot_of_another(lm):
+    engine = SlotEngine(lm, slots=1, length=64)
+    before = engine.enter(Job([1, 2, 3], GenerationOptions(max_new_tokens=4)))
+    engine.reset()
+    after = engine.enter(before.job)
+    engine.leave(before)
+    assert engine.free == 0
+    engine.leave(after)
+    assert engine.free == 1
