@@ -23,16 +23,15 @@ from gptjax.generation import loop, sampling
 from gptjax.generation.loop import DecodeState
 from gptjax.generation.sampling import Settings
 from gptjax.model import head, lora, transformer
+from gptjax.model.kv_cache import Cache, rows_of, whole
 from gptjax.ops.attention.cache import BLOCK
 from gptjax.ops.materialize import kept
 from gptjax.ops.products import row_sum
+from gptjax.ops.unstack import unstack
 from gptjax.runtime import executables
 
 STEPS = 8  # the most steps of a call of `decode`
 ALTERNATIVES = 20  # how many the programs give that give some
-
-Cache = tuple[Params, ...]
-
 
 class Scored(NamedTuple):
     """What is known of tokens, in arrays with a row for each."""
@@ -53,15 +52,6 @@ def _score(logits: Array, tokens: Array, alternatives: int) -> Scored:
     return Scored(logprob, top - total[..., None], ids.astype(jnp.int32))
 
 
-def _rows_of(cache: Cache, row: Array, used: Array) -> Cache:
-    return tuple(layer | {"row": row, "used": used} for layer in cache)
-
-
-def _whole(cache: Cache | None) -> Cache:
-    names = ("row", "used")
-    return tuple({k: v for k, v in layer.items() if k not in names} for layer in cache or ())
-
-
 def _adapt(params: Params, adapters: Any, gather: Any) -> Params:
     """The parameters with what `gather` makes of each layer's A [adapters, r, D] and B."""
     if not adapters:
@@ -69,11 +59,13 @@ def _adapt(params: Params, adapters: Any, gather: Any) -> Params:
 
     def layers(part: Any) -> Any:
         if "a" in part:
-            return gather(part["a"], part["b"])
+            return jax.vmap(gather)(part["a"], part["b"])
         return {name: layers(inner) for name, inner in part.items()}
 
-    pairs = zip(params["blocks"], adapters, strict=True)
-    return params | {"blocks": tuple(lora.merge_trees(block, layers(own)) for block, own in pairs)}
+    blocks, own = params["blocks"], layers(adapters)
+    if isinstance(blocks, dict):
+        return params | {"blocks": lora.merge_trees(blocks, own)}
+    return params | {"blocks": tuple(map(lora.merge_trees, blocks, unstack(own)))}
 
 
 @functools.partial(
@@ -101,9 +93,9 @@ def prefill(
 
     params = _adapt(params, adapters, gather)
     chunk = tokens[None, :-1]
-    rows = _rows_of(cache, row, start[None] + chunk.shape[1])
+    rows = rows_of(cache, row, start[None] + chunk.shape[1])
     x, written = transformer.apply(config, params, chunk, cache=rows, start_B=start[None])
-    cache = _whole(written)
+    cache = whole(written)
     if alternatives < 0:
         return cache, None
     return cache, _score(head.unembed(config, params, x)[0], tokens[1:], alternatives)
@@ -143,7 +135,7 @@ def decode(
     count = len(state.length)
     shape = (count, STEPS)
     state = dataclasses.replace(
-        state, logprobs=jnp.zeros((count, 0)), cache=_rows_of(cache, row, state.length)
+        state, logprobs=jnp.zeros((count, 0)), cache=rows_of(cache, row, state.length)
     )
     made = Scored(
         jnp.zeros(shape),
@@ -154,7 +146,7 @@ def decode(
     def step(carry: Any) -> Any:
         i, state, new, made, unit = carry
         used = jnp.where(state.done, 0, state.length)
-        state = dataclasses.replace(state, cache=_rows_of(_whole(state.cache), row, used))
+        state = dataclasses.replace(state, cache=rows_of(whole(state.cache), row, used))
         x, rows = loop.feed(config, params, state.tokens, state.length, state.cache)
         logits = jax.lax.optimization_barrier(head.unembed(config, params, x[:, 0]))
         history = state.history
@@ -176,7 +168,7 @@ def decode(
     unit = jnp.eye(8)
     start = (jnp.int32(0), state, jnp.zeros(shape, jnp.int32), made, unit)
     _, state, new, made, _ = jax.lax.while_loop(unfinished, step, start)
-    return _whole(state.cache), new, made
+    return whole(state.cache), new, made
 
 
 @functools.partial(executables.jit, static_argnames=("slots",), donate_argnames=("cache",))
@@ -186,20 +178,23 @@ def copy_row(cache: Cache, source: Array, target: Array, used: Array, *, slots: 
     slots: rows of the cache.
     """
 
+    first = int(isinstance(cache, dict))  # the axis of rows
+
     def copy(i: Array, cache: Cache) -> Cache:
-        def of(name: str, array: Array) -> Array:
-            heads = array.shape[0] // slots
-            size, axis = [heads, *array.shape[1:]], 2 if name == "v" else 1
-            size[axis] = BLOCK
+        def of(path: Any, array: Array) -> Array:
+            axis = first + (2 if path[-1].key == "v" else 1)
+            size = list(array.shape)
+            heads = array.shape[first] // slots
+            size[first], size[axis] = heads, BLOCK
 
             def at(row: Array) -> list[Array]:
-                index = [row * heads, *[jnp.int32(0)] * (array.ndim - 1)]
-                index[axis] = i * BLOCK
+                index = [jnp.int32(0)] * array.ndim
+                index[first], index[axis] = row * heads, i * BLOCK
                 return index
 
             block = jax.lax.dynamic_slice(array, at(source), size)
             return jax.lax.dynamic_update_slice(array, block, at(target))
 
-        return tuple({name: of(name, x) for name, x in layer.items()} for layer in cache)
+        return jax.tree_util.tree_map_with_path(of, cache)
 
     return jax.lax.fori_loop(0, (used + BLOCK - 1) // BLOCK, copy, cache)

@@ -121,16 +121,14 @@ def _join_settings(
 
 
 def stack_adapters(models: Mapping[str, Any]) -> Any:
-    """Of A adapters, for each layer {"attn": {"qkv": {"a": [A + 1, r, D], "b": [A + 1, F, r]}}}.
+    """Of A adapters {"attn": {"qkv": {"a": [L, A + 1, r, D], "b": [L, A + 1, F, r]}}}.
 
     models: the base (number 0, whose part is zero) and the model of each adapter, by name. Lower
     ranks are filled with zeros. Raises UserError where an adapter is more than an addition.
     """
     (_, base), *others = models.items()
-    if not others:
-        return ()
     known = dict(_leaves(base._weights))
-    found: dict[Any, dict[int, np.ndarray]] = {}
+    found: dict[Any, dict[int, list[np.ndarray]]] = {}  # by path and adapter: of each layer
     for number, (name, lm) in enumerate(others, 1):
         for path, leaf in _leaves(lm._weights):
             if known.get(path) is leaf:
@@ -140,24 +138,27 @@ def stack_adapters(models: Mapping[str, Any]) -> Any:
                     f"the adapter {name} changes {'/'.join(map(str, path))}: in slots an adapter "
                     "adds to layers and replaces nothing (no DoRA, no prompts, no other weights)"
                 )
-            inputs = quantize.input_axes(str(path[-2]))
-            kept = inputs if path[-1] == "lora_a" else 1
-            array = np.asarray(leaf, np.float32)
-            array = array.reshape(int(np.prod(array.shape[:kept])), -1)
-            found.setdefault(path, {})[number] = array.T
-    layers: list[dict[str, Any]] = [{} for _ in base._weights["blocks"]]
-    for path, arrays in found.items():
-        part = layers[path[1]]
-        for name in path[2:-1]:
+            is_apart = isinstance(path[1], int)  # a layer by itself
+            layers = np.asarray(leaf, np.float32)[None] if is_apart else np.asarray(leaf)
+            kept = quantize.input_axes(str(path[-2])) if path[-1] == "lora_a" else 1
+            matrices = layers.reshape(len(layers), int(np.prod(layers.shape[1 : kept + 1])), -1)
+            place = path[1 + is_apart :]
+            found.setdefault(place, {}).setdefault(number, []).extend(matrices.swapaxes(1, 2))
+    stacked: dict[str, Any] = {}
+    for path, by_adapter in found.items():
+        part = stacked
+        for name in path[:-1]:
             part = part.setdefault(name, {})
         axis = 0 if path[-1] == "lora_a" else 1  # of the rank
-        shape = list(next(iter(arrays.values())).shape)
-        shape[axis] = max(array.shape[axis] for array in arrays.values())
-        stack = np.zeros((len(others) + 1, *shape), np.float32)
-        for number, array in arrays.items():
-            stack[number, : array.shape[0], : array.shape[1]] = array
+        matrices = list(by_adapter.values())
+        shape = list(matrices[0][0].shape)
+        shape[axis] = max(of_layers[0].shape[axis] for of_layers in matrices)
+        stack = np.zeros((len(matrices[0]), len(others) + 1, *shape), np.float32)
+        for number, of_layers in by_adapter.items():
+            for layer, matrix in enumerate(of_layers):
+                stack[layer, number, : matrix.shape[0], : matrix.shape[1]] = matrix
         part["a" if path[-1] == "lora_a" else "b"] = jnp.asarray(stack)
-    return tuple(layers)
+    return stacked
 
 
 def _leaves(weights: Any) -> list[tuple[tuple[Any, ...], Any]]:

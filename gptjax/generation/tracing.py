@@ -35,6 +35,7 @@ from gptjax.generation.requests import Prompt
 from gptjax.generation.scoring import bucket
 from gptjax.model import head, transformer
 from gptjax.model.layers import Linear
+from gptjax.model.quantize import block_of
 from gptjax.ops.attention.mask import MASKED
 
 if TYPE_CHECKING:
@@ -219,7 +220,8 @@ def output_kernel(config: ModelConfig, params: Params, layer: int) -> Array:
     width = config.heads * config.head_width
     units = jnp.eye(width).reshape(width, config.heads, config.head_width)
     linear: Any = Linear(config, (config.width,), inputs=2)
-    kernel = linear.apply({"params": params["blocks"][layer]["attn"]["out"]}, units)
+    out = block_of(params, layer)["attn"]["out"]
+    kernel = linear.apply({"params": out}, units)
     return kernel.reshape(config.heads, config.head_width, config.width)
 
 

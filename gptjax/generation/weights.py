@@ -1,16 +1,21 @@
-"""The parameters in the form that generation uses: blocks apart, matrices as stored rows.
+"""The parameters in the form that generation uses: matrices as stored rows.
 
 In: parameters in memory, or a checkpoint's files that are read a layer at a time. Out: the tree of
-`quantize.inference_params`.
+`quantize.inference_params`; where programs loop over the layers (`Ops.loops_layers`), with the
+blocks stacked on axis 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from gptjax.checkpoints.safetensors import LazyParams
@@ -30,6 +35,11 @@ _inference_params = jax.jit(quantize.inference_params, static_argnames="weights"
 
 
 _inference_block = jax.jit(quantize.inference_block, static_argnames="weights")
+
+
+@functools.partial(jax.jit, donate_argnames="blocks")
+def _put_layer(blocks: Params, block: Params, layer: Any) -> Params:
+    return jax.tree.map(lambda all, one: all.at[layer].set(one), blocks, block)
 
 
 def check_dtypes(weights: str, cache_dtype: str) -> None:
@@ -65,15 +75,26 @@ def read_weights(
     """
     if mesh is not None:
         return _read_onto(config, params, weights, mesh)
-    if not isinstance(params, LazyParams):
-        return _inference_params(params, weights=weights)
+    part = _parts(params)
     # jitted, it would copy what is float32 already, as most is
     convert = quantize.inference_params if weights == "float32" else _inference_params
-    rest = convert(params.part(None) | {"blocks": ()}, weights=weights)
-    blocks = []
-    for layer in range(config.layers):
-        blocks.append(_inference_block(params.part(layer), weights=weights))
-    return rest | {"blocks": tuple(blocks)}
+    rest = convert(part(None) | {"blocks": ()}, weights=weights)
+    blocks = (_inference_block(part(layer), weights=weights) for layer in range(config.layers))
+    if not loops_layers(config, mesh):
+        return rest | {"blocks": tuple(blocks)}
+    first = next(blocks)
+    stacked = jax.tree.map(lambda x: jnp.zeros((config.layers, *x.shape), x.dtype), first)
+    for layer, block in enumerate(itertools.chain([first], blocks)):
+        stacked = _put_layer(stacked, block, np.int32(layer))
+    return rest | {"blocks": stacked}
+
+
+def _parts(params: Params | LazyParams) -> Callable[[int | None], Params]:
+    """What gives a layer, or with None all but the layers."""
+    if isinstance(params, LazyParams):
+        return params.part
+
+    return lambda layer: params if layer is None else quantize.block_of(params, layer)
 
 
 def _read_onto(
@@ -85,16 +106,7 @@ def _read_onto(
         with jax.set_mesh(mesh):
             return place_weights(_split_params(params, weights=weights, mesh=mesh), mesh)
 
-    def part(layer: int | None) -> Params:
-        if isinstance(params, LazyParams):
-            return params.part(layer)
-        if layer is None:
-            return params
-        blocks = params["blocks"]
-        if isinstance(blocks, tuple):
-            return blocks[layer]
-        return jax.tree.map(lambda array: array[layer], blocks)
-
+    part = _parts(params)
     rest = _inference_params(part(None) | {"blocks": ()}, weights=weights)
     placed = place_weights(rest, mesh)
     blocks: tuple[Params, ...] = ()
@@ -114,6 +126,9 @@ def weight_shapes(config: ModelConfig, weights: str, mesh: Mesh | None = None) -
     layer = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), shapes["blocks"])
     block = _inference_block.eval_shape(layer, weights=weights)
     rest = _inference_params.eval_shape({**shapes, "blocks": ()}, weights=weights)
+    if loops_layers(config, mesh):
+        described = lambda s: jax.ShapeDtypeStruct((config.layers, *s.shape), s.dtype)
+        return rest | {"blocks": jax.tree.map(described, block)}
     made = rest | {"blocks": (block,) * config.layers}
     if mesh is None:
         return made
@@ -121,11 +136,20 @@ def weight_shapes(config: ModelConfig, weights: str, mesh: Mesh | None = None) -
     return sharding.with_shardings(mesh, jax.eval_shape(divisible, made))
 
 
+def _implementation(config: ModelConfig, mesh: Mesh | None) -> str:
+    platform = mesh.devices.flat[0].platform if mesh else default_platform()
+    return resolve(config.implementation, platform=platform)
+
+
+def loops_layers(config: ModelConfig, mesh: Mesh | None) -> bool:
+    """Whether programs of generation are loops over stacked blocks."""
+    return mesh is None and IMPLEMENTATIONS[_implementation(config, mesh)].loops_layers
+
+
 def inference_config(config: ModelConfig, weights: str, mesh: Mesh | None = None) -> ModelConfig:
     """The config that generation runs with: its ops are those of the mesh's platform, or of the
     default one."""
-    platform = mesh.devices.flat[0].platform if mesh else default_platform()
-    implementation = resolve(config.implementation, platform=platform)
+    implementation = _implementation(config, mesh)
     dtype = "float32"
     if weights != "float32":
         dtype = IMPLEMENTATIONS[implementation].activation_dtype
@@ -134,7 +158,7 @@ def inference_config(config: ModelConfig, weights: str, mesh: Mesh | None = None
         dropout=0.0,
         remat="none",
         attention="reference",
-        scan_layers=False,
+        scan_layers=loops_layers(config, mesh),
         dtype=dtype,
         implementation=implementation,
     )

@@ -28,6 +28,7 @@ from gptjax.generation.requests import Prompt
 from gptjax.generation.tracing import Trace, computation, output_kernel, padded
 from gptjax.model import head, transformer
 from gptjax.model.embed import embed
+from gptjax.model.quantize import block_of
 from gptjax.ops import quantized
 from gptjax.ops.activation import softcap
 
@@ -119,7 +120,8 @@ def _direct(
     direction_D = (factors * ratio_2) @ rows_2D
 
     heads, biases = [], []
-    for layer, block in enumerate(params["blocks"]):
+    for layer in range(config.layers):
+        block = block_of(params, layer)
         kernel_HCD = output_kernel(config, params, layer)
         results_HD = jnp.einsum("HC,HCD->HD", values["heads"][layer], kernel_HCD)
         bias_D = block["attn"]["out"].get("bias", jnp.zeros(config.width))

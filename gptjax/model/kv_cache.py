@@ -1,6 +1,12 @@
-"""The key/value cache of generation: made here, written and read by `ops.attention.cache`."""
+"""The key/value cache of generation: made here, written and read by `ops.attention.cache`.
+
+A cache is a tuple of layers or, where `model.scan_layers` is on, one layer's dict with all layers on
+axis 0 of its arrays.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +15,11 @@ from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array, Params
 from gptjax.ops import collectives
 
+Cache = tuple[Params, ...] | Params
+_PLACES = ("row", "used")  # what is no array of keys and values (`ops.attention.cache`)
 
-def init_cache(
-    config: ModelConfig, batch: int, length: int, *, dtype: str = ""
-) -> tuple[Params, ...]:
+
+def init_cache(config: ModelConfig, batch: int, length: int, *, dtype: str = "") -> Cache:
     """Zeros for each layer: {"k": [B * K, length, C], "v": [B * K, C, length]}, of K key/value
     heads those of this device.
 
@@ -23,23 +30,53 @@ def init_cache(
     heads = batch * (config.kv // collectives.size("tensor"))
     width, dtype = config.head_width, dtype or config.dtype
 
-    def layer() -> Params:
+    def zeros(*layers: int) -> Params:
         cache = {
-            "k": jnp.zeros((heads, length, width), dtype),
-            "v": jnp.zeros((heads, width, length), dtype),
+            "k": jnp.zeros((*layers, heads, length, width), dtype),
+            "v": jnp.zeros((*layers, heads, width, length), dtype),
         }
         if dtype == "int8":
-            cache |= {name: jnp.zeros((heads, length)) for name in ("k_scale", "v_scale")}
+            scales = {n: jnp.zeros((*layers, heads, length)) for n in ("k_scale", "v_scale")}
+            cache |= scales
         return cache
 
-    return tuple(layer() for _ in range(config.layers))
+    if config.scan_layers is True:
+        return zeros(config.layers)
+    return tuple(zeros() for _ in range(config.layers))
 
 
-def take_rows(cache: tuple[Params, ...], rows: Array, batch: int) -> tuple[Params, ...]:
+def rows_of(cache: Cache, row: Array, used: Array) -> Cache:
+    """A cache for calls about the texts from `row` on, of which `used` slots each are used."""
+    if isinstance(cache, dict):
+        return cache | {"row": row, "used": used}
+    return tuple(layer | {"row": row, "used": used} for layer in cache)
+
+
+def whole(cache: Any) -> Cache:
+    """The opposite of `rows_of`."""
+    if isinstance(cache, dict):
+        return {name: x for name, x in cache.items() if name not in _PLACES}
+    return tuple(map(whole, cache))
+
+
+def joined(cache: Params) -> Params:
+    """The arrays of a cache of all layers as those of one layer with L * B rows."""
+    return {name: x.reshape(-1, *x.shape[2:]) for name, x in cache.items() if name not in _PLACES}
+
+
+def apart(arrays: Params, layers: int) -> Params:
+    """The opposite of `joined`."""
+    return {name: x.reshape(layers, -1, *x.shape[1:]) for name, x in arrays.items()}
+
+
+def take_rows(cache: Cache, rows: Array, batch: int) -> Cache:
     """The cache of a batch that is made of these rows of the cache of `batch` rows."""
+    axis = int(isinstance(cache, dict))
 
     def take(array: Array) -> Array:
-        by_row = array.reshape(batch, -1, *array.shape[1:])
-        return by_row[rows].reshape(-1, *array.shape[1:])
+        before, after = array.shape[:axis], array.shape[axis + 1 :]
+        by_row = array.reshape(*before, batch, -1, *after)
+        taken = by_row[:, rows] if before else by_row[rows]
+        return taken.reshape(*before, -1, *after)
 
     return jax.tree.map(take, cache)

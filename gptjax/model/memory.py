@@ -67,9 +67,12 @@ def whole_layer(block: Params) -> Params:
     """The parameters of one layer as its products use them: kernels that are split over `fsdp`
     gathered; rows of gate and up joined, where `quantize.gates_apart` has set them apart."""
 
+    of_all_layers = "layer" in block["mlp"].get("gate_up", {})  # rows of one device: never apart
+    apart = {} if of_all_layers else {"rows": 3, "row_scale": 2}
+
     def prepared(path: str, leaf: Array) -> Array:
         module, _, name = path.rpartition("/")
-        if module == "mlp/gate_up" and leaf.ndim == {"rows": 3, "row_scale": 2}.get(name):
+        if module == "mlp/gate_up" and leaf.ndim == apart.get(name):
             return leaf.reshape(-1, *leaf.shape[2:])
         if name != "kernel" or collectives.size("fsdp") == 1:
             return leaf

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from gptjax.ops.quantized import quantize_rows
@@ -66,6 +67,14 @@ def inference_params(params: dict[str, Any], *, weights: str = "float32") -> dic
     if "score" in params:
         result["score"] = {"kernel": params["score"]["kernel"].astype(jnp.float32)}
     return result
+
+
+def block_of(params: dict[str, Any], layer: int) -> dict[str, Any]:
+    """The parameters of one block, of blocks stacked on axis 0 or a tuple."""
+    blocks: Any = params["blocks"]
+    if isinstance(blocks, tuple):
+        return blocks[layer]
+    return jax.tree.map(lambda array: array[layer], blocks)
 
 
 def gates_apart(params: dict[str, Any]) -> dict[str, Any]:

@@ -25,15 +25,18 @@ from jaxtyping import Array, Float, Int
 
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Hook, Params
+from gptjax.model import kv_cache
 from gptjax.model.dropout import ROWS, Dropout, keep_mask
 from gptjax.model.embed import embed
 from gptjax.model.layers import Linear, Module, Norm
+from gptjax.model.kv_cache import Cache
 from gptjax.model.memory import rematerialized, whole_layer
 from gptjax.model.rope import rope_tables, rotate
 from gptjax.ops import collectives
 from gptjax.ops.attention.mask import Mask
 from gptjax.ops.attention.reference import reference as reference_attention
 from gptjax.ops.implementations import IMPLEMENTATIONS
+from gptjax.ops.layer_loop import layer_params, loop
 
 # What a hook is called with, in the order of the forward pass, and the dims of the value. Values of
 # all layers but the first and the last rows, whose layer is -1.
@@ -223,11 +226,11 @@ def apply(
     *,
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    cache: tuple[Params, ...] | None = None,
+    cache: Cache | None = None,
     start_B: Int[Array, " B"] | None = None,
     dropout_key: Array | None = None,
     hook: Hook | None = None,
-) -> tuple[Float[Array, "B T D"], tuple[Params, ...] | None]:
+) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Final hidden states [B, T, D] in the compute dtype (normalized, ready for `head.unembed`) and
     the updated cache.
 
@@ -274,9 +277,11 @@ def apply(
         )
 
     blocks = params["blocks"]
-    scanned = c.scan_layers is True and cache is None and hook is None and isinstance(blocks, dict)
+    scanned = c.scan_layers is True and hook is None and isinstance(blocks, dict)
     run = rematerialized(c, block, scanned=scanned) if hook is None else block
-    if scanned:
+    if scanned and (cache is not None or "rows" in blocks["attn"]["qkv"]):
+        x_BTD, cache = _looped(c, block, x_BTD, blocks, cache)
+    elif scanned:
         x_BTD, _ = jax.lax.scan(run, x_BTD, (blocks, jnp.arange(c.layers), None))
     else:
         if isinstance(blocks, dict):
@@ -290,11 +295,31 @@ def apply(
     return collectives.whole_sequence(final, tokens_BT.shape[1]), cache
 
 
+def _looped(
+    config: ModelConfig, block: Any, x_BTD: Array, blocks: Params, cache: Any
+) -> tuple[Array, Params | None]:
+    """Stacked blocks one after the other, for inference: a small program, whatever their number."""
+
+    if cache is None:
+        without = lambda layer, x: block(x, (layer_params(blocks, layer), layer, None))[0]
+        return loop(without, x_BTD, config.layers), None
+    rows = cache["k"].shape[1] // config.kv
+
+    def step(layer: Array, carry: tuple[Array, Params]) -> tuple[Array, Params]:
+        x_BTD, arrays = carry
+        own = cache | arrays | {"row": layer * rows + cache.get("row", 0)}
+        x_BTD, own = block(x_BTD, (layer_params(blocks, layer), layer, own))
+        return x_BTD, kv_cache.whole(own)
+
+    x_BTD, arrays = loop(step, (x_BTD, kv_cache.joined(cache)), config.layers)
+    return x_BTD, cache | kv_cache.apart(arrays, config.layers)
+
+
 def _unrolled(
     block: Any,
     x_BTD: Array,
     blocks: tuple[Params, ...],
-    cache: tuple[Params, ...] | None,
+    cache: Any,
     hook: Hook | None,
 ) -> tuple[Array, tuple[Params, ...] | None]:
     """The blocks one after the other, each with its layer of the cache."""

@@ -156,9 +156,12 @@ _SUMS = 8  # at a time, from which on LLVM keeps one register for each
 
 
 def small_batch_matmul(
-    x: Num[Array, "B N D"], rows: Num[Array, "B F D"]
+    x: Num[Array, "B N D"], rows: Num[Array, "B_or_more F D"], first: Array | None = None
 ) -> Float32[Array, "B N F"]:
     """x [B, N, D] times rows [B, F, D] in any dtypes, N at most `FEW` -> float32 [B, N, F].
+
+    first: int32 []: `rows` has more matrices than x, and the B from that one on are meant. They are
+    read where they lie.
 
     For XLA:CPU, inside an `executables.jit`: one pass over the rows as they lie in memory, at the
     speed of reading them, where a dot packs them anew in every call. The F rows are cut into parts
@@ -184,7 +187,11 @@ def small_batch_matmul(
     starts = [min(at, f - size) for at in range(0, f, size)]
     operands = []
     for at in starts:
-        part = rows[:, at : at + size].astype(jnp.float32)
+        if first is None:
+            part = rows[:, at : at + size].astype(jnp.float32)
+        else:
+            shape = (len(x), size, rows.shape[2])
+            part = jax.lax.dynamic_slice(rows, (first, at, 0), shape).astype(jnp.float32)
         for i in range(n):
             operands.append(part * x[:, i, None].astype(jnp.float32))
     add = lambda a, b: tuple(map(jnp.add, a, b))

@@ -1,4 +1,8 @@
-"""Matrices as decoding reads them, rows [out, in] in float32, bfloat16 or int8; and products."""
+"""Matrices as decoding reads them, rows [out, in] in float32, bfloat16 or int8; and products.
+
+A weight is {"rows": [F, D]}, with "row_scale" [F] where it is int8. With "layer" (int32 []) its rows
+are [L, F, D], those of all layers, of which the products read one where it lies.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ def quantize_rows(matrix: Float[Array, "F D"], dtype: str) -> dict[str, Array]:
 
 def dequantize(weight: Any) -> Float32[Array, "F D"]:
     """float32 [F, D] that `rows` stand for."""
-    matrix = weight["rows"].astype(jnp.float32)
+    matrix = _own_rows(weight).astype(jnp.float32)
     return matrix * weight["row_scale"][:, None] if "row_scale" in weight else matrix
 
 
@@ -49,10 +53,10 @@ def matmul(x: Float[Array, "N D"], weight: Any) -> Float32[Array, "N F"]:
 @jax.custom_vjp
 def matmul_accelerator(x: Float[Array, "N D"], weight: Any) -> Float32[Array, "N F"]:
     """The same with small weights as they are; x is rounded to bfloat16 with them."""
-    rows = weight["rows"]
-    if rows.dtype != x.dtype:
-        x, rows = _tied(x, weight)
-        x, rows = x.astype(jnp.bfloat16), rows.astype(jnp.bfloat16)
+    if weight["rows"].dtype != x.dtype:
+        x, weight = _tied(x, weight)
+        x = x.astype(jnp.bfloat16)
+    rows = _own_rows(weight).astype(x.dtype)
     return _scaled(_rows_product(x, rows), weight)
 
 
@@ -63,10 +67,11 @@ def matmul_cpu(x: Float[Array, "N D"], weight: Any) -> Float32[Array, "N F"]:
     For a few rows of x, passes over small weights beat converting the weights (up to `_PASSES`;
     measured in experiments/LOG.md).
     """
-    x, rows = _tied(x, weight)
-    if len(x) <= FEW * (1 if rows.dtype == x.dtype else _PASSES):
-        y = _by_passes(x, rows)
+    x, weight = _tied(x, weight)
+    if len(x) <= FEW * (1 if weight["rows"].dtype == x.dtype else _PASSES):
+        y = _by_passes(x, weight)
     else:
+        rows = _own_rows(weight)
         dtype = jnp.promote_types(x.dtype, rows.dtype)
         x, rows = x.astype(dtype), materialize(rows.astype(dtype))
         # the right operand is packed anew in every call: let it be the smaller one
@@ -82,15 +87,26 @@ def matmul_in_order(x: Float[Array, "N D"], weight: Any) -> Float32[Array, "N F"
     return _scaled(_by_passes(*_tied(x, weight)), weight)
 
 
-def _by_passes(x: Array, rows: Array) -> Array:
-    """x [N, D], rows [F, D] -> float32 [N, F]: a pass over the rows for each `FEW` rows of x."""
+def _own_rows(weight: Any) -> Array:
+    """[F, D]."""
+    rows = weight["rows"]
+    if "layer" not in weight:
+        return rows
+    return jax.lax.dynamic_index_in_dim(rows, weight["layer"], keepdims=False)
+
+
+def _by_passes(x: Array, weight: Any) -> Array:
+    """x [N, D] -> float32 [N, F]: a pass over the rows for each `FEW` rows of x."""
+    rows, layer = weight["rows"], weight.get("layer")
+    rows = rows[None] if layer is None else rows
     parts = [x[None, i : i + FEW] for i in range(0, len(x), FEW)]
-    return jnp.concatenate([small_batch_matmul(part, rows[None])[0] for part in parts])
+    return jnp.concatenate([small_batch_matmul(part, rows, layer)[0] for part in parts])
 
 
-def _tied(x: Array, weight: Any) -> tuple[Array, Array]:
-    """x and the rows, computed together: a loop of decoding would keep converted weights."""
-    return jax.lax.optimization_barrier((x, weight["rows"]))
+def _tied(x: Array, weight: Any) -> tuple[Array, Any]:
+    """x and the weight, its rows computed with x: a loop of decoding would keep converted ones."""
+    x, rows = jax.lax.optimization_barrier((x, weight["rows"]))
+    return x, {**weight, "rows": rows}
 
 
 def _rows_product(a: Array, b: Array) -> Array:
@@ -108,7 +124,8 @@ def _backward(saved: tuple[Array, Any], g: Array) -> tuple[Array, Any]:
     x, weight = saved
 
     def no_gradient(w: Array) -> Array:
-        return jnp.zeros(w.shape, jax.dtypes.float0 if w.dtype == jnp.int8 else w.dtype)
+        is_integer = jnp.issubdtype(w.dtype, jnp.integer)
+        return jnp.zeros(w.shape, jax.dtypes.float0 if is_integer else w.dtype)
 
     return (g @ dequantize(weight)).astype(x.dtype), jax.tree.map(no_gradient, weight)
 

@@ -187,7 +187,7 @@ def test_no_program_is_made_in_a_steady_state_and_the_cache_is_donated(lm, jobs)
     cache = engine._cache
     run(engine, jobs)
     assert set(engine._programs) == known
-    assert all(leaf.is_deleted() for layer in cache for leaf in layer.values())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
 
 
 def test_while_a_program_is_made_one_that_does_more_is_used(lm, jobs):

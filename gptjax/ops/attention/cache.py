@@ -1,8 +1,8 @@
 """One layer of the key/value cache (`model.kv_cache.init_cache`): written, and attended over.
 
-Where a layer also has `row` (int32 []) and `used` (int32 [B]), a call is about B neighbouring rows
-of a larger cache: those from `row` on. Attention then goes over blocks of a row's first `used`
-slots, with a softmax that is carried on from block to block (Milakov & Gimelshein 2018).
+Where a layer also has `row` (int32 []), a call is about B neighbouring rows of a larger cache: those
+from `row` on. Where it has `used` (int32 [B]) too, attention goes over blocks of a row's first
+`used` slots, with a softmax that is carried on from block to block (Milakov & Gimelshein 2018).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def write_cache(
     """
     result: dict[str, Array] = {name: cache[name] for name in cache if name in ("row", "used")}
     put = functools.partial(_put, start_B=start_B, first=cache.get("row"), barrier=barrier)
-    if "row" in cache:
+    if "used" in cache:
         # Another text may come to these slots, whose mask gives what is left here the weight 0, and
         # 0 * nan is nan. Its own text still meets the nan in the keys.
         v_BTKC = jnp.where(jnp.isfinite(v_BTKC), v_BTKC, 0)
@@ -44,11 +44,12 @@ def write_cache(
             scale = jnp.maximum(jnp.abs(new).max(-1).astype(jnp.float32) / 127, 1e-30)
             new = jnp.round(new / scale[..., None])
             old = cache[f"{name}_scale"]
-            result[f"{name}_scale"] = put(old, scale, axis=1)
+            result[f"{name}_scale"] = barrier(put(old, scale, axis=1))
         if name == "v":
             new = new.swapaxes(2, 3)
         axis = 1 if name == "k" else 2
-        result[name] = put(cache[name], new, axis=axis)
+        # who reads it and who writes to it next have one array: XLA would make a copy for each
+        result[name] = barrier(put(cache[name], new, axis=axis))
     return result
 
 
@@ -66,10 +67,12 @@ def _put(
     b, heads = new.shape[:2]
     # a layout of its own, or the whole cache would take that of the new rows
     new = barrier(new.astype(old.dtype))
-    if b > 32 and first is None:
-        rows = old.reshape(b, heads, *old.shape[1:])
+    if b > 32:
+        at = 0 if first is None else first * heads
+        rows = jax.lax.dynamic_slice_in_dim(old, at, b * heads).reshape(b, heads, *old.shape[1:])
         put = lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=axis)
-        return jax.vmap(put)(rows, new, start_B).reshape(old.shape)
+        rows = jax.vmap(put)(rows, new, start_B).reshape(b * heads, *old.shape[1:])
+        return jax.lax.dynamic_update_slice_in_dim(old, rows, at, 0)
     for i in range(b):  # in place; the batched form is a scatter, slow on a CPU
         row = i if first is None else first + i
         index: list[Any] = [row * heads, *[0] * (old.ndim - 1)]
@@ -87,12 +90,18 @@ def cached_attention(
 ) -> Float[Array, "B T K G C"]:
     """Attention over one layer of the cache, as `reference` defines it, [B, T, K, G, C]."""
 
-    def product(x_NQD: Array, rows_NFD: Array) -> Array:
-        x, rows = x_NQD.astype(q_BTKGC.dtype), rows_NFD.astype(q_BTKGC.dtype)
+    def product(x_NQD: Array, rows_NFD: Array, first: Array | None = None) -> Array:
+        own = _own(rows_NFD, first, len(x_NQD))
+        x, rows = x_NQD.astype(q_BTKGC.dtype), own.astype(q_BTKGC.dtype)
         return jnp.einsum("NQD,NFD->NQF", x, rows, preferred_element_type=jnp.float32)
 
-    attend = _attend_by_blocks if "row" in cache else _attend
+    attend = _attend_by_blocks if "used" in cache else _attend
     return attend(product, q_BTKGC, cache, mask, softcap)
+
+
+def _own(array: Array, first: Array | None, count: int) -> Array:
+    """Of a larger cache's array, so many entries from one on."""
+    return array if first is None else jax.lax.dynamic_slice_in_dim(array, first, count)
 
 
 def cached_attention_cpu(
@@ -105,10 +114,9 @@ def cached_attention_cpu(
     """The same; few queries a head at the speed of reading the cache."""
     if q_BTKGC.shape[1] * q_BTKGC.shape[3] > FEW:
         return cached_attention(q_BTKGC, cache, mask, softcap=softcap)
-    if "row" in cache:
+    if "used" in cache:
         return _attend_by_blocks(small_batch_matmul, q_BTKGC, cache, mask, softcap)
-    product = lambda x_NQD, rows_NFD: small_batch_matmul(x_NQD, materialize(rows_NFD))
-    return _attend(product, q_BTKGC, cache, mask, softcap)
+    return _attend(small_batch_matmul, q_BTKGC, cache, mask, softcap)
 
 
 def _attend(
@@ -116,23 +124,24 @@ def _attend(
 ) -> Array:
     """N = B * K, Q = T * G. int8 keys and values are scaled after the products."""
     b, t, heads, groups, width = q_BTKGC.shape
-    slots = cache["k"].shape[1]
-    q_NQC = q_BTKGC.transpose(0, 2, 1, 3, 4).reshape(b * heads, t * groups, width)
-    scores_NQS = product(q_NQC, cache["k"]) * width**-0.5
+    slots, count = cache["k"].shape[1], b * heads
+    first = cache["row"] * heads if "row" in cache else None
+    q_NQC = q_BTKGC.transpose(0, 2, 1, 3, 4).reshape(count, t * groups, width)
+    scores_NQS = product(q_NQC, cache["k"], first) * width**-0.5
     if "k_scale" in cache:
-        scores_NQS = scores_NQS * cache["k_scale"][:, None]
+        scores_NQS = scores_NQS * _own(cache["k_scale"], first, count)[:, None]
     scores_NQS = cap_softly(scores_NQS, softcap)
     scores_BKTGS = scores_NQS.reshape(b, heads, t, groups, slots)
     visible = mask.allowed(0, slots)[:, None, :, None]
     probs_BKTGS = jax.nn.softmax(jnp.where(visible, scores_BKTGS, MASKED), axis=-1)
-    probs_NQS = probs_BKTGS.reshape(b * heads, t * groups, slots)
+    probs_NQS = probs_BKTGS.reshape(count, t * groups, slots)
     if "v_scale" in cache:
-        probs_NQS = probs_NQS * cache["v_scale"][:, None]
-    y_NQC = product(probs_NQS, cache["v"]).astype(q_BTKGC.dtype)
+        probs_NQS = probs_NQS * _own(cache["v_scale"], first, count)[:, None]
+    y_NQC = product(probs_NQS, cache["v"], first).astype(q_BTKGC.dtype)
     return y_NQC.reshape(b, heads, t, groups, width).transpose(0, 2, 1, 3, 4)
 
 
-BLOCK = 256  # slots; those of a cache with `row` are a multiple
+BLOCK = 256  # slots; those of a cache with `used` are a multiple
 
 
 def _attend_by_blocks(
