@@ -164,14 +164,14 @@ def processor_seconds(pid: int) -> float:
 async def run(args: dict[str, str]) -> None:
     urls = args["url"].split(",")
     pids = [int(pid) for pid in args["pid"].split(",")] if "pid" in args else []
-    bodies = make_bodies()
+    bodies, counts = make_bodies(), [*map(int, args.get("clients", "1,8,32").split(","))]
     alone = {url: [(await ask(url, body)).text for body in bodies] for url in urls}
     if warm := float(args.get("warm", 0)):
-        for clients in map(int, args.get("clients", "1,8,32").split(",")):
+        for clients in counts:
             for url in urls:
                 await load(url, bodies, alone[url], clients=clients, seconds=warm)
     for _ in range(int(args.get("rounds", 1))):
-        for clients in map(int, args.get("clients", "1,8,32").split(",")):
+        for clients in counts:
             for i, url in enumerate(urls):
                 busy = time.process_time()
                 server_busy = processor_seconds(pids[i]) if pids else 0.0

@@ -57,6 +57,7 @@ class GuideState:
         self._words = np.zeros(-(-(vocabulary.end + 1) // 32), np.uint32)
         self.finished, self.fault = False, ""
         self._is_new = False  # whether `_words` is the mask of this state
+        self._forced: list[int] | None = None  # of this state, once somebody asked
         self._look()
 
     @property
@@ -84,7 +85,7 @@ class GuideState:
         if self.finished or token in self._vocabulary.eos_ids:
             self.finished = True
             return
-        self._is_new = False
+        self._is_new, self._forced = False, None
         self._matcher.consume_token(token)
         self._look()
 
@@ -92,7 +93,9 @@ class GuideState:
         """Ids that must come next; may be empty. Cut as the tokenizer cuts such a text."""
         if self.ended:
             return []
-        return list(self._matcher.compute_ff_tokens())
+        if self._forced is None:
+            self._forced = list(self._matcher.compute_ff_tokens())
+        return self._forced
 
     def _look(self) -> None:
         """Sets `finished` and `fault`."""

@@ -22,7 +22,7 @@ from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array
 from gptjax.generation import loop, speculative
 from gptjax.generation.loop import DecodeState, InferenceModel, PromptBatch
-from gptjax.generation.requests import Request, SequenceState
+from gptjax.generation.requests import Request
 from gptjax.generation.sampling import (
     Settings,
     active_processors,
@@ -138,10 +138,7 @@ def _extend(
     """
     config, params = model.config, model.params
     rows, rooms = len(known), np.asarray(state.limit) - known
-    forced = [
-        _forced(sequence, room) for sequence, room in zip(request.sequences, rooms, strict=False)
-    ]
-    width = _width([len(tokens) for tokens in forced], config)
+    width = _width(_forced_counts(request, rooms), config)
     given, counts, chooses = _given(rows, width)
     allowed = np.zeros((rows, mask_words(config.vocab_size)), np.uint32)
     for i, sequence in enumerate(request.sequences):
@@ -176,11 +173,13 @@ def _forward(model: InferenceModel, state: DecodeState) -> tuple[DecodeState, Ar
     return dataclasses.replace(state, cache=cache), logits
 
 
-def _forced(sequence: SequenceState, room: int) -> list[int]:
-    """Tokens that a text's grammar leaves no choice about."""
-    if not sequence.guide or sequence.reason:
-        return []
-    return sequence.guide.forced()[: max(room, 0)]
+def _forced_counts(request: Request, rooms: np.ndarray) -> list[int]:
+    """How many tokens each text's grammar leaves no choice about, of those that it has room for."""
+    counts = []
+    for sequence, room in zip(request.sequences, rooms, strict=False):
+        forced = sequence.guide.forced() if sequence.guide and not sequence.reason else []
+        counts.append(min(len(forced), max(int(room), 0)))
+    return counts
 
 
 def _width(counts: Sequence[int], config: ModelConfig) -> int:
@@ -303,8 +302,7 @@ def first_calls(model: InferenceModel, request: Request) -> tuple[Call, ...]:
     if request.guided:
         settings["allowed"] = np.zeros((rows, mask_words(config.vocab_size)), np.uint32)
         rooms = np.asarray(state.limit) - np.asarray(state.length)
-        pairs = zip(request.sequences, rooms, strict=False)
-        width = _width([len(_forced(sequence, room)) for sequence, room in pairs], config)
+        width = _width(_forced_counts(request, rooms), config)
         logits = jax.ShapeDtypeStruct((rows, config.vocab_size), np.float32)
         arrays = (*_given(rows, width), logits)
     if model.mesh is not None:

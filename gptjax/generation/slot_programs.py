@@ -33,6 +33,7 @@ from gptjax.runtime import executables
 STEPS = 8  # the most steps of a call of `decode`
 ALTERNATIVES = 20  # how many the programs give that give some
 
+
 class Scored(NamedTuple):
     """What is known of tokens, in arrays with a row for each."""
 

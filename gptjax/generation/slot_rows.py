@@ -150,10 +150,10 @@ def stack_adapters(models: Mapping[str, Any]) -> Any:
         for name in path[:-1]:
             part = part.setdefault(name, {})
         axis = 0 if path[-1] == "lora_a" else 1  # of the rank
-        matrices = list(by_adapter.values())
-        shape = list(matrices[0][0].shape)
-        shape[axis] = max(of_layers[0].shape[axis] for of_layers in matrices)
-        stack = np.zeros((len(matrices[0]), len(others) + 1, *shape), np.float32)
+        known_layers = list(by_adapter.values())
+        shape = list(known_layers[0][0].shape)
+        shape[axis] = max(of_layers[0].shape[axis] for of_layers in known_layers)
+        stack = np.zeros((len(known_layers[0]), len(others) + 1, *shape), np.float32)
         for number, of_layers in by_adapter.items():
             for layer, matrix in enumerate(of_layers):
                 stack[layer, number, : matrix.shape[0], : matrix.shape[1]] = matrix

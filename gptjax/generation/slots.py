@@ -201,16 +201,17 @@ class SlotEngine:
         """Takes over more of its prompt where the cache has more of it than the text: who comes
         together with the same beginning feeds it once."""
         source, shared = self._longest_prefix(text)
-        if shared > text.fed:
+        if source >= 0:
             if source != text.slot:
                 self._copy(source, text.slot, shared)
             text.fed = shared
         self._slots[text.slot].prefix = text.row.tokens[: text.fed]
 
     def _longest_prefix(self, text: Text) -> tuple[int, int]:
-        """(slot, tokens) of the longest beginning that is in the cache, in whole chunks, unless it
-        is all that has to be fed: the rest of a chunk is fed in its place in the chunk."""
-        best = (-1, 0)
+        """(slot, tokens) of the longest beginning that is in the cache beyond what the text has
+        fed, in whole chunks, unless it is all that has to be fed: the rest of a chunk is fed in its
+        place in the chunk."""
+        best = (-1, text.fed)
         if text.scores_prompt:  # every token has to be fed
             return best
         prompt = text.row.tokens[: text.row.prompt_length - 1]
@@ -218,6 +219,8 @@ class SlotEngine:
             if slot.adapter != text.row.adapter or len(slot.prefix) <= best[1]:
                 continue
             size = min(len(prompt), len(slot.prefix))
+            if prompt[:1] != slot.prefix[:1]:
+                continue  # as most: the search below takes its time
             differs = np.flatnonzero(np.not_equal(prompt[:size], slot.prefix[:size]))
             shared = int(differs[0]) if len(differs) else size
             if shared < len(prompt):

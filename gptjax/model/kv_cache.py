@@ -1,7 +1,7 @@
 """The key/value cache of generation: made here, written and read by `ops.attention.cache`.
 
-A cache is a tuple of layers or, where `model.scan_layers` is on, one layer's dict with all layers on
-axis 0 of its arrays.
+A cache is a tuple of layers or, where `model.scan_layers` is on, the dict of a layer with all
+layers on axis 0 of its arrays.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def rows_of(cache: Cache, row: Array, used: Array) -> Cache:
     return tuple(layer | {"row": row, "used": used} for layer in cache)
 
 
-def whole(cache: Any) -> Cache:
+def whole(cache: Any) -> Any:
     """The opposite of `rows_of`."""
     if isinstance(cache, dict):
         return {name: x for name, x in cache.items() if name not in _PLACES}
-    return tuple(map(whole, cache))
+    return tuple({k: v for k, v in layer.items() if k not in _PLACES} for layer in cache)
 
 
 def joined(cache: Params) -> Params:

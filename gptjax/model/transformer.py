@@ -28,8 +28,8 @@ from gptjax.core.types import Hook, Params
 from gptjax.model import kv_cache
 from gptjax.model.dropout import ROWS, Dropout, keep_mask
 from gptjax.model.embed import embed
-from gptjax.model.layers import Linear, Module, Norm
 from gptjax.model.kv_cache import Cache
+from gptjax.model.layers import Linear, Module, Norm
 from gptjax.model.memory import rematerialized, whole_layer
 from gptjax.model.rope import rope_tables, rotate
 from gptjax.ops import collectives

@@ -46,10 +46,11 @@ class Ops:
     quantized_lookup: Op = quantized.lookup
     cross_entropy: Op = losses.reference
     logprobs: Op = losses.reference_logprobs
-    # For generation, not ops: whether its programs on one device loop over the layers; how many tokens prefill feeds at once, enough to be limited by
-    # arithmetic rather than by reading weights; the most rows of a program of decoding in slots; up
-    # to how many tokens a pass takes about as long as one of a single token; the dtype of
-    # activations next to bfloat16 and int8 weights.
+    # For generation, not ops: whether its programs, on one device, are loops over the layers; how
+    # many tokens prefill feeds at once, enough to be limited by arithmetic rather than by reading
+    # weights; the most rows of a program of decoding in slots; up to how many tokens a pass takes
+    # about as long as one of a single token; the dtype of activations next to bfloat16 and int8
+    # weights.
     loops_layers: bool = False
     prefill_chunk: int = 256
     decode_rows: int = 128
@@ -92,8 +93,8 @@ CPU = Ops(
         losses.chunked, barrier=materialize, transposed=products.transposed_copy, cpu=True
     ),
     logprobs=functools.partial(losses.chunked_logprobs, barrier=materialize),
-    # Unrolled, a program of 30 layers takes 10 s to compile, and its call 2 ms: XLA:CPU has a buffer
-    # for each of the values in each of its reductions.
+    # Unrolled, a program of 30 layers takes 10 s to compile and its call 2 ms: XLA:CPU makes a
+    # buffer for each value in each of its reductions.
     loops_layers=True,
     prefill_chunk=32,
     # what one pass over the weights takes; a program of 32 rows is 10 to 15 % faster than four

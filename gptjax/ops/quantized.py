@@ -1,7 +1,7 @@
 """Matrices as decoding reads them, rows [out, in] in float32, bfloat16 or int8; and products.
 
-A weight is {"rows": [F, D]}, with "row_scale" [F] where it is int8. With "layer" (int32 []) its rows
-are [L, F, D], those of all layers, of which the products read one where it lies.
+A weight is {"rows": [F, D]}, with "row_scale" [F] where it is int8. With "layer" (int32 []) its
+rows are [L, F, D], those of all layers, of which the products read one where it lies.
 """
 
 from __future__ import annotations

@@ -41,10 +41,6 @@ class Programs:
             self._programs.move_to_end(key)
         self.make_room()
 
-    def remove(self, key: Any) -> None:
-        with self._lock:
-            self._programs.pop(key, None)
-
     def make_room(self) -> None:
         """Lets go of programs while maps are short; never of the one used last."""
         if not is_crowded():

@@ -12,6 +12,7 @@ from conftest import ROOT, byte_level_tokenizer, command, tiny_checkpoint
 from gptjax.checkpoints import formats
 from gptjax.generation import language_model
 from gptjax.runtime import executables
+from gptjax.runtime.programs import Programs
 
 SETTINGS = dict(temperature=0.8, top_k=5, min_p=0.01, repetition_penalty=1.1, seed=3)
 
@@ -116,19 +117,17 @@ def test_static_arguments_and_their_order_count():
     assert one == other != three.call(np.zeros(2), frozenset(["top_k"])).key
 
 
-def test_a_ready_executable_is_for_its_settings():
+def test_a_ready_executable_is_for_its_settings(monkeypatch):
+    monkeypatch.setattr(executables, "_programs", Programs())
     call = lambda: twice(np.ones(2, np.float32), bias=np.ones(1, np.float32)).tolist()
     seven = twice.call(np.zeros(2, np.float32), bias=np.zeros(1, np.float32))
     executables._keep(seven, lambda x, bias: np.array([7]))
-    try:
-        assert call() == [7]
-        with jax.default_matmul_precision("highest"):
-            assert call() == [3, 3]
-        with jax.disable_jit():
-            assert call() == [3, 3]
-        assert twice(np.ones(2), bias=1).tolist() == [3, 3]
-    finally:
-        executables._programs.remove(seven.name)
+    assert call() == [7]
+    with jax.default_matmul_precision("highest"):
+        assert call() == [3, 3]
+    with jax.disable_jit():
+        assert call() == [3, 3]
+    assert twice(np.ones(2), bias=1).tolist() == [3, 3]
 
 
 def test_the_executables_used_longest_ago_are_removed(tmp_path, monkeypatch, capsys):
