@@ -216,11 +216,10 @@ class SlotEngine:
             return best
         prompt = text.row.tokens[: text.row.prompt_length - 1]
         for i, slot in enumerate(self._slots):
-            if slot.adapter != text.row.adapter or len(slot.prefix) <= best[1]:
+            differs_at_once = slot.adapter != text.row.adapter or prompt[:1] != slot.prefix[:1]
+            if differs_at_once or len(slot.prefix) <= best[1]:
                 continue
             size = min(len(prompt), len(slot.prefix))
-            if prompt[:1] != slot.prefix[:1]:
-                continue  # as most: the search below takes its time
             differs = np.flatnonzero(np.not_equal(prompt[:size], slot.prefix[:size]))
             shared = int(differs[0]) if len(differs) else size
             if shared < len(prompt):
@@ -373,13 +372,7 @@ class SlotEngine:
                     text.sequence.guide.write_mask(allowed[text.slot - first])
             batch.settings["allowed"] = allowed
         alternatives = ALTERNATIVES if wants else 0
-        arrays = (
-            batch.state,
-            np.int32(first),
-            batch.adapters,
-            batch.settings,
-            np.int32(steps),
-        )
+        arrays = (batch.state, np.int32(first), batch.adapters, batch.settings, np.int32(steps))
         shapes = (*batch.shapes, "guide" in active)  # which has a setting of its own
         program = self._decode_program(arrays, shapes, size, active, alternatives)
         if program is None:
