@@ -127,7 +127,13 @@ def log_on_full_disk(bench: Bench) -> str:
 @drill("the reader of generated text goes away")
 def generate_head(bench: Bench) -> str:
     bench.begin()
-    flags = (f"--checkpoint={bench.run}", "--prompt=the", "--max_new_tokens=14")
+    # so many that some are left to write once `head` has gone
+    flags = (
+        f"--checkpoint={bench.run}",
+        "--prompt=the",
+        "--max_new_tokens=5000",
+        "--context_shift",
+    )
     running = bench.start("generate", *flags, shell="set -o pipefail; {} | head -c 1")
     code = running.end()
     assert code == 141 and "Traceback" not in running.text, (code, running.text)
