@@ -99,7 +99,7 @@ PROMPTS = [[5, 9, 30], [200, 1, 7, 7, 40, 41, 60, 3, 100], [77], list(range(50, 
 
 
 def tiny_language_model(
-    family="gpt2", *, tokenizer=None, vocab=264, context=64, layers=1, **options
+    family="gpt2", *, tokenizer=None, vocab=264, context=64, layers=2, **options
 ):
     """A `LanguageModel` with random weights of a family's kind."""
     checkpoint = tiny_checkpoint(

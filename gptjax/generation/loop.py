@@ -40,7 +40,7 @@ class InferenceModel(NamedTuple):
     """What the compiled functions need of a model."""
 
     config: ModelConfig  # `LanguageModel._inference_config`
-    params: Any  # in the form of `quantize.inference_params`; to compile ahead, shapes do
+    params: Any  # in the form of `weights.read_weights`; to compile ahead, shapes do
     cache_dtype: str = ""  # of keys and values; "" = the compute dtype
     mesh: Mesh | None = None  # of (data, tensor) that splits texts and heads; None: one device
 

@@ -71,13 +71,14 @@ def read_weights(
 ) -> Params:
     """The parameters as generation uses them.
 
-    From files they come a layer at a time, so that memory never holds them twice.
+    They are made a layer at a time, so that memory never holds those of files twice.
     """
     if mesh is not None:
         return _read_onto(config, params, weights, mesh)
     part = _parts(params)
-    # jitted, it would copy what is float32 already, as most is
-    convert = quantize.inference_params if weights == "float32" else _inference_params
+    # jitted, it would copy what a file has in float32 already, as most is
+    is_own = weights == "float32" and isinstance(params, LazyParams)
+    convert = quantize.inference_params if is_own else _inference_params
     rest = convert(part(None) | {"blocks": ()}, weights=weights)
     blocks = (_inference_block(part(layer), weights=weights) for layer in range(config.layers))
     if not loops_layers(config, mesh):

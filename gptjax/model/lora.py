@@ -100,7 +100,7 @@ def apply_adapter(
 ) -> Params:
     """The complete model's parameters: `frozen`, with `trained` where both have a leaf.
 
-    frozen: blocks stacked, or apart as `quantize.inference_params` has them; {} if all is trained.
+    frozen: blocks stacked on axis 0 or a tuple; {} if all is trained.
     A layer gets lora_a and lora_b (scaled), with DoRA dora_scale [L, *out], and keep_prob [L], the
     probability that an input is kept, where `dropout` is on.
     """

@@ -24,14 +24,15 @@ def input_axes(layer: str) -> int:
 def inference_block(block: dict[str, Any], *, weights: str = "float32") -> dict[str, Any]:
     """One block, or any other module, with `rows` in place of each kernel.
 
-    weights: float32, bfloat16 or int8. Norms and biases become float32; rows stay as they are.
+    weights: float32, bfloat16 or int8. Norms and biases become float32; rows stay as they are, of
+    gate and up together.
     """
     result: dict[str, Any] = {}
     for name, part in block.items():
         if not isinstance(part, dict):
             result[name] = part.astype(jnp.float32)
         elif "rows" in part:
-            result[name] = part
+            result[name] = _gates_together(part)
         elif "kernel" in part:
             shape = part["kernel"].shape
             matrix = part["kernel"].reshape(math.prod(shape[: input_axes(name)]), -1)
@@ -66,6 +67,16 @@ def inference_params(params: dict[str, Any], *, weights: str = "float32") -> dic
         result["head"] = head if "rows" in head else quantize_rows(head["kernel"], weights)
     if "score" in params:
         result["score"] = {"kernel": params["score"]["kernel"].astype(jnp.float32)}
+    return result
+
+
+def _gates_together(layer: dict[str, Any]) -> dict[str, Any]:
+    """The opposite of `gates_apart`."""
+    result = dict(layer)
+    if layer["rows"].ndim == 3:
+        result["rows"] = layer["rows"].reshape(-1, layer["rows"].shape[-1])
+        if "row_scale" in layer:
+            result["row_scale"] = layer["row_scale"].reshape(-1)
     return result
 
 

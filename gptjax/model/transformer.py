@@ -278,13 +278,16 @@ def apply(
 
     blocks = params["blocks"]
     scanned = c.scan_layers is True and hook is None and isinstance(blocks, dict)
+    of_rows = isinstance(blocks, dict) and "rows" in blocks["attn"]["qkv"]
     run = rematerialized(c, block, scanned=scanned) if hook is None else block
-    if scanned and (cache is not None or "rows" in blocks["attn"]["qkv"]):
+    if scanned and (of_rows or cache is not None):
         x_BTD, cache = _looped(c, block, x_BTD, blocks, cache)
     elif scanned:
         x_BTD, _ = jax.lax.scan(run, x_BTD, (blocks, jnp.arange(c.layers), None))
     else:
-        if isinstance(blocks, dict):
+        if of_rows:
+            blocks = tuple(layer_params(blocks, jnp.int32(i)) for i in range(c.layers))
+        elif isinstance(blocks, dict):
             blocks = IMPLEMENTATIONS[c.implementation].unstack(blocks)
         elif hook is None:
             run = jax.jit(run)  # for inference: traced once for all layers

@@ -24,16 +24,15 @@ def layer_params(blocks: Any, layer: Array) -> Any:
 
 
 def loop(step: Callable[[Array, Any], Any], carry: Any, count: int) -> Any:
-    """carry = step(i, carry) for i from 0 to count - 1; may be differentiated.
+    """carry = step(i, carry) for i from 0 to count - 1.
 
     XLA:CPU makes one kernel of a loop that it takes for small: minutes to compile, on one core, and
     with sums in another order. A loop with a product of matrices, such as that of this unit matrix,
     it leaves alone.
     """
 
-    def apart(carry: Any, i: Array) -> Any:
+    def left_alone(i: Array, carry: Any) -> Any:
         unit, inner = carry
-        return (unit @ unit, step(jnp.where(unit[0, 0] > 0, i, 0), inner)), None
+        return unit @ unit, step(jnp.where(unit[0, 0] > 0, i, 0), inner)
 
-    (_, carry), _ = jax.lax.scan(apart, (jnp.eye(8), carry), jnp.arange(count))
-    return carry
+    return jax.lax.fori_loop(0, count, left_alone, (jnp.eye(8), carry))[1]

@@ -1,5 +1,6 @@
 """The model handle: smaller weights and caches, checkpoints read a layer at a time."""
 
+import dataclasses
 import time
 
 import jax
@@ -15,7 +16,8 @@ from gptjax.generation import language_model
 from gptjax.generation import loop as decode_loop
 from gptjax.generation.language_model import LanguageModel
 from gptjax.generation.weights import weight_shapes
-from gptjax.model.quantize import block_of
+from gptjax.model.kv_cache import init_cache
+from gptjax.model.quantize import block_of, gates_apart, inference_params
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +158,37 @@ def test_a_chat_model_ends_where_its_template_ends_an_answer():
     assert lm.generate("the", **options).finish_reason == "stop"
     tokenizer.chat_template = ""
     assert lm.eos_ids == (base,) and len(lm.generate("the", **options).tokens) == 5
+
+
+@pytest.mark.parametrize("form", ["apart", "gates apart"])
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_rows_of_a_training_base_are_taken_in_any_form(form, implementation):
+    checkpoint = tiny_checkpoint("llama", context=64)
+    rows = inference_params(jax.tree.map(jnp.asarray, checkpoint.params), weights="int8")
+    if form == "gates apart":
+        rows = gates_apart(rows)
+    config = dataclasses.replace(checkpoint.config, implementation=implementation)
+    tokens = np.arange(20)[None]
+    expected = LanguageModel(config, checkpoint.params, None, weights="int8")
+    got = LanguageModel(config, rows, None, weights="int8")
+    np.testing.assert_allclose(got.logits(tokens), expected.logits(tokens), atol=1e-5)
+    prompt = tokens[0].tolist()
+    texts = [lm.generate([prompt], max_new_tokens=5)[0].tokens for lm in (got, expected)]
+    assert texts[0] == texts[1]
+
+
+def test_weights_are_copies_on_the_device(lm):
+    own = {id(leaf) for leaf in jax.tree.leaves(lm.params)}
+    for leaf in jax.tree.leaves(lm._weights):
+        assert isinstance(leaf, jax.Array) and id(leaf) not in own
+
+
+def test_programs_of_a_cpu_do_not_grow_with_the_layers():
+    def size(layers):
+        model = tiny_language_model("llama", layers=layers)._model
+        cache = init_cache(model.config, 2, 64)
+        arguments = (np.zeros((2, 64), np.int32), np.ones(2, np.int32), cache)
+        program = decode_loop.forward.call(model.config, model.params, *arguments).lowered()
+        return len(program.compile().as_text())
+
+    assert size(6) < 1.1 * size(2)

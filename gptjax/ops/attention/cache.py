@@ -68,17 +68,21 @@ def _put(
     b, heads = new.shape[:2]
     # a layout of its own, or the whole cache would take that of the new rows
     new = barrier(new.astype(old.dtype))
-    if b > 32:
-        at = 0 if first is None else first * heads
-        rows = jax.lax.dynamic_slice_in_dim(old, at, b * heads).reshape(b, heads, *old.shape[1:])
+    if b > 32 and first is None:
+        rows = old.reshape(b, heads, *old.shape[1:])
         put = lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=axis)
-        rows = jax.vmap(put)(rows, new, start_B).reshape(b * heads, *old.shape[1:])
-        return jax.lax.dynamic_update_slice_in_dim(old, rows, at, 0)
-    for i in range(b):  # in place; the batched form is a scatter, slow on a CPU
+        return jax.vmap(put)(rows, new, start_B).reshape(old.shape)
+
+    def put_row(i: Any, old: Array) -> Array:  # in place; the batched form copies a larger cache
         row = i if first is None else first + i
         index: list[Any] = [row * heads, *[0] * (old.ndim - 1)]
         index[axis] = start_B[i]
-        old = jax.lax.dynamic_update_slice(old, new[i], index)
+        return jax.lax.dynamic_update_slice(old, new[i], index)
+
+    if b > 32:
+        return jax.lax.fori_loop(0, b, put_row, old)
+    for i in range(b):
+        old = put_row(i, old)
     return old
 
 
