@@ -276,26 +276,32 @@ def apply(
             variables, x_BTD, positions, block_mask, block_cache, train, number, rngs=rngs
         )
 
-    blocks = params["blocks"]
-    scanned = c.scan_layers is True and hook is None and isinstance(blocks, dict)
-    of_rows = isinstance(blocks, dict) and "rows" in blocks["attn"]["qkv"]
-    run = rematerialized(c, block, scanned=scanned) if hook is None else block
-    if scanned and (of_rows or cache is not None):
-        x_BTD, cache = _looped(c, block, x_BTD, blocks, cache)
-    elif scanned:
-        x_BTD, _ = jax.lax.scan(run, x_BTD, (blocks, jnp.arange(c.layers), None))
-    else:
-        if of_rows:
-            blocks = tuple(layer_params(blocks, jnp.int32(i)) for i in range(c.layers))
-        elif isinstance(blocks, dict):
-            blocks = IMPLEMENTATIONS[c.implementation].unstack(blocks)
-        elif hook is None:
-            run = jax.jit(run)  # for inference: traced once for all layers
-        x_BTD, cache = _unrolled(run, x_BTD, blocks, cache, hook)
+    x_BTD, cache = _run_blocks(c, block, x_BTD, params["blocks"], cache, hook)
     final: Any = Norm(c).apply({"params": params["final_norm"]}, x_BTD)
     if hook is not None:
         final = hook("final_norm", final, -1)
     return collectives.whole_sequence(final, tokens_BT.shape[1]), cache
+
+
+def _run_blocks(
+    config: ModelConfig, block: Any, x_BTD: Array, blocks: Any, cache: Any, hook: Hook | None
+) -> tuple[Array, Any]:
+    """The residual stream behind the blocks, in a loop or unrolled, and the new cache."""
+    is_stacked = isinstance(blocks, dict)
+    of_rows = is_stacked and "rows" in blocks["attn"]["qkv"]
+    scanned = config.scan_layers is True and hook is None and is_stacked
+    if scanned and (of_rows or cache is not None):
+        return _looped(config, block, x_BTD, blocks, cache)
+    run = rematerialized(config, block, scanned=scanned) if hook is None else block
+    if scanned:
+        return jax.lax.scan(run, x_BTD, (blocks, jnp.arange(config.layers), None))[0], None
+    if of_rows:
+        blocks = tuple(layer_params(blocks, jnp.int32(i)) for i in range(config.layers))
+    elif is_stacked:
+        blocks = IMPLEMENTATIONS[config.implementation].unstack(blocks)
+    elif hook is None:
+        run = jax.jit(run)  # for inference: traced once for all layers
+    return _unrolled(run, x_BTD, blocks, cache, hook)
 
 
 def _looped(
