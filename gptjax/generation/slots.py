@@ -265,12 +265,13 @@ class SlotEngine:
         ready = [text for text in texts if not text.waits]
         for text in ready:
             self._feed_forced(text)
-        # a grammar looks at every token before the next one is chosen
+        # a grammar looks at every token before the next one is chosen; a first one waits for none
         guided = any(text.sequence.guide for text in ready)
-        for _ in range(_TURN_STEPS if guided else 1):
+        begins = any(not text.sequence.tokens for text in ready)
+        for _ in range(_TURN_STEPS if guided and not begins else 1):
             growing = [text for text in ready if not text.sequence.reason]
             for group in self._group_texts(growing):
-                self._decode(group, 1 if guided else _TURN_STEPS)
+                self._decode(group, 1 if guided or begins else _TURN_STEPS)
         for text in ready:
             if text.sequence.reason:  # also of a grammar of the empty text
                 self.leave(text)
