@@ -25,6 +25,7 @@ from gptjax.generation.sampling import Settings
 from gptjax.model import head, lora, transformer
 from gptjax.model.kv_cache import Cache, rows_of, whole
 from gptjax.ops.attention.cache import BLOCK
+from gptjax.ops.layer_loop import while_loop
 from gptjax.ops.materialize import kept
 from gptjax.ops.products import row_sum
 from gptjax.ops.unstack import unstack
@@ -135,9 +136,7 @@ def decode(
         config = dataclasses.replace(config, implementation="cpu in order")
     count = len(state.length)
     shape = (count, STEPS)
-    state = dataclasses.replace(
-        state, logprobs=jnp.zeros((count, 0)), cache=rows_of(cache, row, state.length)
-    )
+    state = dataclasses.replace(state, logprobs=jnp.zeros((count, 0)), cache=cache)
     made = Scored(
         jnp.zeros(shape),
         jnp.zeros((*shape, alternatives)),
@@ -145,10 +144,10 @@ def decode(
     )
 
     def step(carry: Any) -> Any:
-        i, state, new, made, unit = carry
+        i, state, new, made = carry
         used = jnp.where(state.done, 0, state.length)
-        state = dataclasses.replace(state, cache=rows_of(whole(state.cache), row, used))
-        x, rows = loop.feed(config, params, state.tokens, state.length, state.cache)
+        rows = rows_of(state.cache, row, used)
+        x, written = loop.feed(config, params, state.tokens, state.length, rows)
         logits = jax.lax.optimization_barrier(head.unembed(config, params, x[:, 0]))
         history = state.history
         processed = sampling.process(logits, settings, history, active, barrier=kept)
@@ -156,20 +155,16 @@ def decode(
         scored = _score(logits, token, alternatives)
         put = lambda all_steps, now: jax.lax.dynamic_update_index_in_dim(all_steps, now, i, 1)
         new, made = put(new, token), Scored(*map(put, made, scored))
-        state = dataclasses.replace(state, cache=rows)
+        state = dataclasses.replace(state, cache=whole(written))
         state = loop.append(state, token, None, settings["eos_ids"])
-        return i + 1, state, new, made, unit @ unit
+        return i + 1, state, new, made
 
     def unfinished(carry: Any) -> Array:
-        return (carry[0] < steps) & ~carry[1].done.all() & (carry[-1][0, 0] > 0)
+        return (carry[0] < steps) & ~carry[1].done.all()
 
-    # XLA:CPU makes one kernel of a loop that it takes for small, as it does this one with one row:
-    # minutes to compile, on one core, and with other sums. A loop with a product of matrices, such
-    # as that of this unit matrix, it leaves alone.
-    unit = jnp.eye(8)
-    start = (jnp.int32(0), state, jnp.zeros(shape, jnp.int32), made, unit)
-    _, state, new, made, _ = jax.lax.while_loop(unfinished, step, start)
-    return whole(state.cache), new, made
+    start = (jnp.int32(0), state, jnp.zeros(shape, jnp.int32), made)
+    _, state, new, made = while_loop(unfinished, step, start)
+    return state.cache, new, made
 
 
 @functools.partial(executables.jit, static_argnames=("slots",), donate_argnames=("cache",))

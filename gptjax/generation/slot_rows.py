@@ -139,7 +139,8 @@ def stack_adapters(models: Mapping[str, Any]) -> Any:
                     "adds to layers and replaces nothing (no DoRA, no prompts, no other weights)"
                 )
             is_apart = isinstance(path[1], int)  # a layer by itself
-            layers = np.asarray(leaf, np.float32)[None] if is_apart else np.asarray(leaf)
+            layers = np.asarray(leaf, np.float32)
+            layers = layers[None] if is_apart else layers
             kept = quantize.input_axes(str(path[-2])) if path[-1] == "lora_a" else 1
             matrices = layers.reshape(len(layers), int(np.prod(layers.shape[1 : kept + 1])), -1)
             place = path[1 + is_apart :]

@@ -268,10 +268,12 @@ class SlotEngine:
         # a grammar looks at every token before the next one is chosen; a first one waits for none
         guided = any(text.sequence.guide for text in ready)
         begins = any(not text.sequence.tokens for text in ready)
-        for _ in range(_TURN_STEPS if guided and not begins else 1):
+        steps = 1 if begins else _TURN_STEPS
+        calls, steps_of_a_call = (steps, 1) if guided else (1, steps)
+        for _ in range(calls):
             growing = [text for text in ready if not text.sequence.reason]
             for group in self._group_texts(growing):
-                self._decode(group, 1 if guided or begins else _TURN_STEPS)
+                self._decode(group, steps_of_a_call)
         for text in ready:
             if text.sequence.reason:  # also of a grammar of the empty text
                 self.leave(text)

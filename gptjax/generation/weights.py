@@ -39,7 +39,7 @@ _inference_block = jax.jit(quantize.inference_block, static_argnames="weights")
 
 @functools.partial(jax.jit, donate_argnames="blocks")
 def _put_layer(blocks: Params, block: Params, layer: Any) -> Params:
-    return jax.tree.map(lambda all, one: all.at[layer].set(one), blocks, block)
+    return jax.tree.map(lambda stack, own: stack.at[layer].set(own), blocks, block)
 
 
 def check_dtypes(weights: str, cache_dtype: str) -> None:
@@ -94,7 +94,6 @@ def _parts(params: Params | LazyParams) -> Callable[[int | None], Params]:
     """What gives a layer, or with None all but the layers."""
     if isinstance(params, LazyParams):
         return params.part
-
     return lambda layer: params if layer is None else quantize.block_of(params, layer)
 
 

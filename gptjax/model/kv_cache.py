@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array, Params
 from gptjax.ops import collectives
+from gptjax.ops.attention.cache import PLACES
 
 Cache = tuple[Params, ...] | Params
-_PLACES = ("row", "used")  # what is no array of keys and values (`ops.attention.cache`)
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, *, dtype: str = "") -> Cache:
@@ -36,8 +36,7 @@ def init_cache(config: ModelConfig, batch: int, length: int, *, dtype: str = "")
             "v": jnp.zeros((*layers, heads, width, length), dtype),
         }
         if dtype == "int8":
-            scales = {n: jnp.zeros((*layers, heads, length)) for n in ("k_scale", "v_scale")}
-            cache |= scales
+            cache |= {n: jnp.zeros((*layers, heads, length)) for n in ("k_scale", "v_scale")}
         return cache
 
     if config.scan_layers is True:
@@ -55,13 +54,13 @@ def rows_of(cache: Cache, row: Array, used: Array) -> Cache:
 def whole(cache: Any) -> Any:
     """The opposite of `rows_of`."""
     if isinstance(cache, dict):
-        return {name: x for name, x in cache.items() if name not in _PLACES}
-    return tuple({k: v for k, v in layer.items() if k not in _PLACES} for layer in cache)
+        return {name: x for name, x in cache.items() if name not in PLACES}
+    return tuple(map(whole, cache))
 
 
 def joined(cache: Params) -> Params:
     """The arrays of a cache of all layers as those of one layer with L * B rows."""
-    return {name: x.reshape(-1, *x.shape[2:]) for name, x in cache.items() if name not in _PLACES}
+    return {name: x.reshape(-1, *x.shape[2:]) for name, x in whole(cache).items()}
 
 
 def apart(arrays: Params, layers: int) -> Params:

@@ -93,12 +93,12 @@ CPU = Ops(
         losses.chunked, barrier=materialize, transposed=products.transposed_copy, cpu=True
     ),
     logprobs=functools.partial(losses.chunked_logprobs, barrier=materialize),
-    # Unrolled, a program of 30 layers takes 10 s to compile and its call 2 ms: XLA:CPU makes a
-    # buffer for each value in each of its reductions.
+    # Unrolled, a program of 30 layers takes five times as long to compile and its call 2 ms more:
+    # XLA:CPU makes a buffer for each value in each of its reductions.
     loops_layers=True,
     prefill_chunk=32,
-    # what one pass over the weights takes; a program of 32 rows is 10 to 15 % faster than four
-    # calls, takes minutes to compile and half a GiB
+    # what one pass over the weights takes; a program of 32 rows is no faster than four calls, and
+    # takes a third of a GiB
     decode_rows=products.FEW,
     tokens_of_a_pass=products.FEW,
     activation_dtype="float32",  # its products convert each weight anyway

@@ -24,15 +24,26 @@ def layer_params(blocks: Any, layer: Array) -> Any:
 
 
 def loop(step: Callable[[Array, Any], Any], carry: Any, count: int) -> Any:
-    """carry = step(i, carry) for i from 0 to count - 1.
+    """carry = step(i, carry) for i from 0 to count - 1, as `while_loop`."""
+    going = lambda state: state[0] < count
+    one_more = lambda state: (state[0] + 1, step(*state))
+    return while_loop(going, one_more, (jnp.int32(0), carry))[1]
+
+
+def while_loop(going: Callable[[Any], Array], step: Callable[[Any], Any], carry: Any) -> Any:
+    """`jax.lax.while_loop`, each operation by a kernel of its own.
 
     XLA:CPU makes one kernel of a loop that it takes for small: minutes to compile, on one core, and
     with sums in another order. A loop with a product of matrices, such as that of this unit matrix,
     it leaves alone.
     """
 
-    def left_alone(i: Array, carry: Any) -> Any:
-        unit, inner = carry
-        return unit @ unit, step(jnp.where(unit[0, 0] > 0, i, 0), inner)
+    def still_going(state: Any) -> Array:
+        unit, inner = state
+        return going(inner) & (unit[0, 0] > 0)
 
-    return jax.lax.fori_loop(0, count, left_alone, (jnp.eye(8), carry))[1]
+    def left_alone(state: Any) -> Any:
+        unit, inner = state
+        return unit @ unit, step(inner)
+
+    return jax.lax.while_loop(still_going, left_alone, (jnp.eye(8), carry))[1]

@@ -21,6 +21,8 @@ from gptjax.ops.attention.mask import MASKED, Mask
 from gptjax.ops.materialize import Barrier, materialize, unchanged
 from gptjax.ops.products import FEW, row_sum, small_batch_matmul
 
+PLACES = ("row", "used")  # of a layer, what is no array of keys and values
+
 
 def write_cache(
     cache: dict[str, Array],
@@ -34,7 +36,7 @@ def write_cache(
 
     The caller makes sure that these slots exist: XLA would move them back.
     """
-    result: dict[str, Array] = {name: cache[name] for name in cache if name in ("row", "used")}
+    result: dict[str, Array] = {name: cache[name] for name in cache if name in PLACES}
     put = functools.partial(_put, start_B=start_B, first=cache.get("row"), barrier=barrier)
     if "used" in cache:
         # Another text may come to these slots, whose mask gives what is left here the weight 0, and
