@@ -1,7 +1,7 @@
 """A thousand schemas and two hundred regular expressions, followed by a model of random weights.
 
 With GPTJAX_GUIDED=PATH the checkpoint at PATH follows them too, with fewer tokens each; `-s` shows
-the counts.
+the counts as they grow.
 """
 
 import collections
@@ -141,6 +141,8 @@ def follow(lm, limit, asked, check):
     """How the texts end. asked: options; check(option, text) raises where a text is wrong."""
     ends = collections.Counter()
     for seed, option in enumerate(asked):
+        if seed % 100 == 0:
+            print(f"{seed} of {len(asked)}: {dict(ends)}", flush=True)
         options = GenerationOptions(**option, temperature=1.0, seed=seed, max_new_tokens=limit)
         try:
             completion = lm.generate([[5, 6, 7]], options)[0]

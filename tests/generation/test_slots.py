@@ -12,6 +12,7 @@ from helpers import tiny_language_model
 from gptjax.checkpoints import peft
 from gptjax.config.errors import UserError
 from gptjax.config.schema import LoraConfig
+from gptjax.generation.language_model import LanguageModel
 from gptjax.generation.options import GenerationOptions
 from gptjax.generation.slots import Job, SlotEngine
 from gptjax.model import lora
@@ -261,6 +262,20 @@ def test_each_text_has_its_own_adapter(tmp_path, jobs):
         assert results(run(engine, [job])) == results([text])
     assert texts[0].sequence.logprobs != texts[1].sequence.logprobs
     assert texts[1].sequence.logprobs != texts[2].sequence.logprobs
+
+
+def test_adapters_where_layers_are_apart(tmp_path, jobs):
+    """As accelerators have them; the loop over layers is the CPU's."""
+    looped, folders = adapted_model(tmp_path)
+    config = dataclasses.replace(looped.config, implementation="reference")
+    lm = LanguageModel(config, looped.params, None)
+    assert isinstance(lm._weights["blocks"], tuple)
+    asked = [dataclasses.replace(jobs[0], adapter=name, alternatives=0) for name in ("", *folders)]
+    for job, text in zip(asked, run(SlotEngine(lm, slots=4, adapters=folders), asked), strict=True):
+        model = looped.with_adapter(folders[job.adapter]) if job.adapter else looped
+        alone = model.generate([job.prompt], job.options)[0]
+        assert text.sequence.tokens == alone.tokens
+        np.testing.assert_allclose(text.sequence.logprobs, alone.logprobs, atol=1e-4)
 
 
 def adapted_model(tmp_path):
