@@ -25,6 +25,7 @@ import numpy as np
 
 from gptjax.config.errors import UserError
 from gptjax.core.types import Array
+from gptjax.ops.categorical import draw
 from gptjax.ops.materialize import Barrier, unchanged
 
 
@@ -489,8 +490,7 @@ def choose(logits_BV: Array, settings: Settings, keys_B: Array, active: frozense
     best = jnp.argmax(logits_BV, -1).astype(jnp.int32)
     if "sample" not in active:
         return best
-    drawn = jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
-    return jnp.where(settings["temperature"] > 0, drawn, best)
+    return jnp.where(settings["temperature"] > 0, draw(logits_BV, keys_B), best)
 
 
 def logprob(logits: Array, tokens: Array) -> Array:

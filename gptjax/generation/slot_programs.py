@@ -42,6 +42,11 @@ class Scored(NamedTuple):
     top_logprobs: Array  # float32 [..., A]: of the most likely tokens, A = 0 where nobody asks
     top_ids: Array  # int32 [..., A]
 
+    def pairs(self, i: int, count: int) -> list[tuple[int, float]]:
+        """(id, log-probability) of the most likely tokens in the place of one, on the host."""
+        ids, logprobs = self.top_ids[i, :count].tolist(), self.top_logprobs[i, :count].tolist()
+        return list(zip(ids, logprobs, strict=True))
+
 
 def _score(logits: Array, tokens: Array, alternatives: int) -> Scored:
     peak = logits.max(-1)

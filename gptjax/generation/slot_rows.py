@@ -19,7 +19,9 @@ from gptjax.generation import sampling
 from gptjax.generation.loop import DecodeState
 from gptjax.generation.requests import Request
 from gptjax.model import quantize
+from gptjax.ops.attention.cache import BLOCK
 
+_CACHE_BYTES = 2 << 30  # of keys and values, where the context would need more
 _ENDS = 8  # end tokens of a row that any program has room for
 
 
@@ -168,3 +170,19 @@ def _leaves(weights: Any) -> list[tuple[tuple[Any, ...], Any]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
         result.append((tuple(getattr(p, "key", getattr(p, "idx", None)) for p in path), leaf))
     return result
+
+
+def text_length(model: Any, slots: int, length: int) -> int:
+    """Tokens that a text may have: `length`, or for 0 as many as 2 GiB of cache hold for all slots.
+
+    Raises UserError.
+    """
+    config = model.config
+    if not 0 <= length <= config.context:
+        raise UserError(f"length = {length}: from 1 to the model's context of {config.context}")
+    if length:
+        return length
+    itemsize = jnp.dtype(model.cache_dtype or config.dtype).itemsize
+    token_bytes = 2 * config.layers * config.kv * config.head_width * itemsize
+    most = _CACHE_BYTES // (token_bytes * slots) // BLOCK * BLOCK
+    return min(config.context, max(most, BLOCK))

@@ -1,8 +1,8 @@
 """Continuous batching: texts join and leave while others are being written.
 
 A `SlotEngine` has a fixed number of slots, each a row of one key/value cache. `enter` gives a job a
-slot, and each `turn` feeds a chunk of a prompt that waits and makes a few tokens of every text
-whose prompt is in. One thread drives it; `check` may be called from any.
+slot, and each `turn` feeds a chunk of a prompt that waits and makes a few tokens of the texts that
+one program has rows for. One thread drives it; `check` may be called from any.
 
     engine = SlotEngine(lm, slots=8, adapters={"fox": "runs/adapter"})
     text = engine.enter(Job(lm.encode("The quick"), GenerationOptions(max_new_tokens=6)))
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.errors import UserError, unknown_name
@@ -42,7 +41,6 @@ from gptjax.ops.attention.cache import BLOCK
 from gptjax.ops.implementations import IMPLEMENTATIONS
 from gptjax.runtime import executables
 
-_CACHE_BYTES = 2 << 30  # of keys and values, where the context would need more
 _TURN_STEPS = 4  # tokens of each text in a turn
 _FORCED = 8  # tokens that a grammar forces take a pass of their own from so many on
 _IDLE_CHUNKS = 4  # of prompts in a turn in which no text grows
@@ -122,7 +120,7 @@ class SlotEngine:
         lm._require_text_model()
         model = lm._model
         self.lm, self.config, self.params = lm, model.config, model.params
-        self.length = _text_length(model, slots, length)
+        self.length = slot_rows.text_length(model, slots, length)
         self.models = {"": lm}  # the model of each adapter; "": the base
         for name, path in adapters.items():
             self.models[name] = lm.with_adapter(path)
@@ -139,6 +137,8 @@ class SlotEngine:
         self._making: threading.Thread | None = None  # a program
         self._turn = 0
         self._fed_last = -1  # the slot whose prompt was fed last
+        self._grown_last = -1  # the window of slots whose texts grew last in their turn
+        self._began = False  # whether texts that begin came before others in the last turn
 
     def reset(self) -> None:
         """Frees all slots and begins with an empty cache, as after an error in a turn."""
@@ -250,8 +250,9 @@ class SlotEngine:
             slot.text, slot.freed, text.slot = None, self._turn, -1
 
     def turn(self) -> list[Text]:
-        """A chunk of a prompt that waits (several while no text grows), and a few tokens in each
-        text whose prompt is in. Returns the texts that changed; those with a reason have left."""
+        """A chunk of a prompt that waits (several while no text grows), and a few tokens in the
+        texts of one program whose prompts are in. Returns the texts that changed; those with a
+        reason have left."""
         self._turn += 1
         texts = [slot.text for slot in self._slots if slot.text is not None]
         chunks = 1 if any(not text.waits for text in texts) else _IDLE_CHUNKS
@@ -262,23 +263,35 @@ class SlotEngine:
                 self._feed_chunk(text)
                 chunks -= 1
             changed.append(text)
-        ready = [text for text in texts if not text.waits]
-        for text in ready:
+        group = self._next_group([text for text in texts if not text.waits])
+        begins = any(not text.sequence.tokens for text in group)
+        for text in group:
             self._feed_forced(text)
         # a grammar looks at every token before the next one is chosen; a first one waits for none
-        guided = any(text.sequence.guide for text in ready)
-        begins = any(not text.sequence.tokens for text in ready)
+        guided = any(text.sequence.guide for text in group)
         steps = 1 if begins else _TURN_STEPS
         calls, steps_of_a_call = (steps, 1) if guided else (1, steps)
         for _ in range(calls):
-            growing = [text for text in ready if not text.sequence.reason]
-            for group in self._group_texts(growing):
-                self._decode(group, steps_of_a_call)
-        for text in ready:
+            if growing := [text for text in group if not text.sequence.reason]:
+                self._decode(growing, steps_of_a_call)
+        for text in group:
             if text.sequence.reason:  # also of a grammar of the empty text
                 self.leave(text)
-        changed += ready
-        return list(dict.fromkeys(changed))
+        return list(dict.fromkeys([*changed, *group]))
+
+    def _next_group(self, ready: Sequence[Text]) -> list[Text]:
+        """The texts of one program, in turns; of texts that begin first, but never twice on end."""
+        groups = self._group_texts(ready)
+        if not groups:
+            return []
+        begin = [g for g in groups if any(not text.sequence.tokens for text in groups[g])]
+        if begin and not self._began:
+            self._began = True
+            return groups[begin[0]]
+        self._began = False
+        after = [g for g in groups if g > self._grown_last]
+        self._grown_last = min(after or groups)
+        return groups[self._grown_last]
 
     def _next_waiting(self) -> Text | None:
         """Prompts are fed in turns, so that a long one does not stop others."""
@@ -303,7 +316,7 @@ class SlotEngine:
         self._slots[text.slot].prefix = row.tokens[: text.fed]
         if scored is not None:
             for i in range(count):
-                pairs = _alternatives(scored, i, text.job.alternatives)
+                pairs = scored.pairs(i, text.job.alternatives)
                 text.prompt_scores.append((float(scored.logprob[i]), pairs))
 
     def _feed_forced(self, text: Text) -> None:
@@ -339,7 +352,7 @@ class SlotEngine:
         self._cache, scored = program(self.params, self.adapters, self._cache, *arrays)
         return None if scored is None else jax.device_get(scored)
 
-    def _group_texts(self, ready: Sequence[Text]) -> list[list[Text]]:
+    def _group_texts(self, ready: Sequence[Text]) -> dict[int, list[Text]]:
         """The texts by the windows of the largest program, few after some moved."""
         most, windows = self._sizes[-1], collections.defaultdict[int, list[Text]](list)
         for text in ready:
@@ -355,7 +368,7 @@ class SlotEngine:
             for text, hole in zip(windows.pop(last), holes, strict=False):
                 self._move(text, hole)
                 windows[hole // most].append(text)
-        return list(windows.values())
+        return windows
 
     def _decode(self, ready: Sequence[Text], steps: int) -> None:
         """So many steps of these texts, which one program has rows for."""
@@ -462,7 +475,7 @@ class SlotEngine:
         sequence.feed(token, float(scored.logprob[i]))
         if len(sequence.tokens) > known:
             text.row.tokens.append(token)
-            text.alternatives.append(_alternatives(scored, i, text.job.alternatives))
+            text.alternatives.append(scored.pairs(i, text.job.alternatives))
         if len(sequence.tokens) >= text.job.options.max_new_tokens:
             sequence.finish("length")
         if sequence.reason:
@@ -479,21 +492,3 @@ class SlotEngine:
             call = call() if callable(call) else call
             program, self._programs[key] = executables.executable(call, self._folder), call.name
         return program
-
-
-def _alternatives(scored: slot_programs.Scored, i: int, count: int) -> Alternatives:
-    ids, logprobs = scored.top_ids[i, :count].tolist(), scored.top_logprobs[i, :count].tolist()
-    return list(zip(ids, logprobs, strict=True))
-
-
-def _text_length(model: Any, slots: int, length: int) -> int:
-    """Tokens that a text may have. Raises UserError."""
-    config = model.config
-    if not 0 <= length <= config.context:
-        raise UserError(f"length = {length}: from 1 to the model's context of {config.context}")
-    if length:
-        return length
-    itemsize = jnp.dtype(model.cache_dtype or config.dtype).itemsize
-    token_bytes = 2 * config.layers * config.kv * config.head_width * itemsize
-    most = _CACHE_BYTES // (token_bytes * slots) // BLOCK * BLOCK
-    return min(config.context, max(most, BLOCK))

@@ -8,6 +8,7 @@ reading the weights.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -155,13 +156,27 @@ _SHORT = 16  # values of a sum: LLVM turns loops over fewer into vectors across 
 _SUMS = 8  # at a time, from which on LLVM keeps one register for each
 
 
+class Part(NamedTuple):
+    """Where in an array [B, F, D] of matrices those lie that a product is with."""
+
+    first: Array | int = 0  # the first matrix
+    row: Array | int = 0  # the first row of each
+    column: Array | int = 0  # and the first value of each row
+    rows: int = 0  # of each; 0: all
+
+    def read(self, array: Array, at: int, shape: tuple[int, ...]) -> Array:
+        """An array of this shape from row `at` of the part on."""
+        return jax.lax.dynamic_slice(array, (self.first, self.row + at, self.column), shape)
+
+
 def small_batch_matmul(
-    x: Num[Array, "B N D"], rows: Num[Array, "B_or_more F D"], first: Array | None = None
+    x: Num[Array, "B N D"],
+    rows: Num[Array, "B_or_more F_or_more D_or_more"],
+    part: Part | None = None,
 ) -> Float32[Array, "B N F"]:
     """x [B, N, D] times rows [B, F, D] in any dtypes, N at most `FEW` -> float32 [B, N, F].
 
-    first: int32 []: `rows` has more matrices than x, and the B from that one on are meant. They are
-    read where they lie.
+    part: of a larger `rows`, the one that is meant. It is read where it lies.
 
     For XLA:CPU, inside an `executables.jit`: one pass over the rows as they lie in memory, at the
     speed of reading them, where a dot packs them anew in every call. The F rows are cut into parts
@@ -179,7 +194,8 @@ def small_batch_matmul(
 
     The results for x[0] are sum 0 (rows 0 to 2), sum 3 (rows 3 to 5) and the end of sum 6 (row 6).
     """
-    n, f = x.shape[1], rows.shape[1]
+    part = part or Part()
+    n, f = x.shape[1], part.rows or rows.shape[1]
     if jax.__version_info__ < (0, 12):
         x = kept(x)  # this XLA would compute it inside the reduction
     parts = -(-_SUMS // n)
@@ -187,13 +203,9 @@ def small_batch_matmul(
     starts = [min(at, f - size) for at in range(0, f, size)]
     operands = []
     for at in starts:
-        if first is None:
-            part = rows[:, at : at + size].astype(jnp.float32)
-        else:
-            shape = (len(x), size, rows.shape[2])
-            part = jax.lax.dynamic_slice(rows, (first, at, 0), shape).astype(jnp.float32)
+        some = part.read(rows, at, (len(x), size, x.shape[2])).astype(jnp.float32)
         for i in range(n):
-            operands.append(part * x[:, i, None].astype(jnp.float32))
+            operands.append(some * x[:, i, None].astype(jnp.float32))
     add = lambda a, b: tuple(map(jnp.add, a, b))
     zeros = (jnp.float32(0),) * len(operands)
     sums = jax.lax.optimization_barrier(jax.lax.reduce(tuple(operands), zeros, add, (2,)))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from gptjax.ops.materialize import Barrier, materialize, unchanged
-from gptjax.ops.products import FEW, small_batch_matmul
+from gptjax.ops.products import FEW, Part, small_batch_matmul
 
 _PASSES = 8  # over small weights, before converting them pays
 
@@ -97,10 +97,10 @@ def _own_rows(weight: Any) -> Array:
 
 def _by_passes(x: Array, weight: Any) -> Array:
     """x [N, D] -> float32 [N, F]: a pass over the rows for each `FEW` rows of x."""
-    rows, layer = weight["rows"], weight.get("layer")
-    rows = rows[None] if layer is None else rows
+    rows, own = weight["rows"], Part(weight.get("layer", 0))
+    rows = rows if "layer" in weight else rows[None]
     parts = [x[None, i : i + FEW] for i in range(0, len(x), FEW)]
-    return jnp.concatenate([small_batch_matmul(part, rows, layer)[0] for part in parts])
+    return jnp.concatenate([small_batch_matmul(part, rows, own)[0] for part in parts])
 
 
 def _tied(x: Array, weight: Any) -> tuple[Array, Any]:

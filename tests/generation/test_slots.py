@@ -232,7 +232,7 @@ def test_more_texts_than_a_program_has_rows(lm, jobs):
     alone = results([run(engine, [job])[0] for job in jobs])
     assert results(run(engine, jobs * 2)) == alone * 2
     engine.close()
-    assert rows_of_programs(engine) == {1, 8}
+    assert rows_of_programs(engine) == {1, 16}
     many = [
         engine.enter(Job([1, 2, i], GenerationOptions(max_new_tokens=8 if i % 2 else 40)))
         for i in range(20)
@@ -244,6 +244,23 @@ def test_more_texts_than_a_program_has_rows(lm, jobs):
     engine.turn()
     left = [text for text in many if not text.sequence.reason]
     assert len(left) == 10 and max(text.slot for text in left) < 16
+
+
+def test_texts_that_begin_come_first_but_others_go_on(lm):
+    engine = SlotEngine(lm, slots=4)
+    engine._sizes = [1, 2]  # rows of a program
+    long = [engine.enter(Job([1, 2, i], GenerationOptions(max_new_tokens=60))) for i in (0, 1)]
+    while not all(text.sequence.tokens for text in long):
+        engine.turn()
+    known = [len(text.sequence.tokens) for text in long]
+    for i in range(8):
+        short = engine.enter(Job([3, i], GenerationOptions(max_new_tokens=1)))
+        engine.turn()
+        if not short.sequence.reason:
+            engine.turn()
+        assert short.sequence.reason == "length"
+    for text, count in zip(long, known, strict=True):
+        assert len(text.sequence.tokens) >= count + 8
 
 
 def test_each_text_has_its_own_adapter(tmp_path, jobs):

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from gptjax.ops import quantized
+from gptjax.ops.attention.cache import BLOCK
+from gptjax.ops.attention.mask import Mask
+from gptjax.ops.categorical import draw
 from gptjax.ops.implementations import CPU, CPU_IN_ORDER
 from gptjax.runtime import executables
 
@@ -34,3 +37,36 @@ def test_norms(center):
     scale = np.ones(576, np.float32)
     assert same_bits(lambda x: CPU_IN_ORDER.norm(x, scale, None, eps=1e-5, center=center), x)
     assert not same_bits(lambda x: CPU.norm(x, scale, None, eps=1e-5, center=center), x)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "width"), [(3, 3, 64), (2, 1, 16), (4, 1, 64), (2, 8, 80)]
+)
+def test_attention_over_rows_of_different_lengths(heads, groups, width):
+    random, slots = np.random.default_rng(0), 2 * BLOCK
+    used = np.array([5, slots, BLOCK, 1, BLOCK + 1, 77, slots - 1, 2] * 2, np.int32)
+    cache = {
+        "k": random.standard_normal((16 * heads, slots, width)).astype(np.float32) * 3,
+        "v": random.standard_normal((16 * heads, width, slots)).astype(np.float32),
+    }
+
+    def attend(q, row, used):
+        own = cache | {"row": row, "used": used}
+        return CPU_IN_ORDER.cached_attention(q, own, Mask(used[:, None] - 1))
+
+    q = random.standard_normal((16, 1, heads, groups, width)).astype(np.float32)
+    compiled = jax.jit(attend, compiler_options=OPTIONS)
+    alone = [compiled(q[i : i + 1], np.int32(i), used[i : i + 1]) for i in range(16)]
+    for n in (8, 16):
+        for i in range(0, 16, n):
+            together = compiled(q[i : i + n], np.int32(i), used[i : i + n])
+            np.testing.assert_array_equal(together, np.concatenate(alone[i : i + n]))
+
+
+@pytest.mark.parametrize("vocab_size", [257, 5000])
+def test_draws(vocab_size):
+    logits = np.random.default_rng(0).standard_normal((16, vocab_size)).astype(np.float32)
+    compiled = jax.jit(draw, compiler_options=OPTIONS)
+    keys = jax.random.split(jax.random.key(0), 16)
+    alone = [int(compiled(logits[i : i + 1], keys[i : i + 1])[0]) for i in range(16)]
+    assert compiled(logits, keys).tolist() == alone

@@ -8,7 +8,6 @@ first `used` slots, with a softmax that is carried on from block to block (Milak
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -18,8 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from gptjax.ops.activation import softcap as cap_softly
 from gptjax.ops.attention.mask import MASKED, Mask
-from gptjax.ops.materialize import Barrier, materialize, unchanged
-from gptjax.ops.products import FEW, row_sum, small_batch_matmul
+from gptjax.ops.layer_loop import while_loop
+from gptjax.ops.materialize import Barrier, kept, unchanged
+from gptjax.ops.products import FEW, Part, row_sum, small_batch_matmul
 
 PLACES = ("row", "used")  # of a layer, what is no array of keys and values
 
@@ -97,18 +97,14 @@ def cached_attention(
 ) -> Float[Array, "B T K G C"]:
     """Attention over one layer of the cache, as `reference` defines it, [B, T, K, G, C]."""
 
-    def product(x_NQD: Array, rows_NFD: Array, first: Array | None = None) -> Array:
-        own = _own(rows_NFD, first, len(x_NQD))
-        x, rows = x_NQD.astype(q_BTKGC.dtype), own.astype(q_BTKGC.dtype)
-        return jnp.einsum("NQD,NFD->NQF", x, rows, preferred_element_type=jnp.float32)
+    def product(x_NQD: Array, rows: Array, part: Part) -> Array:
+        shape = (len(x_NQD), part.rows or rows.shape[1], x_NQD.shape[2])
+        own_NFD = part.read(rows, 0, shape).astype(q_BTKGC.dtype)
+        x = x_NQD.astype(q_BTKGC.dtype)
+        return jnp.einsum("NQD,NFD->NQF", x, own_NFD, preferred_element_type=jnp.float32)
 
     attend = _attend_by_blocks if "used" in cache else _attend
     return attend(product, q_BTKGC, cache, mask, softcap)
-
-
-def _own(array: Array, first: Array | None, count: int) -> Array:
-    """Of a larger cache's array, so many entries from one on."""
-    return array if first is None else jax.lax.dynamic_slice_in_dim(array, first, count)
 
 
 def cached_attention_cpu(
@@ -121,113 +117,94 @@ def cached_attention_cpu(
     """The same; few queries a head at the speed of reading the cache."""
     if q_BTKGC.shape[1] * q_BTKGC.shape[3] > FEW:
         return cached_attention(q_BTKGC, cache, mask, softcap=softcap)
-    if "used" in cache:
-        return _attend_by_blocks(small_batch_matmul, q_BTKGC, cache, mask, softcap)
-    return _attend(small_batch_matmul, q_BTKGC, cache, mask, softcap)
+    attend = _attend_by_blocks if "used" in cache else _attend
+    return attend(small_batch_matmul, q_BTKGC, cache, mask, softcap)
 
 
 def _attend(
     product: Any, q_BTKGC: Array, cache: dict[str, Array], mask: Mask, softcap: float
 ) -> Array:
     """N = B * K, Q = T * G. int8 keys and values are scaled after the products."""
-    b, t, heads, groups, width = q_BTKGC.shape
-    slots, count = cache["k"].shape[1], b * heads
-    first = cache["row"] * heads if "row" in cache else None
-    q_NQC = q_BTKGC.transpose(0, 2, 1, 3, 4).reshape(count, t * groups, width)
-    scores_NQS = product(q_NQC, cache["k"], first) * width**-0.5
+    b, t, heads, groups, _ = q_BTKGC.shape
+    slots, own = cache["k"].shape[1], Part(cache.get("row", 0) * heads)
+    q_NQC = _by_heads(q_BTKGC)
+    scores_NQS = product(q_NQC, cache["k"], own) * q_NQC.shape[-1] ** -0.5
     if "k_scale" in cache:
-        scores_NQS = scores_NQS * _own(cache["k_scale"], first, count)[:, None]
+        scores_NQS = scores_NQS * _scales(cache["k_scale"], own.first, 0, (len(q_NQC), slots))
     scores_NQS = cap_softly(scores_NQS, softcap)
     scores_BKTGS = scores_NQS.reshape(b, heads, t, groups, slots)
     visible = mask.allowed(0, slots)[:, None, :, None]
     probs_BKTGS = jax.nn.softmax(jnp.where(visible, scores_BKTGS, MASKED), axis=-1)
-    probs_NQS = probs_BKTGS.reshape(count, t * groups, slots)
+    probs_NQS = probs_BKTGS.reshape(scores_NQS.shape)
     if "v_scale" in cache:
-        probs_NQS = probs_NQS * _own(cache["v_scale"], first, count)[:, None]
-    y_NQC = product(probs_NQS, cache["v"], first).astype(q_BTKGC.dtype)
-    return y_NQC.reshape(b, heads, t, groups, width).transpose(0, 2, 1, 3, 4)
+        probs_NQS = probs_NQS * _scales(cache["v_scale"], own.first, 0, (len(q_NQC), slots))
+    return _by_texts(product(probs_NQS, cache["v"], own), q_BTKGC)
 
 
-BLOCK = 256  # slots; those of a cache with `used` are a multiple
+def _by_heads(x_BTKGC: Array) -> Array:
+    """[B * K, T * G, C]."""
+    b, t, heads, groups, width = x_BTKGC.shape
+    return x_BTKGC.transpose(0, 2, 1, 3, 4).reshape(b * heads, t * groups, width)
+
+
+def _by_texts(y_NQC: Array, like_BTKGC: Array) -> Array:
+    """The opposite, in the dtype of the queries."""
+    b, t, heads, groups, width = like_BTKGC.shape
+    y_BKTGC = y_NQC.astype(like_BTKGC.dtype).reshape(b, heads, t, groups, width)
+    return y_BKTGC.transpose(0, 2, 1, 3, 4)
+
+
+def _scales(array: Array, first: Array | int, slot: Array | int, shape: tuple[int, int]) -> Array:
+    """[N, 1, S] of int8 keys or values."""
+    return jax.lax.dynamic_slice(array, (first, slot), shape)[:, None]
+
+
+BLOCK = 128  # slots; those of a cache with `used` are a multiple
 
 
 def _attend_by_blocks(
     product: Any, q_BTKGC: Array, cache: dict[str, Array], mask: Mask, softcap: float
 ) -> Array:
-    """The same for the rows from `row` on, each over its first `used` slots.
+    """The same for the rows from `row` on, over as many blocks as the longest of them has.
 
-    Row after row, so that the loop's body, and with it the order of all sums, is the same for any
-    number of rows. The rows are in two halves, which a CPU may compute at the same time.
+    What a row gets has the same bits for any number of rows: its sums have one order, and a block
+    in which it has nothing changes nothing.
     """
     b, t, heads, groups, width = q_BTKGC.shape
-    q_NQC = q_BTKGC.transpose(0, 2, 1, 3, 4).reshape(b * heads, t * groups, width)
-    half = -(-b // 2)
-    parts = []
-    for start in range(0, b, half):
-        rows = range(start, min(start + half, b))
-        parts.append(_attend_rows(product, q_NQC, cache, mask, softcap, heads, rows))
-    y_NQC = jnp.concatenate(parts).astype(q_BTKGC.dtype)
-    return y_NQC.reshape(b, heads, t, groups, width).transpose(0, 2, 1, 3, 4)
+    first, q_NQC = cache["row"] * heads, _by_heads(q_BTKGC)
+    count, queries = q_NQC.shape[:2]
+    blocks = (cache["used"].max() + BLOCK - 1) // BLOCK
 
+    def add_block(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        i, peak_NQ, total_NQC, y_NQC = carry
+        at, shape = i * BLOCK, (count, BLOCK)
+        scores_NQS = product(q_NQC, cache["k"], Part(first, row=at, rows=BLOCK)) * width**-0.5
+        if "k_scale" in cache:
+            scores_NQS = scores_NQS * _scales(cache["k_scale"], first, at, shape)
+        visible_BTS = mask.allowed(at, BLOCK)
+        visible = jnp.broadcast_to(
+            visible_BTS[:, None, :, None], (b, heads, t, groups, BLOCK)
+        ).reshape(scores_NQS.shape)
+        scores_NQS = kept(jnp.where(visible, cap_softly(scores_NQS, softcap), MASKED))
+        new_peak_NQ = jnp.maximum(peak_NQ, scores_NQS.max(-1))
+        # Exponentials and sums are of numbers in memory, and exponentials as wide as y: fused with
+        # what gives them, or of a single number, they are rounded otherwise.
+        probs_NQS = jnp.exp(kept(scores_NQS - new_peak_NQ[..., None]))
+        probs_NQS = kept(jnp.where(visible, probs_NQS, 0.0))
+        sunk_NQC = jnp.broadcast_to((peak_NQ - new_peak_NQ)[..., None], y_NQC.shape)
+        shrink_NQC = kept(jnp.exp(kept(sunk_NQC)))
+        sum_NQC = kept(jnp.broadcast_to(row_sum(probs_NQS)[..., None], y_NQC.shape))
+        total_NQC = total_NQC * shrink_NQC + sum_NQC
+        if "v_scale" in cache:
+            probs_NQS = probs_NQS * _scales(cache["v_scale"], first, at, shape)
+        update_NQC = product(probs_NQS, cache["v"], Part(first, column=at))
+        return i + 1, new_peak_NQ, total_NQC, y_NQC * shrink_NQC + update_NQC
 
-def _attend_rows(
-    product: Any,
-    q_NQC: Array,
-    cache: dict[str, Array],
-    mask: Mask,
-    softcap: float,
-    heads: int,
-    rows: range,
-) -> Array:
-    """float32 [rows * K, Q, C]."""
-    _, queries, width = q_NQC.shape
-
-    def attend(r: Array, y_NQC: Array) -> Array:
-        q_KQC = jax.lax.dynamic_slice_in_dim(q_NQC, (rows.start + r) * heads, heads)
-        index = jax.lax.dynamic_slice_in_dim(mask.q_index, rows.start + r, 1)
-        own_mask = dataclasses.replace(mask, q_index=index)
-        row = cache["row"] + rows.start + r
-
-        def add_block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            peak_KQ, total_KQ, y_KQC = carry
-            block = functools.partial(_block, cache, row * heads, heads, i)
-            scores_KQS = product(q_KQC, block("k", 1)) * width**-0.5
-            if "k_scale" in cache:
-                scores_KQS = scores_KQS * block("k_scale", 1)[:, None]
-            visible = own_mask.allowed(i * BLOCK, BLOCK)[0]  # [T, S]
-            visible = jnp.repeat(visible, queries // len(visible), 0)[None]  # [1, Q, S]
-            scores_KQS = jnp.where(visible, cap_softly(scores_KQS, softcap), MASKED)
-            new_peak_KQ = jnp.maximum(peak_KQ, scores_KQS.max(-1))
-            probs_KQS = jnp.where(visible, jnp.exp(scores_KQS - new_peak_KQ[..., None]), 0.0)
-            probs_KQS = materialize(probs_KQS)
-            shrink_KQ = jnp.where(new_peak_KQ > peak_KQ, jnp.exp(peak_KQ - new_peak_KQ), 1.0)
-            total_KQ = total_KQ * shrink_KQ + row_sum(probs_KQS)
-            if "v_scale" in cache:
-                probs_KQS = probs_KQS * block("v_scale", 1)[:, None]
-            y_KQC = y_KQC * shrink_KQ[..., None] + product(probs_KQS, block("v", 2))
-            return new_peak_KQ, total_KQ, y_KQC
-
-        start = (
-            jnp.full((heads, queries), MASKED),
-            jnp.zeros((heads, queries)),
-            jnp.zeros((heads, queries, width)),
-        )
-        blocks = (cache["used"][rows.start + r] + BLOCK - 1) // BLOCK
-        _, total_KQ, y_KQC = jax.lax.fori_loop(0, blocks, add_block, start)
-        y_KQC = y_KQC / jnp.maximum(total_KQ, 1e-30)[..., None]
-        return jax.lax.dynamic_update_slice_in_dim(y_NQC, y_KQC, r * heads, 0)
-
-    # how many rows there are is no constant for the compiler, which would unroll a loop over one
-    count = jnp.minimum(len(rows), cache["used"].sum() + len(rows))
-    y_NQC = jnp.zeros((len(rows) * heads, queries, width))
-    return jax.lax.fori_loop(0, count, attend, y_NQC)
-
-
-def _block(
-    cache: dict[str, Array], first: Array, heads: int, i: Array, name: str, axis: int
-) -> Array:
-    """Block i of the slots, which are that axis, of the heads from `first` on."""
-    start: list[Any] = [first, *[0] * (cache[name].ndim - 1)]
-    size = [heads, *cache[name].shape[1:]]
-    start[axis], size[axis] = i * BLOCK, BLOCK
-    return jax.lax.dynamic_slice(cache[name], start, size)
+    start = (
+        jnp.int32(0),
+        jnp.full((count, queries), MASKED),
+        jnp.zeros((count, queries, width)),
+        jnp.zeros((count, queries, width)),
+    )
+    _, _, total_NQC, y_NQC = while_loop(lambda carry: carry[0] < blocks, add_block, start)
+    return _by_texts(y_NQC / jnp.maximum(total_NQC, 1e-30), q_BTKGC)
