@@ -223,6 +223,37 @@ def _inexact_integer(schema: Any) -> int:
     return next(filter(None, map(_inexact_integer, parts)), 0)
 
 
+# The library takes every year for a leap year, and a year 0000.
+_BY_FOUR = "(?:0[48]|[2468][048]|[13579][26])"
+_DATE = (
+    "^(?:(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})-"
+    "(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    "|02-(?:0[1-9]|1[0-9]|2[0-8]))"
+    f"|(?:[0-9]{{2}}{_BY_FOUR}|{_BY_FOUR}00)-02-29)"
+)
+_DATES = {"date": f"{_DATE}$", "date-time": _DATE}  # a format: what its texts match
+_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+_VALUES = ("const", "enum", "default", "examples")  # keywords whose values are no schemas
+
+
+def _with_exact_dates(schema: Any) -> Any:
+    """The schema, whose dates are days of the calendar (RFC 3339) wherever it asks for dates."""
+    if isinstance(schema, list):
+        return [_with_exact_dates(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    exact = dict(schema)
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, dict):
+            exact[key] = {name: _with_exact_dates(part) for name, part in value.items()}
+        elif key not in _VALUES:
+            exact[key] = _with_exact_dates(value)
+    named, others = exact.get("format"), exact.get("allOf", [])
+    if isinstance(named, str) and named in _DATES and isinstance(others, list):
+        exact["allOf"] = [*others, {"pattern": _DATES[named]}]
+    return exact
+
+
 def _schema_grammar(schema: Any) -> str:
     from_json_schema = _library().LLMatcher.grammar_from_json_schema
     if isinstance(schema, str):
@@ -235,13 +266,17 @@ def _schema_grammar(schema: Any) -> str:
         schema = {}
     if not isinstance(schema, dict):
         raise UserError(f"schema: {schema!r:.80} is no JSON schema of any text: give an object")
-    if too_large := _inexact_integer(schema):
+    try:
+        too_large, exact = _inexact_integer(schema), _with_exact_dates(schema)
+    except RecursionError:
+        raise UserError("schema: it is nested too deeply: use $defs and $ref") from None
+    if too_large:
         raise UserError(
             f"schema: {too_large} is no integer that JSON readers keep exactly: "
             f"use one of at most 2**53 = {_EXACT:,}, or a string"
         )
     try:
-        return str(from_json_schema(json.dumps(schema, allow_nan=False), _JSON))
+        return str(from_json_schema(json.dumps(exact, allow_nan=False), _JSON))
     except (TypeError, ValueError) as error:
         raise UserError(f"schema: {_first_line(str(error))}") from None
 

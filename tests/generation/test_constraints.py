@@ -1,6 +1,8 @@
 """Text that follows a grammar: masks against brute force, and texts that are what was asked for."""
 
 import dataclasses
+import datetime
+import functools
 import json
 import re
 
@@ -251,6 +253,40 @@ def test_ends(lm):
     lm.compile("x", choices=["ab", "b"])
 
 
+def accepts(schema, value):
+    """Whether a value, as JSON, follows a schema to its end."""
+    options = GenerationOptions(schema=schema)
+    state = build_guide(ByteTokenizer(), 257, [256], options).start()
+    for byte in json.dumps(value).encode():
+        if byte not in allowed_ids(state, 257):
+            return False
+        state.accept(byte)
+    return state.finished or 256 in allowed_ids(state, 257)
+
+
+@pytest.mark.parametrize("year", ["0000", "0001", "1900", "2000", "2023", "2024", "9996", "9999"])
+def test_dates_are_days_of_the_calendar(year):
+    """The library alone takes every year for a leap year, and the year 0000."""
+    schema = {"anyOf": [{"type": "null"}, {"type": "string", "format": "date"}]}
+    for day in ("01-01", "02-28", "02-29", "02-30", "04-30", "04-31", "12-31", "13-01", "00-10"):
+        date = f"{year}-{day}"
+        try:
+            is_day = bool(datetime.date.fromisoformat(date))
+        except ValueError:
+            is_day = False
+        assert accepts(schema, date) == is_day
+        time = {"type": "string", "format": "date-time", "minLength": 5}
+        assert accepts(time, f"{date}T12:30:00Z") == is_day
+
+
+def test_dates_are_looked_for_in_schemas_alone():
+    data = {"format": "date"}
+    assert accepts({"enum": [data], "const": data}, data)
+    named = {"type": "object", "properties": {"format": {"type": "integer"}, "enum": data}}
+    assert accepts(named, {"format": 3, "enum": "2024-02-29"})
+    assert not accepts(named, {"format": 3, "enum": "2023-02-29"})
+
+
 def test_a_vocabulary_that_cannot_go_on_ends_a_text_as_a_limit_does(capsys):
     lm = tiny_language_model(tokenizer=CharTokenizer.train(["abc"]), vocab=4)
     with pytest.raises(UserError, match="no text that the vocabulary can write"):
@@ -269,6 +305,7 @@ def test_a_vocabulary_that_cannot_go_on_ends_a_text_as_a_limit_does(capsys):
         (dict(schema="{"), "schema: no JSON.*line 1 column 2"),
         (dict(schema={"type": "integer", "minimum": 5, "maximum": 3}), "minimum .5. is greater"),
         (dict(schema=False), "no JSON schema"),
+        (dict(schema=functools.reduce(lambda inner, _: {"not": inner}, range(2000), {})), "deeply"),
         (dict(schema={"enum": [1, -(2**53) - 1]}), "-9007199254740993 is no integer"),
         (dict(grammar="start: x"), r"grammar: at 1\(8\): unknown name"),
         (dict(grammar="start: start"), "no text that"),
