@@ -29,6 +29,7 @@ from gptjax.tokenizer.base import Tokenizer
 # JSON as `json.dumps` writes it: free white space could go on for ever, and what is not free is
 # forced. A schema's own "x-guidance" wins.
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_TOO_DEEP = "schema: it is nested too deeply: use $defs and $ref"
 _NOTHING = "no text that the vocabulary can write follows it"
 _CACHED_VOCABULARIES, _CACHED_GUIDES = 4, 64
 _EXACT = 2**53  # the largest integer up to which float64 has all
@@ -218,7 +219,7 @@ def _inexact_integer(schema: Any) -> int:
     if isinstance(schema, int):
         return schema if abs(schema) > _EXACT else 0
     parts = schema.values() if isinstance(schema, dict) else schema
-    if not isinstance(schema, dict | list):
+    if not isinstance(schema, dict | list | tuple):
         return 0
     return next(filter(None, map(_inexact_integer, parts)), 0)
 
@@ -232,13 +233,16 @@ _DATE = (
     f"|(?:[0-9]{{2}}{_BY_FOUR}|{_BY_FOUR}00)-02-29)"
 )
 _DATES = {"date": f"{_DATE}$", "date-time": _DATE}  # a format: what its texts match
-_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+_NAMED = (  # keywords whose values are schemas by name, and OpenAPI's
+    *("properties", "patternProperties", "dependentSchemas", "dependencies"),
+    *("$defs", "definitions", "schemas"),
+)
 _VALUES = ("const", "enum", "default", "examples")  # keywords whose values are no schemas
 
 
 def _with_exact_dates(schema: Any) -> Any:
     """The schema, whose dates are days of the calendar (RFC 3339) wherever it asks for dates."""
-    if isinstance(schema, list):
+    if isinstance(schema, list | tuple):
         return [_with_exact_dates(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
@@ -262,6 +266,8 @@ def _schema_grammar(schema: Any) -> str:
             schema = json.loads(schema)
         except json.JSONDecodeError as error:
             raise UserError(f"schema: no JSON: {error}") from None
+        except RecursionError:
+            raise UserError(_TOO_DEEP) from None
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
@@ -269,7 +275,7 @@ def _schema_grammar(schema: Any) -> str:
     try:
         too_large, exact = _inexact_integer(schema), _with_exact_dates(schema)
     except RecursionError:
-        raise UserError("schema: it is nested too deeply: use $defs and $ref") from None
+        raise UserError(_TOO_DEEP) from None
     if too_large:
         raise UserError(
             f"schema: {too_large} is no integer that JSON readers keep exactly: "
@@ -278,7 +284,8 @@ def _schema_grammar(schema: Any) -> str:
     try:
         return str(from_json_schema(json.dumps(exact, allow_nan=False), _JSON))
     except (TypeError, ValueError) as error:
-        raise UserError(f"schema: {_first_line(str(error))}") from None
+        is_deep = "recursion limit exceeded" in str(error)
+        raise UserError(_TOO_DEEP if is_deep else f"schema: {_first_line(str(error))}") from None
 
 
 def _regex_grammar(regex: Any) -> str:

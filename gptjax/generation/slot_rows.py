@@ -19,7 +19,6 @@ from gptjax.generation import sampling
 from gptjax.generation.loop import DecodeState
 from gptjax.generation.requests import Request
 from gptjax.model import quantize
-from gptjax.ops.attention.cache import BLOCK
 
 _CACHE_BYTES = 2 << 30  # of keys and values, where the context would need more
 _ENDS = 8  # end tokens of a row that any program has room for
@@ -172,8 +171,9 @@ def _leaves(weights: Any) -> list[tuple[tuple[Any, ...], Any]]:
     return result
 
 
-def text_length(model: Any, slots: int, length: int) -> int:
-    """Tokens that a text may have: `length`, or for 0 as many as 2 GiB of cache hold for all slots.
+def text_length(model: Any, slots: int, length: int, whole: int) -> int:
+    """Tokens that a text may have: `length`, or for 0 as many as 2 GiB of cache hold for all slots,
+    a multiple of `whole`.
 
     Raises UserError.
     """
@@ -184,5 +184,5 @@ def text_length(model: Any, slots: int, length: int) -> int:
         return length
     itemsize = jnp.dtype(model.cache_dtype or config.dtype).itemsize
     token_bytes = 2 * config.layers * config.kv * config.head_width * itemsize
-    most = _CACHE_BYTES // (token_bytes * slots) // BLOCK * BLOCK
-    return min(config.context, max(most, BLOCK))
+    most = _CACHE_BYTES // (token_bytes * slots) // whole * whole
+    return min(config.context, max(most, whole))

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,14 +121,15 @@ class SlotEngine:
         lm._require_text_model()
         model = lm._model
         self.lm, self.config, self.params = lm, model.config, model.params
-        self.length = slot_rows.text_length(model, slots, length)
+        ops = IMPLEMENTATIONS[model.config.implementation]
+        self.chunk, whole = ops.prefill_chunk, math.lcm(ops.prefill_chunk, BLOCK)
+        self.length = slot_rows.text_length(model, slots, length, whole)
         self.models = {"": lm}  # the model of each adapter; "": the base
         for name, path in adapters.items():
             self.models[name] = lm.with_adapter(path)
         self.adapters = slot_rows.stack_adapters(self.models)
-        ops = IMPLEMENTATIONS[model.config.implementation]
-        self.chunk = ops.prefill_chunk
-        self.cache_slots = -(-self.length // BLOCK) * BLOCK
+        # whole chunks: XLA would move one that sticks out back over what is there
+        self.cache_slots = -(-self.length // whole) * whole
         self.slots = slots
         self.reset()
         most = min(slots, ops.decode_rows)  # rows of a program of decoding
@@ -265,13 +267,13 @@ class SlotEngine:
             changed.append(text)
         group = self._next_group([text for text in texts if not text.waits])
         begins = any(not text.sequence.tokens for text in group)
-        for text in group:
-            self._feed_forced(text)
         # a grammar looks at every token before the next one is chosen; a first one waits for none
         guided = any(text.sequence.guide for text in group)
         steps = 1 if begins else _TURN_STEPS
         calls, steps_of_a_call = (steps, 1) if guided else (1, steps)
         for _ in range(calls):
+            for text in group:
+                self._feed_forced(text)
             if growing := [text for text in group if not text.sequence.reason]:
                 self._decode(growing, steps_of_a_call)
         for text in group:

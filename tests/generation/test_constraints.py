@@ -169,6 +169,27 @@ def test_in_slots_a_text_is_what_it_is_alone_whatever_is_beside_it(lm):
         assert [len(pairs) for pairs in text.alternatives] == [2] * len(completion.tokens)
 
 
+def test_in_slots_forced_tokens_take_a_pass_of_their_own_whoever_begins_beside_them(lm):
+    """In the same places, so that a text's numbers are the same bits."""
+    options = GenerationOptions(regex="[a-c]{3}xyzxyzxyzxyzx[0-9]{9}", max_new_tokens=30)
+    job, other = Job([5, 6, 7], options), Job([7, 8], GenerationOptions(max_new_tokens=3))
+    fed = []
+    for enters in (None, 0, 1, 2):
+        engine, places = SlotEngine(lm, slots=2), []
+        feed = engine._prefill
+        engine._prefill = lambda *args, feed=feed, places=places: (
+            places.append(args[2]) or feed(*args)
+        )
+        text, turn = engine.enter(job), 0
+        while not text.sequence.reason:
+            if turn == enters:
+                engine.enter(other)
+            engine.turn()
+            turn += 1
+        fed.append([place for place in places if place > 3])
+    assert fed[0] and fed == [fed[0]] * 4
+
+
 def test_log_probabilities_are_the_models_own_of_forced_tokens_too(lm):
     prompt = lm.encode("x")
     completion = lm.generate([prompt], choices=["a long choice", "another one"])[0]
@@ -285,6 +306,7 @@ def test_dates_are_looked_for_in_schemas_alone():
     named = {"type": "object", "properties": {"format": {"type": "integer"}, "enum": data}}
     assert accepts(named, {"format": 3, "enum": "2024-02-29"})
     assert not accepts(named, {"format": 3, "enum": "2023-02-29"})
+    assert not accepts({"anyOf": ({"type": "null"}, {"type": "string", **data})}, "2023-02-29")
 
 
 def test_a_vocabulary_that_cannot_go_on_ends_a_text_as_a_limit_does(capsys):
@@ -306,6 +328,8 @@ def test_a_vocabulary_that_cannot_go_on_ends_a_text_as_a_limit_does(capsys):
         (dict(schema={"type": "integer", "minimum": 5, "maximum": 3}), "minimum .5. is greater"),
         (dict(schema=False), "no JSON schema"),
         (dict(schema=functools.reduce(lambda inner, _: {"not": inner}, range(2000), {})), "deeply"),
+        (dict(schema='{"not": ' * 200 + "{}" + "}" * 200), "deeply"),
+        (dict(schema="[" * 100_000), "deeply"),
         (dict(schema={"enum": [1, -(2**53) - 1]}), "-9007199254740993 is no integer"),
         (dict(grammar="start: x"), r"grammar: at 1\(8\): unknown name"),
         (dict(grammar="start: start"), "no text that"),

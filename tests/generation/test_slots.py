@@ -246,6 +246,22 @@ def test_more_texts_than_a_program_has_rows(lm, jobs):
     assert len(left) == 10 and max(text.slot for text in left) < 16
 
 
+@pytest.mark.parametrize("length", [300, 384, 512])
+def test_a_last_chunk_does_not_stick_out_of_the_cache(length):
+    """Accelerators feed prompts by chunks that are longer than a block of the cache."""
+    config = tiny_language_model("llama", context=512).config
+    config = dataclasses.replace(config, implementation="reference")
+    lm = LanguageModel(config, tiny_language_model("llama", context=512).params, None)
+    engine = SlotEngine(lm, slots=1, length=length)
+    assert engine.cache_slots % engine.chunk == 0
+    prompt = np.random.default_rng(0).integers(0, 264, 290).tolist()
+    options = GenerationOptions(max_new_tokens=8)
+    alone = lm.generate([prompt], options)[0]
+    text = run(engine, [Job(prompt, options)])[0].sequence
+    assert text.tokens == alone.tokens
+    np.testing.assert_allclose(text.logprobs, alone.logprobs, atol=1e-4)
+
+
 def test_texts_that_begin_come_first_but_others_go_on(lm):
     engine = SlotEngine(lm, slots=4)
     engine._sizes = [1, 2]  # rows of a program
