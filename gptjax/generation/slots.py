@@ -272,9 +272,9 @@ class SlotEngine:
         steps = 1 if begins else _TURN_STEPS
         calls, steps_of_a_call = (steps, 1) if guided else (1, steps)
         for _ in range(calls):
-            for text in group:
+            for text in _unfinished(group):
                 self._feed_forced(text)
-            if growing := [text for text in group if not text.sequence.reason]:
+            if growing := _unfinished(group):
                 self._decode(growing, steps_of_a_call)
         for text in group:
             if text.sequence.reason:  # also of a grammar of the empty text
@@ -494,3 +494,7 @@ class SlotEngine:
             call = call() if callable(call) else call
             program, self._programs[key] = executables.executable(call, self._folder), call.name
         return program
+
+
+def _unfinished(texts: Sequence[Text]) -> list[Text]:
+    return [text for text in texts if not text.sequence.reason]

@@ -190,6 +190,16 @@ def test_in_slots_forced_tokens_take_a_pass_of_their_own_whoever_begins_beside_t
     assert fed[0] and fed == [fed[0]] * 4
 
 
+def test_in_slots_nothing_is_fed_to_a_text_that_its_stop_text_ended(lm):
+    options = GenerationOptions(regex="ab(c){40}", stop=["abc"], max_new_tokens=60)
+    engine = SlotEngine(lm, slots=1)
+    text = engine.enter(Job([5, 6, 7], options))
+    while not text.sequence.reason:
+        engine.turn()
+    assert text.sequence.text == "" and engine.free == 1
+    assert len(text.sequence.tokens) == len(text.alternatives) == 3
+
+
 def test_log_probabilities_are_the_models_own_of_forced_tokens_too(lm):
     prompt = lm.encode("x")
     completion = lm.generate([prompt], choices=["a long choice", "another one"])[0]
