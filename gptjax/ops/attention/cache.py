@@ -1,9 +1,9 @@
 """One layer of the key/value cache (`model.kv_cache.init_cache`): written, and attended over.
 
 Where a layer also has `row` (int32 []), a call is about B neighbouring rows of a larger cache:
-those from `row` on. Where it has `used` (int32 [B]) too, attention goes over blocks of a row's
-first `used` slots, with a softmax that is carried on from block to block (Milakov & Gimelshein
-2018).
+those from `row` on. Where it has `used` (int32 [B]) too, the slots that each of them uses,
+attention goes over the blocks of slots up to the last one that is used, with a softmax that is
+carried on from block to block (Milakov & Gimelshein 2018).
 """
 
 from __future__ import annotations
