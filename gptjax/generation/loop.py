@@ -29,7 +29,7 @@ from gptjax.generation import meshes, sampling
 from gptjax.generation.sampling import History, Settings
 from gptjax.model import head, transformer
 from gptjax.model.kv_cache import init_cache, take_rows
-from gptjax.ops import collectives
+from gptjax.ops import categorical, collectives
 from gptjax.ops.implementations import IMPLEMENTATIONS
 from gptjax.runtime import executables, sharding
 
@@ -306,7 +306,7 @@ def advance(
         logits = head.unembed(config, params, x[:, 0])
         processed = sampling.process(logits, settings, state.history, active)
         token = sampling.choose(processed, settings, row_keys(state), active)
-        logprob = sampling.logprob(logits, token)
+        logprob = categorical.logprob(logits, token)
         state = dataclasses.replace(state, cache=cache)
         return i + 1, append(state, token, logprob, settings["eos_ids"])
 
@@ -347,7 +347,7 @@ def extend(
     tokens = state.tokens.at[rows, slots].set(given, mode="drop")
     x, cache = feed(config, params, tokens, state.length, state.cache, count + 1)
     logits = head.unembed(config, params, x)
-    logprobs = sampling.logprob(logits[:, :count], given)
+    logprobs = categorical.logprob(logits[:, :count], given)
     length = state.length + counts
     state = dataclasses.replace(
         state,
@@ -400,5 +400,5 @@ def _append_chosen(
     processed = sampling.process(logits, settings, state.history, active)
     token = sampling.choose(processed, settings, row_keys(state), active)
     paused = dataclasses.replace(state, done=state.done | ~chooses)
-    after = append(paused, token, sampling.logprob(logits, token), settings["eos_ids"])
+    after = append(paused, token, categorical.logprob(logits, token), settings["eos_ids"])
     return dataclasses.replace(after, done=jnp.where(chooses, after.done, state.done))

@@ -485,14 +485,16 @@ def process(
     return jnp.where((logits_BV == -jnp.inf).all(-1, keepdims=True), original, logits_BV)
 
 
-def choose(logits_BV: Array, settings: Settings, keys_B: Array, active: frozenset[str]) -> Array:
-    """int32 [B]: a draw where the request samples, else the largest logit."""
+def choose(
+    logits_BV: Array,
+    settings: Settings,
+    keys_B: Array,
+    active: frozenset[str],
+    in_order: bool = False,
+) -> Array:
+    """int32 [B]: a draw (`ops.categorical`) where the request samples, else the largest logit."""
     best = jnp.argmax(logits_BV, -1).astype(jnp.int32)
     if "sample" not in active:
         return best
-    return jnp.where(settings["temperature"] > 0, draw(logits_BV, keys_B), best)
-
-
-def logprob(logits: Array, tokens: Array) -> Array:
-    """log softmax(logits [..., V]) at tokens [...], float32."""
-    return jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, -1)
+    drawn = draw(logits_BV, keys_B, in_order=in_order)
+    return jnp.where(settings["temperature"] > 0, drawn, best)

@@ -18,9 +18,9 @@ import numpy as np
 from gptjax.config.errors import UserError
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array
-from gptjax.generation import sampling
 from gptjax.generation.loop import InferenceModel
 from gptjax.model import head, transformer
+from gptjax.ops import categorical
 from gptjax.runtime import executables
 
 _ROWS = 16  # at a time, of each group of devices
@@ -49,7 +49,7 @@ def token_logprobs(config: ModelConfig, params: Any, tokens_BT: Array) -> tuple[
         hidden, targets = row
         row_logits = head.unembed(config, params, hidden)
         greedy = jnp.argmax(row_logits, -1) == targets
-        return sampling.logprob(row_logits, targets), greedy
+        return categorical.logprob(row_logits, targets), greedy
 
     return jax.lax.map(score_row, (x, tokens_BT[:, 1:]))
 

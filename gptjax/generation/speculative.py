@@ -23,7 +23,7 @@ from gptjax.generation.loop import DecodeState, InferenceModel
 from gptjax.generation.requests import Request
 from gptjax.generation.sampling import Settings
 from gptjax.model import head, transformer
-from gptjax.ops import collectives
+from gptjax.ops import categorical, collectives
 from gptjax.runtime import executables
 
 # processors that may run with guesses; the others would make most guesses wrong
@@ -135,7 +135,7 @@ def _accept(
     for k in range(count + 1):
         processed = sampling.process(logits[:, k], settings, state.history, active)
         token = sampling.choose(processed, settings, rows, active)
-        logprob = sampling.logprob(logits[:, k], token)
+        logprob = categorical.logprob(logits[:, k], token)
         paused = dataclasses.replace(state, done=state.done | ~agreed)
         after = loop.append(paused, token, logprob, settings["eos_ids"])
         state = dataclasses.replace(after, done=jnp.where(agreed, after.done, state.done))
