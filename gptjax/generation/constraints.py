@@ -233,11 +233,11 @@ _DATE = (
     f"|(?:[0-9]{{2}}{_BY_FOUR}|{_BY_FOUR}00)-02-29)"
 )
 _DATES = {"date": f"{_DATE}$", "date-time": _DATE}  # a format: what its texts match
-_NAMED = (  # keywords whose values are schemas by name, and OpenAPI's
+_NAMED = {  # keywords whose values are schemas by name, and OpenAPI's
     *("properties", "patternProperties", "dependentSchemas", "dependencies"),
     *("$defs", "definitions", "schemas"),
-)
-_VALUES = ("const", "enum", "default", "examples")  # keywords whose values are no schemas
+}
+_VALUES = {"const", "enum", "default", "examples"}  # keywords whose values are no schemas
 
 
 def _with_exact_dates(schema: Any) -> Any:
@@ -259,6 +259,13 @@ def _with_exact_dates(schema: Any) -> Any:
 
 
 def _schema_grammar(schema: Any) -> str:
+    try:
+        return _shallow_schema_grammar(schema)
+    except RecursionError:
+        raise UserError(_TOO_DEEP) from None
+
+
+def _shallow_schema_grammar(schema: Any) -> str:
     from_json_schema = _library().LLMatcher.grammar_from_json_schema
     if isinstance(schema, str):
         check_characters(schema, "the schema")
@@ -266,23 +273,18 @@ def _schema_grammar(schema: Any) -> str:
             schema = json.loads(schema)
         except json.JSONDecodeError as error:
             raise UserError(f"schema: no JSON: {error}") from None
-        except RecursionError:
-            raise UserError(_TOO_DEEP) from None
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
         raise UserError(f"schema: {schema!r:.80} is no JSON schema of any text: give an object")
-    try:
-        too_large, exact = _inexact_integer(schema), _with_exact_dates(schema)
-    except RecursionError:
-        raise UserError(_TOO_DEEP) from None
-    if too_large:
+    if too_large := _inexact_integer(schema):
         raise UserError(
             f"schema: {too_large} is no integer that JSON readers keep exactly: "
             f"use one of at most 2**53 = {_EXACT:,}, or a string"
         )
     try:
-        return str(from_json_schema(json.dumps(exact, allow_nan=False), _JSON))
+        text = json.dumps(_with_exact_dates(schema), allow_nan=False)
+        return str(from_json_schema(text, _JSON))
     except (TypeError, ValueError) as error:
         is_deep = "recursion limit exceeded" in str(error)
         raise UserError(_TOO_DEEP if is_deep else f"schema: {_first_line(str(error))}") from None
