@@ -21,9 +21,9 @@ def draw(
     """int32 [B]: a token of each row, drawn with the probabilities softmax(logits).
 
     The largest of log-probabilities with Gumbel noise, among groups of neighbouring tokens and then
-    in one group: 448 random numbers for 49,152 tokens, where noise for each token takes a CPU as
-    long as half of a small model. As with noise for each, logits that are rounded otherwise give
-    the same token but for ties, which they would not by inverting a distribution function.
+    in one group: 448 random numbers for 49,152 tokens, a tenth of a CPU's time for noise for each.
+    As with noise for each, logits that are rounded otherwise give the same token but for ties,
+    which they would not by inverting a distribution function.
 
     in_order: for slots, the same bits of a row's sums however many rows there are.
     """
