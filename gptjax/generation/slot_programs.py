@@ -33,6 +33,7 @@ from gptjax.runtime import executables
 
 STEPS = 8  # the most steps of a call of `decode`
 ALTERNATIVES = 20  # how many the programs give that give some
+Alternatives = list[tuple[int, float]]  # (id, log-probability) of tokens, most likely first
 
 
 class Scored(NamedTuple):
@@ -42,8 +43,8 @@ class Scored(NamedTuple):
     top_logprobs: Array  # float32 [..., A]: of the most likely tokens, A = 0 where nobody asks
     top_ids: Array  # int32 [..., A]
 
-    def pairs(self, i: int, count: int) -> list[tuple[int, float]]:
-        """(id, log-probability) of the most likely tokens in the place of one, on the host."""
+    def pairs(self, i: int, count: int) -> Alternatives:
+        """The most likely tokens in the place of one; of arrays on the host."""
         ids, logprobs = self.top_ids[i, :count].tolist(), self.top_logprobs[i, :count].tolist()
         return list(zip(ids, logprobs, strict=True))
 

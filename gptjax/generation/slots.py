@@ -35,7 +35,7 @@ from gptjax.generation import sampling, slot_programs, slot_rows
 from gptjax.generation.language_model import LanguageModel
 from gptjax.generation.options import GenerationOptions, refuse_options
 from gptjax.generation.requests import SequenceState
-from gptjax.generation.slot_programs import ALTERNATIVES
+from gptjax.generation.slot_programs import ALTERNATIVES, Alternatives
 from gptjax.generation.slot_rows import Row
 from gptjax.model.kv_cache import init_cache
 from gptjax.ops.attention.cache import BLOCK
@@ -58,9 +58,6 @@ class Job:
     prompt_logprobs: bool = False  # scores of the prompt's tokens too, with as many alternatives
 
 
-Alternatives = list[tuple[int, float]]  # (id, log-probability), most likely first
-
-
 @dataclasses.dataclass(eq=False)
 class Text:
     """A job that has a slot, as it grows."""
@@ -77,6 +74,10 @@ class Text:
     @property
     def scores_prompt(self) -> bool:
         return self.job.prompt_logprobs or self.job.options.prompt_logprobs
+
+    @property
+    def begins(self) -> bool:
+        return not self.sequence.tokens
 
     @property
     def waits(self) -> bool:
@@ -266,10 +267,9 @@ class SlotEngine:
                 chunks -= 1
             changed.append(text)
         group = self._next_group([text for text in texts if not text.waits])
-        begins = any(not text.sequence.tokens for text in group)
         # a grammar looks at every token before the next one is chosen; a first one waits for none
         guided = any(text.sequence.guide for text in group)
-        steps = 1 if begins else _TURN_STEPS
+        steps = 1 if any(text.begins for text in group) else _TURN_STEPS
         calls, steps_of_a_call = (steps, 1) if guided else (1, steps)
         for _ in range(calls):
             for text in _unfinished(group):
@@ -286,7 +286,7 @@ class SlotEngine:
         groups = self._group_texts(ready)
         if not groups:
             return []
-        begin = [g for g in groups if any(not text.sequence.tokens for text in groups[g])]
+        begin = [g for g in groups if any(text.begins for text in groups[g])]
         if begin and not self._began:
             self._began = True
             return groups[begin[0]]

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from gptjax.config.errors import UserError
-from gptjax.generation.slots import Alternatives, Job
+from gptjax.generation.slot_programs import Alternatives
+from gptjax.generation.slots import Job
 from gptjax.serving.errors import ApiError, wrong_field
 from gptjax.serving.scheduler import Piece
 from gptjax.serving.served import CONSTRAINTS, Served, Usage, new_id

@@ -19,7 +19,8 @@ from typing import Any
 
 from gptjax.config.errors import UserError
 from gptjax.core.streams import say
-from gptjax.generation.slots import Alternatives, Job, SlotEngine, Text
+from gptjax.generation.slot_programs import Alternatives
+from gptjax.generation.slots import Job, SlotEngine, Text
 from gptjax.serving.errors import ApiError, too_busy, unavailable
 from gptjax.serving.metrics import Metrics
 
