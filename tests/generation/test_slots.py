@@ -249,9 +249,7 @@ def test_more_texts_than_a_program_has_rows(lm, jobs):
 @pytest.mark.parametrize("length", [300, 384, 512])
 def test_a_last_chunk_does_not_stick_out_of_the_cache(length):
     """Accelerators feed prompts by chunks that are longer than a block of the cache."""
-    config = tiny_language_model("llama", context=512).config
-    config = dataclasses.replace(config, implementation="reference")
-    lm = LanguageModel(config, tiny_language_model("llama", context=512).params, None)
+    lm = as_accelerators_have_it(tiny_language_model("llama", context=512))
     engine = SlotEngine(lm, slots=1, length=length)
     assert engine.cache_slots % engine.chunk == 0
     prompt = np.random.default_rng(0).integers(0, 264, 290).tolist()
@@ -298,10 +296,9 @@ def test_each_text_has_its_own_adapter(tmp_path, jobs):
 
 
 def test_adapters_where_layers_are_apart(tmp_path, jobs):
-    """As accelerators have them; the loop over layers is the CPU's."""
+    """The loop over layers is the CPU's."""
     looped, folders = adapted_model(tmp_path)
-    config = dataclasses.replace(looped.config, implementation="reference")
-    lm = LanguageModel(config, looped.params, None)
+    lm = as_accelerators_have_it(looped)
     assert isinstance(lm._weights["blocks"], tuple)
     asked = [dataclasses.replace(jobs[0], adapter=name, alternatives=0) for name in ("", *folders)]
     for job, text in zip(asked, run(SlotEngine(lm, slots=4, adapters=folders), asked), strict=True):
@@ -309,6 +306,12 @@ def test_adapters_where_layers_are_apart(tmp_path, jobs):
         alone = model.generate([job.prompt], job.options)[0]
         assert text.sequence.tokens == alone.tokens
         np.testing.assert_allclose(text.sequence.logprobs, alone.logprobs, atol=1e-4)
+
+
+def as_accelerators_have_it(lm):
+    """The model with long chunks of prompts, and with layers apart."""
+    config = dataclasses.replace(lm.config, implementation="reference")
+    return LanguageModel(config, lm.params, None)
 
 
 def adapted_model(tmp_path):

@@ -403,22 +403,21 @@ def test_the_server_of_this_package_with_tokens_that_are_parts_of_characters(ope
     scheduler.start()
     server = Server(build_app(Served("bytes", engine), scheduler))
     try:
-        body = dict(model="bytes", prompt="Once", seed=3, max_tokens=40, stop=["never"], logprobs=5)
+        body = dict(model="bytes", prompt="Once", seed=4, max_tokens=40, stop=["never"], logprobs=5)
         sent = Request(f"{server.url}v1/completions", json.dumps(body).encode())
         sent.add_header("Content-Type", "application/json")
         with urlopen(sent) as answer:  # before the page, which would wait for the compiler too
-            expected = json.load(answer)
+            expected = json.load(answer)["choices"][0]["text"]
         page = open_page(server.url)
         expect(page.get_by_label("Chat", exact=True)).to_be_disabled()
-        for name, value in (("Seed", "3"), ("Max tokens", "40"), ("Stop texts", "never")):
+        for name, value in (("Seed", "4"), ("Max tokens", "40"), ("Stop texts", "never")):
             page.get_by_label(name).fill(value)
         page.get_by_label("Text to go on from").fill("Once")
         page.get_by_role("button", name="Go on").click()
         ended(page)
-        text = answers(page).evaluate("(element) => element.textContent")
-        assert text == expected["choices"][0]["text"]
+        assert answers(page).evaluate("(element) => element.textContent") == expected
         spans = page.locator(".assistant .token")
-        expect(spans).to_have_count(expected["usage"]["completion_tokens"])
+        expect(spans).to_have_count(40)
         spans.and_(page.locator(":visible")).last.hover()  # others end within a character
         expect(page.get_by_role("region", name="Token").get_by_role("listitem")).to_have_count(5)
         page.get_by_label("Max tokens").fill("4000")
