@@ -16,6 +16,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Float32, Num
 
+from gptjax.core import processor
 from gptjax.ops.materialize import kept, materialize
 
 
@@ -154,6 +155,9 @@ _bias_add.defvjp(
 FEW = 8  # rows: with more, the sums do not fit the registers, and packing the weights pays
 _SHORT = 16  # values of a sum: LLVM turns loops over fewer into vectors across rows
 _SUMS = 8  # at a time, from which on LLVM keeps one register for each
+# With FEW rows of x what it takes to read x is the limit, so it is read for as many parts of the
+# weights at once as there are registers for sums: AVX-512 has 32.
+_PARTS_OF_FEW = 3 if "avx512f" in processor.instruction_sets() else 1
 
 
 class Part(NamedTuple):
@@ -183,7 +187,7 @@ def small_batch_matmul(
     that are read at the same time, and the products of every part with every row of x are summed
     by *one* reduction of several operands: XLA fuses the products into it and leaves its loop to
     LLVM, which makes vectors of it. Of eight sums and more at once it makes one vector each; of
-    fewer, several, in another order. So there are always eight, and what a row of x gets does not
+    fewer, several, in another order. So there are never fewer, and what a row of x gets does not
     depend on how many others there are.
 
     For N = 3 rows of x and F = 7 rows there are three parts of three rows; they start at 0, 3 and
@@ -198,7 +202,7 @@ def small_batch_matmul(
     n, f = x.shape[1], part.rows or rows.shape[1]
     if jax.__version_info__ < (0, 12):
         x = kept(x)  # this XLA would compute it inside the reduction
-    parts = -(-_SUMS // n)
+    parts = _PARTS_OF_FEW if n == FEW else -(-_SUMS // n)
     size = -(-f // parts)
     starts = [min(at, f - size) for at in range(0, f, size)]
     operands = []

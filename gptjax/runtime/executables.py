@@ -36,7 +36,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
-from gptjax.core import files
+from gptjax.core import files, processor
 from gptjax.runtime import sharding
 from gptjax.runtime.devices import default_platform
 from gptjax.runtime.programs import Programs
@@ -112,6 +112,10 @@ class JittedFunction:
             call = self.call(*args, **kwargs)
             if program := _programs.get(call.name):
                 return program(*call.arrays.values())
+        return self.run(*args, mesh=mesh, **kwargs)
+
+    def run(self, *args: Any, mesh: Mesh | None = None, **kwargs: Any) -> Any:
+        """The same by `jax.jit`, whether or not there is an executable."""
         jitted = self.compiled(mesh)
         known = jitted._cache_size()
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
@@ -218,6 +222,17 @@ class Call:
     def name(self) -> Any:
         """Of the program, in this process: hashable."""
         return self.jitted, self.key
+
+    def program(self) -> Callable[..., Any]:
+        """The function of the arrays alone, by position, that such a call runs.
+
+        For loops, in which every call would look for it. Static arguments come first, or by name.
+        """
+        if self.mesh is None and (known := ready(self.name)):
+            return known
+        static, names = self.jitted.static, list(self.jitted.signature.parameters)
+        first = [arg for name, arg in zip(names, self.args, strict=False) if name in static]
+        return functools.partial(self.jitted.run, *first, mesh=self.mesh, **self.kwargs)
 
     def path(self, folder: Path) -> Path:
         """The file of this call's executable."""
@@ -369,10 +384,4 @@ def _compiler_options(mesh: Mesh | None) -> dict[str, Any] | None:
 @functools.cache
 def _processor() -> list[Any]:
     """What XLA:CPU compiles for: instruction sets, and the cores that it divides work between."""
-    flags = ""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        for line in file:
-            if line.startswith(("flags", "Features")):
-                flags = line
-                break
-    return [platform.machine(), flags, os.cpu_count()]
+    return [platform.machine(), sorted(processor.instruction_sets()), os.cpu_count()]

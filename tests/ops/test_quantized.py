@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.ops import quantized
+from gptjax.ops import products, quantized
 from gptjax.runtime import executables
 
 
@@ -33,8 +33,12 @@ def test_a_product_rounds_weights_and_not_activations(weights, count, width, fea
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(("width", "features"), [(48, 64), (768, 51)])
-def test_a_row_is_multiplied_bit_for_bit_as_among_others(weights, width, features):
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_row_is_multiplied_bit_for_bit_as_among_others(
+    weights, width, features, parts, monkeypatch
+):
     """Else a text of a server depends on its neighbours, and speculation is not greedy."""
+    monkeypatch.setattr(products, "_PARTS_OF_FEW", parts)  # as processors of both kinds have it
     rng = np.random.default_rng(0)
     x = rng.standard_normal((32, width)).astype(np.float32)
     rows = quantized.quantize_rows(
