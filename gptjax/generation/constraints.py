@@ -32,6 +32,9 @@ _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": 
 _TOO_DEEP = "schema: it is nested too deeply: use $defs and $ref"
 _NOTHING = "no text that the vocabulary can write follows it"
 _CACHED_VOCABULARIES, _CACHED_GUIDES = 4, 64
+# Tokens that the library takes all at once where a grammar lets them all come, in the sizes of its
+# own: words, which many expressions are of. It builds its tree of them in this order.
+_WORDS = ["[a-z]{1,10}", " [a-z]{1,9}", "[a-z]{1,30}", " [a-z]{1,29}"]
 _EXACT = 2**53  # the largest integer up to which float64 has all
 
 
@@ -55,9 +58,11 @@ class GuideState:
 
     def __init__(self, vocabulary: _Vocabulary, matcher: Any):
         self._vocabulary, self._matcher = vocabulary, matcher
-        self._words = np.zeros(-(-(vocabulary.end + 1) // 32), np.uint32)
+        words = np.zeros(-(-(vocabulary.end + 1) // 32), np.uint32)
+        self._place = (words.ctypes.data, words.nbytes)  # where the library writes the mask
+        self._texts = words[: len(vocabulary.texts)]  # its part about the model's rows
         self.finished, self.fault = False, ""
-        self._is_new = False  # whether `_words` is the mask of this state
+        self._is_new = False  # whether `_texts` is the mask of this state
         self._forced: list[int] | None = None  # of this state, once somebody asked
         self._look()
 
@@ -77,7 +82,7 @@ class GuideState:
             row[forced[0] // 32] = 1 << forced[0] % 32
             return
         self._compute()
-        np.bitwise_and(self._words[: len(row)], self._vocabulary.texts, out=row)
+        row[:] = self._texts
         if self._matcher.is_accepting():
             np.bitwise_or(row, self._vocabulary.ends, out=row)
 
@@ -112,11 +117,11 @@ class GuideState:
         if self._is_new:
             return
         self._is_new = True
-        self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
-        texts = self._vocabulary.texts
+        self._matcher.unsafe_compute_mask_ptr(*self._place)
+        np.bitwise_and(self._texts, self._vocabulary.texts, out=self._texts)
         if self._matcher.is_error():
             self.fault = _first_line(self._matcher.get_error())
-        elif not (self._words[: len(texts)] & texts).any():
+        elif not self._texts.any():
             self.finished = bool(self._matcher.is_accepting())
             self.fault = "" if self.finished else "the vocabulary has no token that goes on from it"
 
@@ -205,8 +210,9 @@ def _read_vocabulary(
     texts[:vocab_size] = [bool(text) for text in tokens]
     ends[list(eos_ids)] = True
     wrapper = llguidance.TokenizerWrapper(_Tokens(tokenizer, [*tokens, b"<end>"]))
+    slices = [*_WORDS, *llguidance.LLTokenizer.general_slices()]
     return _Vocabulary(
-        llguidance.LLTokenizer(wrapper),
+        llguidance.LLTokenizer(wrapper, slices=slices),
         end=vocab_size,
         eos_ids=frozenset(eos_ids),
         texts=np.packbits(texts, bitorder="little").view(np.uint32),

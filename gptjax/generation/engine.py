@@ -18,9 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.config.schema import ModelConfig
-from gptjax.core.types import Array
-from gptjax.generation import loop, speculative
+from gptjax.generation import guided, loop, speculative
+from gptjax.generation.guided import GuidedDecoder
 from gptjax.generation.loop import DecodeState, InferenceModel, PromptBatch
 from gptjax.generation.requests import Request
 from gptjax.generation.sampling import (
@@ -31,11 +30,8 @@ from gptjax.generation.sampling import (
 )
 from gptjax.generation.speculative import Speculation
 from gptjax.model.kv_cache import init_cache
-from gptjax.ops.implementations import IMPLEMENTATIONS
 from gptjax.runtime import executables
 from gptjax.runtime.executables import Call
-
-FORCED = (0, 4, 16)  # widths of a pass: how many tokens that a grammar forces it writes at most
 
 
 def run(
@@ -51,26 +47,31 @@ def run(
     """
     active = active_processors(request.samplings)
     settings = model.put(_settings(model, request))
-    state = _start(model, _first_batch(model, request, speculation), speculation)
-    logits, known, turn = None, np.asarray(state.length), 0
+    decoder = GuidedDecoder(model, request, settings, active) if request.guided else None
+
+    def start(batch: PromptBatch) -> DecodeState:
+        state = _start(model, batch, speculation)
+        return decoder.begin(state) if decoder else state
+
+    state = start(_first_batch(model, request, speculation))
+    known, turn = np.asarray(state.length), 0
     while True:
         count, turn = steps[min(turn, len(steps) - 1)], turn + 1
-        if request.guided:
-            state, logits = _extend(model, state, logits, settings, known, request, active)
+        if decoder:
+            state = decoder.extend(state, known)
         else:
             state = _advance(model, state, settings, count, active, speculation)
-        done = _collect(state, known, request)
-        known = np.asarray(state.length)
+        known, ended, done = _collect(state, known, request)
         yield
         if request.finished:
             return
         if done.all():  # the rest have filled the context
-            state = _start(model, _shifted_batch(model, request, state, speculation), speculation)
-            logits = None
-            known, done = np.asarray(state.length), np.asarray(state.done).copy()
+            state = start(_shifted_batch(model, request, state, speculation))
+            known, ended = np.asarray(state.length), np.asarray(state.done)
+            done = ended.copy()
             for i, sequence in enumerate(request.sequences):
                 done[i] = bool(sequence.reason)
-        if (done != np.asarray(state.done)).any():
+        if (done != ended).any():
             state = dataclasses.replace(state, done=model.put(done))
 
 
@@ -120,101 +121,23 @@ def _advance(
     )
 
 
-def _extend(
-    model: InferenceModel,
-    state: DecodeState,
-    logits: Array | None,
-    settings: Settings,
-    known: np.ndarray,
-    request: Request,
-    active: frozenset[str],
-) -> tuple[DecodeState, Array | None]:
-    """One more token in each row, that its grammar allows, and before it those that the grammar
-    forces, where writing them in one pass pays.
+def _collect(
+    state: DecodeState, known: np.ndarray, request: Request
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Feeds the tokens from slot `known` on to the sequences.
 
-    logits: of the token after each row's last one, where they are being computed. So are those that
-    come back: the pass for the next token begins before the host has seen this one, and what the
-    host does with it takes no time of the device's.
+    Returns of each row [B] its length, whether the device has ended it, and whether it is done.
     """
-    config, params = model.config, model.params
-    rows, rooms = len(known), np.asarray(state.limit) - known
-    width = _width(_forced_counts(request, rooms), config)
-    given, counts, chooses = _given(rows, width)
-    allowed = np.zeros((rows, mask_words(config.vocab_size)), np.uint32)
-    for i, sequence in enumerate(request.sequences):
-        tokens = sequence.take_given(min(rooms[i], width))
-        given[i, : len(tokens)], counts[i] = tokens, len(tokens)
-        if sequence.guide and not sequence.reason and not sequence.guide.ended:
-            chooses[i] = True
-            sequence.guide.write_mask(allowed[i])
-    arrays: Any = (allowed, given, counts, chooses)
-    if model.mesh is not None:  # one device is quicker to take them with the call
-        arrays = model.put(arrays)
-    settings = {**settings, "allowed": arrays[0]}
-    options: dict[str, Any] = {"active": active, "mesh": model.mesh}
-    if width:
-        state = loop.extend(config, params, state, settings, *arrays[1:], **options)
-    else:
-        if logits is None:
-            state, logits = _forward(model, state)
-        cache, without = state.cache, dataclasses.replace(state, cache=None)
-        without = loop.choose(without, settings, logits, arrays[-1], **options)
-        state = dataclasses.replace(without, cache=cache)
-    if (rooms <= width + 1).all():
-        return state, None  # it may be the last one
-    return _forward(model, state)
-
-
-def _forward(model: InferenceModel, state: DecodeState) -> tuple[DecodeState, Array]:
-    """The state, and the logits after each row's last token."""
-    logits, cache = loop.forward(
-        model.config, model.params, state.tokens, state.length, state.cache, mesh=model.mesh
-    )
-    return dataclasses.replace(state, cache=cache), logits
-
-
-def _forced_counts(request: Request, rooms: np.ndarray) -> list[int]:
-    """How many tokens each text's grammar leaves no choice about, of those that it has room for."""
-    counts = []
-    for sequence, room in zip(request.sequences, rooms, strict=False):
-        forced = sequence.guide.forced() if sequence.guide and not sequence.reason else []
-        counts.append(min(len(forced), max(int(room), 0)))
-    return counts
-
-
-def _width(counts: Sequence[int], config: ModelConfig) -> int:
-    """The width of the pass that saves most time, with so many forced tokens in each row.
-
-    A row saves a step for each token that it is given. A pass costs as much more as it feeds
-    tokens, and a step more: the one that has begun is for nothing.
-    """
-    rows, together = len(counts), IMPLEMENTATIONS[config.implementation].tokens_of_a_pass
-
-    def gain(width: int) -> float:
-        saved = sum(min(count, width) for count in counts) / rows
-        times = -(-rows * (width + 1) // together) / -(-rows // together)
-        return saved - times if width else 0.0
-
-    return max(FORCED, key=gain)
-
-
-def _given(rows: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The arguments of `loop.extend` for rows that are done."""
-    given = np.zeros((rows, width), np.int32)
-    return given, np.zeros(rows, np.int32), np.zeros(rows, bool)
-
-
-def _collect(state: DecodeState, known: np.ndarray, request: Request) -> np.ndarray:
-    """Feeds the tokens from slot `known` on to the sequences. Returns which rows are done [B]."""
     tokens, lengths = np.asarray(state.tokens), np.asarray(state.length)
-    logprobs, done = np.asarray(state.logprobs), np.asarray(state.done).copy()
+    logprobs, ended = np.asarray(state.logprobs), np.asarray(state.done)
+    done = ended.copy()
     for i, sequence in enumerate(request.sequences):
         for slot in range(known[i], lengths[i]):
             sequence.feed(int(tokens[i, slot]), float(logprobs[i, slot]))
         if len(sequence.tokens) >= request.max_new_tokens:
             sequence.finish("length")
         done[i] |= bool(sequence.reason)
-    return done
+    return lengths, ended, done
 
 
 def _first_batch(
@@ -270,7 +193,7 @@ def _slots(
     speculation: Speculation | None,
 ) -> int:
     """Slots of the buffer: for the longest row, and for guesses or forced tokens behind its end."""
-    extra = speculation.count + 1 if speculation else FORCED[-1] if request.guided else 0
+    extra = speculation.count + 1 if speculation else guided.FORCED[-1] if request.guided else 0
     return model.slots(max(limits), extra=extra)
 
 
@@ -302,9 +225,9 @@ def first_calls(model: InferenceModel, request: Request) -> tuple[Call, ...]:
     if request.guided:
         settings["allowed"] = np.zeros((rows, mask_words(config.vocab_size)), np.uint32)
         rooms = np.asarray(state.limit) - np.asarray(state.length)
-        width = _width(_forced_counts(request, rooms), config)
+        width = guided.pass_width(guided.forced_counts(request, rooms), config)
         logits = jax.ShapeDtypeStruct((rows, config.vocab_size), np.float32)
-        arrays = (*_given(rows, width), logits)
+        arrays = (*guided.given_arrays(rows, width), logits)
     if model.mesh is not None:
         state, settings, tokens, lengths = map(model.described, (state, settings, tokens, lengths))
         arrays = model.described(arrays)
@@ -328,7 +251,7 @@ def first_calls(model: InferenceModel, request: Request) -> tuple[Call, ...]:
     texts = (state.tokens, state.length, state.cache)
     forward = loop.forward.call(config, params, *texts, mesh=model.mesh)
     without = dataclasses.replace(state, cache=None)
-    choose = loop.choose.call(without, settings, logits, given[-1], **options)
+    choose = loop.choose.call(without, settings, logits, **options)
     if not width:
         return forward, choose, prefill
     extend = loop.extend.call(config, params, state, settings, *given, **options)

@@ -330,15 +330,14 @@ def extend(
     settings: Settings,
     given: Array,
     counts: Array,
-    chooses: Array,
     *,
     active: frozenset[str],
 ) -> DecodeState:
     """The state after given tokens and one more that is chosen after them, all in one pass.
 
     given int32 [B, K]: the first counts[b] of row b are appended to it; none to rows that are done.
-    chooses bool [B]: whether row b gets the token after them. The buffer has K slots more than any
-    row's limit. Log-probabilities are the model's own, of given tokens too.
+    Rows whose mask in settings["allowed"] has no token get none after them. The buffer has K slots
+    more than any row's limit. Log-probabilities are the model's own, of given tokens too.
     """
     count = given.shape[1]
     rows, steps = jnp.arange(len(given))[:, None], jnp.arange(count)[None]
@@ -359,7 +358,7 @@ def extend(
         cache=cache,
     )
     last = jnp.take_along_axis(logits, counts[:, None, None], 1)[:, 0]
-    return _append_chosen(state, settings, last, chooses, active)
+    return _append_chosen(state, settings, last, active)
 
 
 @functools.partial(
@@ -384,21 +383,19 @@ def forward(
     executables.jit, static_argnames=("active",), donate_argnames=("state",), outputs="state"
 )
 def choose(
-    state: DecodeState, settings: Settings, logits: Array, chooses: Array, *, active: frozenset[str]
+    state: DecodeState, settings: Settings, logits: Array, *, active: frozenset[str]
 ) -> DecodeState:
-    """The state, given without its cache, after one more token in the rows that choose [B]."""
-    return _append_chosen(state, settings, logits, chooses, active)
+    """The state, given without its cache, after one more token in each row that is not done and has
+    one in its mask, settings["allowed"]."""
+    return _append_chosen(state, settings, logits, active)
 
 
 def _append_chosen(
-    state: DecodeState,
-    settings: Settings,
-    logits: Array,
-    chooses: Array,
-    active: frozenset[str],
+    state: DecodeState, settings: Settings, logits: Array, active: frozenset[str]
 ) -> DecodeState:
     processed = sampling.process(logits, settings, state.history, active)
     token = sampling.choose(processed, settings, row_keys(state), active)
+    chooses = (settings["allowed"] != 0).any(-1)
     paused = dataclasses.replace(state, done=state.done | ~chooses)
     after = append(paused, token, categorical.logprob(logits, token), settings["eos_ids"])
     return dataclasses.replace(after, done=jnp.where(chooses, after.done, state.done))

@@ -14,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config.errors import UserError
-from gptjax.generation import constraints, engine, loop
+from gptjax.generation import constraints, loop
 from gptjax.generation.constraints import build_guide
+from gptjax.generation.guided import pass_width
 from gptjax.generation.options import GenerationOptions
 from gptjax.generation.slots import Job, SlotEngine
 from gptjax.ops.implementations import IMPLEMENTATIONS
+from gptjax.runtime import executables
 from gptjax.tokenizer.base import Tokenizer
 from gptjax.tokenizer.openai import OpenAITokenizer
 from gptjax.tokenizer.pretrained import from_gpt2
@@ -111,6 +113,30 @@ def test_masks_are_those_of_brute_force(vocabularies, kind):
         for i in expected - set(tokenizer.eos_ids):
             prefixes.add(prefix + tokenizer.token_bytes[i])
     assert seen > 15
+
+
+def test_words_are_no_longer_than_their_expression_lets_them(vocabularies):
+    """Words are what the library takes together from the vocabulary."""
+    tokenizer = vocabularies["gpt2"]
+    beginning = re.compile(r"[a-z]{0,12}|[a-z]{2,12} [a-z]{0,5}|[a-z]{2,12} [a-z]{1,5}!")
+    options = GenerationOptions(regex="[a-z]{2,12} [a-z]{1,5}!")
+    guide = build_guide(tokenizer, 50257, tokenizer.eos_ids, options)
+    pieces = [piece.decode("latin-1") for piece in tokenizer.token_bytes]
+    for text in ("", "a", "some", "sometimes", "some th", "some thing"):
+        state = guide.start()
+        for byte in text.encode():
+            state.accept(tokenizer.token_bytes.index(bytes([byte])))
+        expected = {i for i, p in enumerate(pieces) if p and beginning.fullmatch(text + p)}
+        assert allowed_ids(state, 50257) == expected
+
+
+def test_each_program_of_a_guided_text_is_looked_up_once(lm, monkeypatch):
+    names, program = [], executables.Call.program
+    monkeypatch.setattr(
+        executables.Call, "program", lambda call: names.append(call.jitted) or program(call)
+    )
+    assert len(lm.generate("x", regex="[a-c]{20}", max_new_tokens=30).tokens) == 20
+    assert sorted(jitted.__name__ for jitted in names) == ["choose", "forward"]
 
 
 @settings(max_examples=40, deadline=None)
@@ -226,8 +252,9 @@ def test_a_text_does_not_depend_on_which_forced_tokens_share_a_pass(lm, together
 
 def test_a_pass_of_several_tokens_must_save_more_than_it_costs(lm):
     config = lm._model.config
-    assert [engine._width([count], config) for count in (0, 1, 2, 4, 5, 9)] == [0, 0, 4, 4, 4, 16]
-    assert engine._width([4] + [0] * 7, config) == engine._width([16] * 8, config) == 0
+    widths = [pass_width([count], config) for count in (0, 1, 2, 4, 5, 9)]
+    assert widths == [0, 0, 4, 4, 4, 16]
+    assert pass_width([4] + [0] * 7, config) == pass_width([16] * 8, config) == 0
 
 
 def test_the_mask_has_the_first_forced_token_alone(vocabularies):

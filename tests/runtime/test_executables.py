@@ -130,6 +130,17 @@ def test_a_ready_executable_is_for_its_settings(monkeypatch):
     assert twice(np.ones(2), bias=1).tolist() == [3, 3]
 
 
+def test_the_program_of_a_call_takes_its_arrays(monkeypatch):
+    monkeypatch.setattr(executables, "_programs", Programs())
+    power = executables.jit(lambda n, x, *, sign: sign * x**n, static_argnames=("n", "sign"))
+    call = power.call(3, np.ones(2), sign=-1)
+    program = call.program()
+    assert program(np.full(2, 2.0)).tolist() == [-8, -8]
+    executables._keep(call, lambda x: x + 7)
+    assert call.program()(np.ones(2)).tolist() == [8, 8]
+    assert program(np.ones(2)).tolist() == [-1, -1]
+
+
 def test_the_executables_used_longest_ago_are_removed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(executables, "_MAX_CACHED", 2)
     (tmp_path / "thesis.txt").touch()
