@@ -19,14 +19,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.errors import UserError
 from gptjax.core.types import Array
+from gptjax.generation import warpers
 from gptjax.ops.categorical import draw
-from gptjax.ops.materialize import Barrier, unchanged
+from gptjax.ops.materialize import kept, unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,52 +380,6 @@ def guide(logits: Array, settings: Settings, history: History) -> Array:
     return jnp.where(allowed, logits, -jnp.inf)
 
 
-def top_k(logits: Array, settings: Settings, history: History) -> Array:
-    """Keeps the k largest logits and their equals."""
-    ordered, vocab_size = jnp.sort(logits, axis=-1), logits.shape[1]
-    k = settings["top_k"]
-    k = jnp.where(k > 0, jnp.minimum(k, vocab_size), vocab_size)
-    smallest = jnp.take_along_axis(ordered, vocab_size - k[:, None], 1)
-    return jnp.where(logits < smallest, -jnp.inf, logits)
-
-
-def top_p(logits: Array, settings: Settings, history: History) -> Array:
-    """Keeps the most likely tokens until their probability reaches p (Holtzman et al. 2020).
-
-    Of equals, those with the larger id come first.
-    """
-    p = settings["top_p"][:, None]
-    order = jnp.argsort(logits, axis=-1, stable=True)
-    total = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, 1)), axis=-1)
-    removed = (total <= 1 - p) & (p < 1)
-    removed = removed.at[:, -1].set(False)
-    rows = jnp.arange(logits.shape[0])[:, None]
-    return jnp.where(jnp.zeros_like(removed).at[rows, order].set(removed), -jnp.inf, logits)
-
-
-def min_p(logits: Array, settings: Settings, history: History) -> Array:
-    """Keeps tokens with at least this share of the best one's probability (Nguyen et al. 2024)."""
-    share, probs = settings["min_p"][:, None], jax.nn.softmax(logits)
-    return jnp.where((probs < share * probs.max(-1, keepdims=True)) & (share > 0), -jnp.inf, logits)
-
-
-def typical(logits: Array, settings: Settings, history: History) -> Array:
-    """Keeps the tokens whose surprise is closest to the expected one (Meister et al. 2022).
-
-    They are taken until their probability reaches `typical_p`.
-    """
-    logp = jax.nn.log_softmax(logits)
-    probs = jnp.exp(logp)
-    entropy = -jnp.where(probs > 0, probs * logp, 0.0).sum(-1, keepdims=True)
-    distance = jnp.abs(-logp - entropy)
-    order = jnp.argsort(distance, axis=-1, stable=True)
-    total = jnp.cumsum(jnp.take_along_axis(probs, order, 1), axis=-1)
-    mass = settings["typical_p"][:, None]
-    last = jnp.minimum((total < mass).sum(-1, keepdims=True), logits.shape[1] - 1)
-    limit = jnp.take_along_axis(jnp.take_along_axis(distance, order, 1), last, 1)
-    return jnp.where((distance > limit) & (mass < 1), -jnp.inf, logits)
-
-
 # In transformers' order. All rows pass through the processors; the warpers come after temperature,
 # and count only for requests that sample.
 PROCESSORS: dict[str, Processor] = {
@@ -442,10 +396,10 @@ PROCESSORS: dict[str, Processor] = {
 
 
 WARPERS: dict[str, Processor] = {
-    "top_k": Processor(top_k, lambda s: s.top_k > 0),
-    "top_p": Processor(top_p, lambda s: s.top_p < 1),
-    "min_p": Processor(min_p, lambda s: s.min_p > 0),
-    "typical": Processor(typical, lambda s: s.typical_p < 1),
+    "top_k": Processor(warpers.top_k, lambda s: s.top_k > 0),
+    "top_p": Processor(warpers.top_p, lambda s: s.top_p < 1),
+    "min_p": Processor(warpers.min_p, lambda s: s.min_p > 0),
+    "typical": Processor(warpers.typical, lambda s: s.typical_p < 1),
 }
 
 
@@ -455,16 +409,17 @@ def process(
     history: History,
     active: frozenset[str],
     *,
-    barrier: Barrier = unchanged,
+    in_order: bool = False,
 ) -> Array:
     """Logits [B, V] after all active processors, -inf for tokens that are out.
 
-    barrier: `kept` keeps the compiler from making one sum of several processors, whose
-    rounding then depends on which there are.
+    in_order: for slots, the same bits whatever other processors there are and however many rows:
+    else the compiler makes one sum of several processors.
 
     Where every token is out, the logits come back as they were: a distribution over nothing has no
     sample. What a grammar bans stays out even then.
     """
+    barrier, add = (kept, warpers.add_in_order) if in_order else (unchanged, warpers.add)
     original = guide(logits_BV, settings, history) if "guide" in active else logits_BV
     for name, processor in PROCESSORS.items():
         for variant in sorted(active):
@@ -480,7 +435,7 @@ def process(
         warped = barrier(logits_BV / jnp.where(sampled, temperature, 1.0))
         for name, warper in WARPERS.items():
             if name in active:
-                warped = barrier(warper.apply(warped, settings, history))
+                warped = barrier(warper.apply(warped, settings, add))
         logits_BV = jnp.where(sampled, warped, logits_BV)
     return jnp.where((logits_BV == -jnp.inf).all(-1, keepdims=True), original, logits_BV)
 

@@ -26,7 +26,6 @@ from gptjax.model import head, lora, transformer
 from gptjax.model.kv_cache import Cache, rows_of, whole
 from gptjax.ops.attention.cache import BLOCK
 from gptjax.ops.layer_loop import while_loop
-from gptjax.ops.materialize import kept
 from gptjax.ops.products import row_sum
 from gptjax.ops.unstack import unstack
 from gptjax.runtime import executables
@@ -156,7 +155,7 @@ def decode(
         x, written = loop.feed(config, params, state.tokens, state.length, rows)
         logits = jax.lax.optimization_barrier(head.unembed(config, params, x[:, 0]))
         history = state.history
-        processed = sampling.process(logits, settings, history, active, barrier=kept)
+        processed = sampling.process(logits, settings, history, active, in_order=True)
         keys = loop.row_keys(state)
         token = sampling.choose(processed, settings, keys, active, in_order=True)
         scored = _score(logits, token, alternatives)

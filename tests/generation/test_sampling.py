@@ -2,16 +2,18 @@
 
 import itertools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import PROMPTS, tiny_language_model
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gptjax.config.errors import UserError
 from gptjax.generation import sampling
 from gptjax.generation.sampling import Sampling
-from gptjax.ops.materialize import kept
 from gptjax.runtime import executables
 
 
@@ -103,6 +105,74 @@ def test_warpers_by_hand():
     )  # nothing left
 
 
+def stays(logits, top_k=0, top_p=1.0, typical_p=1.0):
+    """bool [V]: what one warper keeps, as it is defined: by sorting."""
+    x = np.asarray(logits, np.float64)
+    probs = np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+    if top_k:
+        return x >= np.sort(x)[-min(top_k, len(x))]
+    kept = np.ones(len(x), bool)
+    if top_p < 1:  # the least likely first, of equals those with the smaller id
+        order = np.argsort(x, kind="stable")
+        removed = np.cumsum(probs[order]) <= 1 - top_p
+        kept[order[:-1]] = ~removed[:-1]
+        return kept
+    surprise = -np.log(probs)
+    distance = np.abs(surprise - (probs * surprise).sum())
+    order = np.argsort(distance, kind="stable")
+    last = min((np.cumsum(probs[order]) < typical_p).sum(), len(x) - 1)
+    return distance <= distance[order[last]] + 1e-6
+
+
+WARPED = st.one_of(
+    st.fixed_dictionaries({"top_k": st.integers(1, 20)}),
+    st.fixed_dictionaries({"top_p": st.floats(0.001, 0.999)}),
+    st.fixed_dictionaries({"typical_p": st.floats(0.001, 0.999)}),
+)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@given(
+    logits=st.lists(
+        st.sampled_from([-9.0, -2.5, -0.3, 0.0, 0.4, 1.7, 1.75, 5.0]), min_size=12, max_size=12
+    ),
+    asked=WARPED,
+)
+def test_warpers_keep_what_sorting_keeps(logits, asked):
+    """Equals included; what is within a rounding of the limit may be in or out."""
+    got = np.asarray(probabilities(logits, **asked)) > 0
+    near = [{name: value * (1 + e) for name, value in asked.items()} for e in (-1e-5, 1e-5)]
+    allowed = [stays(logits, **asked)]
+    if "top_k" not in asked:
+        allowed += [stays(logits, **some) for some in near]
+    assert any((got == kept).all() for kept in allowed)
+
+
+@pytest.mark.parametrize("asked", [dict(top_k=40), dict(top_p=0.9), dict(min_p=0.02)])
+@pytest.mark.parametrize("asked_too", [dict(typical_p=0.8), dict(top_p=0.7, top_k=90)])
+@pytest.mark.parametrize("vocab_size", [257, 5000])
+def test_in_order_a_rows_bits_do_not_depend_on_other_rows(asked, asked_too, vocab_size):
+    """Neither on their number nor on what they ask for."""
+    options = executables._CPU_OPTIONS | {"xla_backend_optimization_level": 3}
+    logits = np.random.default_rng(0).standard_normal((16, vocab_size)).astype(np.float32)
+    requests = [Sampling(temperature=0.9, **(asked if i % 2 else asked_too)) for i in range(16)]
+
+    def run(rows):
+        some = requests[rows]
+        active = sampling.active_processors(some)
+        process = lambda *args: sampling.process(*args, active, in_order=True)
+        history = sampling.History(np.zeros((len(some), 4), np.int32), *np.ones((2, len(some))))
+        asked = sampling.stack_settings(some, vocab_size, [1])
+        return np.asarray(jax.jit(process, compiler_options=options)(logits[rows], asked, history))
+
+    together = run(slice(0, 16))
+    for i in (0, 1, 6, 15):
+        np.testing.assert_array_equal(run(slice(i, i + 1))[0], together[i])
+    np.testing.assert_array_equal(run(slice(0, 8)), together[:8])
+    kept_tokens = np.isfinite(together).sum(-1)
+    assert (kept_tokens > 0).all() and (kept_tokens < vocab_size).all()
+
+
 def test_sampling_follows_the_distribution(lm):
     """Chi-square of 4,000 first tokens against softmax after top-p, with the engine's own keys."""
     prompt, draws, top_p = [5, 9, 30], 4000, 0.6
@@ -170,7 +240,7 @@ def test_with_barriers_what_others_ask_for_changes_no_bit():
     logits = (3 * random.standard_normal((1, 264))).astype(np.float32)
 
     def run(active):
-        process = lambda *args: sampling.process(*args, active, barrier=kept)
+        process = lambda *args: sampling.process(*args, active, in_order=True)
         compiled = jax.jit(process, compiler_options=options)
         return np.asarray(compiled(logits, settings, history))
 
