@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -264,36 +264,43 @@ def _with_exact_dates(schema: Any) -> Any:
     return exact
 
 
+def schema_term(schema: Any) -> str:
+    """JSON by this schema, as a term of a grammar of the option `grammar`. Raises UserError."""
+    return f"%json {_schema_text(schema, {'x-guidance': _JSON})}"
+
+
 def _schema_grammar(schema: Any) -> str:
-    try:
-        return _shallow_schema_grammar(schema)
-    except RecursionError:
-        raise UserError(_TOO_DEEP) from None
-
-
-def _shallow_schema_grammar(schema: Any) -> str:
     from_json_schema = _library().LLMatcher.grammar_from_json_schema
-    if isinstance(schema, str):
-        check_characters(schema, "the schema")
-        try:
-            schema = json.loads(schema)
-        except json.JSONDecodeError as error:
-            raise UserError(f"schema: no JSON: {error}") from None
-    if schema is True:
-        schema = {}
-    if not isinstance(schema, dict):
-        raise UserError(f"schema: {schema!r:.80} is no JSON schema of any text: give an object")
-    if too_large := _inexact_integer(schema):
-        raise UserError(
-            f"schema: {too_large} is no integer that JSON readers keep exactly: "
-            f"use one of at most 2**53 = {_EXACT:,}, or a string"
-        )
+    text = _schema_text(schema)
     try:
-        text = json.dumps(_with_exact_dates(schema), allow_nan=False)
         return str(from_json_schema(text, _JSON))
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         is_deep = "recursion limit exceeded" in str(error)
         raise UserError(_TOO_DEEP if is_deep else f"schema: {_first_line(str(error))}") from None
+
+
+def _schema_text(schema: Any, defaults: Mapping[str, Any] = {}) -> str:
+    """The schema in JSON, checked, with keywords that hold where it does not say others."""
+    if isinstance(schema, str):
+        check_characters(schema, "the schema")
+    try:
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        if schema is True:
+            schema = {}
+        if not isinstance(schema, dict):
+            raise UserError(f"schema: {schema!r:.80} is no JSON schema of any text: give an object")
+        if too_large := _inexact_integer(schema):
+            raise UserError(
+                f"schema: {too_large} is no integer that JSON readers keep exactly: "
+                f"use one of at most 2**53 = {_EXACT:,}, or a string"
+            )
+        return json.dumps({**defaults, **_with_exact_dates(schema)}, allow_nan=False)
+    except RecursionError:
+        raise UserError(_TOO_DEEP) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"schema: no JSON: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"schema: {_first_line(str(error))}") from None
 
 
 def _regex_grammar(regex: Any) -> str:

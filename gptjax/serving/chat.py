@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptjax.config.errors import UserError
+from gptjax.core.characters import shorten
+from gptjax.generation.options import CONSTRAINTS, GenerationOptions
 from gptjax.generation.slots import Job
 from gptjax.serving import fields, tool_calls
 from gptjax.serving.answers import Answer, Choice, Scored
@@ -29,6 +31,7 @@ class Chat(Answer):
         if "top_logprobs" in asked and not self._logprobs:
             raise wrong_field("top_logprobs", "top_logprobs is for logprobs = true")
         tools = asked.get("tools", []) if asked.get("tool_choice") != "none" else []
+        forced = _forced_tools(asked.get("tool_choice", "auto"), tools)
         self._tool_names = {tool["function"]["name"] for tool in tools}
         ids = self._encode(asked["messages"], tools)
         self.prompt_tokens = len(ids)
@@ -39,6 +42,8 @@ class Chat(Answer):
         room = served.room(ids, "messages")
         count = served.new_tokens(asked.get(name), room, room, name)
         options = dataclasses.replace(served.options(asked), max_new_tokens=count)
+        if forced:
+            options = self._force(options, forced)
         for index in range(asked.get("n", 1)):
             seed = (options.seed + index) % 2**32
             job = Job(
@@ -49,6 +54,19 @@ class Chat(Answer):
             )
             self.jobs.append(job)
             self.choices.append(_Held(index, self.tokenizer, job))
+
+    def _force(self, options: GenerationOptions, tools: Sequence[Any]) -> GenerationOptions:
+        """So that the answer is a call of one of these tools."""
+        if any(getattr(options, name) is not None for name in CONSTRAINTS):
+            names = f"{self._constraint} and tool_choice"
+            raise ApiError(
+                400, f"{names}: a text follows one of them", param=names, code="conflict"
+            )
+        self._constraint = "tools"  # what a fault of the grammar is about
+        try:
+            return dataclasses.replace(options, grammar=tool_calls.grammar(tools))
+        except UserError as error:
+            raise self.fault(error) from None
 
     def _encode(self, messages: Sequence[Any], tools: Sequence[Any]) -> list[int]:
         served = self.served
@@ -132,6 +150,21 @@ class Chat(Answer):
     def _name(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self.served.token_bytes(token)
         return {"token": text.decode(errors="replace"), "logprob": logprob, "bytes": list(text)}
+
+
+def _forced_tools(choice: Any, tools: Sequence[Any]) -> Sequence[Any]:
+    """The tools of which the answer must call one; none where it may be text."""
+    if choice in ("none", "auto"):
+        return []
+    if not tools:
+        raise wrong_field("tool_choice", "tool_choice asks for a call, and no tools are given")
+    if choice == "required":
+        return tools
+    name = choice["function"]["name"]
+    named = [tool for tool in tools if tool["function"]["name"] == name]
+    if not named:
+        raise wrong_field("tool_choice", f"tool_choice: there is no tool {shorten(name)!r}")
+    return named
 
 
 class _Held(Choice):

@@ -369,10 +369,26 @@ CHAT: Table = {
     ),
     "tool_choice": Field(
         {
-            "description": "'none' or 'auto'; a call cannot be forced",
-            "enum": ["none", "auto"],
+            "description": "'none', 'auto', 'required' or a tool by its name",
+            "anyOf": [
+                {"type": "string", "enum": ["none", "auto", "required"]},
+                {
+                    "type": "object",
+                    "required": ["type", "function"],
+                    "properties": {
+                        "type": {"enum": ["function"]},
+                        "function": {
+                            "type": "object",
+                            "required": ["name"],
+                            "properties": {"name": {"type": "string"}},
+                            "additionalProperties": False,
+                        },
+                    },
+                    "additionalProperties": False,
+                },
+            ],
         },
-        "none: the tools are not shown to the model",
+        "none: the tools are not shown to the model; required, or a tool: the answer is one call",
     ),
     "metadata": Field({"type": "object"}, _NO_EFFECT),
     "safety_identifier": text(_NO_EFFECT),

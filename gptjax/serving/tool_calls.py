@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gptjax.generation.constraints import schema_term
 from gptjax.serving.served import new_id
 
 MAY_BEGIN = re.compile(r"[{\[<]")  # a call
@@ -20,6 +21,17 @@ _TAG = re.compile(r"</?tool_calls?>|\[TOOL_CALLS\]|<\|python_tag\|>|[\s;]+")
 class Parsed(NamedTuple):
     content: str
     calls: list[dict[str, Any]]
+
+
+def grammar(tools: Sequence[Mapping[str, Any]]) -> str:
+    """Of one call of one of these tools, as `parse` reads it. Raises UserError."""
+    calls = []
+    for tool in tools:
+        function = tool["function"]
+        begin = f'{{"name": {json.dumps(function["name"])}, "arguments": '
+        arguments = schema_term({"type": "object", **(function.get("parameters") or {})})
+        calls.append(f'{json.dumps(begin)} {arguments} "}}"')
+    return f"start: {' | '.join(calls)}"
 
 
 def parse(text: str, names: Collection[str]) -> Parsed:

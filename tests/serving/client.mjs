@@ -153,9 +153,12 @@ const special = {
     assert(!choices.some((choice) => choice.delta.content));
     return [choices.at(-1).finish_reason, calls[0].function.name, text, calls[0].index];
   },
-  forces_no_tool: () => {
+  async forces_a_tool() {
     const tool_choice = { type: "function", function: { name: "weather" } };
-    return refusal("BadRequestError", () => create("chat", TOOL, { tool_choice }));
+    const { message, finish_reason } = (await create("chat", TOOL, { tool_choice })).choices[0];
+    const call = message.tool_calls[0];
+    assert(["Bern", "Rome"].includes(JSON.parse(call.function.arguments).town));
+    return [finish_reason, call.function.name, call.function.arguments];
   },
   async gives_raw_responses() {
     const call = api.chat.completions.create({ model: "base", messages: HELLO, ...GREEDY });

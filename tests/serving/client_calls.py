@@ -4,6 +4,7 @@ client.mjs gets the table as JSON and has the other calls under the same names.
 """
 
 import contextlib
+import json
 import re
 import time
 
@@ -34,6 +35,7 @@ WEATHER = {
             "type": "object",
             "properties": {"town": {"enum": ["Bern", "Rome"]}},
             "required": ["town"],
+            "additionalProperties": False,
         },
     },
 }
@@ -297,11 +299,12 @@ def streams_a_tool_call(served):
 
 
 @special
-def forces_no_tool(served):
+def forces_a_tool(served):
     forced = {"type": "function", "function": {"name": "weather"}}
-    return refusal(
-        openai.BadRequestError, lambda: create(served, "chat", {**TOOL, "tool_choice": forced})
-    )
+    choice = create(served, "chat", {**TOOL, "tool_choice": forced}).choices[0]
+    call = choice.message.tool_calls[0]
+    assert json.loads(call.function.arguments)["town"] in ("Bern", "Rome")
+    return [choice.finish_reason, call.function.name, call.function.arguments]
 
 
 @special

@@ -4,11 +4,15 @@ import base64
 import json
 
 import jax.numpy as jnp
+import jsonschema
 import numpy as np
 import pytest
+from helpers import tiny_language_model
 from known_engine import KnownEngine, Server
 
 from gptjax.model import transformer
+from gptjax.serving import tool_calls
+from gptjax.tokenizer.trained import ByteTokenizer
 
 SCRIPT = "and so on. The end"
 
@@ -235,6 +239,61 @@ def test_calls_of_tools(script):
         assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
         none = server.chat("1 + 0", tools=[TOOL], tool_choice="none").json()["choices"][0]
         assert none["message"]["content"] == script
+
+
+PLACE = {
+    "type": "function",
+    "function": {
+        "name": 'go é"to',
+        "parameters": {
+            "properties": {"where": {"$ref": "#/$defs/town"}, "day": {"format": "date"}},
+            "required": ["where"],
+            "additionalProperties": False,
+            "$defs": {"town": {"enum": ["Bern", "Rome"]}},
+        },
+    },
+}
+REST = {"type": "function", "function": {"name": "rest", "parameters": None}}
+
+
+def test_a_call_can_be_forced():
+    """Whatever the model would say: one of random weights writes a call that its tool allows."""
+    lm = tiny_language_model("llama", tokenizer=ByteTokenizer(), context=256)
+    grammar = tool_calls.grammar([PLACE, REST])
+    called = set()
+    for seed in range(12):
+        text = lm.generate("x", grammar=grammar, temperature=1.0, seed=seed, max_new_tokens=200)
+        content, calls = tool_calls.parse(text.text, [PLACE["function"]["name"], "rest"])
+        if text.finish_reason == "length":  # free arguments may go on
+            continue
+        (call,) = calls
+        called.add(call["function"]["name"])
+        assert not content
+        if call["function"]["name"] == PLACE["function"]["name"]:
+            arguments = json.loads(call["function"]["arguments"])
+            jsonschema.validate(arguments, PLACE["function"]["parameters"])
+    assert called == {PLACE["function"]["name"], "rest"}
+
+
+def test_who_forces_a_call_says_of_what():
+    named = {"type": "function", "function": {"name": "add"}}
+    with Server(KnownEngine(CALL)) as server:
+        for asked, param in (
+            ({"tool_choice": "required", "tools": []}, "tool_choice"),
+            ({"tool_choice": "wizard", "tools": [TOOL]}, "tool_choice"),
+            ({"tool_choice": named, "tools": [REST]}, "tool_choice"),
+            ({"tool_choice": named, "tools": [TOOL], "guided_regex": "a"}, "guided_regex and"),
+        ):
+            assert server.chat(**asked).json()["error"]["param"].startswith(param)
+        wrong = {"type": "function", "function": {"name": "a", "parameters": {"type": "wizard"}}}
+        for tool in (wrong, {**wrong, "function": {"name": "a", "parameters": {"minimum": 2**60}}}):
+            error = server.chat(tools=[tool], tool_choice="required").json()["error"]
+            assert error["param"] == "tools" and error["message"].startswith("tools: ")
+        for choice in ("required", named):
+            answer = server.chat(tools=[REST, TOOL], tool_choice=choice).json()["choices"][0]
+            assert answer["finish_reason"] == "tool_calls"
+        jobs = server.engine.entered[-2:]
+        assert "rest" in jobs[0].options.grammar and "rest" not in jobs[1].options.grammar
 
 
 def test_what_looks_like_a_call_is_text():
