@@ -12,9 +12,7 @@ one program has rows for. One thread drives it; `check` may be called from any.
 What a text gets depends on its job alone, bit for bit: a prompt is fed by the chunks that it has
 alone, wherever its beginning is in the cache already; programs for few and for many rows sum in the
 same order (`ops.products`); and what other texts ask of the choice of tokens is an exact identity.
-But top_p, min_p and typical_p add probabilities in the compiler's order: a token within a rounding
-of their limit may be in or out with the number of rows; and with jax before 0.12, log-probabilities
-of GPT-2 were seen to differ by a rounding.
+But with jax before 0.12, log-probabilities of GPT-2 were seen to differ by a rounding.
 """
 
 from __future__ import annotations

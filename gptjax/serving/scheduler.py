@@ -271,11 +271,11 @@ class Scheduler:
             ticket.on_piece(Piece(0, error=error))
 
     def _recover(self) -> None:
-        """After an error of the engine: those that it ran get a 500, and it begins anew."""
-        for text, writing in list(self._running.items()):
-            self._fail(writing.ticket, _engine_failed())
-            self._leave(text, "error")
+        """After an error of the engine: it begins anew, and those that it ran get a 500."""
         self.engine.reset()
+        for text, writing in list(self._running.items()):
+            self._leave(text, "error")
+            self._fail(writing.ticket, _engine_failed())
 
     def _warm_up(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
