@@ -264,9 +264,11 @@ def _with_exact_dates(schema: Any) -> Any:
     return exact
 
 
-def schema_term(schema: Any) -> str:
+def schema_term(schema: Mapping[str, Any]) -> str:
     """JSON by this schema, as a term of a grammar of the option `grammar`. Raises UserError."""
-    return f"%json {_schema_text(schema, {'x-guidance': _JSON})}"
+    own = schema.get("x-guidance", {})
+    guidance = {**_JSON, **own} if isinstance(own, dict) else own
+    return f"%json {_schema_text({**schema, 'x-guidance': guidance})}"
 
 
 def _schema_grammar(schema: Any) -> str:
@@ -279,8 +281,8 @@ def _schema_grammar(schema: Any) -> str:
         raise UserError(_TOO_DEEP if is_deep else f"schema: {_first_line(str(error))}") from None
 
 
-def _schema_text(schema: Any, defaults: Mapping[str, Any] = {}) -> str:
-    """The schema in JSON, checked, with keywords that hold where it does not say others."""
+def _schema_text(schema: Any) -> str:
+    """The schema in JSON, checked."""
     if isinstance(schema, str):
         check_characters(schema, "the schema")
     try:
@@ -294,7 +296,9 @@ def _schema_text(schema: Any, defaults: Mapping[str, Any] = {}) -> str:
                 f"schema: {too_large} is no integer that JSON readers keep exactly: "
                 f"use one of at most 2**53 = {_EXACT:,}, or a string"
             )
-        return json.dumps({**defaults, **_with_exact_dates(schema)}, allow_nan=False)
+        return json.dumps(_with_exact_dates(schema), allow_nan=False)
+    except UserError:  # which is a ValueError
+        raise
     except RecursionError:
         raise UserError(_TOO_DEEP) from None
     except json.JSONDecodeError as error:
@@ -367,7 +371,7 @@ def _explain(vocabulary: _Vocabulary, name: str, grammar: str, message: str) -> 
         if error:
             return f"{error[2]}\n{error[1]}"
         return _first_line(message.partition("(in regex): ")[2] or message)
-    return "\n".join(message.strip().splitlines()[:5])
+    return "\n".join(f"{line:.200}" for line in message.strip().splitlines()[:5])
 
 
 def _place_of(vocabulary: _Vocabulary, schema: Any, message: str, place: str = "") -> str:

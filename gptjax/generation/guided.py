@@ -84,7 +84,8 @@ class GuidedDecoder:
         self._logits, self._cache = self._run(loop.forward, self._model.params, *texts)
 
     def _run(self, function: Any, *arrays: Any) -> Any:
-        """A call whose program is looked up once a batch: every token would wait for that."""
+        """A call whose program is looked up once a batch: every token would wait for that (a wide
+        pass, which is for several, may)."""
         if function not in self._programs:
             if function is loop.choose:
                 call = loop.choose.call(*arrays, **self._options)

@@ -9,8 +9,8 @@ settings run together. Which processors run at all (`active_processors`) is know
 is compiled, so that greedy decoding pays for none.
 
 To add a processor: a field of `Sampling` (with its key in `SamplingKeywords`), a function, and a
-row in `PROCESSORS`, or in `WARPERS` if it only shapes the distribution that is sampled from. A
-number becomes a flag of `gptjax.generate` and an array of the batch by itself.
+row in `PROCESSORS`; if it only shapes what is drawn from, a function in `warpers.py` and a row in
+`WARPERS`. A number becomes a flag of `gptjax.generate` and an array of the batch by itself.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ Settings = Mapping[str, Array]  # of a batch: an array with a row per sequence, 
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """A row of `PROCESSORS` or `WARPERS`."""
+    """A row of `PROCESSORS`."""
 
     apply: Callable[..., Array]  # (logits [B, V], settings, history) -> logits [B, V]
     used: Callable[[Sampling], bool]  # whether a request needs it
@@ -194,6 +194,13 @@ class Processor:
     def variant(self, name: str, request: Sampling) -> str:
         """The name in the set of active processors: "banned", or with a size "ngram:3"."""
         return f"{name}:{getattr(request, self.size)}" if self.size else name
+
+
+class Warper(NamedTuple):
+    """A row of `WARPERS`."""
+
+    apply: Callable[[Array, Settings, warpers.Add], Array]  # logits [B, V] -> logits [B, V]
+    used: Callable[[Sampling], bool]
 
 
 def active_processors(requests: Sequence[Sampling]) -> frozenset[str]:
@@ -395,11 +402,11 @@ PROCESSORS: dict[str, Processor] = {
 }
 
 
-WARPERS: dict[str, Processor] = {
-    "top_k": Processor(warpers.top_k, lambda s: s.top_k > 0),
-    "top_p": Processor(warpers.top_p, lambda s: s.top_p < 1),
-    "min_p": Processor(warpers.min_p, lambda s: s.min_p > 0),
-    "typical": Processor(warpers.typical, lambda s: s.typical_p < 1),
+WARPERS: dict[str, Warper] = {
+    "top_k": Warper(warpers.top_k, lambda s: s.top_k > 0),
+    "top_p": Warper(warpers.top_p, lambda s: s.top_p < 1),
+    "min_p": Warper(warpers.min_p, lambda s: s.min_p > 0),
+    "typical": Warper(warpers.typical, lambda s: s.typical_p < 1),
 }
 
 

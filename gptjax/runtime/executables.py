@@ -226,13 +226,25 @@ class Call:
     def program(self) -> Callable[..., Any]:
         """The function of the arrays alone, by position, that such a call runs.
 
-        For loops, in which every call would look for it. Static arguments come first, or by name.
+        For loops, in which every call would look for it.
         """
         if self.mesh is None and (known := ready(self.name)):
             return known
-        static, names = self.jitted.static, list(self.jitted.signature.parameters)
-        first = [arg for name, arg in zip(names, self.args, strict=False) if name in static]
-        return functools.partial(self.jitted.run, *first, mesh=self.mesh, **self.kwargs)
+        names, static = list(self.arrays), self.jitted.static
+        parameters = list(self.jitted.signature.parameters)
+        args = [(name, arg if name in static else None) for name, arg in zip(parameters, self.args)]
+        kwargs = [(name, arg if name in static else None) for name, arg in self.kwargs.items()]
+
+        def run(*arrays: Any) -> Any:
+            given = dict(zip(names, arrays, strict=True))
+            positional = [given.get(name, arg) for name, arg in args]
+            return self.jitted.run(
+                *positional,
+                mesh=self.mesh,
+                **{name: given.get(name, arg) for name, arg in kwargs},
+            )
+
+        return run
 
     def path(self, folder: Path) -> Path:
         """The file of this call's executable."""

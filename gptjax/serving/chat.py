@@ -8,7 +8,8 @@ from typing import Any
 
 from gptjax.config.errors import UserError
 from gptjax.core.characters import shorten
-from gptjax.generation.options import CONSTRAINTS, GenerationOptions
+from gptjax.generation.constraints import build_guide
+from gptjax.generation.options import GenerationOptions
 from gptjax.generation.slots import Job
 from gptjax.serving import fields, tool_calls
 from gptjax.serving.answers import Answer, Choice, Scored
@@ -26,12 +27,19 @@ class Chat(Answer):
 
     def __init__(self, body: Mapping[str, Any], served: Served):
         asked = fields.check(body, fields.CHAT)
+        choice = asked.get("tool_choice", "auto")
+        tools = asked.get("tools", []) if choice != "none" else []
+        self._forced = [] if choice in ("none", "auto") else _forced_tools(choice, tools)
+        if self._forced:
+            asked.pop("response_format", None)  # of a text, which this answer is not
+        elif tools and not asked.get("parallel_tool_calls", True):
+            name = "parallel_tool_calls"
+            message = f"{name}: an answer is limited to one call only where tool_choice forces it"
+            raise ApiError(400, message, param=name, code="unsupported_field")
         super().__init__(asked, served)
         self._logprobs: bool = asked.get("logprobs", False)
         if "top_logprobs" in asked and not self._logprobs:
             raise wrong_field("top_logprobs", "top_logprobs is for logprobs = true")
-        tools = asked.get("tools", []) if asked.get("tool_choice") != "none" else []
-        forced = _forced_tools(asked.get("tool_choice", "auto"), tools)
         self._tool_names = {tool["function"]["name"] for tool in tools}
         ids = self._encode(asked["messages"], tools)
         self.prompt_tokens = len(ids)
@@ -42,8 +50,8 @@ class Chat(Answer):
         room = served.room(ids, "messages")
         count = served.new_tokens(asked.get(name), room, room, name)
         options = dataclasses.replace(served.options(asked), max_new_tokens=count)
-        if forced:
-            options = self._force(options, forced)
+        if self._forced:
+            options = self._force(options)
         for index in range(asked.get("n", 1)):
             seed = (options.seed + index) % 2**32
             job = Job(
@@ -55,18 +63,33 @@ class Chat(Answer):
             self.jobs.append(job)
             self.choices.append(_Held(index, self.tokenizer, job))
 
-    def _force(self, options: GenerationOptions, tools: Sequence[Any]) -> GenerationOptions:
-        """So that the answer is a call of one of these tools."""
-        if any(getattr(options, name) is not None for name in CONSTRAINTS):
+    def _force(self, options: GenerationOptions) -> GenerationOptions:
+        """So that the answer is a call, which stop texts do not cut."""
+        if self._constraint:
             names = f"{self._constraint} and tool_choice"
-            raise ApiError(
-                400, f"{names}: a text follows one of them", param=names, code="conflict"
-            )
-        self._constraint = "tools"  # what a fault of the grammar is about
+            message = f"{names}: a text follows one of them"
+            raise ApiError(400, message, param=names, code="conflict")
         try:
-            return dataclasses.replace(options, grammar=tool_calls.grammar(tools))
+            return dataclasses.replace(options, grammar=tool_calls.grammar(self._forced), stop=())
         except UserError as error:
             raise self.fault(error) from None
+
+    def fault(self, error: UserError) -> ApiError:
+        for tool in self._forced:
+            try:
+                only = GenerationOptions(schema=tool_calls.arguments_schema(tool))
+                vocab_size, eos_ids = self.lm.config.vocab_size, self.lm.eos_ids
+                build_guide(self.tokenizer, vocab_size, eos_ids, only)
+            except UserError as own:
+                reason = str(own).removeprefix("schema: ")
+                name = shorten(tool["function"]["name"])
+                return wrong_field("tools", f"tools: {name}: {reason}")
+        return super().fault(error)
+
+    def _read(self, text: str, reason: str) -> tool_calls.Parsed:
+        if self._forced:
+            return tool_calls.read_forced(text, self._forced, whole=reason == "stop")
+        return tool_calls.parse(text, self._tool_names)
 
     def _encode(self, messages: Sequence[Any], tools: Sequence[Any]) -> list[int]:
         served = self.served
@@ -100,7 +123,7 @@ class Chat(Answer):
         if self._tool_names:
             text = choice.hold(text)
             if choice.reason and choice.held:
-                rest, calls = tool_calls.parse(choice.held, self._tool_names)
+                rest, calls = self._read(choice.held, choice.reason)
                 text += rest
                 reason = "tool_calls" if calls and reason == "stop" else reason
                 for i, call in enumerate(calls):
@@ -123,7 +146,7 @@ class Chat(Answer):
         for choice in self.choices:
             content, calls = choice.text, list[Any]()
             if self._tool_names:
-                content, calls = tool_calls.parse(choice.text, self._tool_names)
+                content, calls = self._read(choice.text, choice.reason)
             message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
             reason = choice.reason
             if calls:
@@ -153,9 +176,7 @@ class Chat(Answer):
 
 
 def _forced_tools(choice: Any, tools: Sequence[Any]) -> Sequence[Any]:
-    """The tools of which the answer must call one; none where it may be text."""
-    if choice in ("none", "auto"):
-        return []
+    """The tools of which the answer must call one. Raises ApiError."""
     if not tools:
         raise wrong_field("tool_choice", "tool_choice asks for a call, and no tools are given")
     if choice == "required":

@@ -393,7 +393,7 @@ CHAT: Table = {
     "metadata": Field({"type": "object"}, _NO_EFFECT),
     "safety_identifier": text(_NO_EFFECT),
     "prompt_cache_key": text("without effect: equal beginnings are reused in any case"),
-    "parallel_tool_calls": refused("how many tools an answer calls cannot be limited", True),
+    "parallel_tool_calls": flag("false is for answers that `tool_choice` makes one call"),
     "modalities": refused(_TEXT_ONLY, ["text"]),
     "audio": refused(_TEXT_ONLY),
     "prediction": refused("guesses of the answer are not used"),

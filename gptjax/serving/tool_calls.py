@@ -11,11 +11,20 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gptjax.config.errors import UserError
 from gptjax.generation.constraints import schema_term
 from gptjax.serving.served import new_id
 
 MAY_BEGIN = re.compile(r"[{\[<]")  # a call
+# Keywords that name further properties, which a closed object would not allow.
+_COMBINING = {
+    *("allOf", "anyOf", "oneOf", "not", "if", "$ref", "patternProperties", "dependentSchemas"),
+    *("dependencies", "unevaluatedProperties"),
+}
 _TAG = re.compile(r"</?tool_calls?>|\[TOOL_CALLS\]|<\|python_tag\|>|[\s;]+")
+
+
+Tool = Mapping[str, Any]  # in OpenAI's form
 
 
 class Parsed(NamedTuple):
@@ -23,15 +32,40 @@ class Parsed(NamedTuple):
     calls: list[dict[str, Any]]
 
 
-def grammar(tools: Sequence[Mapping[str, Any]]) -> str:
-    """Of one call of one of these tools, as `parse` reads it. Raises UserError."""
+def grammar(tools: Sequence[Tool]) -> str:
+    """Of one call of one of these tools, as `read_forced` reads it. Raises UserError."""
     calls = []
     for tool in tools:
-        function = tool["function"]
-        begin = f'{{"name": {json.dumps(function["name"])}, "arguments": '
-        arguments = schema_term({"type": "object", **(function.get("parameters") or {})})
-        calls.append(f'{json.dumps(begin)} {arguments} "}}"')
+        arguments = schema_term(arguments_schema(tool))
+        calls.append(f'{json.dumps(_begin(tool))} {arguments} "}}"')
     return f"start: {' | '.join(calls)}"
+
+
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    """Of an object; where properties are named, and no more is said about them, of these alone.
+
+    Without parameters it has none, as OpenAI says. Raises UserError.
+    """
+    parameters = tool["function"].get("parameters") or {"properties": {}}
+    if parameters.get("type", "object") != "object":
+        raise UserError(f"parameters are of type {parameters['type']!r:.80}, and must be an object")
+    is_closed = "properties" in parameters and not parameters.keys() & _COMBINING
+    closed = {"additionalProperties": False} if is_closed else {}
+    return {"type": "object", **closed, **parameters}
+
+
+def read_forced(text: str, tools: Sequence[Tool], *, whole: bool) -> Parsed:
+    """The call that a text of `grammar` is; not `whole`: one whose arguments were cut."""
+    for tool in tools:
+        begin = _begin(tool)
+        if text.startswith(begin):
+            arguments = text[len(begin) : -1 if whole else None]
+            return Parsed("", [_call(tool["function"]["name"], arguments)])
+    return Parsed(text, [])
+
+
+def _begin(tool: Tool) -> str:
+    return f'{{"name": {json.dumps(tool["function"]["name"])}, "arguments": '
 
 
 def parse(text: str, names: Collection[str]) -> Parsed:
@@ -74,6 +108,13 @@ def _read_call(item: Any, names: Collection[str]) -> dict[str, Any] | None:
         return None
     arguments = item.get("arguments", item.get("parameters", {}))
     if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    function = {"name": item["name"], "arguments": arguments}
+        try:
+            arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        except ValueError:  # a number too large
+            return None
+    return _call(item["name"], arguments)
+
+
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
     return {"id": new_id("call"), "type": "function", "function": function}

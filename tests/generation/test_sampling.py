@@ -227,7 +227,7 @@ def test_settings_out_of_range_are_refused(lm):
         tiny_language_model(weights="int9")
 
 
-def test_with_barriers_what_others_ask_for_changes_no_bit():
+def test_in_order_what_others_ask_for_changes_no_bit():
     """Penalties are not added up in one with the processors that only others need."""
     random, options = np.random.default_rng(0), executables._CPU_OPTIONS
     options = options | {"xla_backend_optimization_level": 3}

@@ -8,12 +8,29 @@ from hypothesis import strategies as st
 
 from gptjax.ops.selection import least, sortable
 
-NUMBERS = [0.0, -0.0, 1.0, -1.0, 1e-40, -1e-40, 3e38, -3e38, np.inf, -np.inf, 0.1, 0.10000001]
+NUMBERS = [
+    np.nan,
+    -np.nan,
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    1e-40,
+    -1e-40,
+    3e38,
+    -3e38,
+    np.inf,
+    -np.inf,
+    0.1,
+    0.10000001,
+]
 
 
 def test_sortable_keeps_the_order():
     x = np.array(NUMBERS, np.float32)
     keys = np.asarray(sortable(jnp.asarray(x))).astype(np.int64)
+    assert (keys[:2] == keys.max()).all() and (keys[2:] < keys.max()).all()  # nan
+    x, keys = x[2:], keys[2:]
     np.testing.assert_array_equal(
         np.sign(keys[:, None] - keys[None]), (x[:, None] > x).astype(int) - (x[:, None] < x)
     )

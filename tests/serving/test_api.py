@@ -246,7 +246,10 @@ PLACE = {
     "function": {
         "name": 'go é"to',
         "parameters": {
-            "properties": {"where": {"$ref": "#/$defs/town"}, "day": {"format": "date"}},
+            "properties": {
+                "where": {"$ref": "#/$defs/town"},
+                "day": {"type": "string", "format": "date"},
+            },
             "required": ["where"],
             "additionalProperties": False,
             "$defs": {"town": {"enum": ["Bern", "Rome"]}},
@@ -264,14 +267,15 @@ def test_a_call_can_be_forced():
     for seed in range(12):
         text = lm.generate("x", grammar=grammar, temperature=1.0, seed=seed, max_new_tokens=200)
         content, calls = tool_calls.parse(text.text, [PLACE["function"]["name"], "rest"])
-        if text.finish_reason == "length":  # free arguments may go on
-            continue
         (call,) = calls
         called.add(call["function"]["name"])
-        assert not content
+        forced = tool_calls.read_forced(text.text, [PLACE, REST], whole=True)
+        assert forced.calls[0]["function"] == call["function"] and not content + forced.content
+        arguments = json.loads(call["function"]["arguments"])
         if call["function"]["name"] == PLACE["function"]["name"]:
-            arguments = json.loads(call["function"]["arguments"])
             jsonschema.validate(arguments, PLACE["function"]["parameters"])
+        else:
+            assert arguments == {}
     assert called == {PLACE["function"]["name"], "rest"}
 
 
@@ -285,14 +289,34 @@ def test_who_forces_a_call_says_of_what():
             ({"tool_choice": named, "tools": [TOOL], "guided_regex": "a"}, "guided_regex and"),
         ):
             assert server.chat(**asked).json()["error"]["param"].startswith(param)
-        wrong = {"type": "function", "function": {"name": "a", "parameters": {"type": "wizard"}}}
-        for tool in (wrong, {**wrong, "function": {"name": "a", "parameters": {"minimum": 2**60}}}):
-            error = server.chat(tools=[tool], tool_choice="required").json()["error"]
-            assert error["param"] == "tools" and error["message"].startswith("tools: ")
+        for wrong, reason in (
+            ({"type": "wizard"}, "parameters are of type 'wizard'"),
+            ({"minimum": 2**60}, "1152921504606846976 is no integer"),
+            ({"properties": {"b": {"type": "wizard"}}}, "Invalid type: wizard (at /properties/b)"),
+        ):
+            tool = {"type": "function", "function": {"name": "bad", "parameters": wrong}}
+            error = server.chat(tools=[TOOL, tool], tool_choice="required").json()["error"]
+            assert error["param"] == "tools"
+            assert error["message"].startswith(f"tools: bad: {reason}")
+        asked = {"tools": [REST, TOOL], "parallel_tool_calls": False, "stop": ["name"]}
+        error = server.chat(**asked).json()["error"]
+        assert error["param"] == "parallel_tool_calls"
+        asked["response_format"] = {"type": "json_object"}
         for choice in ("required", named):
-            answer = server.chat(tools=[REST, TOOL], tool_choice=choice).json()["choices"][0]
-            assert answer["finish_reason"] == "tool_calls"
+            answer = server.chat(**asked, tool_choice=choice).json()["choices"][0]
+            assert answer["finish_reason"] == "tool_calls" and not answer["message"]["content"]
+            assert answer["message"]["tool_calls"][0]["function"]["arguments"] == '{"a": 1}'
         jobs = server.engine.entered[-2:]
+        for size, arguments in ((29, ""), (33, '{"a"')):
+            cut = {"tools": [TOOL], "tool_choice": named, "max_tokens": size}
+            answer = server.chat(**cut).json()["choices"][0]
+            assert answer["finish_reason"] == "length"
+            assert answer["message"]["tool_calls"][0]["function"]["arguments"] == arguments
+            messages = [{"role": "user", "content": "hi"}]
+            chunks = server.stream("/v1/chat/completions", messages=messages, **cut)
+            deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+            (streamed,) = [d["tool_calls"] for d in deltas if "tool_calls" in d]
+            assert streamed[0]["function"] == {"name": "add", "arguments": arguments}
         assert "rest" in jobs[0].options.grammar and "rest" not in jobs[1].options.grammar
 
 
