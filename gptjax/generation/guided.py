@@ -35,11 +35,14 @@ class GuidedDecoder:
         self._cache: Any = None
         self._logits: Array | None = None  # of the token after each row's last one
         self._limits = np.zeros(0, np.int32)
-        self._programs: dict[Any, Callable[..., Any]] = {}  # of `choose` and `forward`
+        # `loop.choose` and `loop.forward`, looked up once a batch: every token would wait for that
+        self._choose: Callable[..., DecodeState] | None = None
+        self._forward: Callable[..., tuple[Array, Any]] | None = None
 
     def begin(self, state: DecodeState) -> DecodeState:
         """Takes the cache of a batch that starts; returns the state without it."""
-        self._cache, self._logits, self._programs = state.cache, None, {}
+        self._cache, self._logits = state.cache, None
+        self._choose = self._forward = None
         self._limits = np.array(state.limit)
         return dataclasses.replace(state, cache=None)
 
@@ -72,7 +75,10 @@ class GuidedDecoder:
         else:
             if self._logits is None:
                 self._feed(state)
-            state = self._run(loop.choose, state, settings, self._logits)
+            texts = (state, settings, self._logits)
+            if self._choose is None:
+                self._choose = loop.choose.call(*texts, **self._options).program()
+            state = self._choose(*texts)
         self._logits = None
         if not (rooms <= width + 1).all():  # it is not the last one
             self._feed(state)
@@ -80,19 +86,10 @@ class GuidedDecoder:
 
     def _feed(self, state: DecodeState) -> None:
         """Begins with the logits after each row's last token."""
-        texts = (state.tokens, state.length, self._cache)
-        self._logits, self._cache = self._run(loop.forward, self._model.params, *texts)
-
-    def _run(self, function: Any, *arrays: Any) -> Any:
-        """A call whose program is looked up once a batch: every token would wait for that (a wide
-        pass, which is for several, may)."""
-        if function not in self._programs:
-            if function is loop.choose:
-                call = loop.choose.call(*arrays, **self._options)
-            else:
-                call = loop.forward.call(self._model.config, *arrays, mesh=self._model.mesh)
-            self._programs[function] = call.program()
-        return self._programs[function](*arrays)
+        model, texts = self._model, (self._model.params, state.tokens, state.length, self._cache)
+        if self._forward is None:
+            self._forward = loop.forward.call(model.config, *texts, mesh=model.mesh).program()
+        self._logits, self._cache = self._forward(*texts)
 
 
 def forced_counts(request: Request, rooms: np.ndarray) -> list[int]:

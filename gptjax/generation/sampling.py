@@ -180,7 +180,7 @@ class History(NamedTuple):
     prompt_length: Array  # int32 [B]
 
 
-Settings = Mapping[str, Array]  # of a batch: an array with a row per sequence, by name
+Settings = warpers.Settings
 
 
 @dataclasses.dataclass(frozen=True)

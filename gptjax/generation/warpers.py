@@ -14,7 +14,7 @@ from gptjax.core.types import Array
 from gptjax.ops.products import row_sum
 from gptjax.ops.selection import least, sortable
 
-Settings = Mapping[str, Array]
+Settings = Mapping[str, Array]  # of a batch: an array with a row per sequence, by name
 Add = Callable[[Array], Array]  # [B, V] -> [B, 1]
 
 

@@ -15,7 +15,7 @@ from gptjax.serving import fields, tool_calls
 from gptjax.serving.answers import Answer, Choice, Scored
 from gptjax.serving.errors import ApiError, wrong_field
 from gptjax.serving.scheduler import Piece
-from gptjax.serving.served import Served
+from gptjax.serving.served import Served, conflict
 from gptjax.tokenizer import chat_template
 
 
@@ -66,9 +66,7 @@ class Chat(Answer):
     def _force(self, options: GenerationOptions) -> GenerationOptions:
         """So that the answer is a call, which stop texts do not cut."""
         if self._constraint:
-            names = f"{self._constraint} and tool_choice"
-            message = f"{names}: a text follows one of them"
-            raise ApiError(400, message, param=names, code="conflict")
+            raise conflict([self._constraint, "tool_choice"])
         try:
             return dataclasses.replace(options, grammar=tool_calls.grammar(self._forced), stop=())
         except UserError as error:

@@ -189,6 +189,16 @@ def flag(meaning: str) -> Field:
     return Field({"type": "boolean"}, meaning)
 
 
+def closed(required: Sequence[str], **properties: Schema) -> Schema:
+    """Of an object with these keys alone."""
+    return {
+        "type": "object",
+        "required": required,
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
 def refused(why: str, *unless: Any) -> Field:
     return Field({}, why, refused=why, unless=unless)
 
@@ -260,25 +270,17 @@ SAMPLING: Table = {
     ),
     "user": text(_NO_EFFECT),
     "response_format": Field(
-        {
-            "type": "object",
-            "required": ["type"],
-            "properties": {
-                "type": {"enum": ["text", "json_object", "json_schema"]},
-                "json_schema": {
-                    "type": "object",
-                    "required": ["schema"],
-                    "properties": {
-                        "name": {"type": "string"},
-                        "description": {"type": "string"},
-                        "schema": {"type": "object"},
-                        "strict": {"type": "boolean"},
-                    },
-                    "additionalProperties": False,
-                },
-            },
-            "additionalProperties": False,
-        },
+        closed(
+            ["type"],
+            type={"enum": ["text", "json_object", "json_schema"]},
+            json_schema=closed(
+                ["schema"],
+                name={"type": "string"},
+                description={"type": "string"},
+                schema={"type": "object"},
+                strict={"type": "boolean"},
+            ),
+        ),
         "json_object: an object; json_schema: JSON by `json_schema.schema`, always strictly",
     ),
     "guided_json": Field(
@@ -372,20 +374,11 @@ CHAT: Table = {
             "description": "'none', 'auto', 'required' or a tool by its name",
             "anyOf": [
                 {"type": "string", "enum": ["none", "auto", "required"]},
-                {
-                    "type": "object",
-                    "required": ["type", "function"],
-                    "properties": {
-                        "type": {"enum": ["function"]},
-                        "function": {
-                            "type": "object",
-                            "required": ["name"],
-                            "properties": {"name": {"type": "string"}},
-                            "additionalProperties": False,
-                        },
-                    },
-                    "additionalProperties": False,
-                },
+                closed(
+                    ["type", "function"],
+                    type={"enum": ["function"]},
+                    function=closed(["name"], name={"type": "string"}),
+                ),
             ],
         },
         "none: the tools are not shown to the model; required, or a tool: the answer is one call",

@@ -272,10 +272,12 @@ class Scheduler:
 
     def _recover(self) -> None:
         """After an error of the engine: it begins anew, and those that it ran get a 500."""
-        self.engine.reset()
-        for text, writing in list(self._running.items()):
-            self._leave(text, "error")
-            self._fail(writing.ticket, _engine_failed())
+        try:
+            self.engine.reset()
+        finally:  # whoever waits is told in any case
+            for text, writing in list(self._running.items()):
+                self._leave(text, "error")
+                self._fail(writing.ticket, _engine_failed())
 
     def _warm_up(self, jobs: Sequence[Job]) -> None:
         for job in jobs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gptjax.generation.options import GenerationOptions
@@ -150,9 +150,14 @@ def _constraints(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise ApiError(400, f"{name} is missing", param=name, code="missing_field")
         wanted["response_format"] = shape["json_schema"]["schema"]
     if len(wanted) > 1:
-        names = " and ".join(wanted)
-        raise ApiError(400, f"{names}: a text follows one of them", param=names, code="conflict")
+        raise conflict(wanted)
     return {CONSTRAINTS[name]: value for name, value in wanted.items()}
+
+
+def conflict(fields: Iterable[str]) -> ApiError:
+    """Of fields that each say what the text must be."""
+    names = " and ".join(fields)
+    return ApiError(400, f"{names}: a text follows one of them", param=names, code="conflict")
 
 
 def token_text(text: bytes) -> str:

@@ -123,6 +123,16 @@ def test_an_error_of_the_engine_fails_its_requests_alone(server, capsys):
     assert server.complete("hi").status_code == 200
 
 
+def test_who_waits_is_told_even_if_the_engine_cannot_begin_anew(monkeypatch):
+    ended = []
+    monkeypatch.setattr(threading, "excepthook", ended.append)  # of the scheduler's thread
+    with Server() as server:
+        monkeypatch.setattr(server.engine, "reset", lambda: 1 / 0)
+        server.engine.broken = True
+        assert server.complete("hi").status_code == 500
+    assert [error.exc_type for error in ended] == [ZeroDivisionError]
+
+
 def test_the_end_finishes_what_runs_and_refuses_the_rest(server):
     server.engine.gate.clear()
     pieces = {name: [] for name in ("running", "waiting")}
