@@ -45,13 +45,17 @@ def top_p(logits: Array, settings: Settings, add: Add) -> Array:
     p, keys, probs = settings["top_p"][:, None], sortable(logits), _softmax(logits, add)
     ids = jnp.arange(logits.shape[1])[None]
     mass = lambda some: add(jnp.where(some, probs, 0.0))
-    low, high = _ends(keys)
-    last = least(lambda key: mass(keys <= key) > 1 - p, low, high)
-    of_last = lambda number: (keys < last) | ((keys == last) & (ids <= number))
-    several = (keys == last).sum(-1, keepdims=True) > 1
-    largest = jnp.where(several & (keys == last), ids, 0).max(-1, keepdims=True)
-    number = least(lambda i: mass(of_last(i)) > 1 - p, jnp.zeros_like(last), largest)
-    removed = of_last(number - 1) & (p < 1)
+    last = least(lambda key: mass(keys <= key) > 1 - p, *_ends(keys))
+    equal = keys == last
+    # how many of the last ones go, by division: a sum of many equals rounds at each of them
+    each = jnp.where(equal, probs, 0.0).max(-1, keepdims=True)
+    go = jnp.floor((1 - p - mass(keys < last)) / each * (1 + 1e-6))
+    several = equal.sum(-1, keepdims=True) - 1
+    go = jnp.minimum(go, several)
+    largest = jnp.where(equal & (several > 0), ids, 0).max(-1, keepdims=True)
+    up_to = lambda number: (equal & (ids <= number)).sum(-1, keepdims=True)
+    first = least(lambda number: up_to(number) > go, jnp.zeros_like(last), largest)
+    removed = ((keys < last) | (equal & (ids < first))) & (p < 1)
     return jnp.where(removed, -jnp.inf, logits)
 
 

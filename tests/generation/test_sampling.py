@@ -105,6 +105,15 @@ def test_warpers_by_hand():
     )  # nothing left
 
 
+@pytest.mark.parametrize("size", [10, 50, 130, 1000])
+def test_of_equals_top_p_keeps_its_share_to_the_last(size):
+    """However sums round: on a limit as many equals stay as p says."""
+    for tenths in range(1, 10):
+        kept = np.asarray(probabilities(np.zeros(size), top_p=tenths / 10)) > 0
+        assert kept.sum() == size * tenths // 10, tenths
+        assert kept[-1] and (np.diff(kept.astype(int)) >= 0).all()  # the larger ids
+
+
 def stays(logits, top_k=0, top_p=1.0, typical_p=1.0):
     """bool [V]: what one warper keeps, as it is defined: by sorting."""
     x = np.asarray(logits, np.float64)
