@@ -11,6 +11,7 @@ rows are done; then a new batch starts from the latest half of each row's tokens
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,10 @@ import jax
 import numpy as np
 
 from gptjax.generation import guided, loop, speculative
-from gptjax.generation.guided import GuidedDecoder
+from gptjax.generation.guided import GuidedWriter
 from gptjax.generation.loop import DecodeState, InferenceModel, PromptBatch
 from gptjax.generation.requests import Request
-from gptjax.generation.sampling import (
-    Settings,
-    active_processors,
-    mask_words,
-    stack_settings,
-)
+from gptjax.generation.sampling import Settings, active_processors, stack_settings
 from gptjax.generation.speculative import Speculation
 from gptjax.model.kv_cache import init_cache
 from gptjax.runtime import executables
@@ -47,32 +43,86 @@ def run(
     """
     active = active_processors(request.samplings)
     settings = model.put(_settings(model, request))
-    decoder = GuidedDecoder(model, request, settings, active) if request.guided else None
-
-    def start(batch: PromptBatch) -> DecodeState:
-        state = _start(model, batch, speculation)
-        return decoder.begin(state) if decoder else state
-
-    state = start(_first_batch(model, request, speculation))
-    known, turn = np.asarray(state.length), 0
-    while True:
-        count, turn = steps[min(turn, len(steps) - 1)], turn + 1
-        if decoder:
-            state = decoder.extend(state, known)
-        else:
-            state = _advance(model, state, settings, count, active, speculation)
-        known, ended, done = _collect(state, known, request)
+    writer: Any = _Writer(model, request, settings, active, speculation)
+    if request.guided:
+        writer = GuidedWriter(model, request, settings, active)
+    writer.start(_start(model, _first_batch(model, request, speculation), speculation))
+    for count in itertools.chain(steps, itertools.repeat(steps[-1])):
+        writer.write(count)
         yield
         if request.finished:
             return
-        if done.all():  # the rest have filled the context
-            state = start(_shifted_batch(model, request, state, speculation))
-            known, ended = np.asarray(state.length), np.asarray(state.done)
-            done = ended.copy()
-            for i, sequence in enumerate(request.sequences):
-                done[i] = bool(sequence.reason)
-        if (done != ended).any():
-            state = dataclasses.replace(state, done=model.put(done))
+        if writer.is_full:  # the texts that are not finished have filled the context
+            batch = _shifted_batch(model, request, speculation)
+            writer.start(_start(model, batch, speculation))
+
+
+class _Writer:
+    """Tokens of a batch by a loop on the device."""
+
+    def __init__(
+        self,
+        model: InferenceModel,
+        request: Request,
+        settings: Settings,
+        active: frozenset[str],
+        speculation: Speculation | None,
+    ):
+        self._model, self._request, self._settings = model, request, settings
+        self._active, self._speculation = active, speculation
+
+    def start(self, state: DecodeState) -> None:
+        """Goes on with a batch that starts."""
+        self._state = state
+        self._known = np.asarray(state.length)
+        self._ended = np.asarray(state.done)  # rows that the device has ended, and all that are
+        self._done = self._ended | self._finished(len(self._ended))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no row may grow in this batch."""
+        return bool(self._done.all())
+
+    def write(self, count: int) -> None:
+        """`count` more tokens, or passes with speculation, in each text."""
+        if (self._done != self._ended).any():
+            self._state = dataclasses.replace(self._state, done=self._model.put(self._done))
+        self._state = self._advance(count)
+        self._collect()
+
+    def _advance(self, count: int) -> DecodeState:
+        model, speculation, steps = self._model, self._speculation, np.int32(count)
+        arguments = (model.config, model.params, self._state, self._settings, steps)
+        options: dict[str, Any] = {"active": self._active, "mesh": model.mesh}
+        if speculation is None:
+            return loop.advance(*arguments, **options)
+        draft = speculation.draft
+        return speculative.advance(
+            *arguments,
+            count=speculation.count,
+            draft_config=draft.config if draft else None,
+            draft_params=draft.params if draft else None,
+            **options,
+        )
+
+    def _collect(self) -> None:
+        """Feeds the tokens from slot `known` on to the sequences."""
+        state, request = self._state, self._request
+        tokens, lengths = np.asarray(state.tokens), np.asarray(state.length)
+        logprobs, self._ended = np.asarray(state.logprobs), np.asarray(state.done)
+        for i, sequence in enumerate(request.sequences):
+            for slot in range(self._known[i], lengths[i]):
+                sequence.feed(int(tokens[i, slot]), float(logprobs[i, slot]))
+            if len(sequence.tokens) >= request.max_new_tokens:
+                sequence.finish("length")
+        self._known, self._done = lengths, self._ended | self._finished(len(lengths))
+
+    def _finished(self, rows: int) -> np.ndarray:
+        """bool [B]: rows whose text is finished."""
+        finished = np.zeros(rows, bool)
+        sequences = self._request.sequences
+        finished[: len(sequences)] = [bool(sequence.reason) for sequence in sequences]
+        return finished
 
 
 def _settings(model: InferenceModel, request: Request) -> dict[str, np.ndarray]:
@@ -94,52 +144,6 @@ def _start(
     return speculative.begin(state, speculation) if speculation else state
 
 
-def _advance(
-    model: InferenceModel,
-    state: DecodeState,
-    settings: Settings,
-    count: int,
-    active: frozenset[str],
-    speculation: Speculation | None,
-) -> DecodeState:
-    """`count` more tokens, or passes with speculation, in each row."""
-    config, params, steps = model.config, model.params, np.int32(count)
-    if speculation is None:
-        return loop.advance(config, params, state, settings, steps, active=active, mesh=model.mesh)
-    draft = speculation.draft
-    return speculative.advance(
-        config,
-        params,
-        state,
-        settings,
-        steps,
-        active=active,
-        count=speculation.count,
-        draft_config=draft.config if draft else None,
-        draft_params=draft.params if draft else None,
-        mesh=model.mesh,
-    )
-
-
-def _collect(
-    state: DecodeState, known: np.ndarray, request: Request
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Feeds the tokens from slot `known` on to the sequences.
-
-    Returns of each row [B] its length, whether the device has ended it, and whether it is done.
-    """
-    tokens, lengths = np.asarray(state.tokens), np.asarray(state.length)
-    logprobs, ended = np.asarray(state.logprobs), np.asarray(state.done)
-    done = ended.copy()
-    for i, sequence in enumerate(request.sequences):
-        for slot in range(known[i], lengths[i]):
-            sequence.feed(int(tokens[i, slot]), float(logprobs[i, slot]))
-        if len(sequence.tokens) >= request.max_new_tokens:
-            sequence.finish("length")
-        done[i] |= bool(sequence.reason)
-    return lengths, ended, done
-
-
 def _first_batch(
     model: InferenceModel, request: Request, speculation: Speculation | None
 ) -> PromptBatch:
@@ -156,10 +160,7 @@ def _first_batch(
 
 
 def _shifted_batch(
-    model: InferenceModel,
-    request: Request,
-    state: DecodeState,
-    speculation: Speculation | None,
+    model: InferenceModel, request: Request, speculation: Speculation | None
 ) -> PromptBatch:
     """The batch after a context shift: the latest half of each row, which is its own prompt now.
 
@@ -167,10 +168,9 @@ def _shifted_batch(
     """
     context = model.config.context
     half = max((context + 1) // 2, 1)
-    tokens, lengths = np.asarray(state.tokens), np.asarray(state.length)
     prompts, limits, generated, seeds = [], [], [], []
     for i, sequence in enumerate(request.sequences):
-        text = tokens[i, : lengths[i]].tolist()
+        text = [*request.prompts[i // request.n], *sequence.tokens]
         prompts.append(text[-1:] if sequence.reason else text[-half:])
         generated.append(len(sequence.tokens))
         limits.append(request.limit(len(prompts[i]), generated[i], context))
@@ -221,20 +221,17 @@ def first_calls(model: InferenceModel, request: Request) -> tuple[Call, ...]:
         lambda: init_cache(config, len(state.length), batch.slots, dtype=model.cache_dtype)
     )
     state = dataclasses.replace(state, cache=cache)
-    width, rows, arrays = 0, len(state.length), tuple[Any, ...]()
+    active = active_processors(request.samplings)
     if request.guided:
-        settings["allowed"] = np.zeros((rows, mask_words(config.vocab_size)), np.uint32)
-        rooms = np.asarray(state.limit) - np.asarray(state.length)
-        width = guided.pass_width(guided.forced_counts(request, rooms), config)
-        logits = jax.ShapeDtypeStruct((rows, config.vocab_size), np.float32)
-        arrays = (*guided.given_arrays(rows, width), logits)
+        steps = guided.first_calls(model, request, state, settings, active)
+    else:
+        described: Any = (state, settings)
+        if model.mesh is not None:
+            described = model.described(described)
+        arguments = (config, params, *described, np.int32(0))
+        steps = (loop.advance.call(*arguments, active=active, mesh=model.mesh),)
     if model.mesh is not None:
-        state, settings, tokens, lengths = map(model.described, (state, settings, tokens, lengths))
-        arrays = model.described(arrays)
-    options: dict[str, Any] = {
-        "active": active_processors(request.samplings),
-        "mesh": model.mesh,
-    }
+        tokens, lengths = model.described((tokens, lengths))
     prefill = loop.prefill.call(
         config,
         params,
@@ -244,15 +241,4 @@ def first_calls(model: InferenceModel, request: Request) -> tuple[Call, ...]:
         copies=batch.copies,
         mesh=model.mesh,
     )
-    if not request.guided:
-        steps = np.int32(0)
-        return loop.advance.call(config, params, state, settings, steps, **options), prefill
-    *given, logits = arrays
-    texts = (state.tokens, state.length, state.cache)
-    forward = loop.forward.call(config, params, *texts, mesh=model.mesh)
-    without = dataclasses.replace(state, cache=None)
-    choose = loop.choose.call(without, settings, logits, **options)
-    if not width:
-        return forward, choose, prefill
-    extend = loop.extend.call(config, params, state, settings, *given, **options)
-    return extend, forward, choose, prefill
+    return *steps, prefill

@@ -1,103 +1,271 @@
 """Guided decoding: a token at a time, of each text one that its grammar allows.
 
-A step is two calls: `loop.choose` takes the next tokens, and `loop.forward` begins with the token
-after them before the host has seen them, so that the host looks at the grammars meanwhile. Where a
-grammar leaves no choice about several tokens, `loop.extend` writes them in one pass.
+A step is two calls: `choose` takes the next tokens, and `forward` begins with the token after them
+before the host has seen them, so that the host looks at the grammars meanwhile. Where a grammar
+leaves no choice about several tokens, `extend` writes them in one pass.
+
+The host keeps the texts. What goes to it and fro at a token is one array each way, because on a CPU
+the weights pass through the caches at every token, and nothing that the host then does is in them:
+a call takes it 100 microseconds instead of 4, and an array more 40 instead of 2.
+
+In: an `InferenceModel`, a `Request`, and batches that start. Out: the request's texts.
+Dims: B rows, S slots, K given tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array
-from gptjax.generation import loop
+from gptjax.generation import loop, sampling
 from gptjax.generation.loop import DecodeState, InferenceModel
 from gptjax.generation.requests import Request
-from gptjax.generation.sampling import Settings, mask_words
+from gptjax.generation.sampling import History, Settings, mask_words
+from gptjax.model import head, transformer
+from gptjax.ops import categorical
 from gptjax.ops.implementations import IMPLEMENTATIONS
+from gptjax.runtime import executables, sharding
+from gptjax.runtime.executables import Call
 
 FORCED = (0, 4, 16)  # widths of a pass: how many tokens that a grammar forces it writes at most
 
 
-class GuidedDecoder:
-    """The steps of a request's batch. It keeps the cache, and the logits that are on their way."""
+@functools.partial(
+    executables.jit,
+    static_argnames=("config",),
+    donate_argnames=("cache",),
+    outputs=(sharding.TEXTS, sharding.CACHE),
+)
+def forward(config: ModelConfig, params: Any, last: Array, cache: Any) -> tuple[Array, Any]:
+    """Logits [B, V] of the token after each row's last one, and the cache with that one in it.
+
+    last int32 [B, 3]: of each row its last token, its length, and the bits of the token's
+    log-probability. The cache keeps its meaning, because feeding a token again changes nothing.
+    """
+    x, cache = transformer.apply(config, params, last[:, :1], cache=cache, start_B=last[:, 1] - 1)
+    return head.unembed(config, params, x[:, 0]), cache
+
+
+@functools.partial(executables.jit, static_argnames=("active",), donate_argnames=("tokens",))
+def choose(
+    tokens: Array, last: Array, settings: Settings, logits: Array, *, active: frozenset[str]
+) -> tuple[Array, Array]:
+    """`tokens` [B, S] and `last` [B, 3] after one more token in each row that has one in its mask.
+
+    settings: also "allowed", the masks, and of the rows "seed", "copy" and "prompt_length". The
+    others are those of `loop.advance`, whose step this is with `forward`. Log-probabilities are the
+    model's own.
+    """
+    length, prompt_length = last[:, 1], settings["prompt_length"]
+    history = History(tokens, length, prompt_length)
+    processed = sampling.process(logits, settings, history, active)
+    keys = loop.row_keys(settings["seed"], settings["copy"], length - prompt_length)
+    chosen = sampling.choose(processed, settings, keys, active)
+    grows = (settings["allowed"] != 0).any(-1)
+    after = _last(chosen, length + 1, categorical.logprob(logits, chosen))
+    at = jnp.where(grows, length, tokens.shape[1])
+    tokens = tokens.at[jnp.arange(len(at)), at].set(chosen, mode="drop")
+    return tokens, jnp.where(grows[:, None], after, last)
+
+
+@functools.partial(
+    executables.jit,
+    static_argnames=("config", "active"),
+    donate_argnames=("tokens", "cache"),
+    outputs=(sharding.TEXTS, sharding.TEXTS, sharding.CACHE, sharding.TEXTS),
+)
+def extend(
+    config: ModelConfig,
+    params: Any,
+    tokens: Array,
+    last: Array,
+    cache: Any,
+    settings: Settings,
+    given: Array,
+    counts: Array,
+    *,
+    active: frozenset[str],
+) -> tuple[Array, Array, Any, Array]:
+    """The same after given tokens and one more that is chosen after them, all in one pass; and the
+    log-probabilities [B, K] of the given ones.
+
+    given int32 [B, K]: the first counts[b] of row b are appended to it. The buffer has K slots more
+    than any row's limit.
+    """
+    count, length = given.shape[1], last[:, 1]
+    rows, steps = jnp.arange(len(given))[:, None], jnp.arange(count)[None]
+    slots = jnp.where(steps < counts[:, None], length[:, None] + steps, tokens.shape[1])
+    tokens = tokens.at[rows, slots].set(given, mode="drop")
+    x, cache = loop.feed(config, params, tokens, length, cache, count + 1)
+    logits = head.unembed(config, params, x)
+    logprobs = categorical.logprob(logits[:, :count], given)
+
+    def at(array: Array, place: Array) -> Array:
+        return jnp.take_along_axis(array, jnp.maximum(place, 0)[:, None], 1)[:, 0]
+
+    after = _last(at(given, counts - 1), length + counts, at(logprobs, counts - 1))
+    last = jnp.where(counts[:, None] > 0, after, last)
+    logits = jnp.take_along_axis(logits, counts[:, None, None], 1)[:, 0]
+    tokens, last = choose.function(tokens, last, settings, logits, active=active)
+    return tokens, last, cache, logprobs
+
+
+def _last(token: Array, length: Array, logprob: Array) -> Array:
+    bits = jax.lax.bitcast_convert_type(logprob, jnp.int32)
+    return jnp.stack([token.astype(jnp.int32), length, bits], -1)
+
+
+class GuidedWriter:
+    """The steps of a request's texts. It keeps the cache, and the logits that are on their way."""
 
     def __init__(
         self, model: InferenceModel, request: Request, settings: Settings, active: frozenset[str]
     ):
-        self._model, self._request, self._settings = model, request, settings
+        self._model, self._request = model, request
+        self._settings: dict[str, Any] = dict(settings)
         self._options: dict[str, Any] = {"active": active, "mesh": model.mesh}
-        self._cache: Any = None
+
+    def start(self, state: DecodeState) -> None:
+        """Goes on with a batch that starts."""
+        self._settings |= row_settings(state)
+        last = first_last(np.asarray(state.tokens), np.asarray(state.length))
+        self._tokens, self._last, self._cache = state.tokens, self._model.put(last), state.cache
+        self._lengths, self._limits = last[:, 1].tolist(), np.asarray(state.limit).tolist()
         self._logits: Array | None = None  # of the token after each row's last one
-        self._limits = np.zeros(0, np.int32)
-        # `loop.choose` and `loop.forward`, looked up once a batch: every token would wait for that
-        self._choose: Callable[..., DecodeState] | None = None
-        self._forward: Callable[..., tuple[Array, Any]] | None = None
+        # `choose` and `forward`, looked up once a batch: every token would wait for that
+        self._chooser: Callable[..., Any] | None = None
+        self._feeder: Callable[..., Any] | None = None
 
-    def begin(self, state: DecodeState) -> DecodeState:
-        """Takes the cache of a batch that starts; returns the state without it."""
-        self._cache, self._logits = state.cache, None
-        self._choose = self._forward = None
-        self._limits = np.array(state.limit)
-        return dataclasses.replace(state, cache=None)
+    @property
+    def is_full(self) -> bool:
+        """Whether no row may grow in this batch."""
+        growing = zip(self._request.sequences, self._rooms(), strict=False)
+        return all(sequence.reason or not room for sequence, room in growing)
 
-    def extend(self, state: DecodeState, known: np.ndarray) -> DecodeState:
-        """One more token in each row, that its grammar allows, and before it those that the grammar
-        forces, where writing them in one pass pays.
+    def _rooms(self) -> list[int]:
+        """How many tokens more each row has room for."""
+        return [limit - length for limit, length in zip(self._limits, self._lengths, strict=True)]
 
-        known: int32 [B], the rows' lengths.
-        """
-        model, request = self._model, self._request
-        rows, rooms = len(known), self._limits - known
+    def write(self, count: int) -> None:
+        """One more token in each text, whatever the count: one that its grammar allows, and before
+        it those that the grammar forces, where writing them in one pass pays."""
+        model, request, rooms = self._model, self._request, self._rooms()
         width = pass_width(forced_counts(request, rooms), model.config)
-        given, counts = given_arrays(rows, width)
-        allowed = np.zeros((rows, mask_words(model.config.vocab_size)), np.uint32)
+        allowed = np.zeros((len(rooms), mask_words(model.config.vocab_size)), np.uint32)
+        given = []
         for i, sequence in enumerate(request.sequences):
-            tokens = sequence.take_given(min(rooms[i], width))
-            given[i, : len(tokens)], counts[i] = tokens, len(tokens)
-            if sequence.guide and not sequence.reason and not sequence.guide.ended:
-                sequence.guide.write_mask(allowed[i])
-        arrays: Any = (allowed, given, counts)
-        if model.mesh is not None:  # one device is quicker to take them with the call
-            arrays = model.put(arrays)
-        settings = {**self._settings, "allowed": arrays[0]}
-        if width:
-            whole = dataclasses.replace(state, cache=self._cache)
-            whole = loop.extend(
-                model.config, model.params, whole, settings, *arrays[1:], **self._options
-            )
-            self._cache, state = whole.cache, dataclasses.replace(whole, cache=None)
-        else:
-            if self._logits is None:
-                self._feed(state)
-            texts = (state, settings, self._logits)
-            if self._choose is None:
-                self._choose = loop.choose.call(*texts, **self._options).program()
-            state = self._choose(*texts)
+            given.append(sequence.take_given(min(rooms[i], width)))
+            guide, has_room = sequence.guide, rooms[i] > len(given[i])
+            if guide and has_room and not sequence.reason and not guide.ended:
+                guide.write_mask(allowed[i])
+        self._settings["allowed"] = allowed
+        if model.mesh is not None:  # one device is quicker to take it with the call
+            self._settings["allowed"] = model.put(allowed)
+        logprobs = self._extend(given, width) if width else self._choose()
         self._logits = None
-        if not (rooms <= width + 1).all():  # it is not the last one
-            self._feed(state)
-        return state
+        if any(room > width + 1 for room in rooms):  # it is not the last one
+            self._forward()
+        last = [*struct.iter_unpack("=iif", np.asarray(self._last))]
+        for i, sequence in enumerate(request.sequences):
+            token, length, logprob = last[i]
+            for pair in zip(given[i], logprobs[i], strict=False):
+                sequence.feed(*pair)
+            if length > self._lengths[i] + len(given[i]):
+                sequence.feed(token, logprob)
+            if len(sequence.tokens) >= request.max_new_tokens:
+                sequence.finish("length")
+        self._lengths = [length for _, length, _ in last]
 
-    def _feed(self, state: DecodeState) -> None:
+    def _choose(self) -> list[list[float]]:
+        """Returns the log-probabilities of no given tokens."""
+        if self._logits is None:
+            self._forward()
+        arrays = (self._tokens, self._last, self._settings, self._logits)
+        if self._chooser is None:
+            self._chooser = choose.call(*arrays, **self._options).program()
+        self._tokens, self._last = self._chooser(*arrays)
+        return [[]] * len(self._lengths)
+
+    def _forward(self) -> None:
         """Begins with the logits after each row's last token."""
-        model, texts = self._model, (self._model.params, state.tokens, state.length, self._cache)
-        if self._forward is None:
-            self._forward = loop.forward.call(model.config, *texts, mesh=model.mesh).program()
-        self._logits, self._cache = self._forward(*texts)
+        model, arrays = self._model, (self._model.params, self._last, self._cache)
+        if self._feeder is None:
+            self._feeder = forward.call(model.config, *arrays, mesh=model.mesh).program()
+        self._logits, self._cache = self._feeder(*arrays)
+
+    def _extend(self, given: list[list[int]], width: int) -> list[list[float]]:
+        """Returns the log-probabilities of the given tokens."""
+        model, arrays = self._model, given_arrays(given, len(self._lengths), width)
+        if model.mesh is not None:
+            arrays = model.put(arrays)
+        texts = (self._tokens, self._last, self._cache, self._settings)
+        made = extend(model.config, model.params, *texts, *arrays, **self._options)
+        self._tokens, self._last, self._cache, logprobs = made
+        return np.asarray(logprobs).tolist()
 
 
-def forced_counts(request: Request, rooms: np.ndarray) -> list[int]:
+def row_settings(state: DecodeState) -> dict[str, Array]:
+    """What the rows of a batch that starts add to its settings."""
+    return {name: getattr(state, name) for name in ("seed", "copy", "prompt_length")}
+
+
+def first_last(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int32 [B, 3]: the argument `last` of a batch that starts."""
+    ids = tokens[np.arange(len(lengths)), lengths - 1]
+    return np.stack([ids, lengths, np.zeros_like(lengths)], -1)
+
+
+def first_calls(
+    model: InferenceModel,
+    request: Request,
+    state: DecodeState,
+    settings: dict[str, Any],
+    active: frozenset[str],
+) -> tuple[Call, ...]:
+    """The calls that a batch begins with, not yet run.
+
+    state: of host arrays, and of a cache that is described.
+    """
+    config, params, cache = model.config, model.params, state.cache
+    options: dict[str, Any] = {"active": active, "mesh": model.mesh}
+    host_tokens, lengths, limits = map(np.asarray, (state.tokens, state.length, state.limit))
+    rows, rooms = len(lengths), (limits - lengths).tolist()
+    width = pass_width(forced_counts(request, rooms), config)
+    allowed = np.zeros((rows, mask_words(config.vocab_size)), np.uint32)
+    texts: Any = (
+        host_tokens,
+        first_last(host_tokens, lengths),
+        settings | row_settings(state) | {"allowed": allowed},
+        jax.ShapeDtypeStruct((rows, config.vocab_size), np.float32),
+        given_arrays([], rows, width),
+    )
+    if model.mesh is not None:
+        texts, cache = model.described(texts), model.described({"cache": cache})["cache"]
+    tokens, last, settings, logits, given = texts
+    calls = (
+        forward.call(config, params, last, cache, mesh=model.mesh),
+        choose.call(tokens, last, settings, logits, **options),
+    )
+    if not width:
+        return calls
+    texts = (tokens, last, cache, settings)
+    return extend.call(config, params, *texts, *given, **options), *calls
+
+
+def forced_counts(request: Request, rooms: Sequence[int]) -> list[int]:
     """How many tokens each text's grammar leaves no choice about, of those that it has room for."""
     counts = []
     for sequence, room in zip(request.sequences, rooms, strict=False):
         forced = sequence.guide.forced() if sequence.guide and not sequence.reason else []
-        counts.append(min(len(forced), max(int(room), 0)))
+        counts.append(min(len(forced), max(room, 0)))
     return counts
 
 
@@ -119,6 +287,11 @@ def pass_width(counts: Sequence[int], config: ModelConfig) -> int:
     return max(FORCED, key=gain)
 
 
-def given_arrays(rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The arguments of `loop.extend` for rows that are given no tokens."""
-    return np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+def given_arrays(
+    given: Sequence[Sequence[int]], rows: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The arguments `given` and `counts` of `extend`."""
+    tokens, counts = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+    for i, ids in enumerate(given):
+        tokens[i, : len(ids)], counts[i] = ids, len(ids)
+    return tokens, counts

@@ -225,7 +225,7 @@ def start(model: InferenceModel, batch: PromptBatch) -> DecodeState:
     return dataclasses.replace(model.put(batch.host_state()), cache=cache)
 
 
-def row_keys(state: DecodeState) -> Array:
+def row_keys(seed_B: Array, copy_B: Array, generated_B: Array) -> Array:
     """A random key per row [B].
 
     It is a function of the row's seed, its copy and how many tokens it has, of nothing else in the
@@ -235,7 +235,7 @@ def row_keys(state: DecodeState) -> Array:
     def row_key(seed: Array, copy: Array, generated: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), copy), generated)
 
-    return jax.vmap(row_key)(state.seed, state.copy, state.generated)
+    return jax.vmap(row_key)(seed_B, copy_B, generated_B)
 
 
 def feed(
@@ -305,7 +305,8 @@ def advance(
         x, cache = feed(config, params, state.tokens, state.length, state.cache)
         logits = head.unembed(config, params, x[:, 0])
         processed = sampling.process(logits, settings, state.history, active)
-        token = sampling.choose(processed, settings, row_keys(state), active)
+        keys = row_keys(state.seed, state.copy, state.generated)
+        token = sampling.choose(processed, settings, keys, active)
         logprob = categorical.logprob(logits, token)
         state = dataclasses.replace(state, cache=cache)
         return i + 1, append(state, token, logprob, settings["eos_ids"])
@@ -315,87 +316,3 @@ def advance(
 
     _, state = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))
     return state
-
-
-@functools.partial(
-    executables.jit,
-    static_argnames=("config", "active"),
-    donate_argnames=("state",),
-    outputs="state",
-)
-def extend(
-    config: ModelConfig,
-    params: Any,
-    state: DecodeState,
-    settings: Settings,
-    given: Array,
-    counts: Array,
-    *,
-    active: frozenset[str],
-) -> DecodeState:
-    """The state after given tokens and one more that is chosen after them, all in one pass.
-
-    given int32 [B, K]: the first counts[b] of row b are appended to it; none to rows that are done.
-    Rows whose mask in settings["allowed"] has no token get none after them. The buffer has K slots
-    more than any row's limit. Log-probabilities are the model's own, of given tokens too.
-    """
-    count = given.shape[1]
-    rows, steps = jnp.arange(len(given))[:, None], jnp.arange(count)[None]
-    counts = jnp.where(state.done, 0, jnp.minimum(counts, state.limit - state.length))
-    slots = jnp.where(steps < counts[:, None], state.length[:, None] + steps, len(state.tokens[0]))
-    tokens = state.tokens.at[rows, slots].set(given, mode="drop")
-    x, cache = feed(config, params, tokens, state.length, state.cache, count + 1)
-    logits = head.unembed(config, params, x)
-    logprobs = categorical.logprob(logits[:, :count], given)
-    length = state.length + counts
-    state = dataclasses.replace(
-        state,
-        tokens=tokens,
-        logprobs=state.logprobs.at[rows, slots].set(logprobs, mode="drop"),
-        length=length,
-        generated=state.generated + counts,
-        done=state.done | (length >= state.limit),
-        cache=cache,
-    )
-    last = jnp.take_along_axis(logits, counts[:, None, None], 1)[:, 0]
-    return _append_chosen(state, settings, last, active)
-
-
-@functools.partial(
-    executables.jit,
-    static_argnames=("config",),
-    donate_argnames=("cache",),
-    outputs=(sharding.TEXTS, sharding.CACHE),
-)
-def forward(
-    config: ModelConfig, params: Any, tokens: Array, length: Array, cache: Any
-) -> tuple[Array, Any]:
-    """Logits [B, V] of the token after each row's last one, and the cache with that one in it.
-
-    With `choose` behind it one step of `advance`, in two calls: the host looks at a grammar while
-    this one runs. The cache keeps its meaning, because feeding a token again changes nothing.
-    """
-    x, cache = feed(config, params, tokens, length, cache)
-    return head.unembed(config, params, x[:, 0]), cache
-
-
-@functools.partial(
-    executables.jit, static_argnames=("active",), donate_argnames=("state",), outputs="state"
-)
-def choose(
-    state: DecodeState, settings: Settings, logits: Array, *, active: frozenset[str]
-) -> DecodeState:
-    """The state, given without its cache, after one more token in each row that is not done and has
-    one in its mask, settings["allowed"]."""
-    return _append_chosen(state, settings, logits, active)
-
-
-def _append_chosen(
-    state: DecodeState, settings: Settings, logits: Array, active: frozenset[str]
-) -> DecodeState:
-    processed = sampling.process(logits, settings, state.history, active)
-    token = sampling.choose(processed, settings, row_keys(state), active)
-    chooses = (settings["allowed"] != 0).any(-1)
-    paused = dataclasses.replace(state, done=state.done | ~chooses)
-    after = append(paused, token, categorical.logprob(logits, token), settings["eos_ids"])
-    return dataclasses.replace(after, done=jnp.where(chooses, after.done, state.done))

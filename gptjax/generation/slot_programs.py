@@ -156,7 +156,7 @@ def decode(
         logits = jax.lax.optimization_barrier(head.unembed(config, params, x[:, 0]))
         history = state.history
         processed = sampling.process(logits, settings, history, active, in_order=True)
-        keys = loop.row_keys(state)
+        keys = loop.row_keys(state.seed, state.copy, state.generated)
         token = sampling.choose(processed, settings, keys, active, in_order=True)
         scored = _score(logits, token, alternatives)
         put = lambda all_steps, now: jax.lax.dynamic_update_index_in_dim(all_steps, now, i, 1)

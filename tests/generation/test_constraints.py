@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config.errors import UserError
-from gptjax.generation import constraints, loop
+from gptjax.generation import constraints, guided
 from gptjax.generation.constraints import build_guide
 from gptjax.generation.guided import pass_width
 from gptjax.generation.options import GenerationOptions
@@ -238,9 +238,9 @@ def test_a_text_does_not_depend_on_which_forced_tokens_share_a_pass(lm, together
     """Tokens, however many a pass takes; and passes of several tokens are as few as pay."""
     ops = dataclasses.replace(IMPLEMENTATIONS["cpu"], tokens_of_a_pass=together)
     monkeypatch.setitem(IMPLEMENTATIONS, "cpu", ops)
-    widths, extend = [], loop.extend
+    widths, extend = [], guided.extend
     monkeypatch.setattr(
-        loop, "extend", lambda *a, **k: widths.append(a[4].shape[1]) or extend(*a, **k)
+        guided, "extend", lambda *a, **k: widths.append(a[6].shape[1]) or extend(*a, **k)
     )
     asked = dict(schema=PERSON, temperature=1.0, max_new_tokens=80, seed=3)
     texts = [completion.text for completion in lm.generate(["a", "bcd"], **asked)]

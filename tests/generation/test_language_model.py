@@ -12,7 +12,7 @@ from helpers import PROMPTS, tiny_language_model
 
 from gptjax.checkpoints import formats, pretrained, safetensors
 from gptjax.config.errors import UserError
-from gptjax.generation import language_model
+from gptjax.generation import guided, language_model
 from gptjax.generation import loop as decode_loop
 from gptjax.generation.language_model import LanguageModel
 from gptjax.generation.weights import weight_shapes
@@ -187,8 +187,8 @@ def test_programs_of_a_cpu_do_not_grow_with_the_layers():
     def size(layers):
         model = tiny_language_model("llama", layers=layers)._model
         cache = init_cache(model.config, 2, 64)
-        arguments = (np.zeros((2, 64), np.int32), np.ones(2, np.int32), cache)
-        program = decode_loop.forward.call(model.config, model.params, *arguments).lowered()
+        arguments = (np.ones((2, 3), np.int32), cache)
+        program = guided.forward.call(model.config, model.params, *arguments).lowered()
         return len(program.compile().as_text())
 
     assert size(6) < 1.1 * size(2)
