@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array, Params
 from gptjax.generation import loop, sampling
-from gptjax.generation.loop import DecodeState
 from gptjax.generation.sampling import Settings
+from gptjax.generation.slot_rows import read_numbers
 from gptjax.model import head, lora, transformer
 from gptjax.model.kv_cache import Cache, rows_of, whole
 from gptjax.ops.attention.cache import BLOCK
@@ -39,11 +39,13 @@ class Scored(NamedTuple):
     """What is known of tokens, in arrays with a row for each."""
 
     logprob: Array  # float32 [...]: the model's own, before any processor
-    top_logprobs: Array  # float32 [..., A]: of the most likely tokens, A = 0 where nobody asks
-    top_ids: Array  # int32 [..., A]
+    top_logprobs: Array | None  # float32 [..., A]: of the most likely tokens; None if nobody asks
+    top_ids: Array | None  # int32 [..., A]
 
     def pairs(self, i: int, count: int) -> Alternatives:
         """The most likely tokens in the place of one; of arrays on the host."""
+        if not count or self.top_ids is None or self.top_logprobs is None:
+            return []
         ids, logprobs = self.top_ids[i, :count].tolist(), self.top_logprobs[i, :count].tolist()
         return list(zip(ids, logprobs, strict=True))
 
@@ -53,8 +55,7 @@ def _score(logits: Array, tokens: Array, alternatives: int) -> Scored:
     total = peak + jnp.log(row_sum(jnp.exp(logits - peak[..., None])))
     logprob = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0] - total
     if not alternatives:
-        empty = (*tokens.shape, 0)
-        return Scored(logprob, jnp.zeros(empty), jnp.zeros(empty, jnp.int32))
+        return Scored(logprob, None, None)
     top, ids = jax.lax.top_k(logits, alternatives)
     return Scored(logprob, top - total[..., None], ids.astype(jnp.int32))
 
@@ -118,20 +119,26 @@ def decode(
     params: Params,
     adapters: Any,
     cache: Cache,
-    state: DecodeState,
-    row: Array,
-    adapter: Array,
+    tokens: Array,
+    numbers: Array,
     settings: Settings,
-    steps: Array,
+    place: Array,
     *,
     active: frozenset[str],
     alternatives: int,
-) -> tuple[Cache, Array, Scored]:
-    """Up to `steps` more tokens in the N rows from `row` on: the tokens [N, M] and their scores.
+) -> tuple[Cache, Array, tuple[Array, Array] | None]:
+    """More tokens in N rows of the cache.
 
-    state: of the rows, without logprobs and cache. A row that is done writes over its last slot.
-    adapter: int32 [N]. The other arguments are those of `loop.advance`.
+    tokens, numbers: `slot_rows.Batch`. A row that is done writes over its last slot.
+    settings: `loop.advance`'s, but those that are a number for each row.
+    place: int32 [2], the first of the rows, and how many tokens there are at most.
+
+    Returns int32 [N, M, 2], the tokens and the bits of their log-probabilities, and in `Scored`'s
+    form the `alternatives` of each, if there are to be any.
     """
+    first, steps = place
+    state, adapter, numbers_of_settings = read_numbers(tokens, numbers)
+    settings = {**settings, **numbers_of_settings}
 
     def gather(a: Array, b: Array) -> Params:
         return {"lora_rows_a": a[adapter], "lora_rows_b": b[adapter]}
@@ -139,38 +146,33 @@ def decode(
     params = _adapt(params, adapters, gather)
     if config.implementation == "cpu":
         config = dataclasses.replace(config, implementation="cpu in order")
-    count = len(state.length)
-    shape = (count, STEPS)
-    state = dataclasses.replace(state, logprobs=jnp.zeros((count, 0)), cache=cache)
-    made = Scored(
-        jnp.zeros(shape),
-        jnp.zeros((*shape, alternatives)),
-        jnp.zeros((*shape, alternatives), jnp.int32),
-    )
+    shape = (len(tokens), STEPS)
+    top = (jnp.zeros((*shape, alternatives)), jnp.zeros((*shape, alternatives), jnp.int32))
+    made = (jnp.zeros((*shape, 2), jnp.int32), top if alternatives else None)
 
     def step(carry: Any) -> Any:
-        i, state, new, made = carry
+        i, state, made = carry
         used = jnp.where(state.done, 0, state.length)
-        rows = rows_of(state.cache, row, used)
+        rows = rows_of(state.cache, first, used)
         x, written = loop.feed(config, params, state.tokens, state.length, rows)
         logits = jax.lax.optimization_barrier(head.unembed(config, params, x[:, 0]))
-        history = state.history
-        processed = sampling.process(logits, settings, history, active, in_order=True)
+        processed = sampling.process(logits, settings, state.history, active, in_order=True)
         keys = loop.row_keys(state.seed, state.copy, state.generated)
         token = sampling.choose(processed, settings, keys, active, in_order=True)
         scored = _score(logits, token, alternatives)
+        bits = jax.lax.bitcast_convert_type(scored.logprob, jnp.int32)
+        now = (jnp.stack([token, bits], -1), scored[1:] if alternatives else None)
         put = lambda all_steps, now: jax.lax.dynamic_update_index_in_dim(all_steps, now, i, 1)
-        new, made = put(new, token), Scored(*map(put, made, scored))
         state = dataclasses.replace(state, cache=whole(written))
         state = loop.append(state, token, None, settings["eos_ids"])
-        return i + 1, state, new, made
+        return i + 1, state, jax.tree.map(put, made, now)
 
     def unfinished(carry: Any) -> Array:
         return (carry[0] < steps) & ~carry[1].done.all()
 
-    start = (jnp.int32(0), state, jnp.zeros(shape, jnp.int32), made)
-    _, state, new, made = while_loop(unfinished, step, start)
-    return state.cache, new, made
+    start = (jnp.int32(0), dataclasses.replace(state, cache=cache), made)
+    _, state, made = while_loop(unfinished, step, start)
+    return state.cache, *made
 
 
 @functools.partial(executables.jit, static_argnames=("slots",), donate_argnames=("cache",))

@@ -1,7 +1,9 @@
 """What the programs of `slots.SlotEngine` are told about their rows, on the host.
 
 A `Row` is one text: tokens, limits, settings, key. `stack_rows` makes the arguments of a call of
-them; `stack_adapters` puts the adapters of several models beside one another.
+them, and `read_numbers` takes these apart in the program: all numbers of a row lie side by side,
+because on a CPU each array of a call takes the host 20 microseconds of a token's few milliseconds.
+`stack_adapters` puts the adapters of several models beside one another.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config.errors import UserError
+from gptjax.core.types import Array
 from gptjax.generation import sampling
 from gptjax.generation.loop import DecodeState
 from gptjax.generation.requests import Request
@@ -22,6 +25,10 @@ from gptjax.model import quantize
 
 _CACHE_BYTES = 2 << 30  # of keys and values, where the context would need more
 _ENDS = 8  # end tokens of a row that any program has room for
+_NO_END = -1
+# What is known of a row in a number, at its column; behind them come its end tokens.
+_COLUMNS = ("length", "prompt_length", "limit", "seed", "adapter")
+_SETTINGS = {name: default for name, default in sampling.NUMBERS.items() if name != "seed"}
 
 
 @dataclasses.dataclass
@@ -31,33 +38,53 @@ class Row:
     tokens: list[int]  # so far
     prompt_length: int
     limit: int  # the longest length
-    seed: int
-    active: frozenset[str]
-    settings: dict[str, np.ndarray]  # each with one row; "eos_ids" [E]
     adapter: int
+    active: frozenset[str]
+    numbers: np.ndarray  # int32 [C]: its row of `Batch.numbers`
+    settings: dict[str, np.ndarray]  # "banned" and "logit_bias", each with one row
 
 
 class Batch(NamedTuple):
     """The arguments of `slot_programs.decode` that change with every call."""
 
-    state: DecodeState
-    adapters: np.ndarray  # int32 [N]
-    settings: dict[str, np.ndarray]
-    shapes: tuple[Any, ...]  # of the settings whose shape depends on the texts
+    tokens: np.ndarray  # int32 [N, S]
+    numbers: np.ndarray  # int32 [N, C], or the bits of float32
+    settings: dict[str, np.ndarray]  # those with more than a number for each row
+
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """Of what depends on the texts."""
+        settings = sorted((name, array.shape) for name, array in self.settings.items())
+        return self.numbers.shape[1], *settings
 
 
 def build_row(request: Request, vocab_size: int, adapter: int) -> Row:
     """The row of a request for one text. Raises UserError for ids outside the vocabulary."""
     (prompt,), (asked,) = request.prompts, request.samplings
+    settings = sampling.stack_settings([asked], vocab_size, request.eos_ids)
+    limit = len(prompt) + request.max_new_tokens
+    known = (len(prompt), len(prompt), limit, asked.seed, adapter)
     return Row(
         tokens=list(prompt),
         prompt_length=len(prompt),
-        limit=len(prompt) + request.max_new_tokens,
-        seed=asked.seed,
-        active=asked.active,
-        settings=sampling.stack_settings([asked], vocab_size, request.eos_ids),
+        limit=limit,
         adapter=adapter,
+        active=asked.active,
+        numbers=_numbers(known, settings),
+        settings={name: settings[name] for name in ("banned", "logit_bias") if name in settings},
     )
+
+
+def _numbers(known: Sequence[int], settings: Mapping[str, Any]) -> np.ndarray:
+    """A row of `Batch.numbers`: those of `_COLUMNS`, the settings, and the end tokens."""
+    parts: list[np.ndarray] = [np.array(known, np.uint32)]  # a seed needs all bits
+    for name, default in _SETTINGS.items():
+        dtype = np.int32 if isinstance(default, int) else np.float32
+        parts.append(np.array(settings.get(name, default), dtype).reshape(1))
+    ends = settings.get("eos_ids", ())
+    filled = np.full(max(_ENDS, sampling.power_of_two(len(ends))), _NO_END, np.int32)
+    filled[: len(ends)] = ends
+    return np.concatenate([part.view(np.int32) for part in (*parts, filled)])
 
 
 def stack_rows(rows: Sequence[Row | None], vocab_size: int, cache_slots: int) -> Batch:
@@ -66,59 +93,51 @@ def stack_rows(rows: Sequence[Row | None], vocab_size: int, cache_slots: int) ->
     It gets a length that lets it write its last slot only, which no text needs: the last token of a
     text is fed anew by each step.
     """
-    count = len(rows)
+    count, known = len(rows), [row for row in rows if row]
     tokens = np.zeros((count, cache_slots + 2), np.int32)
-    length = np.full(count, cache_slots, np.int32)
-    prompt_length, limit = np.zeros(count, np.int32), np.zeros(count, np.int32)
-    seed, adapters = np.zeros(count, np.uint32), np.zeros(count, np.int32)
+    idle = _numbers((cache_slots, 0, 0, 0, 0), {})
+    columns = max(len(row.numbers) for row in known)
+    numbers = np.full((count, columns), _NO_END, np.int32)
     for i, row in enumerate(rows):
-        if row is not None:
+        own = row.numbers if row else idle
+        numbers[i, : len(own)] = own
+        if row:
             tokens[i, : len(row.tokens)] = row.tokens
-            length[i], prompt_length[i], limit[i] = len(row.tokens), row.prompt_length, row.limit
-            seed[i], adapters[i] = row.seed, row.adapter
-    settings = _join_settings([row.settings if row else None for row in rows], vocab_size)
-    state: dict[str, Any] = dict(
+            numbers[i, 0] = len(row.tokens)
+    settings = {}
+    if any("logit_bias" in row.settings for row in known):
+        settings["logit_bias"] = np.zeros((count, vocab_size), np.float32)
+        for i, row in enumerate(rows):
+            if row and "logit_bias" in row.settings:
+                settings["logit_bias"][i] = row.settings["logit_bias"][0]
+    if any("banned" in row.settings for row in known):
+        tables = [row.settings.get("banned") if row else None for row in rows]
+        settings["banned"] = sampling.join_banned(tables)
+    return Batch(tokens, numbers, settings)
+
+
+def read_numbers(tokens: Array, numbers: Array) -> tuple[DecodeState, Array, dict[str, Array]]:
+    """The state of `Batch.tokens` and `.numbers`, without cache and log-probabilities; the numbers
+    of the rows' adapters; the settings that are a number for each row, and "eos_ids"."""
+    column = dict(zip((*_COLUMNS, *_SETTINGS), numbers.T, strict=False))
+    length, prompt_length, limit, seed, adapter = (column.pop(name) for name in _COLUMNS)
+    settings = {"eos_ids": numbers[:, len(_COLUMNS) + len(_SETTINGS) :]}
+    for name, default in _SETTINGS.items():
+        is_integer = isinstance(default, int)
+        bits = column[name]
+        settings[name] = bits if is_integer else jax.lax.bitcast_convert_type(bits, jnp.float32)
+    state = DecodeState(
         tokens=tokens,
         length=length,
         prompt_length=prompt_length,
         limit=limit,
         generated=length - prompt_length,
         done=length >= limit,
-        logprobs=None,
-        seed=seed,
-        copy=np.zeros(count, np.uint32),
+        logprobs=jnp.zeros((len(tokens), 0)),
+        seed=jax.lax.bitcast_convert_type(seed, jnp.uint32),
+        copy=jnp.zeros(len(tokens), jnp.uint32),
     )
-    varying = ("eos_ids", "banned", "logit_bias")
-    shapes = tuple(settings[name].shape if name in settings else () for name in varying)
-    return Batch(DecodeState(**state), adapters, settings, shapes)
-
-
-def _join_settings(
-    rows: Sequence[Mapping[str, np.ndarray] | None], vocab_size: int
-) -> dict[str, np.ndarray]:
-    """Settings of a batch; what a row does not have changes nothing in it."""
-    count, names = len(rows), set[str]().union(*(row or {} for row in rows))
-    joined = {}
-    for name, default in sampling.NUMBERS.items():
-        if name == "seed":
-            continue
-        dtype = np.int32 if isinstance(default, int) else np.float32
-        joined[name] = np.full(count, default, dtype)
-        for i, row in enumerate(rows):
-            if row is not None:
-                joined[name][i] = row[name][0]
-    if "logit_bias" in names:
-        joined["logit_bias"] = np.zeros((count, vocab_size), np.float32)
-    most = max((len(row["eos_ids"]) for row in rows if row), default=0)
-    joined["eos_ids"] = np.full((count, max(_ENDS, sampling.power_of_two(most))), -1, np.int32)
-    for i, row in enumerate(rows):
-        if row is not None:
-            joined["eos_ids"][i, : len(row["eos_ids"])] = row["eos_ids"]
-            if "logit_bias" in row:
-                joined["logit_bias"][i] = row["logit_bias"][0]
-    if "banned" in names:
-        joined["banned"] = sampling.join_banned([(row or {}).get("banned") for row in rows])
-    return joined
+    return state, adapter, settings
 
 
 def stack_adapters(models: Mapping[str, Any]) -> Any:

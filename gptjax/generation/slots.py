@@ -33,7 +33,7 @@ from gptjax.generation import sampling, slot_programs, slot_rows
 from gptjax.generation.language_model import LanguageModel
 from gptjax.generation.options import GenerationOptions, refuse_options
 from gptjax.generation.requests import SequenceState
-from gptjax.generation.slot_programs import ALTERNATIVES, Alternatives
+from gptjax.generation.slot_programs import ALTERNATIVES, Alternatives, Scored
 from gptjax.generation.slot_rows import Row
 from gptjax.model.kv_cache import init_cache
 from gptjax.ops.attention.cache import BLOCK
@@ -388,18 +388,20 @@ class SlotEngine:
                     text.sequence.guide.write_mask(allowed[text.slot - first])
             batch.settings["allowed"] = allowed
         alternatives = ALTERNATIVES if wants else 0
-        arrays = (batch.state, np.int32(first), batch.adapters, batch.settings, np.int32(steps))
-        shapes = (*batch.shapes, "guide" in active)  # which has a setting of its own
-        program = self._decode_program(arrays, shapes, size, active, alternatives)
+        arrays = (*batch, np.array([first, steps], np.int32))
+        program = self._decode_program(arrays, batch.shapes, size, active, alternatives)
         if program is None:
             for text in ready:
                 self._decode([text], steps)
             return
-        self._cache, tokens, made = program(self.params, self.adapters, self._cache, *arrays)
-        tokens, made = jax.device_get((tokens, made))
+        self._cache, chosen, top = program(self.params, self.adapters, self._cache, *arrays)
+        chosen, top = np.asarray(chosen), jax.device_get(top) if wants else None
+        logprobs = chosen.view(np.float32)[..., 1]
         for text in ready:
             at = text.slot - first
-            self._collect(text, tokens[at, :steps], jax.tree.map(lambda x, at=at: x[at], made))
+            alternatives_of = (top[0][at], top[1][at]) if top else (None, None)
+            made = Scored(logprobs[at], *alternatives_of)
+            self._collect(text, chosen[at, :steps, 0], made)
 
     def _decode_program(
         self,
@@ -463,13 +465,13 @@ class SlotEngine:
         old.text, old.prefix, old.freed = None, [], self._turn
         text.slot = target
 
-    def _collect(self, text: Text, tokens: np.ndarray, made: slot_programs.Scored) -> None:
+    def _collect(self, text: Text, tokens: np.ndarray, made: Scored) -> None:
         """Feeds new tokens to a text until it ends."""
         for i, token in enumerate(tokens.tolist()):
             if not text.sequence.reason:
                 self._add(text, token, made, i)
 
-    def _add(self, text: Text, token: int, scored: slot_programs.Scored, i: int) -> None:
+    def _add(self, text: Text, token: int, scored: Scored, i: int) -> None:
         """Feeds a token to a text, which leaves if that ends it."""
         sequence, known = text.sequence, len(text.sequence.tokens)
         sequence.feed(token, float(scored.logprob[i]))
