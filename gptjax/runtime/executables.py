@@ -105,6 +105,7 @@ class JittedFunction:
         self.signature = inspect.signature(function)
         self.is_prepared = False  # whether any of its calls was
         self._compiled: dict[Mesh | None, Any] = {}
+        self._kept: dict[Mesh | None, int] = {}  # how many programs `jax.jit` was seen to keep
         _jitted.append(self)
 
     def __call__(self, *args: Any, mesh: Mesh | None = None, **kwargs: Any) -> Any:
@@ -116,13 +117,17 @@ class JittedFunction:
 
     def run(self, *args: Any, mesh: Mesh | None = None, **kwargs: Any) -> Any:
         """The same by `jax.jit`, whether or not there is an executable."""
-        jitted = self.compiled(mesh)
-        known = jitted._cache_size()
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            result = jitted(*args, **kwargs)
-        if jitted._cache_size() > known:
-            _programs.make_room()
+            result = self.compiled(mesh)(*args, **kwargs)
+        self.make_room(mesh)
         return result
+
+    def make_room(self, mesh: Mesh | None) -> None:
+        """Lets go of programs, if maps are short and `jax.jit` keeps more than at the last call."""
+        kept, before = self.compiled(mesh)._cache_size(), self._kept.get(mesh, 0)
+        self._kept[mesh] = kept
+        if kept > before:
+            _programs.make_room()
 
     def call(self, *args: Any, mesh: Mesh | None = None, **kwargs: Any) -> Call:
         """This function with these arguments, not yet run."""
@@ -226,25 +231,19 @@ class Call:
     def program(self) -> Callable[..., Any]:
         """The function of the arrays alone, by position, that such a call runs.
 
-        For loops, in which every call would look for it.
+        For loops, in which every call would look for it. Static arguments that are given by
+        position come before all others.
         """
         if self.mesh is None and (known := ready(self.name)):
             return known
-        names, static = list(self.arrays), self.jitted.static
-        parameters = list(self.jitted.signature.parameters)
-        args = [(name, arg if name in static else None) for name, arg in zip(parameters, self.args)]
-        kwargs = [(name, arg if name in static else None) for name, arg in self.kwargs.items()]
-
-        def run(*arrays: Any) -> Any:
-            given = dict(zip(names, arrays, strict=True))
-            positional = [given.get(name, arg) for name, arg in args]
-            return self.jitted.run(
-                *positional,
-                mesh=self.mesh,
-                **{name: given.get(name, arg) for name, arg in kwargs},
-            )
-
-        return run
+        jitted, static = self.jitted, self.jitted.static
+        named = zip(jitted.signature.parameters, self.args, strict=False)
+        leading = [arg for name, arg in named if name in static]
+        settings = {name: arg for name, arg in self.kwargs.items() if name in static}
+        if self.mesh is not None:
+            return functools.partial(jitted.run, *leading, mesh=self.mesh, **settings)
+        jitted.make_room(None)  # for what the program before this one compiled
+        return functools.partial(jitted.compiled(), *leading, **settings)
 
     def path(self, folder: Path) -> Path:
         """The file of this call's executable."""

@@ -143,6 +143,18 @@ def test_the_program_of_a_call_takes_its_arrays(monkeypatch):
     assert other.program()(np.full(3, 2.0)).tolist() == [20] * 3
 
 
+def test_room_is_made_after_what_jit_compiled(monkeypatch):
+    programs, made = Programs(), []
+    monkeypatch.setattr(programs, "make_room", lambda: made.append("room"))
+    monkeypatch.setattr(executables, "_programs", programs)
+    half = executables.jit(lambda x: x / 2)
+    half.call(np.ones(2)).program()(np.ones(2))
+    assert not made  # the next one looks
+    for rows, times in ((2, 1), (2, 1), (3, 2)):
+        half(np.ones(rows))
+        assert len(made) == times
+
+
 def test_the_executables_used_longest_ago_are_removed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(executables, "_MAX_CACHED", 2)
     (tmp_path / "thesis.txt").touch()
