@@ -75,8 +75,8 @@ class _Writer:
         """Goes on with a batch that starts."""
         self._state = state
         self._known = np.asarray(state.length)
-        self._ended = np.asarray(state.done)  # rows that the device has ended, and all that are
-        self._done = self._ended | self._finished(len(self._ended))
+        self._ended = np.asarray(state.done)  # rows that the device has ended
+        self._done = self._ended | self._finished(len(self._ended))  # and those of finished texts
 
     @property
     def is_full(self) -> bool:
