@@ -1,7 +1,8 @@
 """The generation engine: the host loop that takes tokens off the device and feeds them to texts.
 
-`run` starts the batch of a `Request`, lets the compiled loop write some tokens, hands them to the
-request's `SequenceState`s, and so on until all are finished. `compile_ahead` prepares the compiled
+`run` starts the batch of a `Request`, lets a writer write some tokens (by the compiled loop, or a
+token at a time where they follow a grammar) and hand them to the request's `SequenceState`s, and so
+on until all are finished. `compile_ahead` prepares the compiled
 programs that `run` begins with.
 
 Where a request may go on past the context (context shift), rows that have filled it wait until all
@@ -43,9 +44,11 @@ def run(
     """
     active = active_processors(request.samplings)
     settings = model.put(_settings(model, request))
-    writer: Any = _Writer(model, request, settings, active, speculation)
+    writer: _Writer | GuidedWriter
     if request.guided:
         writer = GuidedWriter(model, request, settings, active)
+    else:
+        writer = _Writer(model, request, settings, active, speculation)
     writer.start(_start(model, _first_batch(model, request, speculation), speculation))
     for count in itertools.chain(steps, itertools.repeat(steps[-1])):
         writer.write(count)
@@ -74,8 +77,8 @@ class _Writer:
     def start(self, state: DecodeState) -> None:
         """Goes on with a batch that starts."""
         self._state = state
-        self._known = np.asarray(state.length)
-        self._ended = np.asarray(state.done)  # rows that the device has ended
+        self._known = np.array(state.length)
+        self._ended = np.array(state.done)  # rows that the device has ended
         self._done = self._ended | self._finished(len(self._ended))  # and those of finished texts
 
     @property
@@ -108,8 +111,9 @@ class _Writer:
     def _collect(self) -> None:
         """Feeds the tokens from slot `known` on to the sequences."""
         state, request = self._state, self._request
-        tokens, lengths = np.asarray(state.tokens), np.asarray(state.length)
-        logprobs, self._ended = np.asarray(state.logprobs), np.asarray(state.done)
+        # copies of what is read after the next call, to which the state is given away
+        lengths, self._ended = np.array(state.length), np.array(state.done)
+        tokens, logprobs = np.asarray(state.tokens), np.asarray(state.logprobs)
         for i, sequence in enumerate(request.sequences):
             for slot in range(self._known[i], lengths[i]):
                 sequence.feed(int(tokens[i, slot]), float(logprobs[i, slot]))

@@ -44,7 +44,7 @@ class Scored(NamedTuple):
 
     def pairs(self, i: int, count: int) -> Alternatives:
         """The most likely tokens in the place of one; of arrays on the host."""
-        if not count or self.top_ids is None or self.top_logprobs is None:
+        if self.top_ids is None or self.top_logprobs is None:
             return []
         ids, logprobs = self.top_ids[i, :count].tolist(), self.top_logprobs[i, :count].tolist()
         return list(zip(ids, logprobs, strict=True))
@@ -130,7 +130,7 @@ def decode(
     """More tokens in N rows of the cache.
 
     tokens, numbers: `slot_rows.Batch`. A row that is done writes over its last slot.
-    settings: `loop.advance`'s, but those that are a number for each row.
+    settings: those of `loop.advance` that are not in `numbers`.
     place: int32 [2], the first of the rows, and how many tokens there are at most.
 
     Returns int32 [N, M, 2], the tokens and the bits of their log-probabilities, and in `Scored`'s

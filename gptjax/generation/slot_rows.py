@@ -1,8 +1,8 @@
-"""What the programs of `slots.SlotEngine` are told about their rows, on the host.
+"""What the programs of `slots.SlotEngine` are told about their rows.
 
 A `Row` is one text: tokens, limits, settings, key. `stack_rows` makes the arguments of a call of
 them, and `read_numbers` takes these apart in the program: all numbers of a row lie side by side,
-because on a CPU each array of a call takes the host 20 microseconds of a token's few milliseconds.
+because each array of a call takes the host its time (`guided.py` says how much).
 `stack_adapters` puts the adapters of several models beside one another.
 """
 
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
     @property
     def shapes(self) -> tuple[Any, ...]:
-        """Of what depends on the texts."""
+        """Of what depends on the texts; of "allowed" too, once it is there."""
         settings = sorted((name, array.shape) for name, array in self.settings.items())
         return self.numbers.shape[1], *settings
 
@@ -103,7 +103,7 @@ def stack_rows(rows: Sequence[Row | None], vocab_size: int, cache_slots: int) ->
         numbers[i, : len(own)] = own
         if row:
             tokens[i, : len(row.tokens)] = row.tokens
-            numbers[i, 0] = len(row.tokens)
+            numbers[i, _COLUMNS.index("length")] = len(row.tokens)
     settings = {}
     if any("logit_bias" in row.settings for row in known):
         settings["logit_bias"] = np.zeros((count, vocab_size), np.float32)

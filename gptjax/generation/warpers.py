@@ -17,6 +17,8 @@ from gptjax.ops.selection import least, sortable
 Settings = Mapping[str, Array]  # of a batch: an array with a row per sequence, by name
 Add = Callable[[Array], Array]  # [B, V] -> [B, 1]
 
+_ROUNDING = 5e-7  # of a sum of probabilities, at most
+
 
 def add(x: Array) -> Array:
     """[B, V] -> [B, 1]: the sum of each row."""
@@ -46,17 +48,17 @@ def top_p(logits: Array, settings: Settings, add: Add) -> Array:
     ids = jnp.arange(logits.shape[1])[None]
     mass = lambda some: add(jnp.where(some, probs, 0.0))
     last = least(lambda key: mass(keys <= key) > 1 - p, *_ends(keys))
-    equal = keys == last
-    # how many of the last ones go, by division: a sum of many equals rounds at each of them
+    equal, above = keys == last, mass(keys > last)
     each = jnp.where(equal, probs, 0.0).max(-1, keepdims=True)
-    go = jnp.floor((1 - p - mass(keys < last)) / each * (1 + 1e-6))
-    several = equal.sum(-1, keepdims=True) - 1
-    go = jnp.minimum(go, several)
-    largest = jnp.where(equal & (several > 0), ids, 0).max(-1, keepdims=True)
+    # How many of the last ones stay, by division: a sum of many equals rounds at each of them.
+    staying = jnp.ceil((p - above - _ROUNDING) / each)
+    staying = jnp.maximum(staying, jnp.where(above > 0, 0, 1))
+    count = equal.sum(-1, keepdims=True)
+    largest_id = jnp.where(equal & (count > 1), ids, 0).max(-1, keepdims=True)
     up_to = lambda number: (equal & (ids <= number)).sum(-1, keepdims=True)
-    first = least(lambda number: up_to(number) > go, jnp.zeros_like(last), largest)
-    removed = ((keys < last) | (equal & (ids < first))) & (p < 1)
-    return jnp.where(removed, -jnp.inf, logits)
+    first = least(lambda number: up_to(number) > count - staying, jnp.zeros_like(last), largest_id)
+    stays = (keys > last) | (equal & (ids >= first) & (staying > 0))
+    return jnp.where(stays | (p >= 1), logits, -jnp.inf)
 
 
 def min_p(logits: Array, settings: Settings, add: Add) -> Array:

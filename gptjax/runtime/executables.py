@@ -150,6 +150,7 @@ class JittedFunction:
 
     def forget(self) -> None:
         """Lets go of the programs that `jax.jit` keeps."""
+        self._kept.clear()
         for jitted in list(self._compiled.values()):
             jitted.clear_cache()
 
@@ -231,19 +232,19 @@ class Call:
     def program(self) -> Callable[..., Any]:
         """The function of the arrays alone, by position, that such a call runs.
 
-        For loops, in which every call would look for it. Static arguments that are given by
-        position come before all others.
+        For loops, in which every call would look for it. Static arguments come before all others,
+        or by name, as arrays must not.
         """
         if self.mesh is None and (known := ready(self.name)):
             return known
         jitted, static = self.jitted, self.jitted.static
-        named = zip(jitted.signature.parameters, self.args, strict=False)
-        leading = [arg for name, arg in named if name in static]
-        settings = {name: arg for name, arg in self.kwargs.items() if name in static}
+        names = [*jitted.signature.parameters][: len(self.args)]
+        leading = self.args[: sum(name in static for name in names)]
+        assert not set(names[len(leading) :]) & set(static) and set(self.kwargs) <= set(static)
         if self.mesh is not None:
-            return functools.partial(jitted.run, *leading, mesh=self.mesh, **settings)
+            return functools.partial(jitted.run, *leading, mesh=self.mesh, **self.kwargs)
         jitted.make_room(None)  # for what the program before this one compiled
-        return functools.partial(jitted.compiled(), *leading, **settings)
+        return functools.partial(jitted.compiled(), *leading, **self.kwargs)
 
     def path(self, folder: Path) -> Path:
         """The file of this call's executable."""

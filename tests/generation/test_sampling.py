@@ -105,13 +105,21 @@ def test_warpers_by_hand():
     )  # nothing left
 
 
-@pytest.mark.parametrize("size", [10, 50, 130, 1000])
-def test_of_equals_top_p_keeps_its_share_to_the_last(size):
-    """However sums round: on a limit as many equals stay as p says."""
-    for tenths in range(1, 10):
-        kept = np.asarray(probabilities(np.zeros(size), top_p=tenths / 10)) > 0
-        assert kept.sum() == size * tenths // 10, tenths
-        assert kept[-1] and (np.diff(kept.astype(int)) >= 0).all()  # the larger ids
+@pytest.mark.parametrize(("low", "high"), [(10, 0), (50, 0), (130, 0), (1000, 0), (500, 250)])
+def test_of_equals_as_many_stay_as_top_p_says(low, high):
+    """However sums round. Among the low ones are some that are twice as likely."""
+    per_mille = [*range(100, 1000, 100), 298, 426, 990, 998, 999]
+    requests = [Sampling(temperature=1.0, top_p=number / 1000) for number in per_mille]
+    logits = np.concatenate([np.zeros(low), np.full(high, np.log(2))]).astype(np.float32)
+    batch = jnp.asarray(np.tile(logits, (len(requests), 1)))
+    settings = sampling.stack_settings(requests, low + high, [4])
+    rows = sampling.process(batch, settings, HISTORY, requests[0].active) > -np.inf
+    for number, kept in zip(per_mille, np.asarray(rows), strict=True):
+        likely = -(-number * (low + 2 * high) // 1000)  # in units of an unlikely one
+        assert kept[low:].sum() == min(-(-likely // 2), high), number
+        assert kept[:low].sum() == max(likely - 2 * high, 0), number
+        for equals in (kept[:low], kept[low:]):
+            assert (np.diff(equals.astype(int)) >= 0).all()  # the larger ids
 
 
 def stays(logits, top_k=0, top_p=1.0, typical_p=1.0):

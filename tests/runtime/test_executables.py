@@ -139,7 +139,7 @@ def test_the_program_of_a_call_takes_its_arrays(monkeypatch):
     executables._keep(call, lambda x: x + 7)
     assert call.program()(np.ones(2)).tolist() == [8, 8]
     assert program(np.ones(2)).tolist() == [-1, -1]
-    other = power.call(2, x=np.ones(3), sign=5)
+    other = power.call(2, np.ones(3), sign=5)
     assert other.program()(np.full(3, 2.0)).tolist() == [20] * 3
 
 
@@ -153,6 +153,9 @@ def test_room_is_made_after_what_jit_compiled(monkeypatch):
     for rows, times in ((2, 1), (2, 1), (3, 2)):
         half(np.ones(rows))
         assert len(made) == times
+    half.forget()
+    half(np.ones(4))
+    assert len(made) == 3
 
 
 def test_the_executables_used_longest_ago_are_removed(tmp_path, monkeypatch, capsys):
