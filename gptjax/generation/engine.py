@@ -2,8 +2,7 @@
 
 `run` starts the batch of a `Request`, lets a writer write some tokens (by the compiled loop, or a
 token at a time where they follow a grammar) and hand them to the request's `SequenceState`s, and so
-on until all are finished. `compile_ahead` prepares the compiled
-programs that `run` begins with.
+on until all are finished. `compile_ahead` prepares the compiled programs that `run` begins with.
 
 Where a request may go on past the context (context shift), rows that have filled it wait until all
 rows are done; then a new batch starts from the latest half of each row's tokens.

@@ -9,6 +9,7 @@ because each array of a call takes the host its time (`guided.py` says how much)
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,6 +88,12 @@ def _numbers(known: Sequence[int], settings: Mapping[str, Any]) -> np.ndarray:
     return np.concatenate([part.view(np.int32) for part in (*parts, filled)])
 
 
+@functools.cache
+def _idle_numbers(cache_slots: int) -> np.ndarray:
+    """Of a row that a call must leave alone, to be read only."""
+    return _numbers((cache_slots, 0, 0, 0, 0), {})
+
+
 def stack_rows(rows: Sequence[Row | None], vocab_size: int, cache_slots: int) -> Batch:
     """The arguments for these rows; None is a row of the cache that a call must leave alone.
 
@@ -95,11 +102,10 @@ def stack_rows(rows: Sequence[Row | None], vocab_size: int, cache_slots: int) ->
     """
     count, known = len(rows), [row for row in rows if row]
     tokens = np.zeros((count, cache_slots + 2), np.int32)
-    idle = _numbers((cache_slots, 0, 0, 0, 0), {})
     columns = max(len(row.numbers) for row in known)
     numbers = np.full((count, columns), _NO_END, np.int32)
     for i, row in enumerate(rows):
-        own = row.numbers if row else idle
+        own = row.numbers if row else _idle_numbers(cache_slots)
         numbers[i, : len(own)] = own
         if row:
             tokens[i, : len(row.tokens)] = row.tokens
@@ -123,9 +129,8 @@ def read_numbers(tokens: Array, numbers: Array) -> tuple[DecodeState, Array, dic
     length, prompt_length, limit, seed, adapter = (column.pop(name) for name in _COLUMNS)
     settings = {"eos_ids": numbers[:, len(_COLUMNS) + len(_SETTINGS) :]}
     for name, default in _SETTINGS.items():
-        is_integer = isinstance(default, int)
-        bits = column[name]
-        settings[name] = bits if is_integer else jax.lax.bitcast_convert_type(bits, jnp.float32)
+        dtype = jnp.int32 if isinstance(default, int) else jnp.float32
+        settings[name] = jax.lax.bitcast_convert_type(column[name], dtype)
     state = DecodeState(
         tokens=tokens,
         length=length,
