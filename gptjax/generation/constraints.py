@@ -61,6 +61,7 @@ class GuideState:
         words = np.zeros(-(-(vocabulary.end + 1) // 32), np.uint32)
         self._place = (words.ctypes.data, words.nbytes)  # where the library writes the mask
         self._texts = words[: len(vocabulary.texts)]  # its part about the model's rows
+        self._bytes = memoryview(self._texts).cast("B")  # the same, quicker to compare
         self.finished, self.fault = False, ""
         self._is_new = False  # whether `_texts` is the mask of this state
         self._forced: list[int] | None = None  # of this state, once somebody asked
@@ -121,7 +122,7 @@ class GuideState:
         np.bitwise_and(self._texts, self._vocabulary.texts, out=self._texts)
         if self._matcher.is_error():
             self.fault = _first_line(self._matcher.get_error())
-        elif not self._texts.any():
+        elif self._bytes == self._vocabulary.nothing:
             self.finished = bool(self._matcher.is_accepting())
             self.fault = "" if self.finished else "the vocabulary has no token that goes on from it"
 
@@ -169,6 +170,7 @@ class _Vocabulary:
     eos_ids: frozenset[int]
     texts: np.ndarray  # uint32 [ceil(V / 32)]: tokens that stand for bytes
     ends: np.ndarray  # the same: tokens that end a text
+    nothing: bytes  # the same: no token
 
     def matcher(self, grammar: str) -> Any:
         return _library().LLMatcher(self.library, grammar, log_level=0)
@@ -217,6 +219,7 @@ def _read_vocabulary(
         eos_ids=frozenset(eos_ids),
         texts=np.packbits(texts, bitorder="little").view(np.uint32),
         ends=np.packbits(ends, bitorder="little").view(np.uint32),
+        nothing=bytes(len(texts) // 8),
     )
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from gptjax.config.schema import ModelConfig
 from gptjax.core.types import Array
 from gptjax.generation import loop, sampling
+from gptjax.generation.constraints import GuideState
 from gptjax.generation.loop import DecodeState, InferenceModel
 from gptjax.generation.requests import Request
 from gptjax.generation.sampling import History, Settings, mask_words
@@ -34,8 +35,10 @@ from gptjax.model import head, transformer
 from gptjax.ops import categorical
 from gptjax.ops.implementations import IMPLEMENTATIONS
 from gptjax.runtime import executables, sharding
+from gptjax.runtime.devices import default_platform
 from gptjax.runtime.executables import Call
 
+_LAST = struct.Struct("=iif")  # a row of `last`
 FORCED = (0, 4, 16)  # widths of a pass: how many tokens that a grammar forces it writes at most
 
 
@@ -130,9 +133,10 @@ class GuidedWriter:
     def __init__(
         self, model: InferenceModel, request: Request, settings: Settings, active: frozenset[str]
     ):
-        self._model, self._request = model, request
+        self._model, self._request, self._guides = model, request, request.guides
         self._settings: dict[str, Any] = dict(settings)
         self._options: dict[str, Any] = {"active": active, "mesh": model.mesh}
+        self._on_cpu = default_platform() == "cpu"
 
     def start(self, state: DecodeState) -> None:
         """Goes on with a batch that starts."""
@@ -148,41 +152,57 @@ class GuidedWriter:
     @property
     def is_full(self) -> bool:
         """Whether no row may grow in this batch."""
-        growing = zip(self._request.sequences, self._rooms(), strict=False)
-        return all(sequence.reason or not room for sequence, room in growing)
+        return not any(self._rooms())
 
     def _rooms(self) -> list[int]:
-        """How many tokens more each row has room for."""
-        return [limit - length for limit, length in zip(self._limits, self._lengths, strict=True)]
+        """How many tokens more each row may get; rows that only fill up the devices have none."""
+        rooms = [limit - length for limit, length in zip(self._limits, self._lengths, strict=True)]
+        for i, sequence in enumerate(self._request.sequences):
+            if sequence.reason or self._guides[i].ended:
+                rooms[i] = 0
+        return rooms
 
     def write(self, count: int) -> None:
-        """One more token in each text, whatever the count: one that its grammar allows, and before
-        it those that the grammar forces, where writing them in one pass pays."""
-        model, request, rooms = self._model, self._request, self._rooms()
-        width = pass_width(forced_counts(request, rooms), model.config)
-        allowed = np.zeros((len(rooms), mask_words(model.config.vocab_size)), np.uint32)
+        """`count` steps: each a token more in each text, and before it those that its grammar
+        forces, where writing them in one pass pays.
+
+        The texts get them all together at the end, because a step finds nothing in the caches.
+        """
+        sequences = self._request.sequences
+        written: list[list[tuple[int, float]]] = [[] for _ in sequences]
+        for _ in range(count):
+            if any(rooms := self._rooms()):
+                self._step(rooms, written)
+        for sequence, pairs in zip(sequences, written, strict=True):
+            for token, logprob in pairs:
+                sequence.feed(token, logprob)
+            if len(sequence.tokens) >= self._request.max_new_tokens:
+                sequence.finish("length")
+
+    def _step(self, rooms: list[int], written: list[list[tuple[int, float]]]) -> None:
+        """Adds the tokens of one step, with their log-probabilities, to `written`."""
+        config, sequences = self._model.config, self._request.sequences
+        width = pass_width(forced_counts(self._guides, rooms), config)
+        allowed = np.zeros((len(rooms), mask_words(config.vocab_size)), np.uint32)
         given = []
-        for i, sequence in enumerate(request.sequences):
+        for i, sequence in enumerate(sequences):
             given.append(sequence.take_given(min(rooms[i], width)))
-            guide, has_room = sequence.guide, rooms[i] > len(given[i])
-            if guide and has_room and not sequence.reason and not guide.ended:
-                guide.write_mask(allowed[i])
+            if rooms[i] > len(given[i]) and not self._guides[i].ended:
+                self._guides[i].write_mask(allowed[i])
         self._settings["allowed"] = allowed
-        if model.mesh is not None:  # one device is quicker to take it with the call
-            self._settings["allowed"] = model.put(allowed)
+        if self._model.mesh is not None:  # one device is quicker to take it with the call
+            self._settings["allowed"] = self._model.put(allowed)
         logprobs = self._extend(given, width) if width else self._choose()
         self._logits = None
         if any(room > width + 1 for room in rooms):  # it is not the last one
             self._forward()
-        last = [*struct.iter_unpack("=iif", np.ascontiguousarray(self._last))]
-        for i, sequence in enumerate(request.sequences):
+        last = [*_LAST.iter_unpack(np.ascontiguousarray(self._last))]
+        for i, sequence in enumerate(sequences):
             token, length, logprob = last[i]
-            for pair in zip(given[i], logprobs[i], strict=False):
-                sequence.feed(*pair)
+            written[i] += zip(given[i], logprobs[i], strict=False)
             if length > self._lengths[i] + len(given[i]):
-                sequence.feed(token, logprob)
-            if len(sequence.tokens) >= request.max_new_tokens:
-                sequence.finish("length")
+                sequence.guide_on(token)
+                written[i].append((token, logprob))
         self._lengths = [length for _, length, _ in last]
 
     def _choose(self) -> list[list[float]]:
@@ -193,6 +213,10 @@ class GuidedWriter:
         if self._choose_program is None:
             self._choose_program = choose.call(*arrays, **self._options).program()
         self._tokens, self._last = self._choose_program(*arrays)
+        if self._on_cpu:
+            # `forward` takes all cores, and loses the time of a call that is made beside it;
+            # `choose`, which begins when it ends, leaves most of them idle
+            jax.block_until_ready(self._logits)
         return [[]] * len(self._lengths)
 
     def _forward(self) -> None:
@@ -239,7 +263,7 @@ def first_calls(
     options: dict[str, Any] = {"active": active, "mesh": model.mesh}
     host_tokens, lengths, limits = map(np.asarray, (state.tokens, state.length, state.limit))
     rows, rooms = len(lengths), (limits - lengths).tolist()
-    width = pass_width(forced_counts(request, rooms), config)
+    width = pass_width(forced_counts(request.guides, rooms), config)
     allowed = np.zeros((rows, mask_words(config.vocab_size)), np.uint32)
     texts: Any = (
         host_tokens,
@@ -262,13 +286,10 @@ def first_calls(
     return extend.call(config, params, *texts, *given, **options), *calls
 
 
-def forced_counts(request: Request, rooms: Sequence[int]) -> list[int]:
+def forced_counts(guides: Sequence[GuideState], rooms: Sequence[int]) -> list[int]:
     """How many tokens each text's grammar leaves no choice about, of those that it has room for."""
-    counts = []
-    for sequence, room in zip(request.sequences, rooms, strict=False):
-        forced = sequence.guide.forced() if sequence.guide and not sequence.reason else []
-        counts.append(min(len(forced), room))
-    return counts
+    pairs = zip(guides, rooms, strict=False)
+    return [min(len(guide.forced()), room) for guide, room in pairs]
 
 
 def pass_width(counts: Sequence[int], config: ModelConfig) -> int:

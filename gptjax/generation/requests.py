@@ -86,9 +86,14 @@ class SequenceState:
         the guide is behind them already."""
         given = self.guide.forced()[:room] if self.guide and not self.reason else []
         for token in given:
-            self.guide.accept(token)  # type: ignore[union-attr]
-        self._given = len(given)
+            self.guide_on(token)
         return given
+
+    def guide_on(self, token: int) -> None:
+        """Lets the grammar go on by a token that is fed later."""
+        if self.guide:
+            self.guide.accept(token)
+            self._given += 1
 
     def _end_with_guide(self) -> None:
         """Ends the text with its grammar, or where the grammar leaves no token."""
@@ -150,6 +155,11 @@ class Request:
     @property
     def finished(self) -> bool:
         return all(sequence.reason for sequence in self.sequences)
+
+    @property
+    def guides(self) -> list[GuideState]:
+        """Of each text, where they follow grammars."""
+        return [sequence.guide for sequence in self.sequences if sequence.guide]
 
     def limit(self, length: int, generated: int, context: int) -> int:
         """The longest length of a text with `length` tokens, `generated` of them new.
