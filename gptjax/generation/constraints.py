@@ -170,7 +170,7 @@ class _Vocabulary:
     eos_ids: frozenset[int]
     texts: np.ndarray  # uint32 [ceil(V / 32)]: tokens that stand for bytes
     ends: np.ndarray  # the same: tokens that end a text
-    nothing: bytes  # the same: no token
+    nothing: bytes  # of a mask without a token
 
     def matcher(self, grammar: str) -> Any:
         return _library().LLMatcher(self.library, grammar, log_level=0)

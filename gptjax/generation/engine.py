@@ -1,8 +1,8 @@
 """The generation engine: the host loop that takes tokens off the device and feeds them to texts.
 
-`run` starts the batch of a `Request`, lets a writer write some tokens (by the compiled loop, or a
-token at a time where they follow a grammar) and hand them to the request's `SequenceState`s, and so
-on until all are finished. `compile_ahead` prepares the compiled programs that `run` begins with.
+`run` starts the batch of a `Request`, lets a writer write some tokens (by the compiled loop, or one
+by one where they follow a grammar) and hand them to the request's `SequenceState`s, and so on until
+all are finished. `compile_ahead` prepares the compiled programs that `run` begins with.
 
 Where a request may go on past the context (context shift), rows that have filled it wait until all
 rows are done; then a new batch starts from the latest half of each row's tokens.
@@ -39,7 +39,8 @@ def run(
 ) -> Iterator[None]:
     """Fills the request's sequences; yields whenever tokens came.
 
-    steps: how many tokens (with speculation: passes) at a time, the last number again and again.
+    steps: how many steps at a time, the last number again and again. A step is a token of each
+    text, with speculation or a grammar a pass, which may give several.
     """
     active = active_processors(request.samplings)
     settings = model.put(_settings(model, request))

@@ -35,7 +35,7 @@ from gptjax.model import head, transformer
 from gptjax.ops import categorical
 from gptjax.ops.implementations import IMPLEMENTATIONS
 from gptjax.runtime import executables, sharding
-from gptjax.runtime.devices import default_platform
+from gptjax.runtime.devices import platform_of
 from gptjax.runtime.executables import Call
 
 _LAST = struct.Struct("=iif")  # a row of `last`
@@ -136,7 +136,7 @@ class GuidedWriter:
         self._model, self._request, self._guides = model, request, request.guides
         self._settings: dict[str, Any] = dict(settings)
         self._options: dict[str, Any] = {"active": active, "mesh": model.mesh}
-        self._on_cpu = default_platform() == "cpu"
+        self._on_cpu = platform_of(model.mesh) == "cpu"
 
     def start(self, state: DecodeState) -> None:
         """Goes on with a batch that starts."""
@@ -155,7 +155,8 @@ class GuidedWriter:
         return not any(self._rooms())
 
     def _rooms(self) -> list[int]:
-        """How many tokens more each row may get; rows that only fill up the devices have none."""
+        """How many tokens more each row may get: none if its text or its grammar has ended, or if
+        it only fills up the devices."""
         rooms = [limit - length for limit, length in zip(self._limits, self._lengths, strict=True)]
         for i, sequence in enumerate(self._request.sequences):
             if sequence.reason or self._guides[i].ended:
@@ -163,14 +164,15 @@ class GuidedWriter:
         return rooms
 
     def write(self, count: int) -> None:
-        """`count` steps: each a token more in each text, and before it those that its grammar
-        forces, where writing them in one pass pays.
+        """`count` steps, or one where a stop text may end a text before its grammar does.
 
-        The texts get them all together at the end, because a step finds nothing in the caches.
+        A step is a token more in each text that may grow, and before it those that the grammar
+        forces, where writing them in one pass pays. Tokens become text after the last step: at
+        each, the code for it would have to come into the processor's caches again.
         """
         sequences = self._request.sequences
         written: list[list[tuple[int, float]]] = [[] for _ in sequences]
-        for _ in range(count):
+        for _ in range(1 if self._request.has_stop_text else count):
             if any(rooms := self._rooms()):
                 self._step(rooms, written)
         for sequence, pairs in zip(sequences, written, strict=True):
@@ -214,8 +216,8 @@ class GuidedWriter:
             self._choose_program = choose.call(*arrays, **self._options).program()
         self._tokens, self._last = self._choose_program(*arrays)
         if self._on_cpu:
-            # `forward` takes all cores, and loses the time of a call that is made beside it;
-            # `choose`, which begins when it ends, leaves most of them idle
+            # Only now is the next `forward` called: the one that makes these logits uses all cores,
+            # and what the host does beside it delays it as much. `choose` leaves a core idle.
             jax.block_until_ready(self._logits)
         return [[]] * len(self._lengths)
 

@@ -51,10 +51,10 @@ from gptjax.model import lora
 from gptjax.tokenizer import chat_template
 from gptjax.tokenizer.base import Tokenizer
 
-# tokens between looks at the device: the first at once, later ones in larger pieces
+# steps until the texts hear of their tokens: the first at once, later ones in larger pieces
 _STREAM_STEPS = (1, 2, 4, 8)
 _STOP_TEXT_STEPS = (16,)  # where a stop text may end the completion before its length
-_STEPS = (32,)  # otherwise: a signal is heard between the pieces
+_STEPS = (32,)  # otherwise: so many at a time, for a signal to be heard between them
 
 
 class LanguageModel:

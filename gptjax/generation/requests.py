@@ -96,7 +96,8 @@ class SequenceState:
             self._given += 1
 
     def _end_with_guide(self) -> None:
-        """Ends the text with its grammar, or where the grammar leaves no token."""
+        """Ends the text with its grammar, or where the grammar leaves no token; not before the
+        tokens are fed that the grammar knows."""
         if self.guide and not self._given and not self.reason:
             if self.guide.finished:
                 self.finish("stop")

@@ -26,7 +26,7 @@ from gptjax.model import init as model_init
 from gptjax.model import quantize
 from gptjax.ops.implementations import IMPLEMENTATIONS, resolve
 from gptjax.runtime import sharding
-from gptjax.runtime.devices import default_platform
+from gptjax.runtime.devices import platform_of
 
 WEIGHTS = ("float32", "bfloat16", "int8")
 
@@ -137,8 +137,7 @@ def weight_shapes(config: ModelConfig, weights: str, mesh: Mesh | None = None) -
 
 
 def _implementation(config: ModelConfig, mesh: Mesh | None) -> str:
-    platform = mesh.devices.flat[0].platform if mesh else default_platform()
-    return resolve(config.implementation, platform=platform)
+    return resolve(config.implementation, platform=platform_of(mesh))
 
 
 def loops_layers(config: ModelConfig, mesh: Mesh | None) -> bool:

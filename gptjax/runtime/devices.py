@@ -238,6 +238,11 @@ def default_platform() -> str:
     return jax.default_backend()
 
 
+def platform_of(mesh: jax.sharding.Mesh | None) -> str:
+    """That of a mesh's devices; of no mesh, `default_platform`."""
+    return str(mesh.devices.flat[0].platform) if mesh else default_platform()
+
+
 def describe(device: jax.Device) -> Device | None:
     """The row of a device, present or described; None for an unknown kind."""
     if device.platform == "cpu":

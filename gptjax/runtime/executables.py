@@ -38,7 +38,7 @@ from jax.sharding import Mesh
 
 from gptjax.core import files, processor
 from gptjax.runtime import sharding
-from gptjax.runtime.devices import default_platform
+from gptjax.runtime.devices import default_platform, platform_of
 from gptjax.runtime.programs import Programs
 
 # Sums in any order, which is what lets XLA:CPU use vector instructions for them. Divisions and
@@ -389,8 +389,7 @@ def _store(executable: Any, path: Path, name: str) -> None:
 
 
 def _compiler_options(mesh: Mesh | None) -> dict[str, Any] | None:
-    platform = mesh.devices.flat[0].platform if mesh else default_platform()
-    return _CPU_OPTIONS if platform == "cpu" else None
+    return _CPU_OPTIONS if platform_of(mesh) == "cpu" else None
 
 
 @functools.cache

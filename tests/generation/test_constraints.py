@@ -226,6 +226,19 @@ def test_in_slots_nothing_is_fed_to_a_text_that_its_stop_text_ended(lm):
     assert len(text.sequence.tokens) == len(text.alternatives) == 3
 
 
+def test_a_text_takes_as_many_steps_as_tokens_also_to_its_stop_text(lm, monkeypatch):
+    steps, step = [], guided.GuidedWriter._step
+    monkeypatch.setattr(
+        guided.GuidedWriter, "_step", lambda self, *a: steps.append(1) or step(self, *a)
+    )
+    asked = dict(regex="[a-z]{60}", temperature=1.0, seed=5, max_new_tokens=40)
+    text = lm.generate("x", **asked).text
+    assert len(steps) == len(text) == 40
+    assert "".join(lm.stream("x", **asked)) == text and len(steps) == 80
+    cut = lm.generate("x", **asked, stop=text[3:6])
+    assert cut.text == text[: text.find(text[3:6])] and len(steps) == 80 + len(cut.tokens)
+
+
 def test_log_probabilities_are_the_models_own_of_forced_tokens_too(lm):
     prompt = lm.encode("x")
     completion = lm.generate([prompt], choices=["a long choice", "another one"])[0]
