@@ -119,7 +119,7 @@ def make_plan(config: Config, mesh: jax.sharding.Mesh) -> TrainPlan:
     `optim` or `lora` matches no parameter.
     """
     train, sizes = config.train, dict(mesh.shape)
-    platform = mesh.devices.flat[0].platform
+    platform = devices.platform_of(mesh)
     implementation = resolve(config.model.implementation, platform=platform)
     optimizer, state, frozen = abstract_state(config)
     choice = auto.choose(
